@@ -1,0 +1,40 @@
+"""Differentiate through training: the exact derivative of anything after an optimisation loop with respect to anything before it."""
+
+from innerloop import inspect, optim, strategy
+from innerloop.check import check_metagradient
+from innerloop.errors import (
+    CapturedTensorError,
+    InnerLoopError,
+    InvalidInputError,
+    MetaGradientError,
+    MissingExtraError,
+    NotDifferentiableError,
+)
+from innerloop.module import functional
+from innerloop.problem import Carry, Problem
+from innerloop.strategy import StoreAll
+from innerloop.track import track
+from innerloop.trajectory import Trajectory
+from innerloop.unroll import metagradient, unroll
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "CapturedTensorError",
+    "Carry",
+    "InnerLoopError",
+    "InvalidInputError",
+    "MetaGradientError",
+    "MissingExtraError",
+    "NotDifferentiableError",
+    "Problem",
+    "StoreAll",
+    "Trajectory",
+    "check_metagradient",
+    "functional",
+    "inspect",
+    "metagradient",
+    "optim",
+    "strategy",
+    "track",
+    "unroll",
+]

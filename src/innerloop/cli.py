@@ -1,0 +1,81 @@
+"""The command line: ``innerloop walkthrough``, ``innerloop --version``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from innerloop.errors import MissingExtraError
+from innerloop.walkthrough import Walkthrough, run, to_text, write_picture
+
+OK, DISAGREES, FAILED = 0, 1, 2
+"""Exit codes: everything asked for was done; the columns of the walk-through disagree; something is missing or wrong."""
+PICTURE = Path("innerloop-walkthrough.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: What stands behind ``innerloop`` on the command line; None reads it from there.
+    """
+    options = _parser().parse_args(arguments)
+    _print_what_the_terminal_can()
+    return walkthrough(picture=options.picture, draw=not options.no_picture)
+
+
+def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
+    """Print the walk-through's tables, write its picture.
+
+    Args:
+        picture: The file for the picture; None stands for `PICTURE`, and then a missing matplotlib is no error.
+        draw: Whether there is a picture at all.
+    """
+    result = run()
+    print(to_text(result))
+    drawn = _write_picture(result, picture) if draw else OK
+    return drawn if result.agrees else DISAGREES
+
+
+def _write_picture(result: Walkthrough, file: Path | None) -> int:
+    target = PICTURE if file is None else file
+    try:
+        write_picture(result, target)
+    except MissingExtraError as error:
+        print(f"\nNo picture: {error}", file=sys.stdout if file is None else sys.stderr)
+        return OK if file is None else FAILED
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib cannot write
+        print(f"\nNo picture: {target} cannot be written: {error}", file=sys.stderr)
+        return FAILED
+    print(f"\nPicture: {target}")
+    return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="innerloop", description="Differentiate through training in PyTorch.")
+    parser.add_argument("--version", action="version", version=f"innerloop {version('innerloop')}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "walkthrough",
+        help="a two-parameter system whose every derivative is known, computed three ways",
+        description="Print one inner SGD step, its outer gradient, the same with two models, and longer loops, each "
+        "number as closed form, by autograd and by finite differences. Exits with 1 if they disagree.",
+    )
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument("--picture", type=Path, metavar="FILE", help=f"where to write the picture (default: {PICTURE})")
+    choice.add_argument("--no-picture", action="store_true", help="print the tables only")
+    return parser
+
+
+def _print_what_the_terminal_can() -> None:
+    """A terminal that has no letter for θ shows a question mark instead of a traceback."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

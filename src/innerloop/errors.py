@@ -1,0 +1,32 @@
+"""The errors of innerloop: each says what was passed, why it cannot work, and what to write instead."""
+
+from __future__ import annotations
+
+
+class InnerLoopError(RuntimeError):
+    """Base class of every error that innerloop raises."""
+
+
+class InvalidInputError(InnerLoopError, ValueError):
+    """An argument has the wrong value, shape, name or combination."""
+
+
+class NotDifferentiableError(InnerLoopError):
+    """A derivative was asked for that does not exist, or that this setting does not compute."""
+
+
+class CapturedTensorError(InnerLoopError):
+    """A tensor that needs a gradient is used by a loss without being one of its arguments."""
+
+
+class MetaGradientError(InnerLoopError, AssertionError):
+    """Autograd and finite differences disagree about a meta-gradient."""
+
+
+class MissingExtraError(InnerLoopError, ImportError):
+    """An optional dependency is not installed."""
+
+    @classmethod
+    def of(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
+        """The error for a missing ``package`` that ``pip install 'innerloop[extra]'`` brings."""
+        return cls(f"{purpose} needs the package {package!r}, which is not installed: pip install 'innerloop[{extra}]'")

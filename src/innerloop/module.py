@@ -1,0 +1,240 @@
+"""Modules as functions of their parameters, and modules whose parameters can be replaced step by step."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop import _private
+from innerloop.errors import InvalidInputError
+
+
+def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
+    """``model`` as a pure function of its parameters and buffers.
+
+    Args:
+        model: any module; it is not changed, neither now nor by the calls.
+
+    Returns:
+        ``(call, params, buffers)``. ``call(params, *args, **kwargs)`` returns the output with these parameters, and the buffers
+        as they are in the model; ``call(params, *args, buffers=buffers, **kwargs)`` returns ``(output, new_buffers)``. ``params``
+        are detached copies, ``buffers`` copies.
+
+    Example:
+        >>> import torch, innerloop
+        >>> call, params, buffers = innerloop.functional(torch.nn.Linear(2, 1, bias=False))
+        >>> call({"weight": torch.tensor([[3.0, 4.0]])}, torch.tensor([1.0, 10.0]))
+        tensor([43.])
+    """
+    check_module(model)
+
+    def call(
+        params: Mapping[str, Tensor], *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        check_names(params, model)
+        output, new_buffers = call_with(
+            model, params, dict(model.named_buffers()) if buffers is None else buffers, *args, **kwargs
+        )
+        return output if buffers is None else (output, new_buffers)
+
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return call, params, {name: b.detach().clone() for name, b in model.named_buffers()}
+
+
+def call_with(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """``(output, new_buffers)`` of ``model`` at these parameters and buffers; neither the model nor the arguments are changed."""
+    # A module updates buffers in place, so it gets copies. functional_call writes a buffer that was replaced back to `swapped`.
+    swapped = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
+    output = torch.func.functional_call(model, swapped, args, kwargs)
+    return output, {name: swapped[name] for name in buffers}
+
+
+def check_module(model: Any) -> None:
+    """Raise unless ``model`` is a module that can be viewed at other parameters."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            "a torch.jit.ScriptModule has no second derivative here: pass the Python module it was made from"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InvalidInputError(
+            "a DistributedDataParallel module synchronises gradients by hooks that an inner loop does not run: pass model.module, "
+            "and average the outer gradients yourself"
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise InvalidInputError(
+                f"parameter {name!r} is not initialised yet: call the (lazy) model once on an example batch"
+            )
+
+
+def check_names(params: Mapping[str, Tensor], model: nn.Module | Mapping[str, nn.Module]) -> None:
+    """Raise unless each name is a parameter of ``model`` and has its shape."""
+    own = dict(named_parameters(model))
+    for name, tensor in params.items():
+        if name not in own:
+            raise InvalidInputError(
+                f"params has {name!r}, which is not a parameter of the model; it has {list(own)[:8]}"
+            )
+        if tensor.shape != own[name].shape:
+            raise InvalidInputError(
+                f"params[{name!r}] has shape {tuple(tensor.shape)}, the model's parameter {tuple(own[name].shape)}"
+            )
+
+
+def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """``named_parameters`` of a module, or of several with their key in front; a shared tensor is listed once."""
+    return _named(model, nn.Module.named_parameters)
+
+
+def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """``named_buffers``, likewise."""
+    return _named(model, nn.Module.named_buffers)
+
+
+def _named(model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]) -> list[tuple[str, Any]]:
+    if isinstance(model, nn.Module):
+        return list(listing(plain(model)))
+    seen: dict[int, tuple[str, Any]] = {}
+    for key, module in model.items():
+        for name, tensor in listing(plain(module)):
+            seen.setdefault(id(tensor), (f"{key}.{name}", tensor))
+    return list(seen.values())
+
+
+class ModuleView:
+    """A module with the structure of the user's own, whose parameters and buffers are tensors that can be replaced.
+
+    The tree of modules is copied (same classes, same attributes, same hooks), not the tensors, not anything else. It is the user's
+    code that runs, without any wrapper in between; ``isinstance`` holds, hooks fire, submodules can be called alone, a tensor that
+    stands in several places is replaced in all of them. The user's own module is never touched.
+
+    Args:
+        model: a module, or a dict of modules.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, nn.Module]) -> None:
+        modules = {"": model} if isinstance(model, nn.Module) else dict(model)
+        copier = _Copier()
+        for module in modules.values():
+            check_module(module)
+        copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
+        self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
+        self.parameters = {name: copier.places_of(name, p) for name, p in named_parameters(model)}
+        self.buffers = {name: copier.places_of(name, b) for name, b in named_buffers(model)}
+
+    def read(self) -> dict[str, Tensor]:
+        """The parameters as they are now (the user may have edited or replaced one)."""
+        return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+
+    def read_buffers(self) -> dict[str, Tensor]:
+        """The buffers as they are now."""
+        return {name: places[0][0][places[0][1]] for name, places in self.buffers.items()}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the places of parameters."""
+        for name, tensor in tensors.items():
+            for container, key in self.parameters[name]:
+                container[key] = tensor
+
+    def write_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the places of buffers."""
+        for name, tensor in tensors.items():
+            for container, key in self.buffers[name]:
+                container[key] = tensor
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
+
+
+class _Copier:
+    """Copies module trees, sharing all tensors, and remembers where each parameter and buffer stands in the copies."""
+
+    def __init__(self) -> None:
+        self.done: dict[int, Any] = {}
+        self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
+        self.places: dict[int, list[Place]] = {}
+
+    def copy(self, obj: Any) -> Any:
+        """A copy of modules and of the containers that hold modules or parameters; anything else as it is."""
+        if id(obj) in self.done:
+            return self.done[id(obj)]
+        if isinstance(obj, nn.Module):
+            return self._module(obj)
+        if isinstance(obj, types.MethodType) and isinstance(obj.__self__, nn.Module):
+            return types.MethodType(obj.__func__, self.copy(obj.__self__))
+        if isinstance(obj, functools.partial):
+            parts = (obj.func, obj.args, obj.keywords)
+            func, args, keywords = (self.copy(part) for part in parts)
+            changed = any(a is not b for a, b in zip((func, args, keywords), parts, strict=True))
+            return functools.partial(func, *args, **keywords) if changed else obj
+        if type(obj) in (list, tuple, set, frozenset, dict, OrderedDict, deque):
+            return self._container(obj)
+        return obj
+
+    def places_of(self, name: str, tensor: Tensor) -> list[Place]:
+        """Where ``tensor`` stands in the copies."""
+        for container, _ in self.places[id(tensor)]:
+            if not isinstance(container, (dict, list, deque)):
+                raise InvalidInputError(
+                    f"a module keeps {name!r} in a {type(container).__name__} besides registering it; there it cannot be replaced "
+                    "step by step: keep it in a list"
+                )
+        return self.places[id(tensor)]
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        new = object.__new__(type(module))
+        self.done[id(module)] = new
+        self.keep.append(module)
+        attributes = dict(vars(module))
+        for kind in ("_parameters", "_buffers"):
+            attributes[kind] = table = dict(attributes[kind])
+            for key, tensor in table.items():
+                if tensor is not None:
+                    self.places.setdefault(id(tensor), []).insert(0, (table, key))
+        attributes["_compiled_call_impl"] = None
+        new.__dict__.update(attributes)
+        for key, value in attributes.items():
+            if key not in ("_parameters", "_buffers"):
+                new.__dict__[key] = (
+                    self._own(value) if key.endswith("_hooks") or key == "_modules" else self.copy(value)
+                )
+        return new
+
+    def _own(self, table: Any) -> Any:
+        """A table of the module itself (submodules, hooks): always copied, so that additions to the copy stay there."""
+        copied = self.copy(table)
+        return type(table)(table) if copied is table and isinstance(table, dict) else copied
+
+    def _container(self, obj: Any) -> Any:
+        """A container with copied elements, or the container itself if none of them needed copying."""
+        if id(obj) in self.done:
+            return self.done[id(obj)]
+        self.done[id(obj)] = obj  # a container that holds itself ends here
+        self.keep.append(obj)
+        items = list(obj.items()) if isinstance(obj, dict) else list(enumerate(obj))
+        copied = [(key, self.copy(value)) for key, value in items]
+        has_parameter = any(isinstance(value, nn.Parameter) for _, value in items)
+        if not has_parameter and all(a[1] is b[1] for a, b in zip(items, copied, strict=True)):
+            return obj
+        new = type(obj)(copied) if isinstance(obj, dict) else type(obj)(value for _, value in copied)
+        self.done[id(obj)] = new
+        for key, value in items:
+            if isinstance(value, nn.Parameter):
+                self.places.setdefault(id(value), []).append((new, key))
+        return new

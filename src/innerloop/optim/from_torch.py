@@ -1,0 +1,223 @@
+"""A ``torch.optim`` optimizer as a pure one: same rule, groups, settings and current state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop.errors import InvalidInputError
+from innerloop.optim.base import Grads, Optimizer, Params, Rule
+from innerloop.optim.groups import GroupsState, PerGroup
+from innerloop.optim.packing import Packed, layout_of
+
+
+class FromTorch(Optimizer):
+    """What `from_torch` returns."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str] | None) -> None:
+        self._optimizers = tuple(optimizers)
+        self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
+        self._settings: list[dict[str, Any]] = []
+        self.members: tuple[Rule, ...] = ()
+        self.refresh()
+        self._names = None if names is None else [self._named(group, names) for group in self._groups()]
+
+    def refresh(self) -> None:
+        """Read the settings of the param groups again (a scheduler may have changed them)."""
+        settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self._groups()]
+        if len(settings) == len(self._settings) and all(map(_same, settings, self._settings)):
+            return
+        self._settings = settings
+        self.members = tuple(_build(rule, group) for rule, group in zip(self._rules, settings, strict=True))
+
+    def init(self, params: Params) -> GroupsState:
+        names = self._resolved(params)
+        members = []
+        for rule, group, ns in zip(self.members, self._groups(), names, strict=True):
+            state = rule.init({n: params[n] for n in ns})
+            members.append(self._warm(rule, state, dict(zip(ns, group["params"], strict=True)), params))
+        return GroupsState(tuple(members))
+
+    def update(
+        self, grads: Grads, state: GroupsState, params: Params, hyper: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], GroupsState]:
+        return PerGroup.update(self.members, self._resolved(params), grads, state, params, hyper)
+
+    def write_back(self, state: GroupsState) -> None:
+        """Write ``state`` into the torch optimizers, as if they had taken the steps."""
+        if self._names is None:
+            raise InvalidInputError("write_back before init: the parameters' names are not known yet")
+        owners = [opt for opt in self._optimizers for _ in opt.param_groups]
+        for owner, rule, member, group, ns in zip(
+            owners, self.members, state.members, self._groups(), self._names, strict=True
+        ):
+            for name, parameter in zip(ns, group["params"], strict=True):
+                exported = _export(rule, member, name, group)
+                if exported:
+                    owner.state[parameter] = {**owner.state.get(parameter, {}), **exported}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that these optimizers step, in order."""
+        return [name for ns in self._names or () for name in ns]
+
+    def _groups(self) -> Iterable[dict[str, Any]]:
+        return (group for opt in self._optimizers for group in opt.param_groups)
+
+    def _named(self, group: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
+        unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
+        if unknown:
+            raise InvalidInputError(
+                f"the optimizer steps {len(unknown)} tensor(s), of shapes {unknown[:4]}, that are not parameters of the model: pass "
+                'every module whose parameters it steps, as a dict: track({"actor": actor, "critic": critic}, optimizer); '
+                "a parameter that is in no module can be put into an nn.ParameterDict"
+            )
+        return [names[id(p)] for p in group["params"]]
+
+    def _resolved(self, params: Params) -> list[list[str]]:
+        """The names of each group's parameters."""
+        if self._names is None:
+            groups = list(self._groups())
+            identities = {id(p): name for name, p in params.items()}
+            if all(id(p) in identities for group in groups for p in group["params"]):
+                self._names = [[identities[id(p)] for p in group["params"]] for group in groups]
+            elif len(groups) == 1 and [p.shape for p in groups[0]["params"]] == [p.shape for p in params.values()]:
+                self._names = [list(params)]
+            else:
+                raise InvalidInputError(
+                    "from_torch(optimizer): which name belongs to which of the optimizer's tensors cannot be told. Pass the "
+                    "module, from_torch(optimizer, model), or build the optimizer from model.named_parameters()"
+                )
+        missing = [n for ns in self._names for n in ns if n not in params]
+        if missing:
+            raise InvalidInputError(f"the optimizer steps {missing}, but params has only {list(params)}")
+        return self._names
+
+    def _warm(self, rule: Rule, state: Any, tensors: Mapping[str, Tensor], params: Params) -> Any:
+        """``state`` with the torch optimizer's own state in it."""
+        saved = {name: self._saved(p) for name, p in tensors.items()}
+        if not any(saved.values()) or not tensors:
+            return state
+        part = {name: params[name] for name in tensors}
+        keys = {field: rule.torch_state[field] for field in rule.slots()}
+        values: dict[str, Any] = {}
+        for field, key in keys.items():
+            if any(s.get(key) is not None for s in saved.values()):
+                named = {
+                    n: (torch.zeros_like(part[n]) if s.get(key) is None else s[key].detach().clone())
+                    for n, s in saved.items()
+                }
+                values[field] = Packed.of(layout_of(part, None, None), named)
+        counts = {n: _count(rule, s, keys) for n, s in saved.items()}
+        same = len(set(counts.values())) == 1
+        return state._replace(count=next(iter(counts.values())) if same else counts, **values)
+
+    def _saved(self, parameter: Tensor) -> dict[str, Any]:
+        for opt in self._optimizers:
+            if parameter in opt.state:
+                return opt.state[parameter]
+        return {}
+
+    def __repr__(self) -> str:
+        return f"from_torch({', '.join(map(repr, self.members))})"
+
+
+def from_torch(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    model: nn.Module | Mapping[str, Tensor] | None = None,
+) -> FromTorch:
+    """The rule, param groups, settings and current state of a ``torch.optim`` optimizer.
+
+    A learning rate that is a tensor stays that tensor: gradients flow to it. Later changes of the torch optimizer (a scheduler's,
+    say) are not seen; `innerloop.track` does see them.
+
+    Args:
+        optimizer: one of ``torch.optim`` whose rule `innerloop.optim` has (or a list of them, for disjoint parameters). A subclass counts as its
+            parent unless it overrides ``step``.
+        model: whose ``named_parameters`` gives the optimizer's tensors their names, or a mapping name -> tensor. Not needed if
+            the optimizer was built from ``named_parameters()``, if ``init`` is called with the optimizer's own tensors, or if
+            there is one group and the order is the same.
+
+    Raises:
+        InvalidInputError: an optimizer whose rule is not known, or whose tensors are not parameters of the model.
+
+    Example:
+        >>> import torch, innerloop
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> opt = innerloop.optim.from_torch(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9))
+        >>> opt
+        from_torch(sgd(lr=0.5, momentum=0.9))
+    """
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    names: dict[int, str] | None = None
+    if model is not None:
+        named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+        names = {id(p): name for name, p in named}
+    elif all("param_names" in group for opt in optimizers for group in opt.param_groups):
+        names = {
+            id(p): name
+            for opt in optimizers
+            for group in opt.param_groups
+            for p, name in zip(group["params"], group["param_names"], strict=True)
+        }
+    return FromTorch(optimizers, names)
+
+
+def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidInputError(f"{optimizer!r} is not a torch.optim.Optimizer")
+    for cls in type(optimizer).__mro__:
+        if cls in Rule.by_torch_class:
+            return Rule.by_torch_class[cls]
+        if "step" in vars(cls) and cls is not torch.optim.Optimizer:
+            break
+    known = ", ".join(cls.__name__ for cls in Rule.by_torch_class)
+    raise InvalidInputError(
+        f"{type(optimizer).__module__}.{type(optimizer).__name__} has an update rule of its own that innerloop does not know. "
+        f"Known: {known}, and their subclasses that do not override step(). Write the rule as an innerloop.optim.base.Rule"
+    )
+
+
+def _build(rule: type[Rule], group: Mapping[str, Any]) -> Rule:
+    names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
+    return rule(**{k: v for k, v in group.items() if k in names})
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two settings are the same; tensors are compared by identity, because a comparison would wait for the device."""
+    return a.keys() == b.keys() and all(
+        a[k] is b[k] or (not _has_tensor(a[k]) and not _has_tensor(b[k]) and a[k] == b[k]) for k in a
+    )
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value))
+
+
+def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int:
+    """The number of steps taken; a rule whose torch form keeps none has taken one as soon as it has any state."""
+    if rule.torch_counts:
+        return int(saved.get("step", 0))
+    return int(any(saved.get(key) is not None for key in keys.values()))
+
+
+def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch keeps in ``state[p]`` for one parameter."""
+    count = state.count[name] if isinstance(state.count, Mapping) else state.count
+    if not count:
+        return {}
+    exported: dict[str, Any] = {}
+    for field in rule.slots():
+        packed = getattr(state, field)
+        if packed is not None:
+            exported[rule.torch_state[field]] = packed[name].detach().clone()
+    if rule.torch_counts:
+        on_device = group.get("capturable") or group.get("fused")
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        device = next(iter(exported.values())).device if on_device and exported else "cpu"
+        exported["step"] = torch.tensor(float(count), dtype=dtype, device=device)
+    return exported

@@ -1,0 +1,189 @@
+"""What one step of training is: a loss and an optimizer, kept as separate factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from innerloop import module, tree
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.optim.base import Optimizer
+from innerloop.random_state import RandomState
+
+Loss = Callable[[Any, Any, Any], Any]
+OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
+
+
+class Carry(NamedTuple):
+    """Everything that one step hands to the next; a loop can be continued from it.
+
+    Attributes:
+        params: named parameters.
+        optimizer_state: the optimizer's state.
+        buffers: named buffers of the module (running statistics, say).
+        random_state: the random generators' state before the next step, or None: whatever it is then.
+    """
+
+    params: dict[str, Tensor]
+    optimizer_state: Any
+    buffers: dict[str, Tensor]
+    random_state: RandomState | None
+
+    def detach(self) -> Carry:
+        """The same values, cut from their history."""
+        return tree.map_tensors(torch.Tensor.detach, self)
+
+
+class Problem:
+    r"""One step of training, :math:`\theta_{t+1} = u(\nabla_\theta \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)`, as its two factors.
+
+    The factors stay separate because strategies need them: the symmetry of the Hessian of ``loss``, the residual
+    :math:`\nabla_\theta \ell`, the update rule.
+
+    Args:
+        loss: ``loss(params, hyper, batch) -> scalar`` or ``(scalar, aux)``, a function of its arguments. Tensors that need a
+            gradient belong into ``params`` or ``hyper``.
+        optimizer: from `innerloop.optim`.
+        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``: ``optimizer_hyper(hyper, t) -> dict``, for
+            example ``lambda hyper, t: {"lr": hyper["log_lr"][t].exp()}``. Default: none.
+
+    Example:
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: (params["w"] - batch) ** 2 / 2, innerloop.optim.sgd(lr=0.5)
+        ... )
+        >>> traj = innerloop.unroll(problem, {"w": torch.tensor(8.0)}, [torch.tensor(0.0)] * 3)
+        >>> traj.params["w"], traj.losses
+        (tensor(1.), tensor([32.,  8.,  2.]))
+    """
+
+    def __init__(self, loss: Loss, optimizer: Optimizer, *, optimizer_hyper: OptimizerHyper | None = None) -> None:
+        if not callable(loss):
+            raise InvalidInputError(f"loss must be a function loss(params, hyper, batch), got {type(loss).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            cure = (
+                "innerloop.optim.from_torch(optimizer)"
+                if isinstance(optimizer, torch.optim.Optimizer)
+                else "innerloop.optim.sgd(lr=0.1)"
+            )
+            raise InvalidInputError(
+                f"optimizer is {type(optimizer).__name__}, not one of innerloop.optim: write {cure}"
+            )
+        self.loss = loss
+        self.optimizer = optimizer
+        self.optimizer_hyper = optimizer_hyper
+        self.module: nn.Module | None = None
+
+    @classmethod
+    def from_module(
+        cls, model: nn.Module, loss: Loss, optimizer: Optimizer, *, optimizer_hyper: OptimizerHyper | None = None
+    ) -> Problem:
+        """The same with ``loss(model, hyper, batch)``, written with the module itself.
+
+        The module's buffers (running statistics) and the random state are threaded through the loop; the user's module is not
+        changed. ``params`` of `unroll` is then ``dict(model.named_parameters())`` or a part of it; other parameters keep the
+        module's values.
+        """
+        module.check_module(model)
+        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
+        problem.module = _Loss(module.plain(model), loss)
+        return problem
+
+    def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
+        """The carry before the first step; a carry is returned as it is."""
+        if isinstance(params, Carry):
+            return params
+        if not isinstance(params, Mapping) or not all(isinstance(p, Tensor) for p in params.values()):
+            raise InvalidInputError(
+                f"params must be a dict of named tensors, or a carry (traj.at(-1)), got {type(params).__name__}: for a module write "
+                "dict(model.named_parameters())"
+            )
+        if self.module is not None:
+            module.check_names({f"model.{name}": p for name, p in params.items()}, self.module)
+        buffers = {} if self.module is None else {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
+    ) -> tuple[Tensor, Any]:
+        """``(loss, (aux, new_buffers))``."""
+        if self.module is None:
+            result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+        else:
+            named = {f"model.{name}": p for name, p in params.items()}
+            result, new_buffers = module.call_with(self.module, named, buffers, hyper, batch)
+        loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        return check_loss(loss, "loss(params, hyper, batch)"), (aux, new_buffers)
+
+    def gradient(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
+    ) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
+        """``(gradient with respect to params, loss, aux, new_buffers)``: the residual of the inner problem is the first."""
+
+        def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
+            loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
+            return loss, (loss, aux, new_buffers)
+
+        # torch.func.grad, because torch.autograd.grad raises inside vmap, jvp and compiled code. Everything is an argument: a
+        # tensor in the closure could not be written in place (buffers) and breaks vmap.
+        try:
+            grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(dict(params), buffers, hyper, batch)
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            raise _explained(error) from error
+        return grads, loss, aux, new_buffers
+
+    def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+        """One step of training: ``(new_carry, loss, aux)``."""
+        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
+        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, overrides)
+        return Carry(params, state, buffers, RandomState.now()), loss, aux
+
+    def __repr__(self) -> str:
+        return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
+
+
+class _Loss(nn.Module):
+    """Gives ``loss(model, ...)`` the form of a module's forward, so that functional_call can run it at other parameters."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, hyper: Any, batch: Any) -> Any:
+        return self.loss(self.model, hyper, batch)
+
+
+def check_loss(loss: Any, what: str) -> Tensor:
+    """``loss`` as a scalar; raise unless it is one."""
+    if not isinstance(loss, Tensor):
+        raise InvalidInputError(
+            f"{what} must return a scalar tensor (or a pair (scalar, aux)), got {type(loss).__name__}"
+        )
+    if loss.numel() != 1:
+        raise InvalidInputError(
+            f"{what} returned a tensor of shape {tuple(loss.shape)}, not a scalar: reduce it, for example .mean()"
+        )
+    if not loss.is_floating_point():
+        raise InvalidInputError(f"{what} returned a loss of dtype {loss.dtype}: it must be real and floating point")
+    return loss.reshape(()) if loss.ndim else loss
+
+
+def _explained(error: RuntimeError) -> RuntimeError:
+    """torch's own message with the cure, where we know it."""
+    text = str(error)
+    cures = {
+        "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
+        "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
+        "does not require grad": "the loss does not depend on params: compute it from the `params` (or `model`) that it is given",
+    }
+    for sign, cure in cures.items():
+        if sign in text:
+            return NotDifferentiableError(f"{cure}. PyTorch says: {text}")
+    return error

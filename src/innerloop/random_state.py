@@ -1,0 +1,42 @@
+"""The state of torch's random generators, so that a step can be replayed with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RandomState(NamedTuple):
+    """The state of torch's random generators, per device."""
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls) -> RandomState | None:
+        """The current one; None while compiling, where random state cannot be read."""
+        if torch.compiler.is_compiling():
+            return None
+        return cls(torch.get_rng_state(), tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ())
+
+    def restore(self) -> None:
+        """Make it the current one."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+
+
+@contextmanager
+def restored_on_error() -> Iterator[None]:
+    """Leave the user's random state as it was if the block raises."""
+    before = RandomState.now()
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            before.restore()
+        raise

@@ -1,0 +1,266 @@
+"""Run an inner loop, and differentiate through it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop import _private, tree
+from innerloop.errors import InvalidInputError, MetaGradientError, NotDifferentiableError
+from innerloop.problem import Carry, Problem, check_loss
+from innerloop.random_state import restored_on_error
+from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.store_all import StoreAll
+from innerloop.trajectory import Trajectory
+
+
+def unroll(
+    problem: Problem,
+    params: Mapping[str, Tensor] | Carry,
+    batches: Any,
+    *,
+    hyper: Any = None,
+    strategy: Strategy | None = None,
+    steps: int | None = None,
+    save_at: Sequence[int] = (),
+) -> Trajectory:
+    r"""Run T steps of ``problem``; gradients flow from the trajectory to ``params`` and ``hyper``.
+
+    Args:
+        problem: what one step is.
+        params: named tensors at time 0, or a carry of an earlier loop (``traj.at(-1)``), which continues it.
+        batches: the data, constant for the derivative: a list (one entry per step); a pytree of tensors (a tensor, tuple, dict,
+            NamedTuple) stacked over steps; or a pure function ``batches(params, hyper, t)`` together with ``steps``.
+        hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``.
+        strategy: how the loop is differentiated; default `StoreAll`.
+        steps: T; needed where ``batches`` does not say it.
+        save_at: times whose states `Trajectory.at` must know, whatever the strategy.
+
+    Returns:
+        The `Trajectory`; `Trajectory.params`, ``losses``, ``aux`` and ``at(t)`` are differentiable.
+
+    Raises:
+        InvalidInputError: a batch requires grad, the number of steps is unknown, a name or shape does not fit.
+
+    Example:
+        On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(lambda params, hyper, batch: params["w"] ** 2 / 2, innerloop.optim.sgd(lr=0.5))
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> traj = innerloop.unroll(problem, {"w": w}, None, steps=3)
+        >>> torch.autograd.grad(traj.params["w"], w)
+        (tensor(0.1250),)
+    """
+    strategy = StoreAll() if strategy is None else strategy
+    if not isinstance(strategy, Strategy):
+        raise InvalidInputError(
+            f"strategy={strategy!r} is not a strategy: write an instance, for example innerloop.StoreAll()"
+        )
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(
+            f"expected an innerloop.Problem, got {type(problem).__name__}: write innerloop.Problem(loss, optimizer)"
+        )
+    total, batch = _batches(batches, hyper, steps)
+    times = tuple(t + total + 1 if t < 0 else t for t in save_at)
+    for t in times:
+        if not 0 <= t <= total:
+            raise InvalidInputError(f"save_at has {t}, but the loop has times 0 to {total}")
+    with restored_on_error():
+        start = problem.init(params)
+        if isinstance(params, Carry) and params.random_state is not None:
+            params.random_state.restore()
+        return strategy.run(Loop(problem, start, hyper, batch, total, times))
+
+
+def metagradient(
+    outer: Callable[[Trajectory, Any], Any],
+    problem: Problem,
+    params: Mapping[str, Tensor] | Carry,
+    batches: Any,
+    *,
+    hyper: Any = None,
+    wrt: str | Sequence[str] = ("params", "hyper"),
+    strategy: Strategy | None = None,
+    steps: int | None = None,
+    save_at: Sequence[int] = (),
+    compile: bool = False,
+) -> tuple[Any, Any]:
+    """The value and the gradient of an outer loss behind a loop: the form that composes with ``torch.func`` and compiles.
+
+    Args:
+        outer: ``outer(traj, hyper) -> scalar`` or ``(scalar, aux)``.
+        problem, params, batches, hyper, strategy, steps, save_at: as in `unroll`. Leaves of ``hyper`` that are not floating-point
+            tensors are constants.
+        wrt: ``"params"``, ``"hyper"`` or a tuple of both.
+        compile: compile the whole meta-gradient with ``torch.compile(fullgraph=True)``. The first call with new shapes compiles
+            (seconds to minutes; grows with T) and compares the result with the uncompiled one.
+
+    Returns:
+        ``(value, grads)``. ``value`` is what ``outer`` returned. ``grads`` is the gradient for a single ``wrt``, else a dict
+        ``{"params": ..., "hyper": ...}``; it is detached unless taken inside a ``torch.func`` transform.
+
+    Example:
+        Outer loss w₂²/2 behind two steps on w²/2: d/dw₀ = (1-η)⁴ w₀, d/dη = -2 (1-η)³ w₀².
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2,
+        ...     innerloop.optim.sgd(),
+        ...     optimizer_hyper=lambda hyper, t: hyper,
+        ... )
+        >>> value, grads = innerloop.metagradient(
+        ...     lambda traj, hyper: traj.params["w"] ** 2 / 2,
+        ...     problem,
+        ...     {"w": torch.tensor(2.0)},
+        ...     None,
+        ...     steps=2,
+        ...     hyper={"lr": torch.tensor(0.5)},
+        ... )
+        >>> grads
+        {'params': {'w': tensor(0.1250)}, 'hyper': {'lr': tensor(-1.)}}
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not names or not set(names) <= {"params", "hyper"}:
+        raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
+    strategy = StoreAll() if strategy is None else strategy
+    missing = sorted(set(names) - strategy.differentiates)
+    if missing:
+        raise InvalidInputError(
+            f"{strategy!r} does not differentiate {missing}: choose wrt={tuple(sorted(strategy.differentiates))}"
+        )
+
+    def value_of(inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        start = params._replace(params=inputs["params"]) if isinstance(params, Carry) else inputs["params"]
+        traj = unroll(problem, start, batches, hyper=inputs["hyper"], strategy=strategy, steps=steps, save_at=save_at)
+        result = outer(traj, inputs["hyper"])
+        loss = check_loss(result[0] if isinstance(result, tuple) else result, "outer(traj, hyper)")
+        return loss, result
+
+    inputs = {"params": dict(params.params if isinstance(params, Carry) else params), "hyper": hyper}
+    result, grads = (
+        _compiled_gradient(problem, value_of, inputs, names) if compile else _gradient(value_of, inputs, names)
+    )
+    return result, grads[names[0]] if isinstance(wrt, str) else grads
+
+
+Inputs = dict[str, Any]
+ValueOf = Callable[[Inputs], tuple[Tensor, Any]]
+
+
+def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """``(result, {name: gradient})``."""
+    leaves, spec = _private.tree_flatten({name: inputs[name] for name in names})
+    wanted = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    if not wanted:
+        raise InvalidInputError(f"nothing to differentiate: {' and '.join(names)} hold no floating-point tensor")
+
+    def of_leaves(values: list[Tensor]) -> tuple[Tensor, Any]:
+        filled = list(leaves)
+        for i, value in zip(wanted, values, strict=True):
+            filled[i] = value
+        return value_of({**inputs, **_private.tree_unflatten(filled, spec)})
+
+    values = [leaves[i] for i in wanted]
+    if torch.compiler.is_compiling() or _private.inside_transform():
+        grads, result = tree.grad_with_aux(of_leaves)(values)
+    else:
+        # The same mathematics with one graph less: torch.func.grad would record the backward pass as well.
+        result, grads = _autograd(of_leaves, values)
+    for i, grad in zip(wanted, grads, strict=True):
+        leaves[i] = grad
+    constants = [None if i not in wanted else leaf for i, leaf in enumerate(leaves)]
+    return result, _private.tree_unflatten(constants, spec)
+
+
+def _autograd(
+    of_leaves: Callable[[list[Tensor]], tuple[Tensor, Any]], values: list[Tensor]
+) -> tuple[Any, list[Tensor]]:
+    with torch.enable_grad():
+        values = [value.detach().requires_grad_() for value in values]
+        loss, result = of_leaves(values)
+        if not loss.requires_grad:
+            raise NotDifferentiableError(
+                "the outer loss does not depend on params or hyper through anything differentiable: compute it from traj.params, "
+                "traj.losses, traj.aux or traj.at(t), and not under torch.no_grad or from detached values"
+            )
+        grads = torch.autograd.grad(loss, values, allow_unused=True)
+    # An input that the outer loss does not depend on has the gradient zero, as torch.func.grad says too.
+    filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True)]
+    return tree.map_tensors(Tensor.detach, result), filled
+
+
+_verified: weakref.WeakKeyDictionary[Problem, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def _compiled_gradient(
+    problem: Problem, value_of: ValueOf, inputs: Inputs, names: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """`_gradient`, compiled as a whole: a transform over a compiled function would run eagerly, so compile goes outermost."""
+    compiled = torch.compile(_gradient, fullgraph=True)
+    result, grads = compiled(value_of, inputs, names)
+    shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
+    if shapes not in _verified.setdefault(problem, set()):
+        _compare(result, grads, *_gradient(value_of, inputs, names))
+        _verified[problem].add(shapes)
+    return tree.map_tensors(Tensor.detach, (result, grads))
+
+
+def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> None:
+    """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
+    for (name, ours), (_, eager) in zip(
+        tree.named_tensors([result, grads]), tree.named_tensors([eager_result, eager_grads]), strict=True
+    ):
+        scale = eager.abs().max() if eager.numel() else eager.new_zeros(())
+        error = (ours - eager).abs().max() if eager.numel() else scale
+        tolerance = 100 * torch.finfo(eager.dtype).eps ** 0.5
+        if not error <= tolerance * scale + torch.finfo(eager.dtype).tiny:
+            raise MetaGradientError(
+                f"the compiled meta-gradient differs from the eager one at {name}: by {error:.3e}, where values are up to "
+                f"{scale:.3e}. This is a compiler error (or the loop draws random numbers): use compile=False"
+            )
+
+
+def _batches(batches: Any, hyper: Any, steps: int | None) -> tuple[int, Callable[[dict[str, Any], int], Any]]:
+    """The number of steps, and ``batch(params, t)``."""
+    if steps is not None and (not isinstance(steps, int) or steps < 0):
+        raise InvalidInputError(f"steps={steps!r} must be a number of steps, 0 or more")
+    if batches is None or callable(batches):
+        if steps is None:
+            raise InvalidInputError("the number of steps is not known: write steps=T")
+        if batches is None:
+            return steps, lambda params, t: None
+        return steps, lambda params, t: tree.map_tensors(Tensor.detach, batches(params, hyper, t))
+    _check_constant(batches)
+    if isinstance(batches, list):
+        available = len(batches)
+        entry = lambda params, t: batches[t]  # noqa: E731
+    else:
+        lengths = {t.shape[0] if t.ndim else None for t in tree.tensors(batches)}
+        if len(lengths) != 1 or None in lengths:
+            raise InvalidInputError(
+                f"batches must be a list with one entry per step, tensors stacked over steps (first dimension T), or a function; "
+                f"got {type(batches).__name__} with first dimensions {sorted(map(str, lengths))}"
+            )
+        available = lengths.pop()
+        entry = lambda params, t: tree.map_tensors(lambda x: x[t], batches)  # noqa: E731
+    if steps is not None and steps > available:
+        raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
+    return available if steps is None else steps, entry
+
+
+def _check_constant(batches: Any) -> None:
+    for name, t in tree.named_tensors(batches, "batches"):
+        if t.requires_grad:
+            raise InvalidInputError(
+                f"{name} requires grad, but batches are constants of the derivative: put that tensor into hyper, let batches be "
+                "indices into it, or detach it"
+            )
