@@ -1,6 +1,6 @@
 """Differentiate through training: the exact derivative of anything after an optimisation loop with respect to anything before it."""
 
-from innerloop import inspect, optim, strategy
+from innerloop import higher, inspect, optim, strategy
 from innerloop.check import check_metagradient
 from innerloop.errors import (
     CapturedTensorError,
@@ -31,6 +31,7 @@ __all__ = [
     "Trajectory",
     "check_metagradient",
     "functional",
+    "higher",
     "inspect",
     "metagradient",
     "optim",

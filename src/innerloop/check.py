@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -170,7 +171,7 @@ class _Evaluation:
             if self._random is not None:
                 self._random.restore()
             with torch.enable_grad(), _PromoteToFloat64():
-                return check_loss(self._outer_fn(self._with(values)), "outer_fn(inputs)")
+                return check_loss(self._outer_fn(self._with(values)), "what outer_fn(inputs) returns")
         finally:
             if after is not None:
                 after.restore()
@@ -189,9 +190,8 @@ def _with_parameters(module: nn.Module, names: Sequence[str], values: Sequence[T
     own = dict(module.named_parameters())
     by_id = {id(own[name]): value for name, value in zip(names, values, strict=True)}
     for submodule in module.modules():
-        for key, p in submodule._parameters.items():
-            if p is not None and id(p) in by_id:
-                submodule._parameters[key] = by_id[id(p)]  # type: ignore[assignment]
+        table = vars(submodule)["_parameters"]
+        table.update({key: by_id[id(p)] for key, p in table.items() if id(p) in by_id})
     return module
 
 
@@ -214,7 +214,7 @@ class _PromoteToFloat64(TorchFunctionMode):
 def _finite(f: Callable[[float], float], h: float) -> tuple[float, float]:
     """The four-point derivative at 0 and how far the two neighbouring steps that agree best are apart."""
     estimates = [_four_point(f, h / 2**k) for k in range(3)]
-    gaps = [abs(a - b) for a, b in zip(estimates, estimates[1:], strict=False)]
+    gaps = [abs(a - b) for a, b in itertools.pairwise(estimates)]
     best = gaps.index(min(gaps))
     return estimates[best + 1], gaps[best]
 

@@ -12,7 +12,7 @@ from innerloop.errors import MissingExtraError
 from innerloop.walkthrough import Walkthrough, run, to_text, write_picture
 
 OK, DISAGREES, FAILED = 0, 1, 2
-"""Exit codes: everything asked for was done; the columns of the walk-through disagree; something is missing or wrong."""
+"""Exit codes: all is done; the columns of the walk-through disagree; something is missing or cannot be written."""
 PICTURE = Path("innerloop-walkthrough.png")
 
 
@@ -41,7 +41,7 @@ def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
 
 
 def _write_picture(result: Walkthrough, file: Path | None) -> int:
-    target = PICTURE if file is None else file
+    target = PICTURE if file is None else file if file.suffix else file.with_suffix(PICTURE.suffix)
     try:
         write_picture(result, target)
     except MissingExtraError as error:

@@ -83,17 +83,15 @@ class CutGuard:
     """
 
     def __init__(self, learn: str) -> None:
-        self._node = _RaiseInBackward if learn == "nothing" else _RaiseIfNothingReached
-        self.reached = learn == "nothing"
+        self._nothing = learn == "nothing"
+        self.reached = self._nothing
 
     def leaf(self, value: Tensor) -> Tensor:
         """``value`` as a tensor that requires grad and ends the graph."""
         value = value.requires_grad_()
-        return (
-            _RaiseInBackward.apply(value)
-            if self._node is _RaiseInBackward
-            else _RaiseIfNothingReached.apply(value, self)
-        )  # type: ignore[no-any-return]
+        if self._nothing:
+            return _RaiseInBackward.apply(value)
+        return _RaiseIfNothingReached.apply(value, self)
 
     def saw(self, tensors: Iterable[Tensor]) -> None:
         """Hyper-parameters of a step."""

@@ -56,8 +56,9 @@ class Paths(NamedTuple):
     r"""The outer gradient with respect to :math:`\theta_s`, split by the parameters at a later time t that it flows through.
 
     .. math::
-        \frac{dL}{d\theta_s} = \underbrace{\sum_i \frac{\partial L}{\partial\theta_t^i} \frac{\partial\theta_t^i}{\partial\theta_s}}_{\text{through}}
-        + \underbrace{\Big(\frac{dL}{d\theta_s} - \dots\Big)}_{\text{direct: around time t, for example through earlier losses}}
+        \frac{dL}{d\theta_s}
+        = \underbrace{\sum_i \frac{\partial L}{\partial\theta_t^i} \frac{\partial\theta_t^i}{\partial\theta_s}}_{\text{through}}
+        + \underbrace{\text{the rest}}_{\text{direct: around time } t \text{, for example by earlier losses}}
 
     Attributes:
         outer: :math:`\partial L/\partial\theta_t^i` by name.

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop import _private
 from innerloop.errors import InvalidInputError
 
 
@@ -123,6 +122,8 @@ class ModuleView:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Module]) -> None:
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise InvalidInputError(f"expected an nn.Module, or a dict of modules, got {type(model).__name__}")
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
         copier = _Copier()
         for module in modules.values():
@@ -159,6 +160,11 @@ def plain(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
+_PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
+_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - {
+    "_parameters",
+    "_buffers",
+}
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
@@ -201,25 +207,26 @@ class _Copier:
         new = object.__new__(type(module))
         self.done[id(module)] = new
         self.keep.append(module)
-        attributes = dict(vars(module))
-        for kind in ("_parameters", "_buffers"):
-            attributes[kind] = table = dict(attributes[kind])
-            for key, tensor in table.items():
-                if tensor is not None:
-                    self.places.setdefault(id(tensor), []).insert(0, (table, key))
-        attributes["_compiled_call_impl"] = None
-        new.__dict__.update(attributes)
-        for key, value in attributes.items():
-            if key not in ("_parameters", "_buffers"):
-                new.__dict__[key] = (
-                    self._own(value) if key.endswith("_hooks") or key == "_modules" else self.copy(value)
-                )
+        own = new.__dict__
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                own[key] = table = dict(value)
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self.places.setdefault(id(tensor), []).insert(0, (table, name))
+            elif type(value) in _PLAIN:
+                own[key] = value
+            elif key in _TABLES:
+                own[key] = self._own(value) if value else type(value)()
+            else:
+                own[key] = self.copy(value)
+        own["_compiled_call_impl"] = None
         return new
 
     def _own(self, table: Any) -> Any:
-        """A table of the module itself (submodules, hooks): always copied, so that additions to the copy stay there."""
+        """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""
         copied = self.copy(table)
-        return type(table)(table) if copied is table and isinstance(table, dict) else copied
+        return type(table)(table) if copied is table else copied
 
     def _container(self, obj: Any) -> Any:
         """A container with copied elements, or the container itself if none of them needed copying."""

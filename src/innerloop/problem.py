@@ -38,7 +38,9 @@ class Carry(NamedTuple):
 
 
 class Problem:
-    r"""One step of training, :math:`\theta_{t+1} = u(\nabla_\theta \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)`, as its two factors.
+    r"""One step of training, as its two factors: a loss :math:`\ell` and an update rule :math:`u` with state :math:`s`.
+
+    .. math:: (\theta_{t+1}, s_{t+1}) = u(\nabla_\theta\, \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)
 
     The factors stay separate because strategies need them: the symmetry of the Hessian of ``loss``, the residual
     :math:`\nabla_\theta \ell`, the update rule.
@@ -116,7 +118,10 @@ class Problem:
             named = {f"model.{name}": p for name, p in params.items()}
             result, new_buffers = module.call_with(self.module, named, buffers, hyper, batch)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-        return check_loss(loss, "loss(params, hyper, batch)"), (aux, new_buffers)
+        return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
+            aux,
+            new_buffers,
+        )
 
     def gradient(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
@@ -168,15 +173,15 @@ def check_loss(loss: Any, what: str) -> Tensor:
         )
     if loss.numel() != 1:
         raise InvalidInputError(
-            f"{what} returned a tensor of shape {tuple(loss.shape)}, not a scalar: reduce it, for example .mean()"
+            f"{what} has shape {tuple(loss.shape)}, it must be a scalar: reduce it, for example by .mean()"
         )
     if not loss.is_floating_point():
-        raise InvalidInputError(f"{what} returned a loss of dtype {loss.dtype}: it must be real and floating point")
+        raise InvalidInputError(f"{what} has dtype {loss.dtype}, it must be real and floating point")
     return loss.reshape(()) if loss.ndim else loss
 
 
 def _explained(error: RuntimeError) -> RuntimeError:
-    """torch's own message with the cure, where we know it."""
+    """The message of torch with the cure, where we know it."""
     text = str(error)
     cures = {
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
-from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.module import ModuleView, check_names, named_buffers, named_parameters
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
@@ -257,6 +257,10 @@ class Loop:
 
     def _checked(self, loss: Any) -> Tensor:
         loss = check_loss(loss, "the loss given to loop.step")
+        if not self._trained:
+            raise InvalidInputError(
+                "there is nothing to train: every parameter of the optimizer is frozen (requires_grad=False)"
+            )
         if not loss.requires_grad:
             why = (
                 "torch.no_grad() is on"
@@ -288,10 +292,8 @@ class Loop:
     def _check_gradients(self, grads: Mapping[str, Tensor | None]) -> None:
         if all(g is None for g in grads.values()):
             raise InvalidInputError(
-                f"the loss depends on none of the {len(grads)} parameters that the optimizer trains: compute it with loop.model, not "
-                "with the model that was passed to track"
-                if grads
-                else "there is nothing to train: every parameter of the optimizer is frozen (requires_grad=False)"
+                f"the loss depends on none of the {len(grads)} parameters that the optimizer trains, as they are now: compute it with "
+                "loop.model (not with the model that was passed to track), and anew after each step"
             )
         for name, g in grads.items():
             if g is not None and g.layout != torch.strided:

@@ -138,7 +138,10 @@ def metagradient(
         start = params._replace(params=inputs["params"]) if isinstance(params, Carry) else inputs["params"]
         traj = unroll(problem, start, batches, hyper=inputs["hyper"], strategy=strategy, steps=steps, save_at=save_at)
         result = outer(traj, inputs["hyper"])
-        loss = check_loss(result[0] if isinstance(result, tuple) else result, "outer(traj, hyper)")
+        loss = check_loss(
+            result[0] if isinstance(result, tuple) else result,
+            "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
+        )
         return loss, result
 
     inputs = {"params": dict(params.params if isinstance(params, Carry) else params), "hyper": hyper}
@@ -250,7 +253,7 @@ def _batches(batches: Any, hyper: Any, steps: int | None) -> tuple[int, Callable
                 f"batches must be a list with one entry per step, tensors stacked over steps (first dimension T), or a function; "
                 f"got {type(batches).__name__} with first dimensions {sorted(map(str, lengths))}"
             )
-        available = lengths.pop()
+        available = int(lengths.pop() or 0)
         entry = lambda params, t: tree.map_tensors(lambda x: x[t], batches)  # noqa: E731
     if steps is not None and steps > available:
         raise InvalidInputError(f"steps={steps}, but batches holds only {available}")

@@ -9,18 +9,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used, require
+from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used, numbers, require
 from innerloop.optim.numerics import one_minus_power, safe_sqrt
-from innerloop.optim.packing import Packed
 
 
 class AdamState(NamedTuple):
     """Steps taken, first and second moments, and (AMSGrad) the largest second moment so far."""
 
     count: Any
-    mu: Packed
-    nu: Packed
-    nu_max: Packed | None
+    mu: Any
+    nu: Any
+    nu_max: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -74,7 +73,7 @@ class Adam(Rule):
 
     hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay")
     state_type: ClassVar = AdamState
-    torch_class: ClassVar = torch.optim.Adam
+    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
     torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 
     def __post_init__(self) -> None:
@@ -88,8 +87,8 @@ class Adam(Rule):
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "eps", "weight_decay")
         for i, beta in enumerate(hyper["betas"]):
-            if isinstance(beta, (int, float)):
-                require(0 <= beta < 1, f"betas[{i}]={beta} must be in [0, 1)")
+            for value in numbers(beta):
+                require(0 <= value < 1, f"betas[{i}]={value} must be in [0, 1)")
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("mu", "nu", "nu_max") if self.amsgrad else ("mu", "nu")
@@ -105,7 +104,7 @@ class Adam(Rule):
                 grad = add_scaled(grad, param, decay)
         mu = _average(state.mu, grad, beta1)
         nu = _average_of_squares(state.nu, grad, beta2)
-        nu_max = torch.maximum(state.nu_max, nu) if self.amsgrad else None  # type: ignore[arg-type]
+        nu_max = torch.maximum(state.nu_max, nu) if self.amsgrad else None
         root = safe_sqrt(nu if nu_max is None else nu_max, exact=isinstance(eps, (int, float)) and eps == 0)
         denominator = root / one_minus_power(beta2, state.count, param) ** 0.5 + eps
         step_size = lr / one_minus_power(beta1, state.count, param)
@@ -113,7 +112,7 @@ class Adam(Rule):
             param = param - step_size * (mu / denominator)
         else:
             param = torch.addcdiv(param, mu, denominator, value=-step_size)
-        return param, AdamState(state.count, mu, nu, nu_max)  # type: ignore[arg-type]
+        return param, AdamState(state.count, mu, nu, nu_max)
 
 
 def _average(mean: Any, grad: Tensor, beta: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +72,7 @@ class Rule(Optimizer):
     hyper_names: ClassVar[tuple[str, ...]]
     """The real-valued hyper-parameters, each replaceable by a tensor."""
 
-    state_type: ClassVar[type[tuple[Any, ...]]]
+    state_type: ClassVar[Any]
     """NamedTuple of the state: ``count`` first, then one field per tensor that the rule keeps for each parameter."""
 
     torch_class: ClassVar[type[torch.optim.Optimizer]]
@@ -119,7 +119,7 @@ class Rule(Optimizer):
     @classmethod
     def slots(cls) -> tuple[str, ...]:
         """The state fields that hold tensors."""
-        return cls.state_type._fields[1:]  # type: ignore[attr-defined, no-any-return]
+        return cls.state_type._fields[1:]
 
     def update(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
@@ -128,10 +128,7 @@ class Rule(Optimizer):
         active = _active(grads, params)
         ages, counts = _ages(state.count, params)
         layout = layout_of(params, active, ages)
-        old = {
-            name: None if slot is None else Packed.of(layout, slot)
-            for name, slot in zip(self.slots(), state[1:], strict=True)
-        }
+        old = _unpacked(self.slots(), state, layout)
         new: dict[str, list[Tensor | None]] = {name: [] for name in old}
         new_params = dict(params)
         for i, bucket in enumerate(layout):
@@ -193,12 +190,19 @@ def require(condition: bool, message: str) -> None:
         raise InvalidInputError(message)
 
 
+def numbers(value: Any) -> Iterator[float]:
+    """The plain numbers in a hyper-parameter; tensors are not looked at, that would wait for the device."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (v for v in value.values() if isinstance(v, (int, float)))
+
+
 def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
     """Raise if a hyper-parameter among ``names`` is a negative number."""
     for name in names:
-        value = hyper[name]
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise InvalidInputError(f"{name}={value} is negative (or NaN); {name} must be >= 0")
+        for value in numbers(hyper[name]):
+            require(value >= 0, f"{name}={value} is negative (or NaN); {name} must be >= 0")
 
 
 def _shown(value: Any) -> str:
@@ -207,13 +211,27 @@ def _shown(value: Any) -> str:
     return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)
 
 
+def _unpacked(slots: tuple[str, ...], state: Any, layout: Layout) -> dict[str, Packed | None]:
+    """The state's fields in the buckets of ``layout``."""
+    try:
+        return {n: None if slot is None else Packed.of(layout, slot) for n, slot in zip(slots, state[1:], strict=True)}
+    except KeyError as error:
+        raise InvalidInputError(
+            f"the state knows no parameter {error}: it belongs to other parameters; pass what init(params) or the last update returned"
+        ) from None
+
+
 def _active(grads: Grads, params: Params) -> dict[str, bool] | None:
     """Which parameters have a gradient; None if all have."""
     everything = True
-    for name in params:
-        if grads.get(name) is None:
+    for name, p in params.items():
+        g = grads.get(name)
+        if g is None:
             everything = False
-            break
+        elif g.shape != p.shape:
+            raise InvalidInputError(
+                f"the gradient of {name!r} has shape {tuple(g.shape)}, the parameter has {tuple(p.shape)}"
+            )
     if len(grads) > len(params) or not everything:
         unknown = [name for name in grads if name not in params]
         if unknown:
@@ -226,6 +244,9 @@ def _ages(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]
     if not isinstance(count, Mapping):
         return None, [count]
     distinct = sorted(set(count.values()))
+    missing = [name for name in params if name not in count]
+    if missing:
+        raise InvalidInputError(f"the state knows no parameter {missing}: it belongs to other parameters")
     return {name: distinct.index(count[name]) for name in params}, distinct
 
 
@@ -243,7 +264,7 @@ def _advance(count: Any, layout: Layout, active: Mapping[str, bool] | None) -> A
 
 def _for_bucket(hyper: Mapping[str, Any], bucket: Bucket, param: Tensor) -> dict[str, Any]:
     """The hyper-parameters as numbers, 0-dim tensors or tensors of the bucket's shape."""
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in hyper.items():
         if isinstance(value, tuple):
             values[name] = tuple(_value(v, name, bucket, param) for v in value)

@@ -136,8 +136,8 @@ def from_torch(
     say) are not seen; `innerloop.track` does see them.
 
     Args:
-        optimizer: one of ``torch.optim`` whose rule `innerloop.optim` has (or a list of them, for disjoint parameters). A subclass counts as its
-            parent unless it overrides ``step``.
+        optimizer: one of ``torch.optim`` whose rule `innerloop.optim` has (or a list of them, for disjoint parameters). A subclass
+            counts as its parent unless it overrides ``step``.
         model: whose ``named_parameters`` gives the optimizer's tensors their names, or a mapping name -> tensor. Not needed if
             the optimizer was built from ``named_parameters()``, if ``init`` is called with the optimizer's own tensors, or if
             there is one group and the order is the same.

@@ -63,24 +63,28 @@ def layout_of(
 
 
 def _build(key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...]) -> Layout:
-    members: dict[object, list[tuple[str, torch.Size, int]]] = {}
-    for name, shape, dtype, device, active, age in key:
-        numel = shape.numel()
-        alone = name if numel > FLAT_LIMIT else None
-        real = numel * (2 if dtype.is_complex else 1)
-        unit = max(1, _ALIGNMENT // (dtype.itemsize // (2 if dtype.is_complex else 1)))
-        members.setdefault((alone, dtype, device, active, age), []).append((name, shape, -real % unit))
+    members: dict[object, list[int]] = {}
+    for i, (name, shape, dtype, device, active, age) in enumerate(key):
+        # Half precision rounds differently in the vectorised part and the tail of a kernel: alone, it has the bits of torch.optim.
+        alone = name if shape.numel() > FLAT_LIMIT or dtype.itemsize < 4 else None
+        members.setdefault((alone, dtype, device, active, age), []).append(i)
     return tuple(
         Bucket(
-            names=tuple(name for name, _, _ in group),
-            shapes=tuple(shape for _, shape, _ in group),
-            pads=tuple(pad for _, _, pad in group),
-            is_complex=dtype.is_complex,  # type: ignore[attr-defined]
-            active=active,  # type: ignore[arg-type]
-            age=age,  # type: ignore[arg-type]
+            names=tuple(key[i][0] for i in group),
+            shapes=tuple(key[i][1] for i in group),
+            pads=tuple(_padding(key[i][1], key[i][2]) for i in group),
+            is_complex=key[group[0]][2].is_complex,
+            active=key[group[0]][4],
+            age=key[group[0]][5],
         )
-        for (_, dtype, _, active, age), group in members.items()  # type: ignore[misc]
+        for group in members.values()
     )
+
+
+def _padding(shape: torch.Size, dtype: torch.dtype) -> int:
+    """Real elements from the end of a tensor to the next multiple of 64 bytes."""
+    real = shape.numel() * (2 if dtype.is_complex else 1)
+    return -real % (_ALIGNMENT // (dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize))
 
 
 def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
@@ -91,7 +95,9 @@ def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
     pieces = []
     for name, pad in zip(bucket.names, bucket.pads, strict=True):
         tensor = named[name]
-        piece = (torch.view_as_real(tensor) if bucket.is_complex else tensor).reshape(-1)
+        piece = torch.view_as_real(tensor) if bucket.is_complex else tensor
+        if piece.ndim != 1:
+            piece = piece.reshape(-1)
         pieces.append(piece)
         if pad:  # ones, not zeros: the padding must not meet the singularities of an update rule
             pieces.append(piece.new_ones(pad))
@@ -114,7 +120,10 @@ def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     named = {}
     for name, shape, pad in zip(bucket.names, bucket.shapes, bucket.pads, strict=True):
         piece = next(pieces)
-        named[name] = torch.view_as_complex(piece.view(*shape, 2)) if bucket.is_complex else piece.view(shape)
+        if bucket.is_complex:
+            named[name] = torch.view_as_complex(piece.view(*shape, 2))
+        else:
+            named[name] = piece if len(shape) == 1 else piece.view(shape)
         if pad:
             next(pieces)
     return named

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used, require
-from innerloop.optim.packing import Packed
 
 
 class SGDState(NamedTuple):
     """Steps taken and, with momentum, the running sum of gradients."""
 
     count: Any
-    momentum_buffer: Packed | None
+    momentum_buffer: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +68,7 @@ class SGD(Rule):
 
     hyper_names: ClassVar = ("lr", "momentum", "dampening", "weight_decay")
     state_type: ClassVar = SGDState
-    torch_class: ClassVar = torch.optim.SGD
+    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
     torch_state: ClassVar = {"momentum_buffer": "momentum_buffer"}
     torch_counts: ClassVar = False
 

@@ -41,9 +41,11 @@ def draw(walkthrough: Walkthrough) -> Figure:
     """The figure, made without pyplot: no window opens and no global setting changes."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise MissingExtraError.of("matplotlib", "plot", "the picture of the walk-through") from error
-    figure = Figure(figsize=(13, 6.6), facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03)
+    figure = Figure(figsize=(13, 6.7), facecolor="white", layout=layout)
     surface, influence = figure.subplots(1, 2, subplot_kw={"box_aspect": 1})
     _surface(surface, walkthrough)
     _influence(influence, walkthrough)
@@ -56,7 +58,7 @@ def _surface(axes: Axes, walkthrough: Walkthrough) -> None:
     _rolling(axes, walkthrough.settles)
     axes.set(xlim=(LOW, HIGH), ylim=(LOW, HIGH), xlabel="parameter a", ylabel="parameter b")
     axes.set(xticks=range(1, 6), yticks=range(1, 6))
-    axes.set_title("SGD on the loss surface: where the parameters go", loc="left", fontweight="bold", pad=10)
+    axes.set_title("SGD on L = ½ ((a² + b²) x − y)²: where the parameters go", loc="left", fontweight="bold", pad=10)
 
 
 def _loss(axes: Axes, system: System) -> None:

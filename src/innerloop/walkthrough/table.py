@@ -131,7 +131,7 @@ class _Columns(Generic[Q]):
 
 
 _ONE_STEP: tuple[tuple[str, Callable[[OneStep], float]], ...] = (
-    ("L", lambda q: q.loss),
+    ("loss L", lambda q: q.loss),
     ("d L / d ŷ", lambda q: q.loss_by_prediction),
     ("d L / d a₀", lambda q: q.gradient[0]),
     ("d L / d b₀", lambda q: q.gradient[1]),
@@ -144,7 +144,7 @@ _ONE_STEP: tuple[tuple[str, Callable[[OneStep], float]], ...] = (
 )
 
 _OUTER: tuple[tuple[str, Callable[[OneStep], float]], ...] = (
-    ("TL", lambda q: q.outer_loss),
+    ("test loss TL", lambda q: q.outer_loss),
     ("d TL / d a₁", lambda q: q.outer_by_updated[0]),
     ("d TL / d b₁", lambda q: q.outer_by_updated[1]),
     ("  d TL/d a₁ · d a₁/d a₀", lambda q: q.paths[0][0]),
@@ -197,7 +197,7 @@ def _outer_gradient(columns: _Columns[OneStep]) -> Block:
 def _two_models(system: System) -> Block:
     return Block(
         "3  Two models",
-        "Task model m takes the inner step from the parameters of meta-model M: the outer gradient arrives at M.",
+        "Task model m takes its inner step from the parameters of meta-model M: the gradient arrives at M.",
         _rows(_TWO_MODELS, _Columns(*(module.two_models(system) for module in _MODULES))),
     )
 

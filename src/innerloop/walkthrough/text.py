@@ -5,7 +5,7 @@ from __future__ import annotations
 from innerloop.walkthrough.table import AUTOGRAD_TOLERANCE, FINITE_TOLERANCE, Block, Row, Walkthrough
 
 WIDTH = 100
-_BAR = 20
+_BAR = 18
 
 
 def to_text(walkthrough: Walkthrough) -> str:
@@ -44,7 +44,7 @@ def _block(block: Block) -> str:
 
 def _titles(block: Block) -> str:
     head = f"  {'':<24}{'closed form':>13}  {'autograd':>15}  {'finite diff.':>15}"
-    return f"{head}       size" if block.bars else f"{head}       off by (autograd, finite)"
+    return f"{head}      size" if block.bars else f"{head}   off by autograd, finite"
 
 
 def _row(row: Row, largest: float) -> str:

@@ -1,0 +1,80 @@
+"""A bridge for code written with the library ``higher``: change the import, keep the loop.
+
+.. code-block:: python
+
+    import innerloop.higher as higher
+
+    with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
+        diffopt.step(loss_fn(fmodel(x), y))
+        loss_fn(fmodel(xq), yq).backward()  # model.parameters() receive .grad
+
+This is the first part of the bridge: `innerloop_ctx`, `optim.DifferentiableSGD`, ``DifferentiableAdam``, ``DifferentiableAdamW`` and
+`register_optim`. It stands on innerloop's own optimizers and module view. What differs from ``higher`` 0.2.1: hooks fire, submodules
+can be called alone, ``maximize`` and a tensor learning rate are honoured, a hyper-parameter of value 0 gets its gradient, and Adam's
+``eps`` stands where PyTorch has it (after the bias correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from innerloop.higher import optim, patch
+from innerloop.higher.optim import DifferentiableOptimizer, get_diff_optim, register_optim
+from innerloop.higher.patch import monkeypatch
+
+__all__ = [
+    "DifferentiableOptimizer",
+    "get_diff_optim",
+    "innerloop_ctx",
+    "monkeypatch",
+    "optim",
+    "patch",
+    "register_optim",
+]
+
+
+@contextmanager
+def innerloop_ctx(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    device: torch.device | str | None = None,
+    copy_initial_weights: bool = True,
+    override: Mapping[str, list[Any]] | None = None,
+    track_higher_grads: bool = True,
+) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
+    """A functional copy of ``model`` and a differentiable form of ``opt``.
+
+    Args:
+        model: any module; it is not changed.
+        opt: an optimizer over its parameters; its state is taken over, it is not changed.
+        device: where the copy lives; default: where the model is.
+        copy_initial_weights: True starts from copies that no gradient leaves (as in ``higher``); False lets the outer gradient reach
+            ``model.parameters()``, which is what MAML needs.
+        override: hyper-parameters as ``{"lr": [tensor]}``: one entry for all param groups, or one per group.
+        track_higher_grads: False for evaluation: nothing is differentiated through the steps, and memory does not grow.
+
+    Returns:
+        A context manager that gives ``(fmodel, diffopt)``; ``fmodel.parameters(time=t)`` are the parameters after t steps.
+
+    Example:
+        >>> import torch, innerloop.higher as higher
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+        >>> opt = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> x = torch.ones(1, 1)
+        >>> with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
+        ...     _ = diffopt.step(fmodel(x).square().sum() / 2)
+        ...     (fmodel(x).square().sum() / 2).backward()
+        >>> model.weight.grad
+        tensor([[1.]])
+    """
+    fmodel = monkeypatch(model, device, copy_initial_weights, track_higher_grads)
+    diffopt = get_diff_optim(
+        opt, model.parameters(), fmodel=fmodel, device=device, override=override, track_higher_grads=track_higher_grads
+    )
+    yield fmodel, diffopt
