@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-# Pytrees: torch.func and torch.compile walk containers with this module, and there is no public one up to torch 2.13.
-tree_flatten = _pytree.tree_flatten
-tree_unflatten = _pytree.tree_unflatten
+# Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up to torch 2.13.
 tree_map = _pytree.tree_map
-tree_leaves = _pytree.tree_leaves
 
 
 def register_tree_node(
-    cls: type, flatten: Callable[[Any], tuple[list[Any], Any]], unflatten: Callable[[Any, Any], Any]
+    cls: type, children: Callable[[Any], list[Any]], rebuild: Callable[[Any, list[Any]], Any]
 ) -> None:
-    """Let torch.func and torch.compile look into instances of ``cls``."""
-    _pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__name__}")
+    """Let torch.func and torch.compile look into instances of ``cls``; the context of a node is an emptied instance."""
+    _pytree.register_pytree_node(
+        cls,
+        lambda node: (children(node), rebuild(node, [])),
+        lambda values, like: rebuild(like, list(values)),
+        serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+    )
 
 
 def inside_transform() -> bool:
@@ -37,3 +39,13 @@ def inside_transform() -> bool:
 def version(tensor: Tensor) -> int:
     """How often ``tensor`` has been written in place: tells whether a buffer changed without comparing its values."""
     return tensor._version
+
+
+def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
+    """The hooks of ``tensor.register_hook``: training runs them on each gradient, and they cannot be listed publicly."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> int:
+    """How many hooks ``register_step_pre_hook`` and ``register_step_post_hook`` put on an optimizer."""
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from innerloop import _private, tree
+from innerloop import tree
 from innerloop.errors import InvalidInputError, MetaGradientError
 from innerloop.problem import check_loss
 from innerloop.random_state import RandomState
@@ -205,7 +205,7 @@ class _PromoteToFloat64(TorchFunctionMode):
         if not in_place and name not in ("__set__", "to", "type", "copy_"):
             dtypes = {t.dtype for t in tree.tensors((args, kwargs))}
             if torch.float64 in dtypes and torch.float32 in dtypes:
-                args, kwargs = _private.tree_map(
+                args, kwargs = tree.map_leaves(
                     lambda x: x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x, (args, kwargs)
                 )
         return func(*args, **kwargs)

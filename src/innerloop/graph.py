@@ -28,21 +28,16 @@ def nodes(root: Any, boundary: Iterable[Any] = ()) -> Iterator[Any]:
             stack.extend(child for child, _ in node.next_functions)
 
 
-def is_compiled(node: Any) -> bool:
-    """Whether ``node`` is the backward of compiled code."""
-    return node is not None and node.name().startswith("CompiledFunction")
-
-
-class _RaiseInBackward(torch.autograd.Function):
+class _Raise(torch.autograd.Function):
     """The identity, whose backward raises: an inner gradient stops before it, an outer one runs into it."""
 
     @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(value: Tensor, anchor: Tensor) -> Tensor:
+        return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+        ctx.mark_dirty(inputs[0])  # the output is the input itself, not a view of it: it may be edited in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -57,22 +52,23 @@ class _RaiseIfNothingReached(torch.autograd.Function):
     """The identity at the start of a loop that is not connected to the model: its backward raises if nothing else was reached."""
 
     @staticmethod
-    def forward(value: Tensor, guard: CutGuard) -> Tensor:
-        return value.view_as(value)
+    def forward(value: Tensor, anchor: Tensor, guard: CutGuard) -> Tensor:
+        return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.guard = inputs[1]
+        ctx.mark_dirty(inputs[0])
+        ctx.guard = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if not ctx.guard.reached:
             raise NotDifferentiableError(
                 'the outer loss reaches no leaf: with learn="outer" (or after loop.detach()) the gradient ends at the start of the '
-                'loop, and no tensor outside of the model that requires grad took part in a step. Write learn="init" for the gradient of '
-                "model.parameters(), or give hyper-parameters as tensors that require grad"
+                'loop, and no tensor outside of the model that requires grad took part in a step. Write learn="init" for the '
+                "gradient of model.parameters(), or give hyper-parameters as tensors that require grad"
             )
-        return grads[0], None
+        return None, None, None
 
 
 class CutGuard:
@@ -87,19 +83,27 @@ class CutGuard:
         self.reached = self._nothing
 
     def leaf(self, value: Tensor) -> Tensor:
-        """``value`` as a tensor that requires grad and ends the graph."""
-        value = value.requires_grad_()
-        if self._nothing:
-            return _RaiseInBackward.apply(value)
-        return _RaiseIfNothingReached.apply(value, self)
+        """``value`` (a detached tensor of our own) as a tensor that requires grad and ends the graph."""
+        if not value.is_floating_point() and not value.is_complex():
+            return value
+        anchor = torch.empty(0, requires_grad=True)
+        return _Raise.apply(value, anchor) if self._nothing else _RaiseIfNothingReached.apply(value, anchor, self)
 
     def saw(self, tensors: Iterable[Tensor]) -> None:
         """Hyper-parameters of a step."""
         self.reached = self.reached or any(t.requires_grad for t in tensors)
 
-    def inspect(self, loss: Tensor, current: Iterable[Tensor]) -> None:
-        """Walk from an inner loss to the current parameters: raise at compiled code; look for leaves outside of the loop."""
+    def inspect(self, loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+        """Walk from an inner loss to the current parameters: raise at compiled code.
+
+        Returns:
+            The leaves outside of the loop.
+        """
+        leaves = []
         for node in nodes(loss.grad_fn, (p.grad_fn for p in current)):
-            if is_compiled(node):
+            if second_order and node.name().startswith("CompiledFunction"):
                 raise NotDifferentiableError(COMPILED)
-            self.reached = self.reached or hasattr(node, "variable")
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+        self.saw(leaves)
+        return leaves

@@ -31,29 +31,18 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         >>> call({"weight": torch.tensor([[3.0, 4.0]])}, torch.tensor([1.0, 10.0]))
         tensor([43.])
     """
-    check_module(model)
+    view = ModuleView(model)
 
     def call(
         params: Mapping[str, Tensor], *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         check_names(params, model)
-        output, new_buffers = call_with(
-            model, params, dict(model.named_buffers()) if buffers is None else buffers, *args, **kwargs
-        )
+        kept = dict(model.named_buffers()) if buffers is None else buffers
+        output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
         return output if buffers is None else (output, new_buffers)
 
-    params = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return call, params, {name: b.detach().clone() for name, b in model.named_buffers()}
-
-
-def call_with(
-    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], *args: Any, **kwargs: Any
-) -> tuple[Any, dict[str, Tensor]]:
-    """``(output, new_buffers)`` of ``model`` at these parameters and buffers; neither the model nor the arguments are changed."""
-    # A module updates buffers in place, so it gets copies. functional_call writes a buffer that was replaced back to `swapped`.
-    swapped = {**params, **{name: buffer.clone() for name, buffer in buffers.items()}}
-    output = torch.func.functional_call(model, swapped, args, kwargs)
-    return output, {name: swapped[name] for name in buffers}
+    params = {name: p.detach().clone() for name, p in named_parameters(model)}
+    return call, params, {name: b.detach().clone() for name, b in named_buffers(model)}
 
 
 def check_module(model: Any) -> None:
@@ -130,6 +119,7 @@ class ModuleView:
             check_module(module)
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
+        self._modes = copier.modes
         self.parameters = {name: copier.places_of(name, p) for name, p in named_parameters(model)}
         self.buffers = {name: copier.places_of(name, b) for name, b in named_buffers(model)}
 
@@ -153,6 +143,30 @@ class ModuleView:
             for container, key in self.buffers[name]:
                 container[key] = tensor
 
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """``(function(*args, **kwargs), new_buffers)`` while these parameters and copies of these buffers are in place.
+
+        Not ``torch.func.functional_call``: up to torch 2.13 that does not see a parameter which also stands in a list, and leaves
+        its tensors behind in a module that is registered twice.
+        """
+        for copied, original in self._modes:
+            copied.training = original.training
+        own, own_buffers = self.read(), self.read_buffers()
+        try:
+            self.write(params)
+            self.write_buffers({name: buffer.clone() for name, buffer in buffers.items()})
+            return function(*args, **kwargs), self.read_buffers()
+        finally:
+            self.write({name: own[name] for name in params})
+            self.write_buffers(own_buffers)
+
 
 def plain(module: nn.Module) -> nn.Module:
     """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
@@ -175,6 +189,7 @@ class _Copier:
         self.done: dict[int, Any] = {}
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
+        self.modes: list[tuple[nn.Module, nn.Module]] = []
 
     def copy(self, obj: Any) -> Any:
         """A copy of modules and of the containers that hold modules or parameters; anything else as it is."""
@@ -207,6 +222,7 @@ class _Copier:
         new = object.__new__(type(module))
         self.done[id(module)] = new
         self.keep.append(module)
+        self.modes.append((new, module))
         own = new.__dict__
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):

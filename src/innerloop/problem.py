@@ -77,7 +77,8 @@ class Problem:
         self.loss = loss
         self.optimizer = optimizer
         self.optimizer_hyper = optimizer_hyper
-        self.module: nn.Module | None = None
+        self.view: module.ModuleView | None = None
+        self._source: nn.Module | None = None
 
     @classmethod
     def from_module(
@@ -89,9 +90,9 @@ class Problem:
         changed. ``params`` of `unroll` is then ``dict(model.named_parameters())`` or a part of it; other parameters keep the
         module's values.
         """
-        module.check_module(model)
         problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
-        problem.module = _Loss(module.plain(model), loss)
+        problem.view = module.ModuleView(model)
+        problem._source = model
         return problem
 
     def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
@@ -103,20 +104,20 @@ class Problem:
                 f"params must be a dict of named tensors, or a carry (traj.at(-1)), got {type(params).__name__}: for a module write "
                 "dict(model.named_parameters())"
             )
-        if self.module is not None:
-            module.check_names({f"model.{name}": p for name, p in params.items()}, self.module)
-        buffers = {} if self.module is None else {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        buffers: dict[str, Tensor] = {}
+        if self._source is not None:
+            module.check_names(params, self._source)
+            buffers = {name: b.detach().clone() for name, b in module.named_buffers(self._source)}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
     ) -> tuple[Tensor, Any]:
         """``(loss, (aux, new_buffers))``."""
-        if self.module is None:
+        if self.view is None:
             result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
         else:
-            named = {f"model.{name}": p for name, p in params.items()}
-            result, new_buffers = module.call_with(self.module, named, buffers, hyper, batch)
+            result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
             aux,
@@ -153,18 +154,6 @@ class Problem:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
 
 
-class _Loss(nn.Module):
-    """Gives ``loss(model, ...)`` the form of a module's forward, so that functional_call can run it at other parameters."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, hyper: Any, batch: Any) -> Any:
-        return self.loss(self.model, hyper, batch)
-
-
 def check_loss(loss: Any, what: str) -> Tensor:
     """``loss`` as a scalar; raise unless it is one."""
     if not isinstance(loss, Tensor):
@@ -184,6 +173,8 @@ def _explained(error: RuntimeError) -> RuntimeError:
     """The message of torch with the cure, where we know it."""
     text = str(error)
     cures = {
+        "vmap: inplace": "a module writes a buffer in place, which has no batch dimension yet: pass a carry whose buffers are batched, "
+        "or use a module without running statistics",
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
         "does not require grad": "the loss does not depend on params: compute it from the `params` (or `model`) that it is given",

@@ -55,6 +55,11 @@ def track(
     Raises:
         InvalidInputError: the optimizer steps tensors that are not in the model, a name or shape does not fit.
 
+    Note:
+        A weight of ``loop.model`` may be edited between steps. An edit under ``torch.no_grad`` is a constant added to the weight (the
+        gradient passes as if it had not happened); assigning a new ``nn.Parameter`` cuts the gradient there. Buffers (running
+        statistics) are constants of the derivative, as in PyTorch.
+
     Cost:
         About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
 
@@ -110,6 +115,8 @@ class Loop:
             else [n for n in own if n not in self._frozen]
         )
         self._trained = [name for name in self._names if name not in self._frozen]
+        self._hooks = [(name, hook) for name in self._trained for hook in _private.gradient_hooks(own[name])]
+        self._own = {id(p): name for name, p in own.items()}
         check_names(params or {}, model)
         self._guard = graph.CutGuard(learn)
         with torch.enable_grad():
@@ -154,11 +161,16 @@ class Loop:
             NotDifferentiableError: the loss was computed by compiled code, which has no second derivative.
         """
         loss = self._checked(loss)
-        current = self._view.read()
+        current = self._current()
+        leaves = self._guard.inspect(loss, current.values(), self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
         values = torch.autograd.grad(loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True)
         grads: dict[str, Tensor | None] = dict(zip(wanted, values, strict=True))
-        self._check_gradients(grads)
+        self._check_gradients(grads, leaves)
+        for name, hook in self._hooks:
+            g = grads.get(name)
+            if g is not None and (changed := hook(g)) is not None:
+                grads[name] = changed
         if grad_callback is not None:
             grads = dict(grad_callback(grads))
         if isinstance(self._optimizer, FromTorch):
@@ -239,7 +251,7 @@ class Loop:
             if self._steps:
                 del self._states[self._steps]
         else:
-            self._states[self._steps] = self._now()
+            self._states[self._steps] = self._states[self._steps]._replace(params=self._view.read())
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -274,8 +286,6 @@ class Loop:
             self._check_finite(
                 loss.detach()
             )  # elsewhere a check per step would wait for the device: done on leaving the block
-        if not self._steps or not self._guard.reached:
-            self._guard.inspect(loss, self._view.read().values())
         return loss
 
     def _check_finite(self, losses: Tensor) -> None:
@@ -289,19 +299,32 @@ class Loop:
                 f"the loss of step {first} is {losses[first].item()}: the inner loop diverged (lower the lr?)"
             )
 
-    def _check_gradients(self, grads: Mapping[str, Tensor | None]) -> None:
+    def _current(self) -> dict[str, Tensor]:
+        current = self._view.read()
+        for name, p in current.items():
+            if not isinstance(p, Tensor):
+                raise InvalidInputError(
+                    f"parameter {name!r} of loop.model was replaced by {p!r}: assign a tensor, or freeze it"
+                )
+        return current
+
+    def _check_gradients(self, grads: Mapping[str, Tensor | None], leaves: list[Tensor]) -> None:
         if all(g is None for g in grads.values()):
             raise InvalidInputError(
                 f"the loss depends on none of the {len(grads)} parameters that the optimizer trains, as they are now: compute it with "
                 "loop.model (not with the model that was passed to track), and anew after each step"
             )
+        for name in (self._own[id(leaf)] for leaf in leaves if id(leaf) in self._own):
+            if name in grads and grads[name] is None:
+                raise InvalidInputError(
+                    f"the loss uses {name!r} of the model that was passed to track, not that of loop.model: it is reached through a "
+                    "closure or an object that is not a module. Make that a method of the module, or a submodule"
+                )
         for name, g in grads.items():
             if g is not None and g.layout != torch.strided:
                 raise NotDifferentiableError(
                     f"the gradient of {name!r} is sparse, which has no second derivative: build nn.Embedding with sparse=False"
                 )
-            if g is not None and graph.is_compiled(g.grad_fn):
-                raise NotDifferentiableError(graph.COMPILED)
 
 
 class _Snapshots:
@@ -330,5 +353,10 @@ def _pure(optimizer: Any, own: Mapping[str, Tensor]) -> Optimizer:
         if not isinstance(opt, torch.optim.Optimizer):
             raise InvalidInputError(
                 f"optimizer is {type(opt).__name__}: pass a torch.optim optimizer, a list of them, or one of innerloop.optim"
+            )
+        if _private.step_hooks(opt):
+            raise InvalidInputError(
+                "the optimizer has step hooks (register_step_pre_hook or _post_hook), which loop.step does not run: change gradients "
+                "with loop.step(loss, grad_callback=...)"
             )
     return from_torch(optimizers, own)

@@ -12,16 +12,65 @@ from innerloop import _private
 from innerloop.errors import InvalidInputError
 
 T = TypeVar("T")
+_LEAVES = (Tensor, int, float, str, type(None))
+_nodes: dict[type, tuple[Callable[[Any], list[Any]], Callable[[Any, list[Any]], Any]]] = {}
+
+
+def register(cls: type, children: Callable[[Any], list[Any]], rebuild: Callable[[Any, list[Any]], Any]) -> None:
+    """Let all tree functions, here and in PyTorch, look into instances of ``cls``.
+
+    Args:
+        cls: the class.
+        children: what an instance holds.
+        rebuild: ``rebuild(old, new_children)``, an instance like ``old`` that holds these.
+    """
+    _nodes[cls] = (children, rebuild)
+    _private.register_tree_node(cls, children, rebuild)
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``fn`` applied to each leaf.
+
+    As ``torch.utils._pytree.tree_map``, which leaves a reference cycle behind at every call (a recursive closure): a loop that maps its
+    state at each step would grow until the garbage collector runs. Kinds of containers that are rare here are left to it.
+    """
+    if isinstance(tree, _LEAVES):
+        return fn(tree)
+    kind = type(tree)
+    if kind is dict:
+        return {key: map_leaves(fn, value) for key, value in tree.items()}
+    if kind is list:
+        return [map_leaves(fn, value) for value in tree]
+    if isinstance(tree, tuple):
+        values = [map_leaves(fn, value) for value in tree]
+        return kind(*values) if hasattr(tree, "_fields") else tuple(values)
+    if kind in _nodes:
+        children, rebuild = _nodes[kind]
+        return rebuild(tree, [map_leaves(fn, child) for child in children(tree)])
+    return _private.tree_map(fn, tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of ``tree``, in order."""
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found
+
+
+def with_leaves(tree: Any, values: list[Any]) -> Any:
+    """A tree like ``tree`` with these leaves."""
+    remaining = iter(values)
+    return map_leaves(lambda _: next(remaining), tree)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: T) -> T:
     """``tree`` with ``fn`` applied to each tensor; every other leaf (numbers, None) is kept."""
-    return _private.tree_map(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors of ``tree``, in order."""
-    return (leaf for leaf in _private.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
 def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -44,10 +93,8 @@ def stack(trees: list[Any]) -> Any:
     """One pytree whose leaves are the leaves of ``trees``, stacked along a new first dimension."""
     if not trees:
         return None
-    flat = [_private.tree_flatten(tree) for tree in trees]
-    spec = flat[0][1]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return _private.tree_unflatten([_stacked(column) for column in columns], spec)
+    columns = zip(*(leaves(tree) for tree in trees), strict=True)
+    return with_leaves(trees[0], [_stacked(column) for column in columns])
 
 
 def _stacked(column: tuple[Any, ...]) -> Tensor | None:
@@ -69,13 +116,11 @@ def grad_with_aux(fn: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[
 
         def tensors_only(*args: Any) -> tuple[Tensor, list[Tensor]]:
             value, aux = fn(*args)
-            leaves, spec = _private.tree_flatten(aux)
-            box.append((leaves, spec))
-            return value, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            box.append(aux)
+            return value, list(tensors(aux))
 
         grads, unwrapped = torch.func.grad(tensors_only, has_aux=True)(*args)
-        leaves, spec = box.pop()
         outside = iter(unwrapped)
-        return grads, _private.tree_unflatten([next(outside) if isinstance(x, Tensor) else x for x in leaves], spec)
+        return grads, map_tensors(lambda _: next(outside), box.pop())
 
     return call

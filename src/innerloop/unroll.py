@@ -157,7 +157,8 @@ ValueOf = Callable[[Inputs], tuple[Tensor, Any]]
 
 def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """``(result, {name: gradient})``."""
-    leaves, spec = _private.tree_flatten({name: inputs[name] for name in names})
+    chosen = {name: inputs[name] for name in names}
+    leaves = tree.leaves(chosen)
     wanted = [
         i
         for i, leaf in enumerate(leaves)
@@ -170,7 +171,7 @@ def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[
         filled = list(leaves)
         for i, value in zip(wanted, values, strict=True):
             filled[i] = value
-        return value_of({**inputs, **_private.tree_unflatten(filled, spec)})
+        return value_of({**inputs, **tree.with_leaves(chosen, filled)})
 
     values = [leaves[i] for i in wanted]
     if torch.compiler.is_compiling() or _private.inside_transform():
@@ -181,7 +182,7 @@ def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[
     for i, grad in zip(wanted, grads, strict=True):
         leaves[i] = grad
     constants = [None if i not in wanted else leaf for i, leaf in enumerate(leaves)]
-    return result, _private.tree_unflatten(constants, spec)
+    return result, tree.with_leaves(chosen, constants)
 
 
 def _autograd(

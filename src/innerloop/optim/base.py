@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, unpack
+from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, unpack, zeros
 
 Scalar = float | Tensor
 Hyper = Scalar | Mapping[str, Scalar]
@@ -113,8 +113,7 @@ class Rule(Optimizer):
     def init(self, params: Params) -> Any:
         used = self.fields(self._resolve(None))
         layout = layout_of(params, None, None)
-        zeros = lambda: Packed(layout, tuple(torch.zeros_like(pack(bucket, params)).detach() for bucket in layout))  # noqa: E731
-        return self.state_type(0, *(zeros() if name in used else None for name in self.slots()))
+        return self.state_type(0, *(_zeros(layout, params) if name in used else None for name in self.slots()))
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
@@ -327,9 +326,9 @@ def _repack(layout: Layout, flats: list[Tensor | None], params: Params) -> Packe
     if all(flat is None for flat in flats):
         return None
     return Packed(
-        layout,
-        tuple(
-            torch.zeros_like(pack(bucket, params)).detach() if flat is None else flat
-            for bucket, flat in zip(layout, flats, strict=True)
-        ),
+        layout, tuple(zeros(b, params) if flat is None else flat for b, flat in zip(layout, flats, strict=True))
     )
+
+
+def _zeros(layout: Layout, params: Params) -> Packed:
+    return Packed(layout, tuple(zeros(bucket, params) for bucket in layout))

@@ -14,6 +14,8 @@ from innerloop.optim.base import Grads, Optimizer, Params, Rule
 from innerloop.optim.groups import GroupsState, PerGroup
 from innerloop.optim.packing import Packed, layout_of
 
+_NAMES = ("params", "param_names")  # what a param group holds besides settings
+
 
 class FromTorch(Optimizer):
     """What `from_torch` returns."""
@@ -28,11 +30,11 @@ class FromTorch(Optimizer):
 
     def refresh(self) -> None:
         """Read the settings of the param groups again (a scheduler may have changed them)."""
-        settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in self._groups()]
-        if len(settings) == len(self._settings) and all(map(_same, settings, self._settings)):
+        groups = list(self._groups())
+        if len(groups) == len(self._settings) and all(map(_same, groups, self._settings)):
             return
-        self._settings = settings
-        self.members = tuple(_build(rule, group) for rule, group in zip(self._rules, settings, strict=True))
+        self._settings = [{k: v for k, v in group.items() if k not in _NAMES} for group in groups]
+        self.members = tuple(_build(rule, group) for rule, group in zip(self._rules, self._settings, strict=True))
 
     def init(self, params: Params) -> GroupsState:
         names = self._resolved(params)
@@ -187,11 +189,14 @@ def _build(rule: type[Rule], group: Mapping[str, Any]) -> Rule:
     return rule(**{k: v for k, v in group.items() if k in names})
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two settings are the same; tensors are compared by identity, because a comparison would wait for the device."""
-    return a.keys() == b.keys() and all(
-        a[k] is b[k] or (not _has_tensor(a[k]) and not _has_tensor(b[k]) and a[k] == b[k]) for k in a
-    )
+def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether the settings are as known; tensors are compared by identity, because a comparison would wait for the device."""
+    for key, value in group.items():
+        if key not in _NAMES and value is not known.get(key, _NAMES):
+            old = known.get(key)
+            if _has_tensor(value) or _has_tensor(old) or value != old:
+                return False
+    return True
 
 
 def _has_tensor(value: Any) -> bool:

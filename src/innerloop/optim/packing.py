@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop import _private
+from innerloop import _private, tree
 
 FLAT_LIMIT = 16_384  # elements; a larger tensor is bound by memory traffic, so it is updated alone and never copied
 _ALIGNMENT = 64  # bytes
@@ -104,6 +104,17 @@ def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
+def zeros(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
+    """What `pack` returns for zeros like the tensors of ``named``."""
+    first = named[bucket.names[0]]
+    if len(bucket.names) == 1:
+        alone = torch.zeros_like(first)
+        return torch.view_as_real(alone) if bucket.is_complex else alone
+    factor = 2 if bucket.is_complex else 1
+    size = sum(shape.numel() * factor for shape in bucket.shapes) + sum(bucket.pads)
+    return (torch.view_as_real(first) if bucket.is_complex else first).new_zeros(size)
+
+
 def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     """The inverse of `pack`."""
     if len(bucket.names) == 1:
@@ -160,10 +171,16 @@ class Packed(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(len(bucket.names) for bucket in self.layout)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are packed alike and hold the same tensors; enough for torch to compare the structure of two pytrees."""
+        if not isinstance(other, Packed) or self.layout != other.layout or len(self.flats) != len(other.flats):
+            return False
+        return all(a is b for a, b in zip(self.flats, other.flats, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return f"Packed({', '.join(f'{name}: {tuple(shape)}' for b in self.layout for name, shape in zip(b.names, b.shapes, strict=True))})"
 
 
-_private.register_tree_node(
-    Packed, lambda p: (list(p.flats), p.layout), lambda flats, layout: Packed(layout, tuple(flats))
-)
+tree.register(Packed, lambda packed: list(packed.flats), lambda packed, flats: Packed(packed.layout, tuple(flats)))
