@@ -49,3 +49,13 @@ def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
 def step_hooks(optimizer: torch.optim.Optimizer) -> int:
     """How many hooks ``register_step_pre_hook`` and ``register_step_post_hook`` put on an optimizer."""
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """What ``optimizer.step`` notes on itself; without it a scheduler warns that it was stepped before its optimizer."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread: code that runs then is a hook, or a recomputation of the forward."""
+    return torch._C._current_graph_task_id() != -1

@@ -89,21 +89,23 @@ class CutGuard:
         anchor = torch.empty(0, requires_grad=True)
         return _Raise.apply(value, anchor) if self._nothing else _RaiseIfNothingReached.apply(value, anchor, self)
 
-    def saw(self, tensors: Iterable[Tensor]) -> None:
-        """Hyper-parameters of a step."""
-        self.reached = self.reached or any(t.requires_grad for t in tensors)
+    def follow(self, updated: Iterable[Tensor], current: Iterable[Tensor]) -> None:
+        """Look for leaves outside of the loop that a step depends on, in the graph between two times."""
+        boundary = {p.grad_fn for p in current}
+        found = (node for p in updated for node in nodes(p.grad_fn, boundary))
+        self.reached = self.reached or any(hasattr(node, "variable") for node in found)
 
-    def inspect(self, loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
-        """Walk from an inner loss to the current parameters: raise at compiled code.
 
-        Returns:
-            The leaves outside of the loop.
-        """
-        leaves = []
-        for node in nodes(loss.grad_fn, (p.grad_fn for p in current)):
-            if second_order and node.name().startswith("CompiledFunction"):
-                raise NotDifferentiableError(COMPILED)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-        self.saw(leaves)
-        return leaves
+def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+    """Walk from an inner loss to the current parameters: raise at code that has no second derivative.
+
+    Returns:
+        The leaves outside of the loop.
+    """
+    leaves = []
+    for node in nodes(loss.grad_fn, (p.grad_fn for p in current)):
+        if second_order and node.name().startswith("CompiledFunction"):
+            raise NotDifferentiableError(COMPILED)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves

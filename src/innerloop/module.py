@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop.errors import InvalidInputError
+from innerloop import _private
+from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
 def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -108,13 +109,14 @@ class ModuleView:
 
     Args:
         model: a module, or a dict of modules.
+        gate: tells when a backward pass must not read the parameters.
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module | Mapping[str, nn.Module], gate: Gate | None = None) -> None:
         if not isinstance(model, (nn.Module, Mapping)):
             raise InvalidInputError(f"expected an nn.Module, or a dict of modules, got {type(model).__name__}")
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
-        copier = _Copier()
+        copier = _Copier(gate)
         for module in modules.values():
             check_module(module)
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
@@ -182,10 +184,38 @@ _TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, 
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
+class Gate:
+    """Whether a backward pass may read the newest parameters."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters, which notices when a backward pass reads them: it would get the newest ones, not those of its time.
+
+    ``torch.utils.checkpoint`` does that when it recomputes a forward pass; the gradient would be wrong without an error.
+    """
+
+    def __init__(self, table: dict[str, Any], gate: Gate) -> None:
+        super().__init__(table)
+        self.gate = gate
+
+    def __getitem__(self, name: str) -> Any:
+        if self.gate.closed and _private.in_backward():
+            raise NotDifferentiableError(
+                f"the parameter {name!r} was read during the outer backward pass, where it has its newest value and not that of the step "
+                "being differentiated. Activation checkpointing does that (torch.utils.checkpoint, gradient_checkpointing_enable): "
+                "switch it off inside the loop"
+            )
+        return super().__getitem__(name)
+
+
 class _Copier:
     """Copies module trees, sharing all tensors, and remembers where each parameter and buffer stands in the copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate | None) -> None:
+        self.gate = gate
         self.done: dict[int, Any] = {}
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
@@ -226,7 +256,7 @@ class _Copier:
         own = new.__dict__
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):
-                own[key] = table = dict(value)
+                own[key] = table = self._table(key, value)
                 for name, tensor in table.items():
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
@@ -238,6 +268,9 @@ class _Copier:
                 own[key] = self.copy(value)
         own["_compiled_call_impl"] = None
         return new
+
+    def _table(self, key: str, table: dict[str, Any]) -> dict[str, Any]:
+        return _Parameters(table, self.gate) if key == "_parameters" and self.gate is not None else dict(table)
 
     def _own(self, table: Any) -> Any:
         """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""

@@ -175,6 +175,7 @@ def _explained(error: RuntimeError) -> RuntimeError:
     cures = {
         "vmap: inplace": "a module writes a buffer in place, which has no batch dimension yet: pass a carry whose buffers are batched, "
         "or use a module without running statistics",
+        "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
         "does not require grad": "the loss does not depend on params: compute it from the `params` (or `model`) that it is given",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.module import ModuleView, check_names, named_buffers, named_parameters
+from innerloop.module import Gate, ModuleView, check_names, named_buffers, named_parameters
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
 from innerloop.problem import Carry, check_loss
@@ -105,8 +105,11 @@ class Loop:
         self._second_order = learn != "nothing" and not first_order
         self.hyper = dict(hyper or {})
         self._user_model = model
-        self._view = ModuleView(model)
+        self._gate = Gate()
+        self._view = ModuleView(model, self._gate)
         own = dict(named_parameters(model))
+        if not own:
+            raise InvalidInputError(f"{type(model).__name__} has no parameters: there is nothing to train")
         self._frozen = {name for name, p in own.items() if not p.requires_grad}
         self._optimizer = _pure(optimizer, own)
         self._names = (
@@ -162,9 +165,15 @@ class Loop:
         """
         loss = self._checked(loss)
         current = self._current()
-        leaves = self._guard.inspect(loss, current.values(), self._second_order)
+        leaves = graph.inspect(loss, current.values(), self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        values = torch.autograd.grad(loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True)
+        self._gate.closed = False
+        try:
+            values = torch.autograd.grad(
+                loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True
+            )
+        finally:
+            self._gate.closed = self._second_order
         grads: dict[str, Tensor | None] = dict(zip(wanted, values, strict=True))
         self._check_gradients(grads, leaves)
         for name, hook in self._hooks:
@@ -172,14 +181,16 @@ class Loop:
             if g is not None and (changed := hook(g)) is not None:
                 grads[name] = changed
         if grad_callback is not None:
-            grads = dict(grad_callback(grads))
+            grads = self._called_back(grad_callback, grads)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
+            self._optimizer.mark_stepped()
         overrides = {**self.hyper, **(hyper or {})}
-        self._guard.saw(tree.tensors(overrides))
         with torch.set_grad_enabled(self.learn != "nothing"):
             params = {name: current[name] for name in self._names}
             updated, state = self._optimizer.update(grads, self._states[self._steps].optimizer_state, params, overrides)
+        if not self._guard.reached:
+            self._guard.follow(updated.values(), current.values())
         self._advance({**current, **updated}, state, loss)
         return loss.detach()
 
@@ -298,6 +309,16 @@ class Loop:
             raise InvalidInputError(
                 f"the loss of step {first} is {losses[first].item()}: the inner loop diverged (lower the lr?)"
             )
+
+    @staticmethod
+    def _called_back(grad_callback: GradCallback, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        changed = grad_callback(grads)
+        if not isinstance(changed, Mapping) or not set(changed) <= set(grads):
+            got = sorted(set(changed) - set(grads)) if isinstance(changed, Mapping) else type(changed).__name__
+            raise InvalidInputError(
+                f"grad_callback must return the gradients by name, as it gets them; got {got}, expected {list(grads)}"
+            )
+        return dict(changed)
 
     def _current(self) -> dict[str, Tensor]:
         current = self._view.read()

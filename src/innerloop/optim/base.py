@@ -13,7 +13,7 @@ from torch import Tensor
 from innerloop.errors import InvalidInputError
 from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, unpack, zeros
 
-Scalar = float | Tensor
+Scalar = int | float | Tensor
 Hyper = Scalar | Mapping[str, Scalar]
 """A hyper-parameter: a number, a 0-dim tensor, or a mapping from parameter names to scalars or tensors of the parameter's shape."""
 
@@ -95,6 +95,10 @@ class Rule(Optimizer):
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         """The state fields that the rule uses with these hyper-parameters; the others are None."""
 
+    def packs(self, hyper: Mapping[str, Any]) -> bool:
+        """Whether small parameters are updated as one flat tensor; below about four operations per tensor that costs more than it saves."""
+        return True
+
     @abc.abstractmethod
     def step(self, grad: Tensor, param: Tensor, state: Any, hyper: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The rule itself, for one tensor: ``(new_param, new_state)``.
@@ -111,8 +115,9 @@ class Rule(Optimizer):
         """Raise if a hyper-parameter given as a number is out of its range; tensors are not inspected."""
 
     def init(self, params: Params) -> Any:
-        used = self.fields(self._resolve(None))
-        layout = layout_of(params, None, None)
+        resolved = self._resolve(None)
+        used = self.fields(resolved)
+        layout = layout_of(params, None, None, self.packs(resolved))
         return self.state_type(0, *(_zeros(layout, params) if name in used else None for name in self.slots()))
 
     @classmethod
@@ -126,7 +131,7 @@ class Rule(Optimizer):
         resolved = self._resolve(hyper)
         active = _active(grads, params)
         ages, counts = _ages(state.count, params)
-        layout = layout_of(params, active, ages)
+        layout = layout_of(params, active, ages, self.packs(resolved))
         old = _unpacked(self.slots(), state, layout)
         new: dict[str, list[Tensor | None]] = {name: [] for name in old}
         new_params = dict(params)

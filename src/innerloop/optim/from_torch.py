@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError
 from innerloop.optim.base import Grads, Optimizer, Params, Rule
 from innerloop.optim.groups import GroupsState, PerGroup
@@ -26,6 +27,12 @@ class FromTorch(Optimizer):
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...] = ()
         self.refresh()
+        ids = [id(p) for group in self._groups() for p in group["params"]]
+        if len(ids) != len(set(ids)):
+            raise InvalidInputError(
+                f"{len(ids) - len(set(ids))} parameter(s) are in two of the optimizers: each step would move them twice. Give each "
+                "optimizer its own parameters"
+            )
         self._names = None if names is None else [self._named(group, names) for group in self._groups()]
 
     def refresh(self) -> None:
@@ -48,6 +55,11 @@ class FromTorch(Optimizer):
         self, grads: Grads, state: GroupsState, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], GroupsState]:
         return PerGroup.update(self.members, self._resolved(params), grads, state, params, hyper)
+
+    def mark_stepped(self) -> None:
+        """Let schedulers know that the optimizers took a step."""
+        for optimizer in self._optimizers:
+            _private.mark_stepped(optimizer)
 
     def write_back(self, state: GroupsState) -> None:
         """Write ``state`` into the torch optimizers, as if they had taken the steps."""

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used, require
+from innerloop.errors import InvalidInputError
+from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used
 
 
 class SGDState(NamedTuple):
@@ -77,14 +78,17 @@ class SGD(Rule):
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "momentum", "weight_decay")
-        require(
-            not self.nesterov or (is_used(hyper["momentum"]) and not is_used(hyper["dampening"])),
-            f"nesterov=True with momentum={hyper['momentum']}, dampening={hyper['dampening']}: Nesterov's form needs "
-            "momentum > 0 and dampening = 0, for example sgd(lr=0.1, momentum=0.9, nesterov=True)",
-        )
+        if self.nesterov and (not is_used(hyper["momentum"]) or is_used(hyper["dampening"])):
+            raise InvalidInputError(
+                f"nesterov=True with momentum={hyper['momentum']}, dampening={hyper['dampening']}: Nesterov's form needs momentum > 0 and "
+                "the number 0 for dampening, for example sgd(lr=0.1, momentum=0.9, nesterov=True)"
+            )
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if is_used(hyper["momentum"]) else ()
+
+    def packs(self, hyper: Mapping[str, Any]) -> bool:
+        return is_used(hyper["momentum"])
 
     def step(self, grad: Tensor, param: Tensor, state: SGDState, hyper: Mapping[str, Any]) -> tuple[Tensor, SGDState]:
         lr, momentum = hyper["lr"], hyper["momentum"]
