@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from innerloop import module, tree
+from innerloop import _private, graph, module, tree
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.optim.base import Optimizer
 from innerloop.random_state import RandomState
 
 Loss = Callable[[Any, Any, Any], Any]
+Named = Mapping[str, Tensor]
+Gradient = tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]
 OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
 
 
@@ -124,24 +126,50 @@ class Problem:
             new_buffers,
         )
 
-    def gradient(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
-    ) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
+    def gradient(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """``(gradient with respect to params, loss, aux, new_buffers)``: the residual of the inner problem is the first."""
+        transformed = torch.compiler.is_compiling() or _private.inside_transform()
+        try:
+            return (self._by_transform if transformed else self._by_autograd)(params, buffers, hyper, batch)
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            raise _explained(error) from error
+
+    def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
+        """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
 
         def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
             loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
             return loss, (loss, aux, new_buffers)
 
-        # torch.func.grad, because torch.autograd.grad raises inside vmap, jvp and compiled code. Everything is an argument: a
-        # tensor in the closure could not be written in place (buffers) and breaks vmap.
-        try:
-            grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(dict(params), buffers, hyper, batch)
-        except InnerLoopError:
-            raise
-        except RuntimeError as error:
-            raise _explained(error) from error
+        # Everything is an argument: a tensor in the closure could not be written in place (buffers) and breaks vmap.
+        grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(dict(params), buffers, hyper, batch)
         return grads, loss, aux, new_buffers
+
+    def _by_autograd(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
+        """In eager code: the same derivative, and a quarter faster on small models, where the transform's wrappers count."""
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # An alias, so that the derivative is the partial one even if hyper or the batch was computed from params.
+            alias = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+            # A checkpointed forward would be recomputed later, when a module has other weights: refused, as torch.func does.
+            with torch.autograd.graph.disable_saved_tensors_hooks("no saved tensor hooks inside an inner loss"):
+                loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
+            if not loss.requires_grad:
+                raise NotDifferentiableError(
+                    "the loss does not depend on params: compute it from the `params` (or `model`) that it is given"
+                )
+            # Only a loop that something outside asks a derivative of is recorded; else the step is plain training.
+            wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
+            own = {id(p) for p in alias.values()}
+            leaves = graph.inspect(loss, (), second_order=recording)
+            recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
+            found = torch.autograd.grad(loss, list(alias.values()), create_graph=recording, allow_unused=True)
+        grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found, strict=True)}
+        if recording:
+            return grads, loss, aux, new_buffers
+        return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
