@@ -25,7 +25,7 @@ def nodes(root: Any, boundary: Iterable[Any] = ()) -> Iterator[Any]:
         if node is not None and node not in seen:
             seen.add(node)
             yield node
-            stack.extend(child for child, _ in node.next_functions)
+            stack.extend([child for child, _ in node.next_functions])
 
 
 class _Raise(torch.autograd.Function):
@@ -103,9 +103,19 @@ def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list
         The leaves outside of the loop.
     """
     leaves = []
-    for node in nodes(loss.grad_fn, (p.grad_fn for p in current)):
-        if second_order and node.name().startswith("CompiledFunction"):
-            raise NotDifferentiableError(COMPILED)
-        if hasattr(node, "variable"):
+    seen, stack = (
+        {p.grad_fn for p in current},
+        [loss.grad_fn],
+    )  # `nodes`, written out: this runs at every step of every loop
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
             leaves.append(node.variable)
+        elif second_order and kind.startswith("CompiledFunction"):
+            raise NotDifferentiableError(COMPILED)
+        stack.extend([child for child, _ in node.next_functions])
     return leaves

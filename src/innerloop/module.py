@@ -37,13 +37,13 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
     def call(
         params: Mapping[str, Tensor], *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        check_names(params, model)
-        kept = dict(model.named_buffers()) if buffers is None else buffers
+        check_names(params, view.source)
+        kept = view.source_buffers if buffers is None else buffers
         output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
         return output if buffers is None else (output, new_buffers)
 
-    params = {name: p.detach().clone() for name, p in named_parameters(model)}
-    return call, params, {name: b.detach().clone() for name, b in named_buffers(model)}
+    params = {name: p.detach().clone() for name, p in view.source.items()}
+    return call, params, {name: b.detach().clone() for name, b in view.source_buffers.items()}
 
 
 def check_module(model: Any) -> None:
@@ -59,16 +59,10 @@ def check_module(model: Any) -> None:
             "a DistributedDataParallel module synchronises gradients by hooks that an inner loop does not run: pass model.module, "
             "and average the outer gradients yourself"
         )
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise InvalidInputError(
-                f"parameter {name!r} is not initialised yet: call the (lazy) model once on an example batch"
-            )
 
 
-def check_names(params: Mapping[str, Tensor], model: nn.Module | Mapping[str, nn.Module]) -> None:
-    """Raise unless each name is a parameter of ``model`` and has its shape."""
-    own = dict(named_parameters(model))
+def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise unless each name is a parameter among ``own`` and has its shape."""
     for name, tensor in params.items():
         if name not in own:
             raise InvalidInputError(
@@ -110,6 +104,10 @@ class ModuleView:
     Args:
         model: a module, or a dict of modules.
         gate: tells when a backward pass must not read the parameters.
+
+    Attributes:
+        module: the copy.
+        source, source_buffers: the user's own parameters and buffers by name.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Module], gate: Gate | None = None) -> None:
@@ -122,8 +120,15 @@ class ModuleView:
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
-        self.parameters = {name: copier.places_of(name, p) for name, p in named_parameters(model)}
-        self.buffers = {name: copier.places_of(name, b) for name, b in named_buffers(model)}
+        self.source = dict(named_parameters(model))
+        self.source_buffers = dict(named_buffers(model))
+        for name, p in self.source.items():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise InvalidInputError(
+                    f"parameter {name!r} is not initialised yet: call the (lazy) model once on an example batch"
+                )
+        self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
+        self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
     def read(self) -> dict[str, Tensor]:
         """The parameters as they are now (the user may have edited or replaced one)."""

@@ -80,7 +80,6 @@ class Problem:
         self.optimizer = optimizer
         self.optimizer_hyper = optimizer_hyper
         self.view: module.ModuleView | None = None
-        self._source: nn.Module | None = None
 
     @classmethod
     def from_module(
@@ -94,7 +93,6 @@ class Problem:
         """
         problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
         problem.view = module.ModuleView(model)
-        problem._source = model
         return problem
 
     def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
@@ -107,9 +105,9 @@ class Problem:
                 "dict(model.named_parameters())"
             )
         buffers: dict[str, Tensor] = {}
-        if self._source is not None:
-            module.check_names(params, self._source)
-            buffers = {name: b.detach().clone() for name, b in module.named_buffers(self._source)}
+        if self.view is not None:
+            module.check_names(params, self.view.source)
+            buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def evaluate(

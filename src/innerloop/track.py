@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.module import Gate, ModuleView, check_names, named_buffers, named_parameters
+from innerloop.module import Gate, ModuleView, check_names
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
 from innerloop.problem import Carry, check_loss
@@ -104,10 +104,9 @@ class Loop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self.hyper = dict(hyper or {})
-        self._user_model = model
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
-        own = dict(named_parameters(model))
+        own = self._view.source
         if not own:
             raise InvalidInputError(f"{type(model).__name__} has no parameters: there is nothing to train")
         self._frozen = {name for name, p in own.items() if not p.requires_grad}
@@ -120,11 +119,11 @@ class Loop:
         self._trained = [name for name in self._names if name not in self._frozen]
         self._hooks = [(name, hook) for name in self._trained for hook in _private.gradient_hooks(own[name])]
         self._own = {id(p): name for name, p in own.items()}
-        check_names(params or {}, model)
+        check_names(params or {}, own)
         self._guard = graph.CutGuard(learn)
         with torch.enable_grad():
             self._view.write(self._time_zero(own, params or {}))
-        self._view.write_buffers({name: buffer.detach().clone() for name, buffer in named_buffers(model)})
+        self._view.write_buffers({name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()})
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = _Snapshots(self._view)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
@@ -215,7 +214,7 @@ class Loop:
         What is computed afterwards does not reach ``model.parameters()`` any more, only tensors outside of the model (as with
         ``learn="outer"``).
         """
-        carry = self._now().detach()
+        carry = tree.map_tensors(lambda x: x.detach().clone(), self._now())
         self._guard = graph.CutGuard("nothing" if self.learn == "nothing" else "outer")
         with torch.enable_grad():
             self._view.write(
@@ -229,11 +228,11 @@ class Loop:
         """Write the current weights, buffers and optimizer state into the user's model and torch optimizer."""
         with torch.no_grad():
             current = self._view.read()
-            for name, p in named_parameters(self._user_model):
+            for name, p in self._view.source.items():
                 if name not in self._frozen:
                     p.copy_(current[name])
             buffers = self._view.read_buffers()
-            for name, buffer in named_buffers(self._user_model):
+            for name, buffer in self._view.source_buffers.items():
                 buffer.copy_(buffers[name])
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.write_back(self._states[self._steps].optimizer_state)
@@ -349,7 +348,7 @@ class Loop:
 
 
 class _Snapshots:
-    """Copies of the buffers, taken only of those that were written since the last time."""
+    """Copies of the buffers; large ones only of those that were written since the last time."""
 
     def __init__(self, view: ModuleView) -> None:
         self._view = view
@@ -360,7 +359,14 @@ class _Snapshots:
         taken = {}
         for name, buffer in self._view.read_buffers().items():
             seen = self._seen.get(name)
-            if seen is None or seen[0] is not buffer or seen[1] != _private.version(buffer):
+            # F.batch_norm writes running statistics without counting it in the version, so small buffers are always copied.
+            unchanged = (
+                seen is not None
+                and seen[0] is buffer
+                and seen[1] == _private.version(buffer)
+                and buffer.numel() > 65_536
+            )
+            if seen is None or not unchanged:
                 seen = self._seen[name] = (buffer, _private.version(buffer), buffer.clone())
             taken[name] = seen[2]
         return taken

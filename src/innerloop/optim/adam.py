@@ -82,7 +82,7 @@ class Adam(Rule):
             f"betas={self.betas!r}: write a pair, betas=(0.9, 0.999)",
         )
         object.__setattr__(self, "betas", tuple(self.betas))
-        self._resolve(None)
+        self.validate(self._resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "eps", "weight_decay")
@@ -92,6 +92,9 @@ class Adam(Rule):
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("mu", "nu", "nu_max") if self.amsgrad else ("mu", "nu")
+
+    def translates(self, hyper: Mapping[str, Any]) -> bool:
+        return not is_used(hyper["weight_decay"])
 
     def step(self, grad: Tensor, param: Tensor, state: AdamState, hyper: Mapping[str, Any]) -> tuple[Tensor, AdamState]:
         lr, (beta1, beta2), eps, decay = hyper["lr"], hyper["betas"], hyper["eps"], hyper["weight_decay"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, unpack, zeros
+from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, real_dtype, unpack, zeros
 
 Scalar = int | float | Tensor
 Hyper = Scalar | Mapping[str, Scalar]
@@ -99,6 +99,10 @@ class Rule(Optimizer):
         """Whether small parameters are updated as one flat tensor; below about four operations per tensor that costs more than it saves."""
         return True
 
+    def translates(self, hyper: Mapping[str, Any]) -> bool:
+        """Whether ``step(grad, param) == param + step(grad, 0)`` to the last bit: then parameters need not be packed, only the result."""
+        return False
+
     @abc.abstractmethod
     def step(self, grad: Tensor, param: Tensor, state: Any, hyper: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The rule itself, for one tensor: ``(new_param, new_state)``.
@@ -138,11 +142,18 @@ class Rule(Optimizer):
         for i, bucket in enumerate(layout):
             local = {name: None if packed is None else packed.flats[i] for name, packed in old.items()}
             if bucket.active:
-                param = pack(bucket, params)
+                moves = len(bucket.names) > 1 and self.translates(resolved)
+                param = (
+                    pack(bucket, params)
+                    if not moves
+                    else params[bucket.names[0]].new_zeros((), dtype=real_dtype(bucket, params))
+                )
                 values = _for_bucket(resolved, bucket, param)
                 before = self.state_type(counts[bucket.age] + 1, *local.values())
                 stepped, after = self.step(pack(bucket, grads), param, before, values)  # type: ignore[arg-type]
-                new_params.update(unpack(bucket, _cast(stepped, param)))
+                stepped = _cast(stepped, param)
+                for name, piece in unpack(bucket, stepped).items():
+                    new_params[name] = params[name] + piece if moves else piece
                 local = {name: None if t is None else _cast(t, param) for name, t in zip(local, after[1:], strict=True)}
             for name, tensor in local.items():
                 new[name].append(tensor)
@@ -151,21 +162,20 @@ class Rule(Optimizer):
 
     def _resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.hyper_names}
-        if hyper:
-            for name, value in hyper.items():
-                if name not in values:
-                    raise InvalidInputError(
-                        f"{self!r} has no hyper-parameter {name!r}; it has {', '.join(self.hyper_names)}. "
-                        "Flags such as nesterov or amsgrad cannot be tensors: set them in the constructor."
-                    )
-                if isinstance(values[name], tuple) and not (
-                    isinstance(value, tuple) and len(value) == len(values[name])
-                ):
-                    raise InvalidInputError(
-                        f"{name!r} is a pair, but got {type(value).__name__}: write "
-                        f"hyper={{{name!r}: (first, second)}}, each a number or a tensor"
-                    )
-            values |= hyper
+        if not hyper:
+            return values  # the constructor has looked at them
+        for name, value in hyper.items():
+            if name not in values:
+                raise InvalidInputError(
+                    f"{self!r} has no hyper-parameter {name!r}; it has {', '.join(self.hyper_names)}. "
+                    "Flags such as nesterov or amsgrad cannot be tensors: set them in the constructor."
+                )
+            if isinstance(values[name], tuple) and not (isinstance(value, tuple) and len(value) == len(values[name])):
+                raise InvalidInputError(
+                    f"{name!r} is a pair, but got {type(value).__name__}: write "
+                    f"hyper={{{name!r}: (first, second)}}, each a number or a tensor"
+                )
+        values |= hyper
         self.validate(values)
         return values
 

@@ -108,6 +108,12 @@ def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(pieces)
 
 
+def real_dtype(bucket: Bucket, named: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of what `pack` returns."""
+    first = named[bucket.names[0]]
+    return torch.view_as_real(first).dtype if bucket.is_complex else first.dtype
+
+
 def zeros(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
     """What `pack` returns for zeros like the tensors of ``named``."""
     first = named[bucket.names[0]]

@@ -74,7 +74,7 @@ class SGD(Rule):
     torch_counts: ClassVar = False
 
     def __post_init__(self) -> None:
-        self._resolve(None)
+        self.validate(self._resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "momentum", "weight_decay")
