@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -165,7 +166,7 @@ class _Evaluation:
     def shifted(self, i: int, shift: Tensor) -> float:
         return self._value([v + shift if k == i else v for k, v in enumerate(self.values)]).item()
 
-    def _value(self, values: Sequence[Tensor]) -> Tensor:
+    def _value(self, values: Sequence[Tensor]) -> Float[Tensor, ""]:
         after = RandomState.now()
         try:
             if self._random is not None:

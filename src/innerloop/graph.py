@@ -102,11 +102,10 @@ def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list
     Returns:
         The leaves outside of the loop.
     """
-    leaves = []
-    seen, stack = (
-        {p.grad_fn for p in current},
-        [loss.grad_fn],
-    )  # `nodes`, written out: this runs at every step of every loop
+    leaves: list[Tensor] = []
+    # `nodes`, written out, because this runs at every step of every loop.
+    stack: list[Any] = [loss.grad_fn]
+    seen = {p.grad_fn for p in current}
     while stack:
         node = stack.pop()
         if node is None or node in seen:

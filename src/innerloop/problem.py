@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from innerloop import _private, graph, module, tree
@@ -15,7 +16,7 @@ from innerloop.random_state import RandomState
 
 Loss = Callable[[Any, Any, Any], Any]
 Named = Mapping[str, Tensor]
-Gradient = tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]
+Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
 OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
 
 
@@ -112,7 +113,7 @@ class Problem:
 
     def evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Float[Tensor, ""], Any]:
         """``(loss, (aux, new_buffers))``."""
         if self.view is None:
             result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
@@ -169,7 +170,7 @@ class Problem:
             return grads, loss, aux, new_buffers
         return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
-    def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+    def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
         overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
@@ -180,7 +181,7 @@ class Problem:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
 
 
-def check_loss(loss: Any, what: str) -> Tensor:
+def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
     """``loss`` as a scalar; raise unless it is one."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
@@ -146,7 +147,7 @@ class Loop:
 
     def step(
         self, loss: Tensor, hyper: Mapping[str, Any] | None = None, grad_callback: GradCallback | None = None
-    ) -> Tensor:
+    ) -> Float[Tensor, ""]:
         """One differentiable step of the optimizer.
 
         Args:
@@ -273,7 +274,7 @@ class Loop:
         """The newest state, with the user's edits in it."""
         return self._states[self._steps]._replace(params=self._view.read(), buffers=self._buffers.take())
 
-    def _stacked_losses(self) -> Tensor:
+    def _stacked_losses(self) -> Float[Tensor, " steps"]:
         like = next(iter(self._view.read().values()))
         return torch.cat([loss.reshape(-1) for loss in self._losses]) if self._losses else like.new_zeros(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
@@ -23,7 +24,7 @@ class Trajectory:
     def __init__(
         self,
         states: dict[int, Carry],
-        losses: Tensor | Callable[[], Tensor],
+        losses: Float[Tensor, " steps"] | Callable[[], Tensor],
         aux: Any,
         steps: int,
         missing: str = "",
@@ -40,7 +41,7 @@ class Trajectory:
         return self.at(-1).params
 
     @property
-    def losses(self) -> Tensor:
+    def losses(self) -> Float[Tensor, " steps"]:
         """Tensor ``[T]``: the inner loss before each step."""
         if not isinstance(self._losses, Tensor):
             self._losses = self._losses()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def safe_sqrt(v: Tensor, exact: bool = False) -> Tensor:
+def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, "*shape"]:
     """√v for v ≥ 0, with derivative 0 instead of infinity at v = 0.
 
     Clamped at the smallest normal number: one kernel, and ``sqrt(v) + eps`` keeps its bits for every usual eps. ``exact`` leaves
