@@ -36,6 +36,12 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def inside_vmap() -> bool:
+    """Whether one of the running transforms is ``torch.func.vmap``."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def version(tensor: Tensor) -> int:
     """How often ``tensor`` has been written in place: tells whether a buffer changed without comparing its values."""
     return tensor._version

@@ -115,7 +115,7 @@ def check_metagradient(
         if not x.numel():
             continue
         scale = max(0.01, float(x.detach().abs().square().mean().sqrt()))
-        for _ in range(directions):
+        for _ in range(directions if x.numel() > 1 else 1):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
             v = v / v.norm() * (x.numel() ** 0.5)
             finite, uncertainty = _finite(lambda h, i=i, v=v: evaluate.shifted(i, h * v), step * scale)  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,6 @@ COMPILED = (
     "second-order term, in part without an error): call the uncompiled function inside the loop. A compiled model needs no change: "
     "loop.model runs its uncompiled form. For compiled meta-gradients use innerloop.metagradient(..., compile=True)"
 )
-
-
-def nodes(root: Any, boundary: Iterable[Any] = ()) -> Iterator[Any]:
-    """All nodes of the graph from ``root`` down to (and without) those of ``boundary``."""
-    seen, stack = set(boundary), [root]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend([child for child, _ in node.next_functions])
 
 
 class _Raise(torch.autograd.Function):
@@ -66,7 +55,8 @@ class _RaiseIfNothingReached(torch.autograd.Function):
             raise NotDifferentiableError(
                 'the outer loss reaches no leaf: with learn="outer" (or after loop.detach()) the gradient ends at the start of the '
                 'loop, and no tensor outside of the model that requires grad took part in a step. Write learn="init" for the '
-                "gradient of model.parameters(), or give hyper-parameters as tensors that require grad"
+                "gradient of model.parameters(), or give hyper-parameters as tensors that require grad. (With first_order=True the inner "
+                "gradients are constants: what only the inner loss uses gets no gradient.)"
             )
         return None, None, None
 
@@ -91,9 +81,18 @@ class CutGuard:
 
     def follow(self, updated: Iterable[Tensor], current: Iterable[Tensor]) -> None:
         """Look for leaves outside of the loop that a step depends on, in the graph between two times."""
-        boundary = {p.grad_fn for p in current}
-        found = (node for p in updated for node in nodes(p.grad_fn, boundary))
-        self.reached = self.reached or any(hasattr(node, "variable") for node in found)
+        own = f"{_RaiseIfNothingReached.__name__}Backward"
+        seen: set[Any] = {p.grad_fn for p in current}
+        stack = [p.grad_fn for p in updated]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or type(node).__name__ == own:
+                continue
+            seen.add(node)
+            if type(node).__name__ == "AccumulateGrad":
+                self.reached = True
+                return
+            stack.extend([child for child, _ in node.next_functions])
 
 
 def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
@@ -103,7 +102,6 @@ def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list
         The leaves outside of the loop.
     """
     leaves: list[Tensor] = []
-    # `nodes`, written out, because this runs at every step of every loop.
     stack: list[Any] = [loss.grad_fn]
     seen = {p.grad_fn for p in current}
     while stack:

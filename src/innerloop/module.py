@@ -231,7 +231,8 @@ class _Copier:
         if id(obj) in self.done:
             return self.done[id(obj)]
         if isinstance(obj, nn.Module):
-            return self._module(obj)
+            inner = plain(obj)
+            return self._module(obj) if inner is obj else self.copy(inner)
         if isinstance(obj, types.MethodType) and isinstance(obj.__self__, nn.Module):
             return types.MethodType(obj.__func__, self.copy(obj.__self__))
         if isinstance(obj, functools.partial):

@@ -133,7 +133,7 @@ class Problem:
         except InnerLoopError:
             raise
         except RuntimeError as error:
-            raise _explained(error) from error
+            raise explained(error) from error
 
     def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
@@ -175,10 +175,15 @@ class Problem:
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
         overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
         params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, overrides)
-        return Carry(params, state, buffers, RandomState.now()), loss, aux
+        return Carry(distinct(params, carry.params), state, buffers, RandomState.now()), loss, aux
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
+
+
+def distinct(params: Named, before: Named) -> dict[str, Tensor]:
+    """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
+    return {n: p.view_as(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
 
 
 def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
@@ -196,10 +201,11 @@ def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
     return loss.reshape(()) if loss.ndim else loss
 
 
-def _explained(error: RuntimeError) -> RuntimeError:
+def explained(error: RuntimeError) -> RuntimeError:
     """The message of torch with the cure, where we know it."""
     text = str(error)
     cures = {
+        "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - b).square().mean() for mse_loss",
         "vmap: inplace": "a module writes a buffer in place, which has no batch dimension yet: pass a carry whose buffers are batched, "
         "or use a module without running statistics",
         "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",

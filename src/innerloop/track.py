@@ -16,7 +16,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.module import Gate, ModuleView, check_names
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
-from innerloop.problem import Carry, check_loss
+from innerloop.problem import Carry, check_loss, distinct, explained
 from innerloop.trajectory import Trajectory
 
 Learn = Literal["init", "outer", "nothing"]
@@ -101,6 +101,12 @@ class Loop:
             raise InvalidInputError(
                 "track under torch.inference_mode: an inner loop needs gradients even when nothing is learned"
             )
+        if _private.inside_vmap():
+            raise InvalidInputError(
+                "track does not work inside torch.func.vmap: write the loop with innerloop.unroll or innerloop.metagradient there"
+            )
+        if hyper is not None and not isinstance(hyper, Mapping):
+            raise InvalidInputError(f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}')
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
@@ -167,14 +173,7 @@ class Loop:
         current = self._current()
         leaves = graph.inspect(loss, current.values(), self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        self._gate.closed = False
-        try:
-            values = torch.autograd.grad(
-                loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True
-            )
-        finally:
-            self._gate.closed = self._second_order
-        grads: dict[str, Tensor | None] = dict(zip(wanted, values, strict=True))
+        grads = self._gradients(loss, wanted)
         self._check_gradients(grads, leaves)
         for name, hook in self._hooks:
             g = grads.get(name)
@@ -262,7 +261,9 @@ class Loop:
             if self._steps:
                 del self._states[self._steps]
         else:
-            self._states[self._steps] = self._states[self._steps]._replace(params=self._view.read())
+            before = self._view.read()
+            self._states[self._steps] = self._states[self._steps]._replace(params=before)
+            params = distinct(params, before)
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -293,10 +294,8 @@ class Loop:
             raise InvalidInputError(
                 f"the loss does not depend on any parameter through the graph ({why}): compute it as loss_fn(loop.model(x), y)"
             )
-        if loss.device.type == "cpu":
-            self._check_finite(
-                loss.detach()
-            )  # elsewhere a check per step would wait for the device: done on leaving the block
+        if loss.device.type == "cpu":  # elsewhere a check per step would wait for the device: done on leaving the block
+            self._check_finite(loss.detach())
         return loss
 
     def _check_finite(self, losses: Tensor) -> None:
@@ -309,6 +308,18 @@ class Loop:
             raise InvalidInputError(
                 f"the loss of step {first} is {losses[first].item()}: the inner loop diverged (lower the lr?)"
             )
+
+    def _gradients(self, loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        self._gate.closed = False
+        try:
+            values = torch.autograd.grad(
+                loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise explained(error) from error
+        finally:
+            self._gate.closed = self._second_order
+        return dict(zip(wanted, values, strict=True))
 
     @staticmethod
     def _called_back(grad_callback: GradCallback, grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

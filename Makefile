@@ -1,0 +1,81 @@
+# Two commands do everything on a machine that has Python 3.11, pip, make and git:
+#
+#     make walkthrough     the derivative of parameters with respect to their earlier version, three ways
+#     make test            formatter, linter, type checker, tests, doctests
+#
+# Both create `.venv` first if it is missing, and bring it up to date when pyproject.toml or constraints.txt changed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where torch comes from, if not from pip's own configuration; for instance TORCH_PIP_ARGS="--index-url ...".
+TORCH_PIP_ARGS ?=
+# One process per core; torch then gets one thread in each.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Build isolation is off below, so that the build backend is pinned like everything else.
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Peers that the benchmarks and the bridge's tests compare with. Without their dependencies: they must not move torch.
+PEERS := higher torchopt
+RUN_READY := $(VENV)/.ready-run
+DEV_READY := $(VENV)/.ready-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help walkthrough test lint format types pytest slow coverage bench docs setup clean
+
+help:  ## what can be asked for
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "innerloop needs Python 3.11: set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# What the package and its examples need: enough for the walk-through.
+$(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_PIP_ARGS) torch
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation --editable '.[examples]'
+	@touch $@
+
+# Everything else: tests, documentation, benchmarks.
+$(DEV_READY): $(RUN_READY)
+	$(PIP) --no-build-isolation --editable '.[dev,bench]'
+	$(PIP) --no-deps $(PEERS)
+	@touch $@
+
+setup: $(DEV_READY)  ## create .venv with everything in it
+
+walkthrough: $(RUN_READY)  ## the walk-through: closed form, autograd and finite differences side by side
+	$(BIN)/innerloop walkthrough
+
+test: lint types pytest  ## formatter, linter, type checker, tests and doctests, in that order
+
+lint: $(DEV_READY)  ## formatter and linter, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(DEV_READY)  ## formatter and linter, mending what they can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(DEV_READY)  ## type checker
+	$(BIN)/mypy
+
+pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
+
+slow: $(DEV_READY)  ## the tests that take more than ten seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+coverage: $(DEV_READY)  ## which lines and branches no test reaches
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term $(PYTEST_ARGS)
+
+bench: $(DEV_READY)  ## times and memory against higher, TorchOpt and a hand-written loop
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+clean:  ## caches and build outputs; .venv stays
+	rm -rf docs/_build .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* dist

@@ -1,0 +1,78 @@
+"""`python -m benchmarks`: check, time and weigh every contender on the workloads, and say which figures are reached."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import figures, imports, machine, report, results, timing
+from benchmarks.workloads import WORKLOADS
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", metavar="M1,M2,import", help="a part of: " + ", ".join([*WORKLOADS, "import"]))
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds per workload (default: its own)")
+    parser.add_argument("--clock", choices=list(timing.CLOCKS), default="wall", help="cpu: for a machine in use")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=".md: update its tables; .json: every measurement",
+    )
+    arguments = parser.parse_args(argv)
+    known = [*WORKLOADS, "import"]
+    arguments.only = arguments.only.split(",") if arguments.only else known
+    unknown = sorted(set(arguments.only) - set(known))
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(known)}")
+    if arguments.repeats is not None and arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    for path in arguments.out:
+        if path.suffix not in (".md", ".json"):
+            parser.error(f"--out {path}: the name must end in .md or .json")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 if a contender that is installed failed or was wrong."""
+    arguments = parse(argv)
+    torch.set_num_threads(1)
+    measured = []
+    sections: dict[str, str] = {}
+    readings: list[figures.Reading] = []
+    for name in arguments.only:
+        if name in WORKLOADS:
+            result = results.measure(WORKLOADS[name], arguments.repeats, arguments.memory, arguments.clock)
+            measured.append(result)
+            reached = figures.read(result)
+            section = report.workload_section(result)
+        else:
+            times = imports.measure()
+            reached = figures.read_import(times)
+            section = report.import_section(times, machine.describe())
+        sections[name] = f"{section}\n\n{report.figures_table(reached)}" if reached else section
+        readings += reached
+        print(sections[name], end="\n\n", flush=True)
+    if len(sections) > 1:
+        print(report.figures_table(readings))
+    for path in arguments.out:
+        if path.suffix == ".json":
+            path.write_text(report.as_json(measured, readings), encoding="utf-8")
+        else:
+            report.update(path, sections)
+    failed = [f"{result.workload}: {row.name}: {row.problem}" for result in measured for row in result.failed]
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

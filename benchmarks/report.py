@@ -1,0 +1,131 @@
+"""Results as Markdown: the same tables are printed and written into `docs/benchmarks.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.figures import Reading
+from benchmarks.imports import ImportTimes
+from benchmarks.results import Result, Row, ratio
+from benchmarks.spread import Spread
+
+
+def workload_section(result: Result) -> str:
+    """Times, ratios and memory of one workload, with what is needed to judge them."""
+    parts = [f"### {result.workload}: {result.title}", _facts(result), _rows(result)]
+    ratios = _ratios(result)
+    if ratios:
+        parts.append("Time of ours over time of a peer, round by round: median (quartiles; min to max).\n\n" + ratios)
+    return "\n\n".join(parts)
+
+
+def import_section(times: ImportTimes, facts: Mapping[str, str]) -> str:
+    rows = [
+        (name, *(f"{value:.3f}" for value in _shown(Spread.of(seconds))))
+        for name, seconds in (("import torch", times.torch), ("then import innerloop", times.innerloop))
+    ]
+    head = ("seconds", "median", "min", "lower quartile", "upper quartile", "max")
+    told = f"{len(times.torch)} fresh processes. {_sentence(facts)}"
+    return "\n\n".join(("### Import", told, _table(head, rows)))
+
+
+def figures_table(readings: Sequence[Reading]) -> str:
+    rows = [
+        (r.name, r.title, f"≤ {r.limit:g}", "–" if r.value is None else f"{r.value:.3f}", r.verdict) for r in readings
+    ]
+    return _table(("goal", "figure", "limit", "measured", ""), rows)
+
+
+def as_json(results: Sequence[Result], readings: Sequence[Reading]) -> str:
+    """Every single measurement, for whoever wants to draw or compare them."""
+    everything = {
+        "workloads": [dataclasses.asdict(result) for result in results],
+        "figures": [{**dataclasses.asdict(reading), "verdict": reading.verdict} for reading in readings],
+    }
+    return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
+
+
+def update(document: Path, sections: Mapping[str, str]) -> None:
+    """Replace the named sections of `document`, each between its two marker comments; the others stay as they are."""
+    text = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
+    for name, section in sections.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        block = f"{begin}\n\n{section}\n\n{end}"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        text, found = pattern.subn(lambda _, block=block: block, text)  # type: ignore[misc]
+        if not found:
+            text = f"{text.rstrip()}\n\n{block}\n"
+    document.write_text(text, encoding="utf-8")
+
+
+def _facts(result: Result) -> str:
+    agreement = (
+        f"every contender agrees with the float64 reference to {result.tolerance:.0e} in its worst parameter "
+        f"(without second derivatives it would be off by {result.first_order_error:.1e})"
+    )
+    return (
+        f"{result.repeats} rounds, interleaved, {result.clock} time; {agreement}. {_sentence(result.facts)} "
+        f"Load of the machine while timing: {result.load:.1f}."
+    )
+
+
+def _sentence(facts: Mapping[str, str]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts.items() if name not in ("date", "machine"))
+    return f"{facts['date']}, {facts['machine']}; {versions}."
+
+
+def _rows(result: Result) -> str:
+    with_memory = any(row.peak for row in result.rows)
+    head = ["contender", "ms: median", "min", "quartiles", "max", "error"]
+    head += ["peak MB", "above import"] if with_memory else []
+    return _table(head, [_row(row, with_memory) for row in result.rows])
+
+
+def _row(row: Row, with_memory: bool) -> list[str]:
+    name = f"**innerloop: {row.label}**" if row.ours else row.label
+    if row.problem:
+        return [name, row.problem] + [""] * (6 if with_memory else 4)
+    times = Spread.of([1e3 * s for s in row.seconds])
+    quartiles = f"{_digits(times.quarter)} to {_digits(times.three_quarters)}"
+    cells = [name, _digits(times.median), _digits(times.low), quartiles, _digits(times.high), f"{row.error:.0e}"]
+    if with_memory:
+        cells += [f"{row.peak.process:.0f}", f"{row.peak.above_import:.0f}"] if row.peak else ["", ""]
+    return cells
+
+
+def _ratios(result: Result) -> str:
+    ours, peers = result.timed(ours=True), result.timed(ours=False)
+    if not ours or not peers:
+        return ""
+    rows = [[f"**{row.label}**", *(_spread(ratio(row, peer)) for peer in peers)] for row in ours]
+    return _table(["time of / time of", *(peer.label for peer in peers)], rows)
+
+
+def _spread(s: Spread) -> str:
+    return f"{s.median:.2f} ({s.quarter:.2f}, {s.three_quarters:.2f}; {s.low:.2f} to {s.high:.2f})"
+
+
+def _shown(s: Spread) -> tuple[float, ...]:
+    return s.median, s.low, s.quarter, s.three_quarters, s.high
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads in a terminal."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)

@@ -1,0 +1,177 @@
+"""The benchmark's own tests: `pytest benchmarks`. What is measured must be measured right."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+from torch import Tensor
+
+from benchmarks import __main__, check, figures, memory, report, results, timing
+from benchmarks.contenders import CONTENDERS, Contender, handwritten
+from benchmarks.imports import ImportTimes
+from benchmarks.spread import Spread
+from benchmarks.workloads import WARM_UP, WORKLOADS, Workload
+
+SMALL = {
+    "M1": dataclasses.replace(WORKLOADS["M1"], tasks=2, steps=2),
+    "M2": dataclasses.replace(WORKLOADS["M2"], steps=2),
+    "M3": dataclasses.replace(WORKLOADS["M3"], steps=1),
+    "M4": dataclasses.replace(WORKLOADS["M4"], steps=1),
+}
+
+
+def _pairs() -> list[ParameterSet]:
+    """Every contender on every workload that it takes; XLA compiles M4 for half a minute."""
+    return [
+        pytest.param(
+            contender,
+            name,
+            id=f"{name}, {contender.name}",
+            marks=[pytest.mark.slow] if "jax" in contender.packages and name == "M4" else [],
+        )
+        for contender in CONTENDERS
+        for name, workload in SMALL.items()
+        if contender.takes(workload)
+    ]
+
+
+@pytest.mark.parametrize(("contender", "name"), _pairs())
+def test_every_contender_computes_the_meta_gradient_twice(contender: Contender, name: str) -> None:
+    workload = SMALL[name]
+    if contender.missing():
+        pytest.skip(f"not installed: {contender.missing()}")
+    reference = handwritten.reference(workload)
+    run = contender.prepare(workload)
+    assert check.error(run(), reference) < workload.tolerance
+    assert check.error(run(), reference) < workload.tolerance  # the first run leaves nothing behind
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_check_sees_a_missing_second_derivative(name: str) -> None:
+    workload = WORKLOADS["M2"] if name == "M2" else SMALL[name]  # one step of Adam hardly has one
+    off = check.error(handwritten.first_order(workload), handwritten.reference(workload))
+    assert off > 10 * workload.tolerance
+
+
+def test_the_reference_is_the_derivative_of_the_loop() -> None:
+    """Central differences along one direction; their error is h² = 1e-8 times a third derivative."""
+    reference = handwritten.reference(WARM_UP)
+    torch.manual_seed(3)
+    direction = {name: torch.randn_like(g) for name, g in reference.items()}
+    h = 1e-4
+    outer = [_outer_loss(WARM_UP, {n: sign * h * d for n, d in direction.items()}) for sign in (1, -1)]
+    expected = sum(float((reference[n] * d).sum()) for n, d in direction.items())
+    assert (outer[0] - outer[1]) / (2 * h) == pytest.approx(expected, rel=1e-5)
+
+
+def _outer_loss(workload: Workload, shift: dict[str, Tensor]) -> float:
+    """The loop with `torch.optim` itself, from shifted initial parameters."""
+    model = workload.model(torch.float64)
+    task = workload.batches(torch.float64)[0]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(shift[name])
+    optimizer = workload.torch_optimizer(model)
+    for x, y in task.inner:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return torch.nn.functional.cross_entropy(model(task.outer.x), task.outer.y).item()
+
+
+def test_functional_and_module_forms_agree() -> None:
+    for workload in WORKLOADS.values():
+        if workload.forward is not None:
+            model, x = workload.model(), workload.batches()[0].outer.x
+            assert torch.equal(workload.forward(dict(model.named_parameters()), x), model(x))
+
+
+def test_error_of_missing_wrong_and_nan() -> None:
+    reference = {"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(1)}
+    assert check.error(reference, reference) == 0
+    assert check.error({"a": reference["a"]}, reference) == math.inf
+    assert check.error({**reference, "b": torch.full((1,), math.nan)}, reference) == math.inf
+    assert check.error({**reference, "a": torch.ones(3)}, reference) == math.inf
+    assert check.error({**reference, "a": torch.tensor([3.0, 4.5])}, reference) == pytest.approx(0.1, rel=2e-3)
+
+
+def test_spread_pairs_rounds() -> None:
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == (1, 2, 3, 4, 5)
+    assert Spread.of([7.0]) == (7,) * 5
+    # A machine twice as slow in the second round changes neither ratio.
+    assert Spread.of_ratios([1.0, 2.0], [2.0, 4.0]) == (0.5,) * 5
+
+
+def test_interleaving_rotates() -> None:
+    order: list[str] = []
+    seconds = timing.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3, warm_up=0)  # type: ignore[misc]
+    assert "".join(order) == "abcbcacab"
+    assert [len(times) for times in seconds.values()] == [3, 3, 3]
+
+
+def test_one_contender_that_fails_or_is_absent_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Workload) -> object:
+        raise ValueError("no such thing")
+
+    contenders = (
+        Contender("absent", handwritten.prepare, ("a_package_that_does_not_exist",)),
+        Contender("broken", broken),  # type: ignore[arg-type]
+        Contender("wrong", lambda workload: lambda: handwritten.first_order(workload)),
+        Contender("right", handwritten.prepare, ours=True),
+    )
+    monkeypatch.setattr(results, "CONTENDERS", contenders)
+    result = results.measure(SMALL["M1"], repeats=2, with_memory=False)
+    problems = {row.name: row.problem for row in result.rows}
+    assert problems["absent"] == "not installed: a_package_that_does_not_exist"
+    assert problems["broken"] == "failed: ValueError: no such thing"
+    assert str(problems["wrong"]).startswith("wrong meta-gradient")
+    assert problems["right"] is None
+    assert len(result.rows[-1].seconds) == 2
+    assert [row.name for row in result.failed] == ["broken", "wrong"]
+    assert "not installed: a_package_that_does_not_exist" in report.workload_section(result)
+    assert {reading.verdict for reading in figures.read(result)} == {"not measured"}
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    """In a fresh process: this one may have had a higher peak already."""
+    program = (
+        "from benchmarks.memory import high_water; before = high_water(); "
+        "block = bytearray(b'x') * 300_000_000; print(high_water() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=memory.ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(300, rel=0.01)
+
+
+def test_memory_of_a_contender_in_its_own_process() -> None:
+    peak = memory.measure("M1", "hand-written loop")
+    assert 0 <= peak.above_import < 100 < peak.process
+    with pytest.raises(RuntimeError, match="was not measured"):
+        memory.measure("M1", "no such contender")
+
+
+def test_the_document_is_updated_in_place(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    report.update(document, {"M1": "first", "M2": "second"})
+    report.update(document, {"M1": r"third \1"})
+    text = document.read_text()
+    assert "first" not in text
+    assert text.index(r"third \1") < text.index("second")
+    assert text.count("<!-- begin M1 -->") == 1
+
+
+def test_import_figure() -> None:
+    reading = figures.read_import(ImportTimes([1.0] * 3, [0.1, 0.2, 0.9]))[0]
+    assert (reading.value, reading.verdict) == (0.2, "reached")
+
+
+@pytest.mark.parametrize("arguments", [["--only", "M9"], ["--repeats", "0"], ["--out", "figures.csv"]])
+def test_bad_arguments_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.parse(arguments)

@@ -1,0 +1,85 @@
+"""Optimizers inside ``torch.compile(fullgraph=True)``: the compiled meta-gradient is the eager one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tests.optimizers import Rule, cases, covering, defaults, each_rule, override, read, train
+from tests.oracles import Params, Task, smooth_noise, torch_run
+
+pytestmark = pytest.mark.compiled
+STEPS = 2
+
+
+def start() -> Params:
+    return {"w": smooth_noise(2, 3), "b": torch.tensor(0.3, dtype=torch.float64), "none": torch.zeros(0, dtype=torch.float64)}
+
+
+def loss(params: Params, t: int) -> Tensor:
+    """Smaller than `Task`, because compiling takes seconds per hundred operations."""
+    return (params["w"].sin().sum() * params["b"] + 1.5 * params["w"].sum()).sin() + params["none"].sum()
+
+
+def outer(params: Params) -> Tensor:
+    return (params["w"] * smooth_noise(2, 3, phase=5.0)).sum() + params["b"].sin()
+
+
+def check(rule: Rule, settings: dict[str, Any], backend: str, tolerance: float) -> None:
+    """The whole meta-gradient, inner gradients and all, is one graph."""
+    optimizer, full = rule.make(**settings), defaults(rule, settings)
+    values = {name: torch.tensor(float(read(full, name)), dtype=torch.float64) for name in rule.smooth(full)}
+
+    def value(params: Params, values: dict[str, Tensor]) -> Tensor:
+        hyper = override(rule, settings, values)
+        return outer(train(optimizer, Task(), params, hyper, steps=STEPS, gradient=torch.func.grad(loss)))
+
+    def meta(params: Params, values: dict[str, Tensor]) -> Any:
+        return torch.func.grad(value, argnums=(0, 1))(params, values)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(meta, fullgraph=True, backend=backend)
+    for factor in (1.0, 0.98):  # the second call runs what the first one compiled, on other numbers
+        at = pytree.tree_map(lambda x, factor=factor: factor * x, (start(), values))
+        ours, eager = compiled(*at), meta(*at)
+        for got, expected in zip(pytree.tree_leaves(ours), pytree.tree_leaves(eager), strict=True):
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@cases(lambda rule: [rule.typical, covering(rule)[1]])
+def test_compiled_meta_gradient_is_the_eager_one(rule: Rule, settings: dict[str, Any]):
+    check(rule, settings, "aot_eager", 1e-12)
+
+
+@pytest.mark.slow
+@cases(lambda rule: [covering(rule)[0], *covering(rule)[2:]])
+def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(rule: Rule, settings: dict[str, Any]):
+    check(rule, settings, "aot_eager", 1e-12)
+
+
+@pytest.mark.slow
+@each_rule()
+def test_meta_gradient_compiled_by_inductor_is_the_eager_one(rule: Rule):
+    check(rule, rule.typical, "inductor", 1e-10)
+
+
+@each_rule()
+def test_compiled_update_with_numbers_equals_torch(rule: Rule):
+    """Without tensors as hyper-parameters, a state carried from call to call: the step count is data, not a constant."""
+    optimizer = rule.make(**rule.typical)
+    params, state = start(), optimizer.init(start())
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda params, state: optimizer.update(torch.func.grad(loss)(params, 0), state, params), fullgraph=True, backend="aot_eager"
+    )
+    for _ in range(3):
+        params, state = step(params, state)
+    given = lambda params, t: dict(zip(params, torch.autograd.grad(loss(params, 0), list(params.values())), strict=True))  # noqa: E731
+    leaves = lambda params: {n: p.clone().requires_grad_() for n, p in params.items()}  # noqa: E731
+    truth = torch_run(rule.torch, rule.typical, start(), lambda params, t: given(leaves(params), t), 3)
+    for name, expected in truth.items():
+        torch.testing.assert_close(params[name], expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,506 @@
+"""What `innerloop.track` refuses, and what an exception leaves behind: each error says what was passed and what to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import innerloop
+from tests.networks import adam, gradients, leaf, network, outer_value, sgd, train
+from tests.oracles import smooth_noise
+from tests.situations import SEED, STEPS, TwoLayers, features, regression
+from tests.test_module_situations import Everything
+
+pytestmark = pytest.mark.usefixtures("float64")
+INVALID, NOT_DIFFERENTIABLE = innerloop.InvalidInputError, innerloop.NotDifferentiableError
+
+
+def refused(kind: type[Exception], *words: str) -> Any:
+    """The error of that kind whose message has all of the words."""
+    return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
+
+
+# -- an exception inside the block --------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_exception_leaves_everything_as_it_was(learn: Any, where: str):
+    """The user's module, optimizer and gradients; the random numbers are those that a plain loop would have drawn."""
+
+    def noisy(model: nn.Module, t: int) -> Tensor:
+        return regression(lambda x: model(F.dropout(x, 0.5)), t)
+
+    model = network()
+    optimizer = adam(train(model, adam(model)))  # type: ignore[arg-type]
+    train(model, optimizer)
+    for p in model.parameters():
+        p.grad = None
+    before = Everything(model, [optimizer])
+
+    def interrupted() -> None:
+        with innerloop.track(model, optimizer, learn=learn) as loop:
+            loop.step(noisy(loop.model, 0))
+            loss = noisy(loop.model, 1)
+            if where == "after":
+                loop.step(loss)
+            raise Interrupted
+
+    torch.manual_seed(SEED)
+    with pytest.raises(Interrupted):
+        interrupted()
+    after = torch.get_rng_state()
+    before.assert_unchanged()
+    torch.manual_seed(SEED)
+    noisy(model, 0), noisy(model, 1)
+    assert torch.equal(torch.get_rng_state(), after)
+    with innerloop.track(model, optimizer, learn=learn) as loop:  # and all of it can be used again
+        loop.step(noisy(loop.model, 0))
+
+
+def test_a_refused_call_leaves_everything_as_it_was():
+    model = network()
+    optimizer = sgd(model)
+    before = Everything(model, [optimizer])
+    state = torch.get_rng_state()
+    with pytest.raises(INVALID):
+        innerloop.track(model, optimizer, params={"nobody": torch.zeros(1)})
+    with pytest.raises(INVALID), innerloop.track(model, optimizer) as loop:
+        loop.step(regression(loop.model, 0) * float("nan"))
+    before.assert_unchanged()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_refused_step_does_not_count():
+    """The loop stands where it stood and can go on."""
+    model, plain = network(), network()
+    with innerloop.track(model, sgd(model)) as loop:
+        for t in range(STEPS):
+            with pytest.raises(INVALID):
+                loop.step(regression(loop.model, t), hyper={"nothing": 1.0})
+            with pytest.raises(INVALID):
+                loop.step(model(features(t)).sum())
+            loop.step(regression(loop.model, t))
+    assert loop.trajectory.steps == STEPS
+    train(plain, sgd(plain))
+    torch.testing.assert_close(loop.parameters()["head.weight"], plain.head.weight, rtol=1e-12, atol=0)
+
+
+# -- arguments of track -------------------------------------------------------------------------------------------------
+
+
+def tied_in_a_tuple() -> nn.Module:
+    model = network()
+    model.kept = (model.body.weight,)
+    return model
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(2))
+
+
+def scripted() -> nn.Module:
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        return torch.jit.script(nn.Linear(1, 1))
+
+
+def with_step_hook(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = sgd(model)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+class WithOwnStep(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+OURS = innerloop.optim.sgd(lr=0.1)
+TRACK: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "model is a function": (lambda: innerloop.track(lambda x: x, OURS), ["nn.Module", "function"]),  # type: ignore[arg-type, return-value]
+    "model is a dict of numbers": (lambda: innerloop.track({"a": 3}, OURS), ["nn.Module", "int"]),  # type: ignore[dict-item]
+    "model without parameters": (lambda: innerloop.track(nn.Tanh(), OURS), ["parameter"]),
+    "model that is lazy": (lambda: innerloop.track(lazy(), OURS), ["0.weight", "not initialised", "example batch"]),
+    "model that is scripted": (lambda: innerloop.track(scripted(), OURS), ["ScriptModule", "pass the Python module"]),
+    "parameter in a tuple": (lambda: innerloop.track(tied_in_a_tuple(), OURS), ["body.weight", "tuple", "list"]),
+    "learn": (lambda: innerloop.track(network(), OURS, learn="all"), ["'all'", '"init"', '"outer"', '"nothing"']),  # type: ignore[arg-type]
+    "params: unknown name": (
+        lambda: innerloop.track(network(), OURS, params={"w": torch.ones(1)}),
+        ["'w'", "body.weight"],
+    ),
+    "params: shape": (
+        lambda: innerloop.track(network(), OURS, params={"head.weight": torch.ones(4)}),
+        ["head.weight", "(4,)", "(1, 4)"],
+    ),
+    "params: dtype": (
+        lambda: innerloop.track(network(), OURS, params={"head.weight": torch.ones(1, 4, dtype=torch.float32)}),
+        ["head.weight", "float32", "float64"],
+    ),
+    "hyper is a tensor": (lambda: innerloop.track(network(), OURS, hyper=torch.ones(2)), ["hyper", "Tensor"]),  # type: ignore[arg-type]
+    "optimizer is a string": (lambda: innerloop.track(network(), "sgd"), ["str", "torch.optim", "innerloop.optim"]),  # type: ignore[arg-type]
+    "optimizer of another model": (
+        lambda: innerloop.track(network(), sgd(network())),
+        ["4 tensor(s)", "(4, 3)", "not parameters of the model"],
+    ),
+    "optimizer with a step of its own": (
+        lambda: innerloop.track(m := network(), WithOwnStep(m.parameters(), lr=0.1)),
+        ["WithOwnStep", "SGD"],
+    ),
+    "optimizer with step hooks": (
+        lambda: innerloop.track(m := network(), with_step_hook(m)),
+        ["hook", "grad_callback"],
+    ),
+    "a parameter in two optimizers": (lambda: innerloop.track(m := network(), [sgd(m), sgd(m.body)]), ["body.weight"]),
+}
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("case", list(TRACK))
+def test_track_refuses(case: str):
+    call, words = TRACK[case]
+    with refused(INVALID, *words):
+        call()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_track_refuses_a_distributed_module():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network())
+        with refused(INVALID, "DistributedDataParallel", "model.module"):
+            innerloop.track(wrapped, OURS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_track_under_inference_mode():
+    with torch.inference_mode(), refused(INVALID, "inference_mode"):
+        innerloop.track(network(), OURS)
+
+
+def test_track_inside_vmap():
+    model = network()
+
+    def adapted(x: Tensor) -> Tensor:
+        with innerloop.track(model, sgd(model)) as loop:
+            loop.step(loop.model(x).square().mean())
+            return loop.model(x).square().mean()
+
+    x = smooth_noise(2, 5, 3)
+    for call in (torch.func.vmap(adapted), torch.func.vmap(torch.func.grad(adapted))):
+        with refused(innerloop.InnerLoopError, "vmap", "unroll"):
+            call(x)
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------------
+
+LOSSES: dict[str, tuple[Callable[[Any, Any], Any], list[str]]] = {
+    "NaN": (lambda inner, own: regression(inner, 0) * float("nan"), ["step 0", "nan", "diverged"]),
+    "Inf": (lambda inner, own: regression(inner, 0) * float("inf"), ["step 0", "inf", "diverged"]),
+    "not a scalar": (lambda inner, own: inner(features(0)), ["(6, 1)", "scalar", ".mean()"]),
+    "a number": (lambda inner, own: regression(inner, 0).item(), ["scalar tensor", "float"]),
+    "None": (lambda inner, own: None, ["scalar tensor", "NoneType"]),
+    "a function": (lambda inner, own: lambda: regression(inner, 0), ["scalar tensor", "function"]),
+    "complex": (lambda inner, own: regression(inner, 0) * 1j, ["complex128", "real"]),
+    "an integer": (lambda inner, own: torch.tensor(3), ["int64", "floating point"]),
+    "detached": (lambda inner, own: regression(inner, 0).detach(), ["detached", "loop.model"]),
+    "a constant leaf": (lambda inner, own: leaf(1.0), ["loop.model"]),
+    "of the user's model": (lambda inner, own: regression(own, 0), ["loop.model", "passed to track"]),
+    "of the user's model in part": (
+        lambda inner, own: F.mse_loss(own.head(inner.body(features(0)).tanh()), features(0)[:, :1]),
+        ["head.weight", "loop.model"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
+@pytest.mark.parametrize("case", list(LOSSES))
+def test_a_loss_that_cannot_be_stepped(case: str, learn: Any):
+    make, words = LOSSES[case]
+    model = network()
+    with innerloop.track(model, sgd(model), learn=learn) as loop, refused(INVALID, *words):
+        loop.step(make(loop.model, model))
+
+
+def test_a_later_loss_that_is_not_finite_names_its_step():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(regression(loop.model, 0))
+        loop.step(regression(loop.model, 1))
+        with refused(INVALID, "step 2", "nan"):
+            loop.step(regression(loop.model, 2).log() * 0 + float("nan"))
+
+
+def test_a_loss_under_no_grad():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop, torch.no_grad(), refused(INVALID, "no_grad"):
+        loop.step(regression(loop.model, 0))
+
+
+def test_a_loss_of_before_the_last_step():
+    """Computed twice and stepped twice, or the same one again."""
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        early, stale = regression(loop.model, 0), regression(loop.model, 1)
+        loop.step(early)
+        for loss in (stale, early):
+            with refused(INVALID, "as they are now", "anew after each step"):
+                loop.step(loss)
+
+
+def test_a_model_that_is_all_frozen():
+    model = network().requires_grad_(False)
+    with innerloop.track(model, sgd(model)) as loop, refused(INVALID, "frozen", "requires_grad"):
+        loop.step(regression(loop.model, 0))
+
+
+def test_an_optimizer_whose_parameters_the_loss_does_not_use():
+    model = network()
+    optimizer = torch.optim.SGD(model.body.parameters(), lr=0.1)
+    with innerloop.track(model, optimizer) as loop, refused(INVALID, "none of the 2 parameters"):
+        loop.step(loop.model.head.weight.square().sum())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_is_reached_around_the_copy():
+    """Through a closure or an object that is no module: there it is the user's own layer that computes."""
+
+    class Helper:
+        def __init__(self, layer: nn.Module) -> None:
+            self.layer = layer
+
+    class Around(TwoLayers):
+        def __init__(self, *, closure: bool) -> None:
+            super().__init__()
+            self.encode = (lambda x: self.body(x)) if closure else None
+            self.helper = Helper(self.body)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.encode(x) if self.encode else self.helper.layer(x)).tanh())
+
+    for closure in (True, False):
+        model = Around(closure=closure)
+        with innerloop.track(model, sgd(model)) as loop, refused(INVALID, "body.weight", "closure"):
+            loop.step(regression(loop.model, 0))
+
+
+def test_sparse_gradients():
+    model = nn.Embedding(5, 2, sparse=True)
+    with innerloop.track(model, sgd(model)) as loop, refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"):
+        loop.step(loop.model(torch.tensor([1, 2])).square().sum())
+
+
+# -- compiled losses ----------------------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, backend="aot_eager")
+
+
+COMPILED: dict[str, Callable[[Any, int], Tensor]] = {
+    "last part": lambda model, t: compiled(lambda out: F.mse_loss(out, features(t)[:, :1]))(model(features(t))),
+    "middle": lambda model, t: model.head(compiled(torch.tanh)(model.body(features(t)))).square().mean(),
+    "whole": lambda model, t: compiled(lambda x: F.mse_loss(model(x), features(t)[:, :1]))(features(t)),
+    "model": lambda model, t: F.mse_loss(compiled(model)(features(t)), features(t)[:, :1]),
+    "regulariser": lambda model, t: regression(model, t) + compiled(lambda w: w.pow(3).sum())(model.body.weight),
+}
+
+
+# torch.compile looks at the .grad of everything that it is given, which torch warns about.
+ASKS_FOR_GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@ASKS_FOR_GRAD
+@pytest.mark.compiled
+@pytest.mark.parametrize("learn", ["init", "outer"])
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("part", list(COMPILED))
+def test_a_compiled_loss(part: str, step: int, learn: Any):
+    """torch drops the second-order term through compiled code, in part without an error: at whichever step it first occurs."""
+    model = network()
+    with innerloop.track(model, sgd(model), learn=learn, hyper={"lr": leaf(0.1)}) as loop:
+        for t in range(step):
+            loop.step(regression(loop.model, t))
+        with refused(NOT_DIFFERENTIABLE, "torch.compile", "uncompiled"):
+            loop.step(COMPILED[part](loop.model, step))
+
+
+@ASKS_FOR_GRAD
+@pytest.mark.compiled
+@pytest.mark.parametrize("arguments", [{"learn": "nothing"}, {"first_order": True}], ids=str)
+def test_a_compiled_loss_where_no_second_derivative_is_taken(arguments: dict[str, Any]):
+    found = []
+    for loss in (COMPILED["whole"], lambda model, t: F.mse_loss(model(features(t)), features(t)[:, :1])):
+        model = network()
+        with innerloop.track(model, sgd(model), **arguments) as loop:
+            for t in range(2):
+                loop.step(loss(loop.model, t))
+            outer = loss(loop.model, 2)
+        if "first_order" in arguments:
+            outer.backward()
+        found.append((outer.item(), gradients(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+@ASKS_FOR_GRAD
+@pytest.mark.compiled
+def test_the_outer_loss_may_be_compiled():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        for t in range(STEPS):
+            loop.step(regression(loop.model, t))
+        out = loop.model(features(STEPS))
+        compiled(lambda out: out.square().mean())(out).backward(retain_graph=True)
+    ours = gradients(model)
+    again = torch.autograd.grad(out.square().mean(), list(model.parameters()))
+    torch.testing.assert_close(list(ours.values()), list(again), rtol=1e-12, atol=1e-14)
+
+
+# -- hyper, grad_callback, time -----------------------------------------------------------------------------------------
+
+STEP: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown hyper-parameter": ({"hyper": {"beta": 0.1}}, ["'beta'"]),
+    "one entry per group": ({"hyper": {"lr": [0.1, 0.2]}}, ["'lr'", "2", "1 group"]),
+    "a vector": ({"hyper": {"lr": torch.ones(3)}}, ["'lr'", "(3,)", "per parameter"]),
+    "some parameters only": ({"hyper": {"lr": {"head.bias": torch.ones(1)}}}, ["'lr'", "body.weight"]),
+    "a negative rate": ({"hyper": {"lr": -0.1}}, ["lr=-0.1"]),
+    "a negative rate for one": (
+        {"hyper": {"lr": {n: -0.1 for n, _ in TwoLayers().named_parameters()}}},
+        ["lr", "-0.1"],
+    ),
+    "callback returns nothing": ({"grad_callback": lambda grads: None}, ["grad_callback", "NoneType"]),
+    "callback returns a list": ({"grad_callback": lambda grads: list(grads.values())}, ["grad_callback", "list"]),
+    "callback: unknown name": ({"grad_callback": lambda grads: {**grads, "nobody": torch.ones(1)}}, ["nobody"]),
+    "callback: wrong shape": (
+        {"grad_callback": lambda grads: {**grads, "head.bias": torch.ones(2)}},
+        ["head.bias", "(2,)", "(1,)"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("case", list(STEP))
+def test_step_refuses(case: str):
+    arguments, words = STEP[case]
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop, refused(INVALID, *words):
+        loop.step(regression(loop.model, 0), **arguments)
+
+
+@pytest.mark.parametrize("learn", ["init", "outer"])
+def test_a_time_that_does_not_exist(learn: Any):
+    model = network()
+    with innerloop.track(model, sgd(model), learn=learn) as loop:
+        loop.step(regression(loop.model, 0))
+        for ask in (loop.parameters, loop.buffers, loop.trajectory.at):
+            for time in (2, -3):
+                with refused(INVALID, f"time {time}", "0 to 1"):
+                    ask(time)
+
+
+def test_nothing_knows_the_first_and_the_last_time_only():
+    model = network()
+    with innerloop.track(model, sgd(model), learn="nothing") as loop:
+        for t in range(STEPS):
+            loop.step(regression(loop.model, t))
+        for ask in (loop.parameters, loop.buffers, loop.trajectory.at):
+            ask(0), ask(-1), ask(STEPS)
+            with refused(INVALID, "time 1", 'learn="nothing"', '"init"'):
+                ask(1)
+
+
+# -- an outer loss that reaches nothing ---------------------------------------------------------------------------------
+
+
+def steps_then(outer: Callable[[Any], Tensor], **arguments: Any) -> Tensor:
+    model = network()
+    with innerloop.track(model, sgd(model), **arguments) as loop:
+        for t in range(STEPS):
+            loop.step(regression(loop.model, t))
+        return outer(loop.model)
+
+
+def behind(model: nn.Module) -> Tensor:
+    return regression(model, STEPS)
+
+
+def test_nothing_has_no_outer_gradient():
+    with refused(NOT_DIFFERENTIABLE, 'learn="nothing"', '"init"', '"outer"'):
+        steps_then(behind, learn="nothing").backward()
+    weight = leaf(2.0)
+    outer = weight * steps_then(behind, learn="nothing")
+    (gradient,) = torch.autograd.grad(outer, weight)  # what only the outer loss uses is there
+    model = network()
+    assert gradient.item() == pytest.approx(outer_value(train(model, sgd(model))), rel=1e-12)
+
+
+def test_outer_with_nothing_outside():
+    with refused(NOT_DIFFERENTIABLE, 'learn="outer"', '"init"', "hyper-parameters"):
+        steps_then(behind, learn="outer").backward()
+
+
+def test_outer_after_a_detach():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(regression(loop.model, 0))
+        loop.detach()
+        loop.step(regression(loop.model, 1))
+        outer = regression(loop.model, 2)
+    with refused(NOT_DIFFERENTIABLE, "detach", "start of the loop"):
+        outer.backward()
+
+
+def test_first_order_does_not_reach_what_is_only_in_the_inner_loss():
+    """Its inner gradients are constants, so the weight of an inner loss has no influence: not None, an error."""
+    weight = leaf(1.0)
+    model = network()
+    with innerloop.track(model, sgd(model), learn="outer", first_order=True) as loop:
+        loop.step(weight * regression(loop.model, 0))
+        outer = regression(loop.model, 1)
+    with refused(NOT_DIFFERENTIABLE, "first_order"):
+        outer.backward()
+
+
+def test_params_that_do_not_require_grad_reach_nothing():
+    model = network()
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    with innerloop.track(model, sgd(model), params=start) as loop:
+        loop.step(regression(loop.model, 0))
+        outer = regression(loop.model, 1)
+    with refused(NOT_DIFFERENTIABLE, "reaches no"):
+        outer.backward()
+
+
+@pytest.mark.parametrize("where", ["hyper", "step", "optimizer", "loss", "callback", "params"])
+def test_whatever_it_reaches_is_found(where: str):
+    """No false alarm: a single outside tensor, used once, in each place where one can be used, at the first or the last step."""
+    for at in (0, STEPS - 1):
+        model, outside = network(), leaf(0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=outside if where == "optimizer" else 0.1)
+        start = {"head.bias": outside.reshape(1)} if where == "params" else None
+        hyper = {"lr": outside} if where == "hyper" else None
+        with innerloop.track(model, optimizer, learn="outer", hyper=hyper, params=start) as loop:
+            for t in range(STEPS):
+                loss = regression(loop.model, t)
+                now = t == at
+                loop.step(
+                    loss * (1 + outside) if where == "loss" and now else loss,
+                    hyper={"lr": outside} if where == "step" and now else None,
+                    grad_callback=(lambda grads: {n: g * outside for n, g in grads.items()})
+                    if where == "callback" and now
+                    else None,
+                )
+            regression(loop.model, STEPS).backward()
+        assert outside.grad is not None
+        assert outside.grad != 0

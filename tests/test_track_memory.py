@@ -1,0 +1,219 @@
+"""What `innerloop.track` keeps alive: nothing after an episode, and a constant amount where nothing is learned."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import innerloop
+from tests.networks import adam, leaf, sgd
+from tests.situations import features, target
+
+STEPS = 3
+
+
+class Network(nn.Module):
+    """With buffers, dropout and hooks; float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 1)
+        self.register_forward_hook(lambda module, args, output: output * 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.norm(self.body(x)).tanh(), 0.1))
+
+
+def loss_of(model: nn.Module, t: int) -> Tensor:
+    return F.mse_loss(model(features(t).float()), target(t).float())
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+Episode = Callable[[], None]
+
+
+def simple(model: nn.Module, optimizer: Any, **arguments: Any) -> None:
+    with innerloop.track(model, optimizer, **arguments) as loop:
+        for t in range(STEPS):
+            loop.step(loss_of(loop.model, t))
+        outer = loss_of(loop.model, STEPS)
+    if loop.learn != "nothing":
+        outer.backward()
+
+
+def looking(model: nn.Module, optimizer: Any, **arguments: Any) -> None:
+    """Everything that can be asked of a loop."""
+    with innerloop.track(model, optimizer, **arguments) as loop:
+        for t in range(STEPS):
+            loop.step(
+                loss_of(loop.model, t),
+                grad_callback=lambda grads: {n: None if g is None else 2 * g for n, g in grads.items()},
+            )
+        trajectory = loop.trajectory
+        for time in (0, -1):
+            loop.parameters(time=time), loop.buffers(time=time), trajectory.at(time)
+        outer = loss_of(loop.model, STEPS) + trajectory.losses.sum()
+        if loop.learn != "nothing":
+            innerloop.inspect.paths(trajectory, outer)
+            outer.backward()
+
+
+def in_windows(model: nn.Module, optimizer: Any, *, cut: str, **arguments: Any) -> None:
+    with innerloop.track(model, optimizer, **arguments) as loop:
+        for t in range(STEPS):
+            loop.step(loss_of(loop.model, t))
+            getattr(loop, cut)()
+        loss_of(loop.model, STEPS)
+
+
+def interrupted(model: nn.Module, optimizer: Any, **arguments: Any) -> None:
+    try:
+        with innerloop.track(model, optimizer, **arguments) as loop:
+            loop.step(loss_of(loop.model, 0))
+            loop.step(loss_of(loop.model, 1) * float("nan"))
+    except innerloop.InvalidInputError:
+        pass
+
+
+EPISODES: dict[str, Callable[..., None]] = {
+    "simple": simple,
+    "looking": looking,
+    "detach": lambda *args, **kw: in_windows(*args, cut="detach", **kw),
+    "commit": lambda *args, **kw: in_windows(*args, cut="commit", **kw),
+    "interrupted": interrupted,
+}
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
+@pytest.mark.parametrize("kind", list(EPISODES))
+def test_episodes_leave_no_objects(kind: str, learn: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+    """Without a single reference cycle: the collector is off, and what it would have found is nothing."""
+    model = Network()
+    opt = optimizer(model)
+    arguments = {"learn": learn, "hyper": {"lr": leaf(0.1)}}
+    for _ in range(3):  # gradients, optimizer state and caches come into being
+        EPISODES[kind](model, opt, **arguments)
+    with without_collector():
+        before = len(gc.get_objects())
+        for _ in range(20):
+            EPISODES[kind](model, opt, **arguments)
+        grown = len(gc.get_objects()) - before
+        unreachable = gc.collect()
+    assert grown <= 0, f"{grown} objects more after 20 episodes"
+    assert unreachable == 0, f"{unreachable} objects in reference cycles after 20 episodes"
+
+
+def test_two_hundred_episodes():
+    model = Network()
+    optimizer = sgd(model)
+    simple(model, optimizer)
+    with without_collector():
+        before = len(gc.get_objects())
+        for _ in range(200):
+            simple(model, optimizer)
+        assert len(gc.get_objects()) <= before
+
+
+@pytest.mark.parametrize("kept", ["loop", "trajectory", "parameters"])
+def test_what_the_user_keeps_holds_no_more_than_it_needs(kept: str):
+    """The user's module does not hold the loop, and the loop goes when the user lets go."""
+    model = Network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(loss_of(loop.model, 0))
+        reference = weakref.ref(loop)
+        view = weakref.ref(loop.model)
+        keep = {"loop": loop, "trajectory": loop.trajectory, "parameters": loop.parameters()}[kept]
+    with without_collector():
+        del loop
+        assert (reference() is None) == (kept != "loop")
+        del keep
+        assert reference() is None
+        assert view() is None
+
+
+# -- learn="nothing" ----------------------------------------------------------------------------------------------------
+
+
+class Watched(nn.Module):
+    """Keeps a weak reference to the activation that tanh's backward saves: alive as long as the step's graph is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x).tanh()
+        self.seen.append(weakref.ref(hidden))
+        return self.head(hidden)
+
+
+def alive_after(steps: int, **arguments: Any) -> int:
+    model = Watched()
+    with innerloop.track(model, adam(model), **arguments) as loop, without_collector():
+        for t in range(steps):
+            loop.step(loss_of(loop.model, t))
+        return sum(reference() is not None for reference in loop.model.seen)
+
+
+def test_the_graphs_of_the_steps():
+    """Every graph is kept where it is needed (so that this test can fail), and none where nothing is learned."""
+    assert alive_after(7) == 7
+    assert alive_after(7, learn="outer") == 7
+    assert alive_after(7, learn="nothing") == 0
+    assert alive_after(7, first_order=True) == 0
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that a Python tensor holds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # asking some objects for their class is deprecated
+        tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_nothing_needs_the_same_memory_for_any_number_of_steps(optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+    """But for the losses, one number of four bytes each."""
+    model = Network()
+    with innerloop.track(model, optimizer(model), learn="nothing") as loop, without_collector():
+        used = {}
+        for t in range(1, 601):
+            loop.step(loss_of(loop.model, t))
+            if t in (10, 100, 600):
+                used[t] = live_bytes()
+        assert used[100] - used[10] <= 4 * 90
+        assert used[600] - used[10] <= 4 * 590
+    assert len(loop.trajectory.losses) == 600
+
+
+def test_init_needs_more_with_every_step():
+    """So that the test above can fail."""
+    model = Network()
+    with innerloop.track(model, adam(model)) as loop, without_collector():
+        loop.step(loss_of(loop.model, 0))
+        before = live_bytes()
+        for t in range(10):
+            loop.step(loss_of(loop.model, t))
+        assert live_bytes() - before > 10 * sum(p.nbytes for p in model.parameters())
