@@ -19,7 +19,6 @@ import torch
 
 from tests import type_checker
 
-
 _hook = pytest.StashKey[Any]()
 
 

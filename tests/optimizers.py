@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import innerloop
-from tests.oracles import Bowl, Gradient, Params, Settings, Task, accepts, grid
+from tests.oracles import Bowl, Gradient, Params, Settings, Task, accepts, grid, torch_run
 
 FLAG = (False, True)
 IMPLEMENTATION = [
@@ -67,7 +67,9 @@ RULES = (
     Rule(
         innerloop.optim.sgd,
         torch.optim.SGD,
-        grid(lr=[0.1], momentum=[0.0, 0.9], dampening=[0.0, 0.3], weight_decay=[0.0, 0.1], nesterov=FLAG, maximize=FLAG),
+        grid(
+            lr=[0.1], momentum=[0.0, 0.9], dampening=[0.0, 0.3], weight_decay=[0.0, 0.1], nesterov=FLAG, maximize=FLAG
+        ),
         hyper=("lr", "momentum", "dampening", "weight_decay"),
         typical={"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
         kinks={"momentum": buffer_appears, "dampening": lambda settings: settings.get("nesterov", False)},
@@ -102,7 +104,9 @@ RULES = (
 
 def label(settings: Settings) -> str:
     """``momentum=0.9,nesterov``: what differs from the defaults that switch a term off."""
-    shown = [k if v is True else f"{k}={v}".replace(" ", "") for k, v in settings.items() if v is not False and k != "lr"]
+    shown = [
+        k if v is True else f"{k}={v}".replace(" ", "") for k, v in settings.items() if v is not False and k != "lr"
+    ]
     return ",".join(shown) or "default"
 
 
@@ -214,3 +218,46 @@ def leaves(params: Params) -> Params:
 
 def leaf(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(float(value), dtype=dtype, requires_grad=True)
+
+
+# -- the outer loss as a function of initial parameters and hyper-parameters ---------------------------------------------
+
+
+def outer_of_rule(rule: Rule, settings: Settings, task: Task | Bowl, steps: int) -> Callable[[Params, Params], Tensor]:
+    """By the rule under test; hyper-parameters by name, as tensors; differentiable in both arguments."""
+    optimizer = rule.make(**settings)
+
+    def outer(params: Params, values: Params) -> Tensor:
+        hyper = override(rule, settings, values) if values else None
+        return task.outer(train(optimizer, task, params, hyper, steps=steps))
+
+    return outer
+
+
+def outer_of_torch(
+    rule: Rule, settings: Settings, task: Task | Bowl, steps: int
+) -> Callable[[Params, dict[str, Any]], float]:
+    """By a plain ``torch.optim`` run; hyper-parameters as numbers (or by parameter name)."""
+    full = defaults(rule, settings)
+
+    def outer(params: Params, values: dict[str, Any]) -> float:
+        return float(task.outer(torch_run(rule.torch, replace(full, values), params, task.gradient, steps)))
+
+    return outer
+
+
+def meta_gradient(
+    rule: Rule, settings: Settings, task: Task | Bowl, values: Mapping[str, float], steps: int
+) -> tuple[Params, Params]:
+    """The rule's gradient of the outer loss in the initial parameters and in the named hyper-parameters."""
+    params, tensors = leaves(task.params()), {name: leaf(value) for name, value in values.items()}
+    outer = outer_of_rule(rule, settings, task, steps)(params, tensors)
+    # A number 0 switches its term off: the dampening of a momentum of 0 is not used, and its gradient is zero.
+    wanted = [*params.values(), *tensors.values()]
+    found = torch.autograd.grad(outer, wanted, allow_unused=True, materialize_grads=True)
+    return dict(zip(params, found, strict=False)), dict(zip(tensors, found[len(params) :], strict=True))
+
+
+def largest_step(name: str) -> float:
+    """Where the ladder of finite differences starts; eps bends the update once it nears the root of the second moment."""
+    return 1e-6 if name == "eps" else 2e-4

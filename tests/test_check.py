@@ -25,7 +25,7 @@ class WrongBackward(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
 
@@ -34,7 +34,10 @@ def wrong(x: Tensor, factor: float = 1.5) -> Tensor:
 
 
 def inputs() -> dict[str, Any]:
-    return {"params": {"w": smooth_noise(3, 2, phase=2.0), "b": smooth_noise(2, phase=3.0)}, "log_lr": torch.tensor(-2.0)}
+    return {
+        "params": {"w": smooth_noise(3, 2, phase=2.0), "b": smooth_noise(2, phase=3.0)},
+        "log_lr": torch.tensor(-2.0),
+    }
 
 
 def train(inputs: dict[str, Any], optimizer: Any = None) -> Tensor:
@@ -71,12 +74,18 @@ def test_the_numbers_of_the_report_are_directional_derivatives():
         assert c.uncertainty < 1e-6
 
 
-@pytest.mark.parametrize("make", [lambda x: x, lambda x: [x], lambda x: (torch.arange(3), {"x": x}), lambda x: {"x": x, "n": None, "k": 3}])
+@pytest.mark.parametrize(
+    "make", [lambda x: x, lambda x: [x], lambda x: (torch.arange(3), {"x": x}), lambda x: {"x": x, "n": None, "k": 3}]
+)
 def test_inputs_are_any_pytree(make: Any):
     x = torch.tensor([1.0, 2.0])
 
     def outer(tree: Any) -> Tensor:
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        leaves = [
+            leaf
+            for leaf in torch.utils._pytree.tree_leaves(tree)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
         return leaves[0].pow(3).sum()
 
     assert innerloop.check_metagradient(outer, make(x)).ok
@@ -95,7 +104,9 @@ def test_inputs_are_not_changed_and_get_no_grad():
 
 
 def test_empty_tensors_need_no_check():
-    report = innerloop.check_metagradient(lambda x: (x["a"] ** 2).sum() + x["none"].sum(), {"a": torch.ones(2), "none": torch.zeros(0, 3)})
+    report = innerloop.check_metagradient(
+        lambda x: (x["a"] ** 2).sum() + x["none"].sum(), {"a": torch.ones(2), "none": torch.zeros(0, 3)}
+    )
     assert {c.input for c in report.comparisons} == {"['a']"}
 
 
@@ -140,7 +151,9 @@ def test_one_wrong_entry_among_a_thousand_is_found():
     mask = torch.ones(1000)
     mask[371] = 0.0
     with pytest.raises(innerloop.MetaGradientError):
-        innerloop.check_metagradient(lambda x: ((x * mask).sin() + (x * (1 - mask)).detach().sin()).sum(), smooth_noise(1000))
+        innerloop.check_metagradient(
+            lambda x: ((x * mask).sin() + (x * (1 - mask)).detach().sin()).sum(), smooth_noise(1000)
+        )
 
 
 def test_a_detached_path_is_named_and_the_verdict_says_that_nothing_arrives():
@@ -219,7 +232,7 @@ class Net(nn.Module):
 def module_outer(model: nn.Module) -> Tensor:
     """Two hand-written steps, in the precision of the model."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    params: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     dtype = next(iter(params.values())).dtype
     optimizer = innerloop.optim.sgd(lr=0.1, momentum=0.9)
     state = optimizer.init(params)
@@ -314,7 +327,11 @@ def test_a_loss_that_is_not_a_function_of_its_inputs():
         innerloop.check_metagradient(outer, torch.ones(2))
 
 
-@pytest.mark.parametrize("outer", [lambda x: x, lambda x: None, lambda x: 1.0, lambda x: (x.sum(), 1)], ids=["vector", "None", "number", "pair"])
+@pytest.mark.parametrize(
+    "outer",
+    [lambda x: x, lambda x: None, lambda x: 1.0, lambda x: (x.sum(), 1)],
+    ids=["vector", "None", "number", "pair"],
+)
 def test_a_loss_that_is_no_scalar_tensor(outer: Any):
     with pytest.raises(innerloop.InnerLoopError, match="scalar"):
         innerloop.check_metagradient(outer, torch.ones(2))
@@ -322,11 +339,13 @@ def test_a_loss_that_is_no_scalar_tensor(outer: Any):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite(value: float):
-    with pytest.raises(innerloop.InnerLoopError, match="nan|inf|finite"):
+    with pytest.raises(innerloop.InnerLoopError, match=r"\bnan\b|\binf\b|finite"):
         innerloop.check_metagradient(lambda x: (x * value).sum(), torch.ones(2))
 
 
-@pytest.mark.parametrize("given", [{}, torch.arange(3), {"a": 1.0}, None], ids=["nothing", "integers", "a number", "None"])
+@pytest.mark.parametrize(
+    "given", [{}, torch.arange(3), {"a": 1.0}, None], ids=["nothing", "integers", "a number", "None"]
+)
 def test_inputs_without_a_floating_point_tensor(given: Any):
     with pytest.raises(innerloop.InnerLoopError, match="floating-point"):
         innerloop.check_metagradient(lambda x: torch.ones(()), given)
@@ -336,5 +355,5 @@ def test_complex_inputs_are_checked_or_refused_but_not_passed_over():
     def outer(x: dict[str, Tensor]) -> Tensor:
         return (x["z"].detach().abs() ** 2).sum() + x["a"].sum()
 
-    with pytest.raises(innerloop.InnerLoopError, match="z|complex"):
+    with pytest.raises(innerloop.InnerLoopError, match=r"\['z'\]|complex"):
         innerloop.check_metagradient(outer, {"z": torch.ones(2, dtype=torch.complex64), "a": torch.ones(1)})

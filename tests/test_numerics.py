@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import innerloop
 from tests.optimizers import (
     RULES,
     Rule,
-    accepted,
     cases,
     covering,
     defaults,
@@ -25,6 +23,8 @@ from tests.optimizers import (
     each_rule,
     leaf,
     leaves,
+    meta_gradient,
+    outer_of_torch,
     override,
     read,
     replace,
@@ -33,7 +33,6 @@ from tests.optimizers import (
 from tests.oracles import (
     Params,
     Task,
-    TorchRun,
     assert_derivative,
     assert_params,
     directional,
@@ -61,7 +60,9 @@ def autograd_gradient(task: Task) -> Any:
     """The inner gradient as a hand-written loop takes it, with a graph; ``torch.func.grad`` is the other way."""
 
     def gradient(params: Params, t: int) -> Params:
-        inputs = {name: value if value.requires_grad else value.clone().requires_grad_() for name, value in params.items()}
+        inputs = {
+            name: value if value.requires_grad else value.clone().requires_grad_() for name, value in params.items()
+        }
         grads = torch.autograd.grad(task.loss(inputs, t), list(inputs.values()), create_graph=True)
         return dict(zip(inputs, grads, strict=True))
 
@@ -84,26 +85,17 @@ def dead_entries(task: Task) -> Params:
 def test_meta_gradients_are_right_where_gradient_entries_are_zero(rule: Rule, settings: dict[str, Any]):
     """All hyper-parameters are numbers, so that only the initial parameters are differentiated; then all are tensors."""
     task, full = Task(dead=True), defaults(rule, settings)
-    smooth = [name for name in rule.smooth(full) if not bends(name, read(full, name))]
+    outer = outer_of_torch(rule, settings, task, STEPS)
+    numbers = {name: read(full, name) for name in rule.smooth(full) if not bends(name, read(full, name))}
     along = {name: smooth_noise(*value.shape, phase=7.0) for name, value in task.params().items()}
-    for names, direction in (([], dead_entries(task)), (smooth, along)):
-        params, values = leaves(task.params()), {name: leaf(read(full, name)) for name in names}
+    for values, direction in (({}, dead_entries(task)), (numbers, along)):
         with anomaly_detection():
-            hyper = override(rule, settings, values) if values else None
-            outer = task.outer(train(rule.make(**settings), task, params, hyper, steps=STEPS))
-            found = torch.autograd.grad(outer, [*params.values(), *values.values()], allow_unused=True, materialize_grads=True)
-        assert all(value.isfinite().all() for value in found)
-        at = [*task.params().values(), *(read(full, name) for name in names)]
-        v = [*direction.values(), *(0.2 if name != "eps" else 1e-4 for name in names)]
-
-        def outer_of_torch(at: list[Any], names: list[str] = names) -> float:
-            start = dict(zip(params, at, strict=False))  # noqa: B023
-            numbers = replace(full, dict(zip(names, at[len(start) :], strict=True)))
-            return float(task.outer(torch_run(rule.torch, numbers, start, task.gradient, STEPS)))
-
-        truth = directional(outer_of_torch, at, v, largest=5e-5)
+            ours = meta_gradient(rule, settings, task, values, STEPS)
+        assert all(value.isfinite().all() for value in (*ours[0].values(), *ours[1].values()))
+        v = (direction, {name: 1e-4 if name == "eps" else 0.2 for name in values})
+        truth = directional(lambda at: outer(*at), (task.params(), values), v, largest=5e-5)
         assert abs(truth) > 1e-3
-        assert_derivative(inner(list(found), v), truth, f"d outer / d (init, {names})")
+        assert_derivative(inner(ours, v), truth, f"d outer / d (init, {list(values)})")
 
 
 def bends(name: str, value: float) -> bool:
@@ -116,17 +108,12 @@ def test_each_hyper_gradient_is_right_where_gradient_entries_are_zero(rule: Rule
     """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries nonzero."""
     task, settings = Task(dead=True), replace(rule.typical, {"weight_decay": 0.0})
     value = read(settings, name)
-    given = leaf(value)
     with anomaly_detection():
-        final = train(rule.make(**settings), task, task.params(), override(rule, settings, {name: given}), steps=STEPS)
-        (ours,) = torch.autograd.grad(task.outer(final), given)
-
-    def outer(v: float) -> float:
-        return float(task.outer(torch_run(rule.torch, replace(settings, {name: v}), task.params(), task.gradient, STEPS)))
-
+        ours = meta_gradient(rule, settings, task, {name: value}, STEPS)[1][name]
+    outer = outer_of_torch(rule, settings, task, STEPS)
     # Where the second derivative jumps, the difference quotient is right to first order in its step only (see test_oracles).
     options = {"largest": 1e-6, "need": 1e-5} if bends(name, value) else {"largest": 5e-5}
-    truth = directional(outer, value, 1.0, **options)
+    truth = directional(lambda v: outer(task.params(), {name: v}), value, 1.0, **options)
     assert abs(truth) > 1e-3
     assert_derivative(float(ours), truth, f"d outer / d {name}", relative=1e-5 if bends(name, value) else 1e-6)
 
@@ -151,7 +138,9 @@ def test_every_gradient_zero_at_every_step(rule: Rule):
     zero = lambda params, t: {"p": params["p"] * 0}  # noqa: E731
     hyper = {name: leaf(read(settings, name)) for name in rule.hyper}
     with anomaly_detection():
-        final = train(rule.make(**settings), Task(), params, override(rule, settings, hyper), steps=STEPS, gradient=zero)["p"]
+        final = train(
+            rule.make(**settings), Task(), params, override(rule, settings, hyper), steps=STEPS, gradient=zero
+        )["p"]
         found = torch.autograd.grad(final.sum(), [params["p"], *hyper.values()])
     assert torch.equal(final, params["p"])
     assert torch.equal(found[0], torch.ones(5))
@@ -202,143 +191,6 @@ def test_eps_zero_at_a_zero_gradient_is_undefined_as_in_torch(rule: Rule):
     assert_params(train(rule.make(**settings), Task(), params, steps=2, gradient=zero), truth, 0)
 
 
-# -- dtypes -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("params", "hyper"),
-    [
-        (torch.float32, torch.float64),
-        (torch.float64, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float64),
-        (torch.float32, torch.bfloat16),
-    ],
-    ids=str,
-)
-@cases(lambda rule: covering(rule)[:4])
-def test_parameters_keep_their_dtype_and_so_do_the_gradients(
-    rule: Rule, settings: dict[str, Any], params: torch.dtype, hyper: torch.dtype
-):
-    task = Task(large=True)
-    full = defaults(rule, settings)
-    shaped = lambda value: {n: torch.full_like(p, value, dtype=hyper).requires_grad_() for n, p in task.params().items()}  # noqa: E731
-    for make in (lambda value: leaf(value, hyper), shaped):
-        start = leaves(task.params(params))
-        values = {name: make(read(full, name)) for name in rule.smooth(full)}
-        optimizer = rule.make(**settings)
-        state = optimizer.init(start)
-        now = start
-        for t in range(3):
-            now, state = optimizer.update(torch.func.grad(task.loss)(now, t), state, now, override(rule, settings, values))
-            assert {value.dtype for value in now.values()} == {params}
-            assert {t.dtype for t in torch.utils._pytree.tree_leaves(state) if isinstance(t, Tensor)} <= {params}
-        wanted = [*start.values(), *torch.utils._pytree.tree_leaves(values)]
-        found = torch.autograd.grad(task.outer(now), wanted, allow_unused=True, materialize_grads=True)
-        assert [g.dtype for g in found] == [x.dtype for x in wanted]
-        assert all(g.shape == x.shape for g, x in zip(found, wanted, strict=True))
-
-
-@cases(covering)
-def test_float32_parameters_with_float64_hyper_parameters_are_as_exact_as_torch(rule: Rule, settings: dict[str, Any]):
-    """Both are compared with a float64 run: the tensor hyper-parameters cost no more than rounding."""
-    task = Task()
-    settings = {**settings, "foreach": False}
-    exact = torch_run(rule.torch, settings, task.params(), task.gradient, 10)
-    theirs = torch_run(rule.torch, settings, task.params(torch.float32), task.gradient, 10)
-    full = defaults(rule, settings)
-    values = {name: leaf(read(full, name)) for name in rule.smooth(full) if name != "eps"}
-    ours = train(
-        rule.make(**settings), task, task.params(torch.float32), override(rule, settings, values), steps=10, gradient=task.gradient
-    )
-    error = lambda run: max(float((run[n].detach().double() - exact[n]).abs().max()) for n in exact if exact[n].numel())  # noqa: E731
-    assert error(ours) <= 3 * error(theirs) + 1e-7
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@cases(covering)
-def test_half_precision_rounds_as_torch_does(rule: Rule, settings: dict[str, Any], dtype: torch.dtype):
-    """One step from a warm state. In half precision the vectorised part of a tensor and its tail round differently, so that
-    small tensors, which lie side by side in memory here, need not agree with torch in the last bit; the large one must."""
-    task = Task(large=True)
-    settings = {**settings, "foreach": False, **({"eps": 1e-3} if "eps" in rule.hyper else {})}
-    run = TorchRun.start(rule.torch, settings, task.params(dtype))
-    for t in range(3):
-        run.step(task.gradient(run.params, t))
-    optimizer = innerloop.optim.from_torch(run.optimizer, {name: pieces[0] for name, pieces in run.leaves.items()})
-    warm = run.params
-    grads = task.gradient(warm, 3)
-    ours, _ = optimizer.update(grads, optimizer.init(warm), warm)
-    run.step(grads)
-    assert torch.equal(ours["large"], run.params["large"])
-    unit = torch.finfo(dtype).eps
-    for name, truth in run.params.items():
-        assert ours[name].dtype == dtype
-        torch.testing.assert_close(ours[name].double(), truth.double(), rtol=unit, atol=unit / 4)
-
-
-# -- purity -------------------------------------------------------------------------------------------------------------
-
-
-@cases(covering)
-def test_an_update_writes_into_nothing_and_keeps_nothing(rule: Rule, settings: dict[str, Any]):
-    task = Task(large=True)
-    full = defaults(rule, settings)
-    values = {name: torch.tensor(float(read(full, name))) for name in rule.smooth(full)}
-    hyper = override(rule, settings, values)
-    optimizer = rule.make(**settings)
-    params, state = task.params(), optimizer.init(task.params())
-    for t in range(3):
-        grads = task.gradient(params, t)
-        given = [x for x in torch.utils._pytree.tree_leaves((grads, state, params, hyper)) if isinstance(x, Tensor)]
-        before = [(x._version, x.clone()) for x in given]
-        params, state = optimizer.update(grads, state, params, hyper)
-        assert all(x._version == v and torch.equal(x, old) for x, (v, old) in zip(given, before, strict=True))
-    assert not tensors_reachable_from(optimizer)
-
-
-def tensors_reachable_from(thing: Any) -> list[Tensor]:
-    """Tensors that an object holds, however deep; not those of its class and module."""
-    found, seen, queue = [], set(), [vars(thing)]
-    while queue:
-        current = queue.pop()
-        if id(current) in seen or isinstance(current, type):
-            continue
-        seen.add(id(current))
-        if isinstance(current, Tensor):
-            found.append(current)
-        elif isinstance(current, (dict, list, tuple, set)):
-            queue += gc.get_referents(current)
-    return found
-
-
-@each_rule()
-def test_two_loops_with_one_optimizer_do_not_meet(rule: Rule):
-    task, other = Task(), Task(dead=True)
-    optimizer = rule.make(**rule.typical)
-    alone = train(optimizer, task, task.params(), steps=5)
-    a, b = task.params(), other.params()
-    state_a, state_b = optimizer.init(a), optimizer.init(b)
-    for t in range(5):
-        a, state_a = optimizer.update(task.gradient(a, t), state_a, a)
-        b, state_b = optimizer.update(other.gradient(b, t), state_b, b)
-    assert_params(a, alone, 1e-14)
-
-
-@each_rule()
-def test_an_old_state_can_be_stepped_again(rule: Rule):
-    """A state is a value: branching from it twice gives the same, whatever was done in between."""
-    task = Task(large=True)
-    optimizer = rule.make(**rule.typical)
-    params, state = task.params(), optimizer.init(task.params())
-    for t in range(3):
-        params, state = optimizer.update(task.gradient(params, t), state, params)
-    first, later = optimizer.update(task.gradient(params, 3), state, params)
-    optimizer.update(task.gradient(first, 4), later, first)
-    again, _ = optimizer.update(task.gradient(params, 3), state, params)
-    assert_params(again, first, 0)
-
-
 # -- closed forms -------------------------------------------------------------------------------------------------------
 
 CURVATURE = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
@@ -358,7 +210,9 @@ def test_sgd_with_momentum_on_a_quadratic_is_a_matrix_power():
 
     def closed(lr: Tensor, momentum: Tensor, decay: Tensor, x: Tensor) -> Tensor:
         gradient = CURVATURE + decay * eye
-        step = torch.cat([torch.cat([eye - lr * gradient, -lr * momentum * eye], 1), torch.cat([gradient, momentum * eye], 1)])
+        step = torch.cat(
+            [torch.cat([eye - lr * gradient, -lr * momentum * eye], 1), torch.cat([gradient, momentum * eye], 1)]
+        )
         return (torch.linalg.matrix_power(step, steps)[:3, :3] @ x).sum()
 
     torch.testing.assert_close(final.sum(), closed(lr, momentum, decay, start["x"]), rtol=1e-13, atol=1e-13)
@@ -372,7 +226,9 @@ def test_sgd_with_momentum_on_a_quadratic_is_a_matrix_power():
 def test_two_steps_of_momentum_by_hand():
     """facts.md: .72, where ``torch.optim.SGD(differentiable=True)`` says .90."""
     p = leaf(1.0)
-    final = train(innerloop.optim.sgd(lr=0.1, momentum=0.9), Task(), {"p": p}, steps=2, gradient=lambda params, t: params)["p"]
+    final = train(
+        innerloop.optim.sgd(lr=0.1, momentum=0.9), Task(), {"p": p}, steps=2, gradient=lambda params, t: params
+    )["p"]
     assert torch.autograd.grad(final, p)[0].item() == pytest.approx(0.72, abs=1e-14)
 
 
@@ -390,7 +246,9 @@ def test_two_adam_steps_by_hand(amsgrad: bool):
         gradient=lambda _, t: {"x": gradients[t]},
     )["x"]
     mean = (beta1 * g1 + g2) / (1 + beta1)
-    square = (beta2 * g1**2 + g2**2) / (1 + beta2)  # v_2 = (1-b)(b g1² + g2²) > v_1 = (1-b) g1²: amsgrad changes nothing here
+    square = (beta2 * g1**2 + g2**2) / (
+        1 + beta2
+    )  # v_2 = (1-b)(b g1² + g2²) > v_1 = (1-b) g1²: amsgrad changes nothing here
     closed = -lr * g1 / (g1 + eps) - lr * mean / (square.sqrt() + eps)
     torch.testing.assert_close(final, closed, rtol=1e-14, atol=1e-16)
     wanted = [lr, beta1, beta2, eps]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from tests.optimizers import (
     defaults,
     each_hyper,
     each_rule,
+    outer_of_rule,
+    outer_of_torch,
     override,
     read,
     replace,
@@ -37,27 +38,6 @@ from tests.oracles import (
 )
 
 STEPS = 4
-Values = dict[str, Tensor]
-
-
-def outer_function(rule: Rule, settings: dict[str, Any], task: Task | Bowl) -> Callable[[Params, Values], Tensor]:
-    """The outer loss as a function of initial parameters and named hyper-parameters."""
-    optimizer = rule.make(**settings)
-
-    def outer(params: Params, values: Values) -> Tensor:
-        hyper = override(rule, settings, values) if values else None
-        return task.outer(train(optimizer, task, params, hyper, steps=STEPS))
-
-    return outer
-
-
-def outer_of_torch(rule: Rule, settings: dict[str, Any], task: Task | Bowl) -> Callable[[Params, dict[str, float]], float]:
-    full = defaults(rule, settings)
-
-    def outer(params: Params, values: dict[str, float]) -> float:
-        return float(task.outer(torch_run(rule.torch, replace(full, values), params, task.gradient, STEPS)))
-
-    return outer
 
 
 def numbers(rule: Rule, settings: dict[str, Any]) -> dict[str, float]:
@@ -65,7 +45,7 @@ def numbers(rule: Rule, settings: dict[str, Any]) -> dict[str, float]:
     return {name: float(read(full, name)) for name in rule.smooth(full)}
 
 
-def tensors(values: dict[str, float]) -> Values:
+def tensors(values: dict[str, float]) -> Params:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
@@ -84,26 +64,33 @@ def test_vmap_over_tasks_is_a_loop_of_torch_runs(rule: Rule, settings: dict[str,
     several = [{n: v * (0.7 + 0.1 * i) for n, v in values.items()} for i in range(3)]
     optimizer = rule.make(**settings)
 
-    def final(params: Params, values: Values) -> Params:
+    def final(params: Params, values: Params) -> Params:
         return train(optimizer, task, params, override(rule, settings, values), steps=STEPS)
 
-    stack = lambda trees: pytree.tree_map(lambda *xs: torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in xs]), *trees)  # noqa: E731
-    both = torch.func.vmap(final)(stack(starts), stack(several))
-    only_init = torch.func.vmap(final, in_dims=(0, None))(stack(starts), tensors(values))
-    only_hyper = torch.func.vmap(final, in_dims=(None, 0))(task.params(), stack(several))
-    full = defaults(rule, settings)
+    def truth(params: Params, values: dict[str, float]) -> Params:
+        return torch_run(rule.torch, replace(defaults(rule, settings), values), params, task.gradient, STEPS)
+
+    both = torch.func.vmap(final)(stacked(starts), stacked([tensors(v) for v in several]))
+    only_init = torch.func.vmap(final, in_dims=(0, None))(stacked(starts), tensors(values))
+    only_hyper = torch.func.vmap(final, in_dims=(None, 0))(task.params(), stacked([tensors(v) for v in several]))
     for i in range(3):
-        one = lambda params, values: torch_run(rule.torch, replace(full, values), params, task.gradient, STEPS)  # noqa: E731
-        take = lambda batch, i=i: {name: value[i] for name, value in batch.items()}  # noqa: E731
-        assert_params(take(both), one(starts[i], several[i]), 1e-12)
-        assert_params(take(only_init), one(starts[i], values), 1e-12)
-        assert_params(take(only_hyper), one(task.params(), several[i]), 1e-12)
+        assert_params(row(both, i), truth(starts[i], several[i]), 1e-12)
+        assert_params(row(only_init, i), truth(starts[i], values), 1e-12)
+        assert_params(row(only_hyper, i), truth(task.params(), several[i]), 1e-12)
+
+
+def stacked(trees: list[Params]) -> Params:
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def row(batch: Params, i: int) -> Params:
+    return {name: value[i] for name, value in batch.items()}
 
 
 @each_rule()
 def test_vmap_of_meta_gradients_is_a_loop_of_finite_differences(rule: Rule):
     task, values = Task(), numbers(rule, rule.typical)
-    outer, truth = outer_function(rule, rule.typical, task), outer_of_torch(rule, rule.typical, task)
+    outer, truth = outer_of_rule(rule, rule.typical, task, STEPS), outer_of_torch(rule, rule.typical, task, STEPS)
     rates = torch.tensor([0.02, 0.05, 0.08], dtype=torch.float64)
     grads = torch.func.vmap(
         lambda lr: torch.func.grad(outer, argnums=(0, 1))(task.params(), {**tensors(values), "lr": lr})
@@ -112,7 +99,7 @@ def test_vmap_of_meta_gradients_is_a_loop_of_finite_differences(rule: Rule):
     for i, lr in enumerate(rates.tolist()):
         at = (task.params(), {**values, "lr": lr})
         slope = directional(lambda x: truth(*x), at, direction)
-        assert_derivative(inner(pytree.tree_map(lambda g: g[i], grads), direction), slope, f"task {i}")  # noqa: B023
+        assert_derivative(inner([row(part, i) for part in grads], direction), slope, f"task {i}")
 
 
 @each_rule()
@@ -120,12 +107,14 @@ def test_vmap_with_a_hyper_parameter_of_the_parameters_shape(rule: Rule):
     """Meta-SGD over tasks: each task with rates of its own."""
     task = Task()
     optimizer = rule.make(**rule.typical)
-    rates = [{n: 0.05 * (1 + 0.3 * smooth_noise(*p.shape, phase=float(i))) for n, p in task.params().items()} for i in range(2)]
-    batched = {name: torch.stack([r[name] for r in rates]) for name in rates[0]}
-    final = torch.func.vmap(lambda lr: train(optimizer, task, task.params(), {"lr": lr}, steps=STEPS))(batched)
+    rates = [
+        {n: 0.05 * (1 + 0.3 * smooth_noise(*p.shape, phase=float(i))) for n, p in task.params().items()}
+        for i in range(2)
+    ]
+    final = torch.func.vmap(lambda lr: train(optimizer, task, task.params(), {"lr": lr}, steps=STEPS))(stacked(rates))
     for i, lr in enumerate(rates):
         truth = torch_run(rule.torch, {**rule.typical, "lr": lr}, task.params(), task.gradient, STEPS)
-        assert_params({name: value[i] for name, value in final.items()}, truth, 1e-12)
+        assert_params(row(final, i), truth, 1e-12)
 
 
 # -- forward mode -------------------------------------------------------------------------------------------------------
@@ -134,13 +123,15 @@ def test_vmap_with_a_hyper_parameter_of_the_parameters_shape(rule: Rule):
 @cases(covering)
 def test_jvp_equals_finite_differences_and_reverse_mode(rule: Rule, settings: dict[str, Any]):
     task, values = Task(), numbers(rule, settings)
-    outer, truth = outer_function(rule, settings, task), outer_of_torch(rule, settings, task)
+    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
     direction = joint_direction(task, values)
     at, along = (task.params(), tensors(values)), (direction[0], tensors(direction[1]))
-    value, slope = torch.func.jvp(outer, at, along)
+    value, slope = torch.func.jvp(outer, at, along)[:2]
     assert value.item() == pytest.approx(truth(task.params(), values), rel=1e-12)
     assert_derivative(float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp")
-    assert_derivative(inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction), float(slope), "vjp", relative=1e-11)
+    assert_derivative(
+        inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction), float(slope), "vjp", relative=1e-11
+    )
 
 
 @each_rule()
@@ -148,9 +139,9 @@ def test_jvp_is_right_where_gradient_entries_are_zero(rule: Rule):
     task = Task(dead=True)
     settings = replace(rule.typical, {"weight_decay": 0.0})
     values = {name: value for name, value in numbers(rule, settings).items() if name != "weight_decay"}
-    outer, truth = outer_function(rule, settings, task), outer_of_torch(rule, settings, task)
+    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
     direction = joint_direction(task, values)
-    _, slope = torch.func.jvp(outer, (task.params(), tensors(values)), (direction[0], tensors(direction[1])))
+    slope = torch.func.jvp(outer, (task.params(), tensors(values)), (direction[0], tensors(direction[1])))[1]
     assert_derivative(float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp")
 
 
@@ -160,14 +151,16 @@ def test_a_jacobian_in_all_rates_at_once(rule: Rule):
     task, values = Task(), numbers(rule, rule.typical)
     optimizer = rule.make(**rule.typical)
 
-    def weight(values: Values) -> Tensor:
+    def weight(values: Params) -> Tensor:
         return train(optimizer, task, task.params(), override(rule, rule.typical, values), steps=2)["weight"].sum()
 
     rows = torch.func.jacfwd(weight)(tensors(values))
     for name, value in values.items():
 
         def moved(v: float, name: str = name) -> float:
-            return float(torch_run(rule.torch, replace(rule.typical, {name: v}), task.params(), task.gradient, 2)["weight"].sum())
+            return float(
+                torch_run(rule.torch, replace(rule.typical, {name: v}), task.params(), task.gradient, 2)["weight"].sum()
+            )
 
         truth = directional(moved, value, 1.0, largest=1e-6 if name == "eps" else 2e-4)
         assert_derivative(float(rows[name]), truth, f"d weight / d {name}")
@@ -182,7 +175,7 @@ def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settin
     if "eps" in rule.hyper:
         settings = {**settings, "eps": 0.1}  # a tiny eps bends the update so sharply that no second difference settles
     task, values = Bowl(), numbers(rule, settings)
-    outer, truth = outer_function(rule, settings, task), outer_of_torch(rule, settings, task)
+    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
     direction = joint_direction(task, values)
     along = (direction[0], tensors(direction[1]))
 
@@ -197,7 +190,12 @@ def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settin
     assert abs(expected) > 1e-4
     zero = torch.zeros((), dtype=torch.float64)
     grad, jacfwd = torch.func.grad, torch.func.jacfwd
-    for way, second in {"reverse over reverse": grad(grad(line)), "forward over reverse": jacfwd(grad(line)), "forward over forward": jacfwd(jacfwd(line))}.items():
+    ways = {
+        "reverse over reverse": grad(grad(line)),
+        "forward over reverse": jacfwd(grad(line)),
+        "forward over forward": jacfwd(jacfwd(line)),
+    }
+    for way, second in ways.items():
         assert_derivative(float(second(zero)), expected, way, relative=1e-5)
     h = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(line(h), h, create_graph=True)
@@ -209,10 +207,10 @@ def test_second_derivatives_are_finite_where_gradient_entries_are_zero(rule: Rul
     """There Adam's update has no second derivative (it bends); a number must come out nevertheless, not NaN."""
     task = Task(dead=True)
     settings = replace(rule.typical, {"weight_decay": 0.0})
-    outer = outer_function(rule, settings, task)
+    outer = outer_of_rule(rule, settings, task, STEPS)
     value = tensors({name: float(read(settings, name))})
 
-    def slope(params: Params, value: Values) -> Tensor:
+    def slope(params: Params, value: Params) -> Tensor:
         grads = torch.func.grad(outer, argnums=(0, 1))(params, value)
         return sum((g.sum() for g in pytree.tree_leaves(grads)), torch.zeros((), dtype=torch.float64))
 

@@ -74,15 +74,24 @@ def test_finite_differences_of_two_adam_steps_are_the_closed_form():
     def final(beta2: float) -> float:
         settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
         gradients = (torch.tensor([first]).double(), torch.tensor([second]).double())
-        return float(torch_run(torch.optim.Adam, settings, {"x": torch.zeros(1).double()}, lambda _, t: {"x": gradients[t]}, 2)["x"])
+        return float(
+            torch_run(torch.optim.Adam, settings, {"x": torch.zeros(1).double()}, lambda _, t: {"x": gradients[t]}, 2)[
+                "x"
+            ]
+        )
 
-    first, second = float(torch.tensor(first)), float(torch.tensor(second))  # what the gradients are: rounded to float32
+    first, second = (
+        float(torch.tensor(first)),
+        float(torch.tensor(second)),
+    )  # what the gradients are: rounded to float32
     beta2 = 0.99
     mean = (beta1 * first + second) / (1 + beta1)
     root = math.sqrt((beta2 * first**2 + second**2) / (1 + beta2))
     in_root = (first**2 - second**2) / (1 + beta2) ** 2 / (2 * root)
     assert final(beta2) == pytest.approx(-lr * first / (abs(first) + eps) - lr * mean / (root + eps), rel=1e-13)
-    assert directional(final, beta2, 1.0, largest=1e-3) == pytest.approx(lr * mean / (root + eps) ** 2 * in_root, rel=1e-8)
+    assert directional(final, beta2, 1.0, largest=1e-3) == pytest.approx(
+        lr * mean / (root + eps) ** 2 * in_root, rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("f", [abs, lambda x: max(x, 0.0), lambda x: float(x > 0), lambda x: abs(x) ** 0.5])
@@ -128,7 +137,9 @@ def test_element_wise_settings_make_groups_that_agree_with_the_whole():
     gradient = task.gradient(params, 0)
     for i, name in enumerate(params):
         lr = torch.tensor(0.1 * (i + 1)).item()
-        torch.testing.assert_close(moved[name], params[name] - lr * (gradient[name] + 0.1 * params[name]), rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(
+            moved[name], params[name] - lr * (gradient[name] + 0.1 * params[name]), rtol=1e-13, atol=1e-15
+        )
 
 
 def test_a_run_leaves_its_inputs_alone_and_skips_what_has_no_gradient():

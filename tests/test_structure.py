@@ -210,24 +210,14 @@ def run_python(code: str) -> str:
 def test_importing_brings_in_no_optional_package() -> None:
     code = """
 import sys, torch
-before = set(sys.modules)
+packages = lambda: {name.split(".")[0] for name in sys.modules}
+before = packages()
 import innerloop
-print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+print(*sorted(packages() - before))
 """
     brought = run_python(code).split()
     assert "innerloop" in brought
     assert not set(brought) & set(OPTIONAL)
-
-
-def test_importing_is_quick() -> None:
-    """At most 0.3 s over torch's own, in processor time: other processes on the machine do not count."""
-    code = """
-import time, torch
-start = time.process_time()
-import innerloop
-print(time.process_time() - start)
-"""
-    assert min(float(run_python(code)) for _ in range(3)) < 0.3
 
 
 # -- what is promised --------------------------------------------------------------------------------------------------
