@@ -63,10 +63,12 @@ types: $(DEV_READY)  ## type checker
 	$(BIN)/mypy
 
 pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compiled and not slow" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not compiled" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there are none
 
 coverage: $(DEV_READY)  ## which lines and branches no test reaches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term $(PYTEST_ARGS)

@@ -23,7 +23,7 @@ from tests.optimizers import (
     read,
     train,
 )
-from tests.oracles import Task, TorchRun, assert_params, torch_run
+from tests.oracles import Params, Task, TorchRun, assert_params, torch_run
 
 # -- dtypes -------------------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,8 @@ class Paths(NamedTuple):
         through: ``through[name at t][name at s]``, the contribution of each parameter at t.
         direct: what reaches time s on other ways, by name at s.
         total: the sum, which is the whole outer gradient.
-        time, wrt: t and s.
+        time: t.
+        wrt: s.
     """
 
     outer: dict[str, Tensor]
@@ -156,7 +157,15 @@ def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named)
     """Vector-Jacobian product; zero where nothing connects."""
     if not outputs[0].requires_grad:
         return [torch.zeros_like(p) for p in inputs.values()]
-    grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            "the graph of this trajectory was freed by a backward pass: inspect before outer.backward(), or call "
+            "outer.backward(retain_graph=True)"
+        ) from error
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, inputs.values(), strict=True)]
 
 
