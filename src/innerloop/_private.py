@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up to torch 2.13.
@@ -29,11 +30,12 @@ def register_tree_node(
 
 
 def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, jvp, ...) is running.
+    """Whether a ``torch.func`` transform (grad, vmap, jvp, ...) or a forward-mode level is running.
 
-    ``torch.autograd.grad`` must not be called there, and some operations lack a batching rule. No public query exists.
+    ``torch.autograd.grad`` must not be called there, ``detach`` drops tangents, and some operations lack a batching rule. No public
+    query exists.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def inside_vmap() -> bool:

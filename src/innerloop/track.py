@@ -190,8 +190,11 @@ class Loop:
             updated, state = self._optimizer.update(grads, self._states[self._steps].optimizer_state, params, overrides)
         if not self._guard.reached:
             self._guard.follow(updated.values(), current.values())
-        self._advance({**current, **updated}, state, loss)
-        return loss.detach()
+        number = (
+            loss.detach().clone()
+        )  # a clone, because a fused loss owns a storage of the size of the whole batch's output
+        self._advance({**current, **updated}, state, loss, number)
+        return number
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
         """The parameters after ``time`` steps, by name: 0 is the start, -1 the newest."""
@@ -253,7 +256,7 @@ class Loop:
             self._guard.reached = True
         return start
 
-    def _advance(self, params: dict[str, Tensor], state: Any, loss: Tensor) -> None:
+    def _advance(self, params: dict[str, Tensor], state: Any, loss: Tensor, number: Tensor) -> None:
         if self.learn == "nothing":
             with torch.enable_grad():
                 params = {n: p if n in self._frozen else self._guard.leaf(p.detach()) for n, p in params.items()}
@@ -267,7 +270,7 @@ class Loop:
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
-        self._losses.append(loss if self._second_order else loss.detach())
+        self._losses.append(loss if self._second_order else number)
         if len(self._losses) == 256 and not self._second_order:  # a number per step, not a tensor per step
             self._losses = [self._stacked_losses()]
 
