@@ -92,7 +92,10 @@ class InPlainContainers(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
         self.order = list(self.blocks)
-        self.nested = {"pair": (self.blocks[0], [self.blocks[2]]), "named": OrderedDict(act=self.blocks[1])}
+        self.nested: dict[str, Any] = {
+            "pair": (self.blocks[0], [self.blocks[2]]),
+            "named": OrderedDict(act=self.blocks[1]),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.order:
@@ -144,7 +147,7 @@ class StoredMethods(TwoLayers):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], layers: int = 1) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], layers: int = 1) -> None:
         super().__init__()
         self.recurrent = kind(3, 4, num_layers=layers, batch_first=True)
         self.head = nn.Linear(4, 1)
@@ -168,6 +171,10 @@ class Convolutional(nn.Module):
 
 class UnusualTensors(nn.Module):
     """A 0-dim, an empty, a complex and an absent parameter; integer, boolean, absent and unsaved buffers that change."""
+
+    calls: Tensor
+    flags: Tensor
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +237,7 @@ def hooked() -> nn.Module:
     return model
 
 
-def prepared(model: nn.Module, prepare: Callable[[nn.Module], Any]) -> nn.Module:
+def prepared(model: nn.Module, prepare: Callable[[Any], Any]) -> nn.Module:
     prepare(model)
     return model
 

@@ -61,7 +61,7 @@ Named = Mapping[str, Tensor]
 class Batch(NamedTuple):
     """What one step sees: which of the examples, and the noise on them."""
 
-    index: Tensor
+    rows: Tensor
     noise: Tensor
 
 
@@ -88,11 +88,11 @@ def batches() -> list[Batch]:
 
 
 def loss(params: Named, hyper: Any, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-    x, y = (column[batch.index] for column in hyper["data"])
+    x, y = (column[batch.rows] for column in hyper["data"])
     prediction = params["scale"] * (x @ params["weight"] + params["bias"]).tanh() + batch.noise
     decay = sum((p**2).sum() for p in params.values())
     value = ((prediction - y).abs() ** hyper["power"]).mean() + hyper["decay"] * decay
-    return value, {"prediction": prediction.sum(), "nothing": None, "examples": len(batch.index)}
+    return value, {"prediction": prediction.sum(), "nothing": None, "examples": len(batch.rows)}
 
 
 class Rule(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 
 from tests.optimizers import (
@@ -54,7 +55,7 @@ def check(rule: Rule, settings: dict[str, Any], backend: str, tolerance: float) 
     def meta(params: Params, values: dict[str, Tensor]) -> Any:
         return torch.func.grad(value, argnums=(0, 1))(params, values)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(meta, fullgraph=True, backend=backend)
     for factor in (1.0, 0.98):  # the second call runs what the first one compiled, on other numbers
         at = pytree.tree_map(lambda x, factor=factor: factor * x, (start(), values))
@@ -75,23 +76,30 @@ def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(rule: Rule, se
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # raised inside inductor
 @each_rule()
 def test_meta_gradient_compiled_by_inductor_is_the_eager_one(rule: Rule):
     check(rule, rule.typical, "inductor", 1e-10)
 
 
 @each_rule()
-def test_compiled_update_with_numbers_equals_torch(rule: Rule):
-    """Without tensors as hyper-parameters, a state carried from call to call: the step count is data, not a constant."""
+def test_a_compiled_update_is_not_compiled_anew_at_every_step(rule: Rule):
+    """A state is carried from call to call; its step count becomes data as soon as it changes. Hyper-parameters are numbers."""
     optimizer = rule.make(**rule.typical)
     params, state = start(), optimizer.init(start())
-    torch._dynamo.reset()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(
         lambda params, state: optimizer.update(torch.func.grad(loss)(params, 0), state, params),
         fullgraph=True,
-        backend="aot_eager",
+        backend=counter,
     )
-    for _ in range(3):
+    compilations = []
+    for _ in range(10):
         params, state = step(params, state)
-    truth = torch_run(rule.torch, rule.typical, start(), lambda params, t: plain_gradient(loss, params, 0), 3)
+        compilations.append(counter.frame_count)
+    truth = torch_run(rule.torch, rule.typical, start(), lambda params, t: plain_gradient(loss, params, 0), 10)
     assert_params(params, truth, 1e-12)
+    assert compilations[3] == compilations[-1]

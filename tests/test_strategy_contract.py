@@ -148,7 +148,7 @@ def test_only_what_requires_a_gradient_gets_one(strategy: Strategy):
     """Parameters alone, hyper-parameters alone."""
     params, values = leaves()
     for learned, given in ((params, hyper()), (start(), values)):
-        arguments = {"hyper": given, "strategy": strategy, "save_at": [SAVED]}
+        arguments: dict[str, Any] = {"hyper": given, "strategy": strategy, "save_at": [SAVED]}
         OUTER["all"](seen(innerloop.unroll(problem("adam"), learned, batches(), **arguments))).backward()
     ours = {"params": {n: p.grad for n, p in params.items()}, "hyper": {"decay": values["decay"].grad}}
     assert_derivative(along_direction(ours, "params"), truth("adam", "all", "params"), "params alone")
@@ -210,7 +210,7 @@ def test_forward_mode_without_torch_func(strategy: Strategy):
     with forward_ad.dual_level():
         h = forward_ad.make_dual(torch.tensor(0.0), torch.tensor(1.0))
         inputs = moved_by(h, "params")
-        arguments = {"hyper": inputs["hyper"], "strategy": strategy, "save_at": [SAVED]}
+        arguments: dict[str, Any] = {"hyper": inputs["hyper"], "strategy": strategy, "save_at": [SAVED]}
         try:
             traj = innerloop.unroll(problem("momentum"), inputs["params"], batches(), **arguments)
         except innerloop.InnerLoopError:
@@ -232,7 +232,7 @@ def test_vmap_over_tasks(strategy: Strategy, rule: str):
         "decay": torch.stack([0.05 + s for s in shifts]),
     }
     stacked = Batch(*(torch.stack(column) for column in zip(*batches(), strict=True)))
-    data = Batch(torch.stack([stacked.index] * tasks), torch.stack([stacked.noise + s for s in shifts]))
+    data = Batch(torch.stack([stacked.rows] * tasks), torch.stack([stacked.noise + s for s in shifts]))
 
     def task(params: Any, values: Any, data: Any) -> Any:
         value, gradients = metagradient(strategy, rule, "all", params=params, hyper={**hyper(), **values}, batches=data)
@@ -265,6 +265,7 @@ def test_hessian_of_the_meta_objective(strategy: Strategy):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
 @pytest.mark.compiled
+@pytest.mark.slow
 @each_exact_strategy("compile")
 @each_rule
 def test_compiled(strategy: Strategy, rule: str):
@@ -497,6 +498,38 @@ def test_gradients_through_dropout_and_batch_norm(strategy: Strategy):
     assert_derivative(ours, derivative(plain), "noisy module")
 
 
+@each_exact_strategy()
+def test_vmap_over_tasks_with_buffers(strategy: Strategy):
+    """Each task has its own running statistics, so they must be batched from the start: in the carry."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    learned = innerloop.Problem.from_module(
+        model, lambda m, hyper, x: m(x).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    tasks = torch.stack([smooth_noise(STEPS, 8, 3, phase=float(i)) for i in range(3)])
+
+    def task(data: Tensor, buffers: Any = None) -> tuple[Any, Any]:
+        carry = learned.init(params)
+        carry = carry if buffers is None else carry._replace(buffers=buffers)
+        (_, after), gradients = innerloop.metagradient(
+            lambda traj, hyper: (traj.losses.sum(), traj.at(-1).buffers),
+            learned,
+            carry,
+            data,
+            wrt="params",
+            strategy=strategy,
+        )
+        return after, gradients
+
+    batched = {name: torch.stack([b] * 3) for name, b in model.named_buffers()}
+    together = torch.func.vmap(task)(tasks, batched)
+    for i, data in enumerate(tasks):
+        for ours, alone in zip(together, task(data), strict=True):
+            assert_params({name: x[i] for name, x in ours.items()}, alone, 1e-12)
+    with pytest.raises(innerloop.InnerLoopError, match="carry"):
+        torch.func.vmap(task)(tasks)
+
+
 @each_strategy()
 def test_an_error_in_a_step_leaves_the_random_numbers_alone(strategy: Strategy):
     def failing(params: Any, hyper: Any, t: int) -> Tensor:
@@ -524,7 +557,7 @@ def test_it_says_what_it_is(strategy: Strategy):
     assert eval(repr(strategy), vars(innerloop)) == strategy  # noqa: S307
     assert dataclasses.is_dataclass(strategy)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        strategy.exact = False  # type: ignore[misc]
+        strategy.exact = False
     text = type(strategy).__doc__ or ""
     for word in ("Cost", "When", "Not"):
         assert word in text, f"the docstring of {type(strategy).__name__} lacks **{word}**"

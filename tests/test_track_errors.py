@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import innerloop
@@ -42,7 +43,7 @@ def test_an_exception_leaves_everything_as_it_was(learn: Any, where: str):
         return regression(lambda x: model(F.dropout(x, 0.5)), t)
 
     model = network()
-    optimizer = adam(train(model, adam(model)))  # type: ignore[arg-type]
+    optimizer = adam(model)
     train(model, optimizer)
     for p in model.parameters():
         p.grad = None
@@ -101,7 +102,7 @@ def test_a_refused_step_does_not_count():
 
 def tied_in_a_tuple() -> nn.Module:
     model = network()
-    model.kept = (model.body.weight,)
+    setattr(model, "kept", (model.body.weight,))  # noqa: B010
     return model
 
 
@@ -127,7 +128,7 @@ class WithOwnStep(torch.optim.SGD):
 
 OURS = innerloop.optim.sgd(lr=0.1)
 TRACK: dict[str, tuple[Callable[[], Any], list[str]]] = {
-    "model is a function": (lambda: innerloop.track(lambda x: x, OURS), ["nn.Module", "function"]),  # type: ignore[arg-type, return-value]
+    "model is a function": (lambda: innerloop.track(lambda x: x, OURS), ["nn.Module", "function"]),  # type: ignore[arg-type]
     "model is a dict of numbers": (lambda: innerloop.track({"a": 3}, OURS), ["nn.Module", "int"]),  # type: ignore[dict-item]
     "model without parameters": (lambda: innerloop.track(nn.Tanh(), OURS), ["parameter"]),
     "model that is lazy": (lambda: innerloop.track(lazy(), OURS), ["0.weight", "not initialised", "example batch"]),
@@ -174,13 +175,14 @@ def test_track_refuses(case: str):
 
 @pytest.mark.filterwarnings("ignore")
 def test_track_refuses_a_distributed_module():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(network())
         with refused(INVALID, "DistributedDataParallel", "model.module"):
             innerloop.track(wrapped, OURS)
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def test_track_under_inference_mode():
@@ -482,6 +484,10 @@ def test_params_that_do_not_require_grad_reach_nothing():
         outer.backward()
 
 
+def scaled(grads: dict[str, Tensor | None], by: Tensor) -> dict[str, Tensor | None]:
+    return {name: None if g is None else g * by for name, g in grads.items()}
+
+
 @pytest.mark.parametrize("where", ["hyper", "step", "optimizer", "loss", "callback", "params"])
 def test_whatever_it_reaches_is_found(where: str):
     """No false alarm: a single outside tensor, used once, in each place where one can be used, at the first or the last step."""
@@ -497,9 +503,7 @@ def test_whatever_it_reaches_is_found(where: str):
                 loop.step(
                     loss * (1 + outside) if where == "loss" and now else loss,
                     hyper={"lr": outside} if where == "step" and now else None,
-                    grad_callback=(lambda grads: {n: g * outside for n, g in grads.items()})
-                    if where == "callback" and now
-                    else None,
+                    grad_callback=partial(scaled, by=outside) if where == "callback" and now else None,
                 )
             regression(loop.model, STEPS).backward()
         assert outside.grad is not None

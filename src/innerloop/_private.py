@@ -44,6 +44,11 @@ def inside_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether the innermost ``torch.func.grad`` sees ``tensor``; it returns zeros, without a word, for a result that it does not see."""
+    return torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
 def version(tensor: Tensor) -> int:
     """How often ``tensor`` has been written in place: tells whether a buffer changed without comparing its values."""
     return tensor._version

@@ -66,7 +66,7 @@ class Paths(NamedTuple):
         direct: what reaches time s on other ways, by name at s.
         total: the sum, which is the whole outer gradient.
         time: t.
-        wrt: s.
+        wrt: s; None where ``wrt`` was a mapping of tensors.
     """
 
     outer: dict[str, Tensor]
@@ -74,27 +74,27 @@ class Paths(NamedTuple):
     direct: dict[str, Tensor]
     total: dict[str, Tensor]
     time: int
-    wrt: int
+    wrt: int | None
 
     def __str__(self) -> str:
         names = list(self.total)
         width = max(len(n) for n in [*names, *self.through, "through"]) + 2
         show = lambda x: f"{x.item():+.6g}" if x.numel() == 1 else f"|.|={x.norm().item():.4g}"  # noqa: E731
-        rows = [("through", *(f"d/d {n}[{self.wrt}]" for n in names))]
+        rows = [("through", *(f"d/d {n}" + ("" if self.wrt is None else f"[{self.wrt}]") for n in names))]
         rows += [(f"{i}[{self.time}]", *(show(row[n]) for n in names)) for i, row in self.through.items()]
         rows += [("direct", *(show(self.direct[n]) for n in names)), ("total", *(show(self.total[n]) for n in names))]
         column = max(len(cell) for row in rows for cell in row[1:]) + 2
         return "\n".join(row[0].ljust(width + 4) + "".join(cell.rjust(column) for cell in row[1:]) for row in rows)
 
 
-def paths(traj: Trajectory, outer_loss: Tensor, time: int = -1, wrt: int = 0) -> Paths:
+def paths(traj: Trajectory, outer_loss: Tensor, time: int = -1, wrt: int | Named = 0) -> Paths:
     r"""Split the outer gradient by the parameters through which it flows.
 
     Args:
         traj: as in `jacobian`.
         outer_loss: a scalar computed from the trajectory; its graph is kept.
         time: the time t at which the paths are told apart; -1 is the last.
-        wrt: the time s of the gradient.
+        wrt: the time s of the gradient, or a mapping from names to tensors, as in `jacobian`.
 
     Returns:
         A `Paths`; ``print`` shows it as a table.
@@ -126,9 +126,17 @@ def paths(traj: Trajectory, outer_loss: Tensor, time: int = -1, wrt: int = 0) ->
         name: dict(zip(earlier, _pull([later[name]], [g], earlier), strict=True)) for name, g in direction.items()
     }
     total = dict(zip(earlier, _pull([outer_loss], None, earlier), strict=True))
+    if not any(g.count_nonzero() for g in (*total.values(), *direction.values())) and not _connected(
+        outer_loss, earlier
+    ):
+        raise NotDifferentiableError(
+            "outer_loss does not depend on this trajectory: compute it from the same loop's parameters"
+        )
     direct = {n: total[n] - sum(row[n] for row in through.values()) for n in earlier}
     steps = traj.steps
-    return Paths(direction, through, direct, total, time % (steps + 1), wrt % (steps + 1))
+    return Paths(
+        direction, through, direct, total, time % (steps + 1), wrt % (steps + 1) if isinstance(wrt, int) else None
+    )
 
 
 def _inputs(traj: Trajectory, wrt: int | Named, time: int) -> dict[str, Tensor]:
@@ -139,6 +147,7 @@ def _inputs(traj: Trajectory, wrt: int | Named, time: int) -> dict[str, Tensor]:
                 f"wrt has tensors that do not require grad: {[n for n, t in inputs.items() if not t.requires_grad]}"
             )
         return inputs
+    traj.at(time), traj.at(wrt)  # raise if out of range
     later, earlier = (t % (traj.steps + 1) for t in (time, wrt))
     if later < earlier:
         raise InvalidInputError(
@@ -151,6 +160,11 @@ def _inputs(traj: Trajectory, wrt: int | Named, time: int) -> dict[str, Tensor]:
             'graph (StoreAll), or track with learn="init" or "outer"'
         )
     return inputs
+
+
+def _connected(output: Tensor, inputs: Named) -> bool:
+    grads = torch.autograd.grad(output, list(inputs.values()), retain_graph=True, allow_unused=True)
+    return any(g is not None for g in grads)
 
 
 def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named) -> list[Tensor]:

@@ -74,7 +74,7 @@ def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
             )
 
 
-def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     """``named_parameters`` of a module, or of several with their key in front; a shared tensor is listed once."""
     return _named(model, nn.Module.named_parameters)
 

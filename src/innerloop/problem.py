@@ -16,6 +16,7 @@ from innerloop.random_state import RandomState
 
 Loss = Callable[[Any, Any, Any], Any]
 Named = Mapping[str, Tensor]
+INDEPENDENT = "the loss does not depend on params: compute it from the `params` (or `model`) that it is given"
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
 OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
 
@@ -105,6 +106,13 @@ class Problem:
                 f"params must be a dict of named tensors, or a carry (traj.at(-1)), got {type(params).__name__}: for a module write "
                 "dict(model.named_parameters())"
             )
+        if not params:
+            raise InvalidInputError("params is empty: there is nothing to train")
+        for name, p in params.items():
+            if not p.is_floating_point() and not p.is_complex():
+                raise InvalidInputError(
+                    f"params[{name!r}] has dtype {p.dtype}, which has no gradient: hand it in as a batch or in hyper"
+                )
         buffers: dict[str, Tensor] = {}
         if self.view is not None:
             module.check_names(params, self.view.source)
@@ -140,6 +148,8 @@ class Problem:
 
         def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
             loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
+            if not torch.compiler.is_compiling() and not _private.is_tracked(loss):
+                raise NotDifferentiableError(INDEPENDENT)
             return loss, (loss, aux, new_buffers)
 
         # Everything is an argument: a tensor in the closure could not be written in place (buffers) and breaks vmap.
@@ -156,9 +166,7 @@ class Problem:
             with torch.autograd.graph.disable_saved_tensors_hooks("no saved tensor hooks inside an inner loss"):
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             if not loss.requires_grad:
-                raise NotDifferentiableError(
-                    "the loss does not depend on params: compute it from the `params` (or `model`) that it is given"
-                )
+                raise NotDifferentiableError(INDEPENDENT)
             # Only a loop that something outside asks a derivative of is recorded; else the step is plain training.
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
@@ -201,17 +209,23 @@ def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
     return loss.reshape(()) if loss.ndim else loss
 
 
+BATCHED = (
+    "a module writes a buffer that has no batch dimension in vmap: pass a carry whose buffers are batched, or use a module without running "
+    "statistics (track_running_stats=False)"
+)
+
+
 def explained(error: RuntimeError) -> RuntimeError:
     """The message of torch with the cure, where we know it."""
     text = str(error)
     cures = {
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - b).square().mean() for mse_loss",
-        "vmap: inplace": "a module writes a buffer in place, which has no batch dimension yet: pass a carry whose buffers are batched, "
-        "or use a module without running statistics",
+        "vmap: inplace": BATCHED,
+        "Batch norm got a batched tensor": BATCHED,
         "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
-        "does not require grad": "the loss does not depend on params: compute it from the `params` (or `model`) that it is given",
+        "does not require grad": INDEPENDENT,
     }
     for sign, cure in cures.items():
         if sign in text:

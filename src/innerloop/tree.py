@@ -93,7 +93,10 @@ def stack(trees: list[Any]) -> Any:
     """One pytree whose leaves are the leaves of ``trees``, stacked along a new first dimension."""
     if not trees:
         return None
-    columns = zip(*(leaves(tree) for tree in trees), strict=True)
+    flat = [leaves(tree) for tree in trees]
+    if len({len(row) for row in flat}) > 1:
+        raise InvalidInputError("aux must have the same structure at every step")
+    columns = zip(*flat, strict=True)
     return with_leaves(trees[0], [_stacked(column) for column in columns])
 
 

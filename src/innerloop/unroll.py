@@ -11,7 +11,7 @@ from torch import Tensor
 
 from innerloop import _private, tree
 from innerloop.errors import InvalidInputError, MetaGradientError, NotDifferentiableError
-from innerloop.problem import Carry, Problem, check_loss
+from innerloop.problem import Carry, Problem, check_loss, explained
 from innerloop.random_state import restored_on_error
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.strategy.store_all import StoreAll
@@ -196,7 +196,10 @@ def _autograd(
                 "the outer loss does not depend on params or hyper through anything differentiable: compute it from traj.params, "
                 "traj.losses, traj.aux or traj.at(t), and not under torch.no_grad or from detached values"
             )
-        grads = torch.autograd.grad(loss, values, allow_unused=True)
+        try:
+            grads = torch.autograd.grad(loss, values, allow_unused=True)
+        except RuntimeError as error:
+            raise explained(error) from error
     # An input that the outer loss does not depend on has the gradient zero, as torch.func.grad says too.
     filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True)]
     return tree.map_tensors(Tensor.detach, result), filled

@@ -150,7 +150,7 @@ class Rule(Optimizer):
                 )
                 values = _for_bucket(resolved, bucket, param)
                 before = self.state_type(counts[bucket.age] + 1, *local.values())
-                stepped, after = self.step(pack(bucket, grads), param, before, values)  # type: ignore[arg-type]
+                stepped, after = self.step(pack(bucket, grads), param, before, values)
                 stepped = _cast(stepped, param)
                 for name, piece in unpack(bucket, stepped).items():
                     new_params[name] = params[name] + piece if moves else piece

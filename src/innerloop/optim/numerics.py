@@ -15,7 +15,12 @@ def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, 
     Clamped at the smallest normal number: one kernel, and ``sqrt(v) + eps`` keeps its bits for every usual eps. ``exact`` leaves
     v alone (for eps = 0, where the forward value itself is 0/0, as in ``torch.optim``).
     """
-    return v.sqrt() if exact else v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
+    if exact:
+        return v.sqrt()
+    if v.dtype.itemsize < 4:  # the smallest normal number of float16 is 6e-5, no smaller than what it would be added to
+        zero = v == 0
+        return v.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
 
 
 def one_minus_power(beta: Any, count: Any, like: Tensor) -> Any:

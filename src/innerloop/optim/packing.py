@@ -91,14 +91,14 @@ def _padding(shape: torch.Size, dtype: torch.dtype) -> int:
     return -real % (_ALIGNMENT // (dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize))
 
 
-def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
+def pack(bucket: Bucket, named: Mapping[str, Tensor | None]) -> Tensor:
     """The tensors of ``bucket`` as one (real) tensor; a bucket of one keeps its shape."""
     if len(bucket.names) == 1:
-        tensor = named[bucket.names[0]]
+        tensor = _given(named, bucket.names[0])
         return torch.view_as_real(tensor) if bucket.is_complex else tensor
     pieces = []
     for name, pad in zip(bucket.names, bucket.pads, strict=True):
-        tensor = named[name]
+        tensor = _given(named, name)
         piece = torch.view_as_real(tensor) if bucket.is_complex else tensor
         if piece.ndim != 1:
             piece = piece.reshape(-1)
@@ -106,6 +106,12 @@ def pack(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
         if pad:  # ones, not zeros: the padding must not meet the singularities of an update rule
             pieces.append(piece.new_ones(pad))
     return torch.cat(pieces)
+
+
+def _given(named: Mapping[str, Tensor | None], name: str) -> Tensor:
+    tensor = named[name]
+    assert tensor is not None, "buckets without gradients are not packed"
+    return tensor
 
 
 def real_dtype(bucket: Bucket, named: Mapping[str, Tensor]) -> torch.dtype:

@@ -1,0 +1,157 @@
+"""Every private name of PyTorch that innerloop uses does what ``innerloop._private`` says it does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from innerloop import _private
+
+EXERCISED = {
+    "tree_map",
+    "register_tree_node",
+    "inside_transform",
+    "inside_vmap",
+    "version",
+    "gradient_hooks",
+    "step_hooks",
+    "mark_stepped",
+    "in_backward",
+}
+
+
+def test_every_name_is_exercised_here():
+    names = {name for name, value in vars(_private).items() if callable(value) and not name.startswith("_")}
+    own = {name for name in names if getattr(_private, name) not in (Tensor, Callable, Any)}
+    assert own == EXERCISED
+    source = Path(__file__).read_text()
+    assert all(f"_private.{name}(" in source for name in EXERCISED)
+    assert all(inspect.getdoc(getattr(_private, name)) for name in own)
+
+
+def test_tree_map_walks_containers_and_takes_none_for_a_leaf():
+    seen = _private.tree_map(lambda x: "none" if x is None else x + 1, {"a": [1, (2, None)], "b": 3})
+    assert seen == {"a": [2, (3, "none")], "b": 4}
+
+
+class Box:
+    """Two values; of a kind that no pytree module knows."""
+
+    def __init__(self, label: str, values: list[Any]) -> None:
+        self.label, self.values = label, values
+
+
+def test_a_registered_node_is_looked_into():
+    _private.register_tree_node(Box, lambda box: box.values, lambda like, values: Box(like.label, values))
+    box = Box("kept", [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
+    doubled = _private.tree_map(lambda x: 2 * x, box)
+    assert doubled.label == "kept"
+    assert [x.tolist() for x in doubled.values] == [[2.0, 4.0], [6.0, 8.0]]
+    mapped = torch.func.vmap(lambda b: Box(b.label, [b.values[0] + b.values[1]]))(box)
+    assert mapped.values[0].tolist() == [4.0, 6.0]
+    gradient = torch.func.grad(lambda b: (b.values[0] * b.values[1]).sum())(box)
+    assert gradient.values[0].tolist() == [3.0, 4.0]
+    keys = _private.tree_map(type, Box("", []))
+    assert keys.values == []
+
+
+def observed(query: Callable[[], bool]) -> dict[str, bool]:
+    """What the query answers in each surrounding."""
+    seen: dict[str, bool] = {}
+
+    def note(where: str) -> Callable[[Tensor], Tensor]:
+        def body(x: Tensor) -> Tensor:
+            seen[where] = query()
+            return x.sum()
+
+        return body
+
+    x = torch.ones(2, 2)
+    seen["plain"] = query()
+    with torch.no_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        seen["no_grad"] = query()
+    torch.func.grad(note("grad"))(x)
+    torch.func.vmap(note("vmap"))(x)
+    torch.func.jvp(note("jvp"), (x,), (x,))
+    torch.func.vmap(torch.func.grad(note("grad in vmap")))(x)
+    torch.func.grad(lambda x: torch.func.vmap(note("vmap in grad"))(x).sum())(x)
+    with forward_ad.dual_level():
+        seen["dual"] = query()
+    seen["after"] = query()
+    return seen
+
+
+def test_whether_a_transform_is_running():
+    outside = dict.fromkeys(("plain", "no_grad", "after"), False)
+    inside = dict.fromkeys(("grad", "vmap", "jvp", "grad in vmap", "vmap in grad", "dual"), True)
+    assert observed(lambda: _private.inside_transform()) == {**outside, **inside}
+
+
+def test_whether_vmap_is_running():
+    outside = dict.fromkeys(("plain", "no_grad", "grad", "jvp", "dual", "after"), False)
+    inside = dict.fromkeys(("vmap", "grad in vmap", "vmap in grad"), True)
+    assert observed(lambda: _private.inside_vmap()) == {**outside, **inside}
+
+
+def test_the_version_counts_writes_in_place():
+    x = torch.zeros(3)
+    before = _private.version(x)
+    assert _private.version(x + 1) == 0
+    x.add_(1)
+    x[0] = 2
+    assert _private.version(x) == before + 2
+    assert _private.version(x.view(3)) == _private.version(x)  # a view counts with its base
+    x.data.add_(1)
+    assert _private.version(x) == before + 2  # and .data does not count
+
+
+def test_the_hooks_of_a_tensor():
+    x = torch.ones(2, requires_grad=True)
+    assert _private.gradient_hooks(x) == []
+    double, nothing = (lambda g: 2 * g), (lambda g: None)
+    first = x.register_hook(double)
+    x.register_hook(nothing)
+    assert _private.gradient_hooks(x) == [double, nothing]
+    first.remove()
+    assert _private.gradient_hooks(x) == [nothing]
+
+
+def test_the_hooks_of_an_optimizer():
+    optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+    assert _private.step_hooks(optimizer) == 0
+    handles = [optimizer.register_step_pre_hook(lambda *_: None), optimizer.register_step_post_hook(lambda *_: None)]
+    assert _private.step_hooks(optimizer) == 2
+    for handle in handles:
+        handle.remove()
+    assert _private.step_hooks(optimizer) == 0
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_a_scheduler_believes_that_its_optimizer_was_stepped(mark: bool):
+    optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    if mark:
+        _private.mark_stepped(optimizer)
+        scheduler.step()  # a warning would be an error
+    else:
+        with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
+            scheduler.step()
+
+
+def test_whether_a_backward_pass_is_running():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * 2).sum()
+    y.register_hook(lambda g: seen.append(_private.in_backward()))
+    seen.append(_private.in_backward())
+    y.backward(retain_graph=True)
+    torch.autograd.grad(y, x)
+    seen.append(_private.in_backward())
+    assert seen == [False, True, True, False]

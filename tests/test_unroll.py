@@ -1,0 +1,415 @@
+"""`unroll` and `metagradient` as functions: arguments, results and errors. Gradients are in ``test_strategy_contract.py``."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import innerloop
+from tests.networks import network, sgd
+from tests.oracles import assert_derivative, derivative, smooth_noise
+from tests.situations import STEPS, TwoLayers, features, regression
+from tests.strategies import Batch
+
+pytestmark = pytest.mark.usefixtures("float64")
+INVALID, NOT_DIFFERENTIABLE = innerloop.InvalidInputError, innerloop.NotDifferentiableError
+
+
+def half_square(params: Any, hyper: Any, batch: Any) -> Tensor:
+    return params["w"].square().sum() / 2
+
+
+def simple(loss: Any = half_square, lr: float = 0.5, **arguments: Any) -> innerloop.Problem:
+    return innerloop.Problem(loss, innerloop.optim.sgd(lr=lr), **arguments)
+
+
+def begin() -> dict[str, Tensor]:
+    return {"w": torch.tensor([2.0, -1.0])}
+
+
+def last(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
+    return traj.params["w"].sum()
+
+
+def refused(kind: type[Exception], *words: str) -> Any:
+    return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
+
+
+# -- results ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_form_of_grads_follows_wrt():
+    hyper = {"lr": torch.tensor(0.5)}
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(), optimizer_hyper=lambda hyper, t: hyper)
+    both = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2)[1]
+    assert {key: sorted(value) for key, value in both.items()} == {"params": ["w"], "hyper": ["lr"]}
+    for name in ("params", "hyper"):
+        alone = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt=name)[1]
+        listed = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt=[name])[1]
+        assert list(listed) == [name]
+        for key, gradient in alone.items():
+            assert torch.equal(gradient, both[name][key])
+            assert torch.equal(gradient, listed[name][key])
+    assert both["params"]["w"].tolist() == [0.25, 0.25]
+    assert both["hyper"]["lr"].item() == -2 * 0.5 * 1.0
+
+
+def test_value_and_grads_are_detached_and_inputs_untouched():
+    w = torch.tensor([2.0, -1.0], requires_grad=True)
+    value, grads = innerloop.metagradient(last, simple(), {"w": w}, None, steps=2, wrt="params")
+    assert not value.requires_grad
+    assert not grads["w"].requires_grad
+    assert w.grad is None
+    assert w.tolist() == [2.0, -1.0]
+    assert w._version == 0
+
+
+def test_the_outer_loss_may_return_more():
+    (value, extra), grads = innerloop.metagradient(
+        lambda traj, hyper: (
+            last(traj, hyper),
+            {"steps": traj.steps, "end": traj.params["w"], "text": "kept", "none": None},
+        ),
+        simple(),
+        begin(),
+        None,
+        steps=3,
+        wrt="params",
+    )
+    assert value.item() == 0.125
+    assert extra["steps"] == 3
+    assert extra["text"] == "kept"
+    assert extra["none"] is None
+    assert extra["end"].tolist() == [0.25, -0.125]
+    assert not extra["end"].requires_grad
+    assert grads["w"].tolist() == [0.125, 0.125]
+
+
+def test_leaves_of_hyper_that_are_no_numbers_are_constants():
+    hyper = {"scale": torch.tensor(2.0), "index": torch.tensor(1), "flag": True, "name": "text", "nothing": None}
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        return hyper["scale"] * params["w"][hyper["index"]] ** 2 / 2
+
+    _, grads = innerloop.metagradient(last, simple(loss, lr=0.1), begin(), None, hyper=hyper, steps=1)
+    assert {k: v for k, v in grads["hyper"].items() if k != "scale"} == dict.fromkeys(
+        ("index", "flag", "name", "nothing")
+    )
+    assert grads["hyper"]["scale"].item() == pytest.approx(-0.1 * -1.0, abs=1e-15)
+    assert grads["params"]["w"].tolist() == pytest.approx([1.0, 0.8])
+
+
+def test_hyper_may_be_any_pytree():
+    for hyper in (torch.tensor(0.25), [torch.tensor(0.25)], (torch.tensor(0.25),), {"a": {"b": torch.tensor(0.25)}}):
+        find = lambda h: next(iter(torch.utils._pytree.tree_leaves(h)))  # noqa: E731
+        problem = innerloop.Problem(half_square, innerloop.optim.sgd(), optimizer_hyper=lambda h, t: {"lr": find(h)})  # noqa: B023
+        _, grads = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt="hyper")
+        assert type(grads) is type(hyper)
+        assert find(grads).item() == pytest.approx(-2 * 0.75)
+
+
+def test_an_input_without_influence_has_gradient_zero():
+    """As torch.func.grad says too; but an outer loss that depends on nothing at all is refused."""
+    params = {**begin(), "idle": torch.ones(3)}
+    _, grads = innerloop.metagradient(last, simple(), params, None, steps=1, wrt="params")
+    assert grads["idle"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_trajectory_says_which_times_it_knows():
+    traj = innerloop.unroll(simple(), begin(), None, steps=3)
+    assert list(traj.times) == [0, 1, 2, 3]
+    assert traj.at(-4).params["w"].tolist() == [2.0, -1.0]
+    assert repr(traj) == "Trajectory(steps=3, parameters=['w'])"
+    for time in (4, -5):
+        with refused(INVALID, f"time {time}", "0 to 3"):
+            traj.at(time)
+
+
+def test_the_optimizer_may_come_from_torch():
+    """With its groups and its warm state: the loop goes on where torch stopped."""
+    model = network()
+    groups: list[dict[str, Any]] = [
+        {"params": model.head.parameters(), "lr": 0.03},
+        {"params": model.body.parameters()},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=0.1)
+    regression(model, 0).backward()
+    optimizer.step()
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, t: regression(m, t), innerloop.optim.from_torch(optimizer, model)
+    )
+    traj = innerloop.unroll(problem, dict(model.named_parameters()), [1, 2])
+    for t in (1, 2):
+        optimizer.zero_grad()
+        regression(model, t).backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(traj.params[name].detach(), p.detach(), rtol=1e-12, atol=1e-14)
+
+
+# -- recording ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_asked_for_is_not_recorded():
+    """Plain training: no graph, so nothing of a step stays alive."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        hidden = params["w"].tanh()
+        alive.append(weakref.ref(hidden))
+        return hidden.square().sum()
+
+    gc.disable()
+    try:
+        traj = innerloop.unroll(simple(loss), begin(), None, steps=4)
+        assert not traj.params["w"].requires_grad
+        assert [ref() for ref in alive] == [None] * 4
+        with torch.no_grad():
+            traj = innerloop.unroll(simple(loss), {"w": begin()["w"].requires_grad_()}, None, steps=4)
+        assert not traj.losses.requires_grad
+        assert [ref() for ref in alive] == [None] * 8
+        kept = innerloop.unroll(simple(loss), {"w": begin()["w"].requires_grad_()}, None, steps=4)
+        assert all(ref() is not None for ref in alive[8:])
+        del kept
+        assert [ref() for ref in alive] == [None] * 12
+    finally:
+        gc.enable()
+
+
+def test_loops_leave_no_objects():
+    """Not even a reference cycle, with the collector off."""
+    model = network()
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, t: (regression(m, t), {"t": t}), innerloop.optim.adam(lr=0.1)
+    )
+    params = dict(model.named_parameters())
+
+    def outer(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
+        return traj.losses.sum() + traj.params["head.bias"].sum()
+
+    def episode() -> None:
+        innerloop.metagradient(outer, problem, params, [0, 1], wrt="params")
+        innerloop.unroll(problem, params, [0, 1]).losses.sum().backward()
+        innerloop.unroll(problem, params, lambda params, hyper, t: t, steps=2)
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for _ in range(3):
+            episode()
+        before = len(gc.get_objects())
+        for _ in range(20):
+            episode()
+        assert len(gc.get_objects()) <= before
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_a_captured_tensor_still_gets_its_gradient():
+    """By StoreAll, whose graph is plain autograd: in the loss, in the optimizer, when nothing else requires grad."""
+    weight, rate = (torch.tensor(x, requires_grad=True) for x in (1.5, 0.2))
+    problem = innerloop.Problem(
+        lambda p, hyper, batch: weight * p["w"].square().sum() / 2, innerloop.optim.sgd(lr=rate)
+    )
+    innerloop.unroll(problem, begin(), None, steps=2).params["w"].sum().backward()
+    end = lambda w, r: ((1 - r * w) ** 2 * begin()["w"]).sum().item()  # noqa: E731
+    for leaf, moved in ((weight, lambda h: end(1.5 + h, 0.2)), (rate, lambda h: end(1.5, 0.2 + h))):
+        assert leaf.grad is not None
+        assert_derivative(leaf.grad.item(), derivative(moved), "captured")
+
+
+# -- errors -------------------------------------------------------------------------------------------------------------
+
+UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "no steps": (lambda: innerloop.unroll(simple(), begin(), None), ["steps=T"]),
+    "callable without steps": (lambda: innerloop.unroll(simple(), begin(), lambda params, hyper, t: t), ["steps=T"]),
+    "negative steps": (lambda: innerloop.unroll(simple(), begin(), None, steps=-1), ["steps=-1"]),
+    "steps is a float": (lambda: innerloop.unroll(simple(), begin(), None, steps=2.0), ["steps=2.0"]),  # type: ignore[arg-type]
+    "more steps than batches": (lambda: innerloop.unroll(simple(), begin(), [1, 2], steps=3), ["steps=3", "2"]),
+    "lengths differ": (
+        lambda: innerloop.unroll(simple(), begin(), (torch.ones(3), torch.ones(4))),
+        ["3", "4", "tuple"],
+    ),
+    "no length": (
+        lambda: innerloop.unroll(simple(), begin(), {"x": torch.tensor(1.0)}),
+        ["list", "stacked", "function"],
+    ),
+    "no tensors": (lambda: innerloop.unroll(simple(), begin(), {"x": 3}), ["list", "stacked", "function"]),
+    "save_at": (lambda: innerloop.unroll(simple(), begin(), None, steps=2, save_at=[3]), ["save_at", "3", "0 to 2"]),
+    "strategy is a class": (
+        lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy=innerloop.StoreAll),  # type: ignore[arg-type]
+        ["strategy", "innerloop.StoreAll()"],
+    ),
+    "problem is a function": (lambda: innerloop.unroll(half_square, begin(), None, steps=1), ["Problem", "function"]),  # type: ignore[arg-type]
+    "params is a module": (
+        lambda: innerloop.unroll(simple(), network(), None, steps=1),  # type: ignore[arg-type]
+        ["TwoLayers", "named_parameters"],
+    ),
+    "params is a list": (lambda: innerloop.unroll(simple(), [torch.ones(1)], None, steps=1), ["list", "dict"]),  # type: ignore[arg-type]
+    "params are numbers": (lambda: innerloop.unroll(simple(), {"w": 1.0}, None, steps=1), ["named tensors"]),  # type: ignore[dict-item]
+    "params are integers": (
+        lambda: innerloop.unroll(simple(), {"w": torch.tensor([1])}, None, steps=1),
+        ["'w'", "int64"],
+    ),
+    "params are empty": (lambda: innerloop.unroll(simple(), {}, None, steps=1), ["params", "empty"]),
+    "loss is no function": (lambda: innerloop.Problem(3, innerloop.optim.sgd()), ["int"]),  # type: ignore[arg-type]
+    "optimizer is of torch": (lambda: innerloop.Problem(half_square, sgd(network())), ["SGD", "from_torch"]),  # type: ignore[arg-type]
+    "optimizer is a name": (lambda: innerloop.Problem(half_square, "sgd"), ["str", "innerloop.optim.sgd"]),  # type: ignore[arg-type]
+    "vector loss": (
+        lambda: innerloop.unroll(simple(lambda p, h, b: p["w"]), begin(), None, steps=1),
+        ["(2,)", "scalar"],
+    ),
+    "number loss": (lambda: innerloop.unroll(simple(lambda p, h, b: 3.0), begin(), None, steps=1), ["float", "scalar"]),
+    "integer loss": (
+        lambda: innerloop.unroll(simple(lambda p, h, b: torch.tensor(3)), begin(), None, steps=1),
+        ["int64"],
+    ),
+    "aux of text": (
+        lambda: innerloop.unroll(simple(lambda p, h, b: (p["w"].sum(), "text")), begin(), None, steps=2),
+        ["aux", "'text'", "tensors and numbers"],
+    ),
+    "aux of changing structure": (
+        lambda: innerloop.unroll(simple(lambda p, h, b: (p["w"].sum(), [b] * b)), begin(), [1, 2]),
+        ["aux", "every step"],
+    ),
+    "wrong names for the module": (
+        lambda: innerloop.unroll(
+            innerloop.Problem.from_module(network(), lambda m, h, b: regression(m, b), innerloop.optim.sgd()),
+            begin(),
+            [0],
+        ),
+        ["'w'", "body.weight"],
+    ),
+    "from_module of no module": (
+        lambda: innerloop.Problem.from_module(half_square, half_square, innerloop.optim.sgd()),  # type: ignore[arg-type]
+        ["nn.Module", "function"],
+    ),
+    "wrt": (
+        lambda: innerloop.metagradient(last, simple(), begin(), None, steps=1, wrt="lr"),
+        ["'lr'", '"params"', '"hyper"'],
+    ),
+    "nothing to differentiate": (
+        lambda: innerloop.metagradient(last, simple(), begin(), None, steps=1, wrt="hyper"),
+        ["nothing to differentiate", "hyper"],
+    ),
+    "outer returns a vector": (
+        lambda: innerloop.metagradient(lambda traj, hyper: traj.losses, simple(), begin(), None, steps=2),
+        ["outer(traj, hyper)", "(2,)", "scalar"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("case", list(UNROLL))
+def test_unroll_refuses(case: str):
+    call, words = UNROLL[case]
+    with refused(INVALID, *words):
+        call()
+
+
+def test_batches_that_require_grad():
+    wanted = torch.ones(3, 2, requires_grad=True)
+    forms = {
+        "batches": wanted,
+        "batches['x']": {"x": wanted, "y": torch.ones(3)},
+        "batches[1]": [torch.ones(2), wanted[0], torch.ones(2)],
+        "batches[0]['x']": [{"x": wanted}],
+        "batches.noise": Batch(torch.ones(3), wanted),
+    }
+    for name, batches in forms.items():
+        with refused(INVALID, name, "hyper", "indices"):
+            innerloop.unroll(simple(), begin(), batches)
+
+
+def total_loss(loss: Any, w: Tensor) -> Tensor:
+    return innerloop.unroll(simple(loss), {"w": w}, [0]).losses.sum()
+
+
+def test_a_loss_that_does_not_use_its_params():
+    model = network()
+    for loss in (lambda p, hyper, b: torch.tensor(1.0), lambda p, hyper, b: regression(model, b)):
+        for params in (begin(), {"w": begin()["w"].requires_grad_()}):
+            with refused(NOT_DIFFERENTIABLE, "does not depend on params"):
+                innerloop.unroll(simple(loss), params, [0])
+        with refused(NOT_DIFFERENTIABLE, "does not depend on params"):
+            torch.func.grad(partial(total_loss, loss))(begin()["w"])
+
+
+def test_an_outer_loss_that_depends_on_nothing():
+    for outer in (lambda traj, hyper: torch.tensor(1.0), lambda traj, hyper: traj.params["w"].detach().sum()):
+        with refused(NOT_DIFFERENTIABLE, "outer loss", "traj.params"):
+            innerloop.metagradient(outer, simple(), begin(), None, steps=1)
+
+
+class WithCheckpoint(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda y: self.body(y).tanh(), x, use_reentrant=False))
+
+
+def test_activation_checkpointing_inside_the_loop():
+    """It would recompute with other weights: refused."""
+    model = WithCheckpoint()
+    problem = innerloop.Problem.from_module(model, lambda m, hyper, t: regression(m, t), innerloop.optim.sgd(lr=0.1))
+    for params in (dict(model.named_parameters()), {n: p.detach() for n, p in model.named_parameters()}):
+        with refused(innerloop.InnerLoopError, "checkpoint"):
+            innerloop.unroll(problem, params, list(range(STEPS)))
+    with refused(innerloop.InnerLoopError, "checkpoint"):
+        innerloop.metagradient(
+            lambda traj, hyper: traj.losses.sum(), problem, dict(model.named_parameters()), [0, 1], wrt="params"
+        )
+
+
+def test_operations_without_a_second_derivative():
+    """The fused attention kernel: torch's own message, with what to write instead."""
+    query = smooth_noise(1, 2, 4, 8)
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        scaled = query * params["w"].sum()
+        return nn.functional.scaled_dot_product_attention(scaled, scaled, scaled).square().sum()
+
+    for call in (
+        lambda: innerloop.metagradient(last, simple(loss), begin(), None, steps=2, wrt="params"),
+        lambda: torch.func.grad(lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=2).losses.sum())(
+            begin()["w"]
+        ),
+    ):
+        with refused(NOT_DIFFERENTIABLE, "MATH"):
+            call()
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_loss_inside_unroll():
+    compiled = torch.compile(lambda p: p["w"].pow(3).sum(), backend="aot_eager")
+    later = lambda p, hyper, t: compiled(p) if t == 1 else p["w"].pow(3).sum()  # noqa: E731
+    for loss in (lambda p, hyper, t: compiled(p), later):
+        with refused(NOT_DIFFERENTIABLE, "torch.compile", "uncompiled"):
+            innerloop.unroll(simple(loss, lr=0.1), {"w": begin()["w"].requires_grad_()}, [0, 1])
+
+
+def test_an_error_of_the_loss_comes_through_as_it_is():
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        raise LookupError("a bug of the user")
+
+    for call in (
+        lambda: innerloop.unroll(simple(loss), begin(), None, steps=1),
+        lambda: innerloop.metagradient(last, simple(loss), begin(), None, steps=1),
+        lambda: torch.func.grad(lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=1).losses.sum())(
+            begin()["w"]
+        ),
+    ):
+        with pytest.raises(LookupError, match="a bug of the user"):
+            call()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        innerloop.unroll(simple(lambda p, h, b: (features(0) @ p["w"].reshape(1, 2)).sum()), begin(), None, steps=1)
