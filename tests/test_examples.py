@@ -51,7 +51,7 @@ def test_tasks_do_not_share_images_between_support_and_query(example: ModuleType
 
 def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
     """Against a hand-written differentiable SGD loop over the tasks, one after the other."""
-    args = example.Args(width=8, inner_steps=2)
+    args = example.Args(width=8, depth=2, inner_steps=2)
     torch.manual_seed(0)
     split, learner = example.Split(args, 0), example.Learner(args)
     tasks = example.sample(split.train, 3, args, torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
 
     start = {name: p.clone().requires_grad_() for name, p in learner.start.items()}
     rates = {name: r.clone().requires_grad_() for name, r in log_lr.items()}
-    net, losses = example.Net(args.width, args.ways), []
+    net, losses = example.Net(args.width, args.depth, args.ways), []
     for x, y, query_x, query_y in zip(*tasks, strict=True):
         params = dict(start)
         for _ in range(2):
@@ -78,7 +78,9 @@ def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
 
 
 def test_a_short_run_learns_and_prints_a_table(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--splits 1 --iterations 30 --tasks 4 --width 16 --pretrain-iterations 30 --test-tasks 20".split()
+    options = (
+        "--splits 1 --iterations 30 --tasks 4 --width 32 --depth 1 --pretrain-iterations 30 --test-tasks 20".split()
+    )
     args = example.parse(options)
     results = example.run(args)
     assert set(results) == {"meta-learned", "pre-trained", "random"}

@@ -111,13 +111,25 @@ def test_a_jacobian_with_respect_to_hyper_parameters():
     assert torch.equal(jacobian["b"]["unused"], torch.zeros(2, 2))
 
 
-def test_a_parameter_that_is_not_stepped_has_times_of_its_own():
-    """ANIL: the body does not move, but at each step it moves the head. Steps before s must not count for the body at time s."""
+def head_by_track() -> innerloop.Trajectory:
     model = network()
     with innerloop.track(model, torch.optim.SGD(model.head.parameters(), lr=0.3)) as loop:
         for t in range(STEPS):
             loop.step(regression(loop.model, t))
-    late = innerloop.inspect.jacobian(loop.trajectory, time=STEPS, wrt=STEPS - 1)
+    return loop.trajectory
+
+
+def head_by_unroll() -> innerloop.Trajectory:
+    model = network()
+    optimizer = innerloop.optim.from_torch(torch.optim.SGD(model.head.parameters(), lr=0.3), model)
+    problem = innerloop.Problem.from_module(model, lambda m, hyper, t: regression(m, t), optimizer)
+    return innerloop.unroll(problem, dict(model.named_parameters()), list(range(STEPS)))
+
+
+@pytest.mark.parametrize("make", [head_by_track, head_by_unroll])
+def test_a_parameter_that_is_not_stepped_has_times_of_its_own(make: Any):
+    """ANIL: the body does not move, but at each step it moves the head. Steps before s must not count for the body at time s."""
+    late = innerloop.inspect.jacobian(make(), time=STEPS, wrt=STEPS - 1)
     assert torch.equal(late["body.bias"]["body.bias"], torch.eye(4))
 
     def last_step(h: float) -> float:

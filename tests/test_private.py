@@ -19,6 +19,7 @@ EXERCISED = {
     "register_tree_node",
     "inside_transform",
     "inside_vmap",
+    "is_tracked",
     "version",
     "gradient_hooks",
     "step_hooks",
@@ -98,6 +99,30 @@ def test_whether_vmap_is_running():
     outside = dict.fromkeys(("plain", "no_grad", "grad", "jvp", "dual", "after"), False)
     inside = dict.fromkeys(("vmap", "grad in vmap", "vmap in grad"), True)
     assert observed(lambda: _private.inside_vmap()) == {**outside, **inside}
+
+
+def test_whether_the_innermost_grad_sees_a_tensor():
+    """Also where an outer transform sees it: the inner one would return zeros all the same."""
+    seen: dict[str, bool] = {}
+
+    def note(where: str, outer: Tensor) -> Tensor:
+        def body(inner: Tensor) -> Tensor:
+            seen[f"constant in {where}"] = _private.is_tracked(torch.ones(()))
+            seen[f"outer in {where}"] = _private.is_tracked((outer * 2).sum())
+            seen[f"inner in {where}"] = _private.is_tracked((inner * 2).sum())
+            seen[f"both in {where}"] = _private.is_tracked((inner * outer).sum())
+            return inner.sum()
+
+        torch.func.grad(body)(torch.ones(2))
+        return outer.sum()
+
+    x = torch.ones(2)
+    note("grad alone", x)
+    torch.func.grad(lambda x: note("grad in grad", x))(x)
+    torch.func.jvp(lambda x: note("grad in jvp", x), (x,), (x,))
+    torch.func.vmap(lambda x: note("grad in vmap", x))(torch.ones(3, 2))
+    assert seen == {key: key.startswith(("inner", "both")) for key in seen}
+    assert len(seen) == 16
 
 
 def test_the_version_counts_writes_in_place():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
+from tests.memory import assert_nothing_is_left, without_collector
 from tests.networks import adam, leaf, sgd
 from tests.situations import features, target
 
@@ -37,22 +37,6 @@ class Network(nn.Module):
 
 def loss_of(model: nn.Module, t: int) -> Tensor:
     return F.mse_loss(model(features(t).float()), target(t).float())
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """The collector is off, and `gc.get_objects` lists only what comes into being from here on (which makes it fast)."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-Episode = Callable[[], None]
 
 
 def simple(model: nn.Module, optimizer: Any, **arguments: Any) -> None:
@@ -105,20 +89,6 @@ EPISODES: dict[str, Callable[..., None]] = {
     "commit": lambda *args, **kw: in_windows(*args, cut="commit", **kw),
     "interrupted": interrupted,
 }
-
-
-def assert_nothing_is_left(episode: Episode, count: int) -> None:
-    with without_collector():
-        for _ in range(3):  # gradients, optimizer state and caches come into being
-            episode()
-        gc.collect()
-        before = len(gc.get_objects())
-        for _ in range(count):
-            episode()
-        grown = len(gc.get_objects()) - before
-        unreachable = gc.collect()
-    assert grown <= 0, f"{grown} objects more after {count} episodes"
-    assert unreachable == 0, f"{unreachable} objects in reference cycles after {count} episodes"
 
 
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
+from tests.memory import assert_nothing_is_left
 from tests.networks import network, sgd
 from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, features, regression
@@ -201,19 +202,7 @@ def test_loops_leave_no_objects():
         innerloop.unroll(problem, params, [0, 1]).losses.sum().backward()
         innerloop.unroll(problem, params, lambda params, hyper, t: t, steps=2)
 
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        for _ in range(3):
-            episode()
-        before = len(gc.get_objects())
-        for _ in range(20):
-            episode()
-        assert len(gc.get_objects()) <= before
-    finally:
-        gc.enable()
-        gc.unfreeze()
+    assert_nothing_is_left(episode, count=20)
 
 
 def test_a_captured_tensor_still_gets_its_gradient():
@@ -344,6 +333,24 @@ def test_a_loss_that_does_not_use_its_params():
                 innerloop.unroll(simple(loss), params, [0])
         with refused(NOT_DIFFERENTIABLE, "does not depend on params"):
             torch.func.grad(partial(total_loss, loss))(begin()["w"])
+
+
+def test_a_loss_that_uses_only_what_an_outer_transform_sees():
+    """It depends on hyper, which is differentiated outside, and not on params: still no training takes place."""
+
+    def behind(hyper: Tensor) -> Tensor:
+        return innerloop.unroll(
+            simple(lambda p, h, batch: h.square()), begin(), None, hyper=hyper, steps=2
+        ).losses.sum()
+
+    for call in (
+        lambda: torch.func.grad(behind)(torch.tensor(1.0)),
+        lambda: torch.func.jvp(behind, (torch.tensor(1.0),), (torch.tensor(1.0),)),
+        lambda: torch.func.vmap(behind)(torch.ones(2)),
+        lambda: behind(torch.tensor(1.0, requires_grad=True)),
+    ):
+        with refused(NOT_DIFFERENTIABLE, "does not depend on params"):
+            call()
 
 
 def test_an_outer_loss_that_depends_on_nothing():

@@ -45,8 +45,11 @@ def inside_vmap() -> bool:
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether the innermost ``torch.func.grad`` sees ``tensor``; it returns zeros, without a word, for a result that it does not see."""
-    return torch._C._functorch.is_gradtrackingtensor(tensor)
+    """Whether the innermost ``torch.func.grad`` sees ``tensor``; it returns zeros, without a word, for a result that it does not see.
+
+    Its own level wraps constants too, so ``requires_grad`` is asked as well; that alone would take a tensor from outside for its own.
+    """
+    return tensor.requires_grad and torch._C._functorch.is_gradtrackingtensor(tensor)
 
 
 def version(tensor: Tensor) -> int:
