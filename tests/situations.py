@@ -195,6 +195,21 @@ class UnusualTensors(nn.Module):
         return self.scale * (waves.real**2 + waves.imag).unsqueeze(1) + self.empty.sum() + self.mean * self.scale
 
 
+class Quantised(TwoLayers):
+    """Frozen integer weights, as a quantised base model has them, and a large buffer that is written in place."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.tensor([[1, -2, 3]]), requires_grad=False)
+        self.register_buffer("table", torch.zeros(70_000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table[int(self.table.sum())] = 1
+        return super().forward(x) + 0.1 * (self.codes * x * self.table[:3]).sum(1, keepdim=True)
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -445,6 +460,7 @@ SITUATIONS = (
     Situation("weight-norm-legacy", weight_norm, forward_only="the double backward of torch._weight_norm is wrong"),
     Situation("orthogonal", orthogonal),
     Situation("unusual-tensors", UnusualTensors),
+    Situation("integer-weights-large-buffer", Quantised, optimizer=only_trainable),
     Situation("unusual-tensors-adam", UnusualTensors, optimizer=adam),
 )
 

@@ -283,6 +283,15 @@ def test_an_outer_loss_that_does_not_use_the_trajectory():
         innerloop.inspect.paths(traj, other * 2)
 
 
+def test_a_graph_that_is_gone():
+    """One backward pass through the loop frees it."""
+    for make in (by_unroll, by_track):
+        traj = make()
+        vector(traj.params).sum().backward()
+        with pytest.raises(innerloop.NotDifferentiableError, match="retain_graph=True"):
+            innerloop.inspect.jacobian(traj, time=3, wrt=1)
+
+
 def test_half_of_the_parameters_learned():
     """Only what requires grad is an input; all parameters are outputs."""
     start = {"a": START[0].clone().requires_grad_(), "b": START[1:]}

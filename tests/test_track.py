@@ -680,3 +680,29 @@ def test_the_outer_gradient_by_torch_func():
     truth = derivative(plain)
     assert_derivative((torch.func.grad(behind_a_loop)(x) * v).sum().item(), truth, "torch.func.grad")
     assert_derivative(torch.func.jvp(behind_a_loop, (x,), (v,))[1].item(), truth, "torch.func.jvp")
+
+
+# -- inside a backward pass ---------------------------------------------------------------------------------------------
+
+
+class Implicit(torch.autograd.Function):
+    """Its derivative is computed by a loop, as implicit differentiation does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        with torch.enable_grad():
+            model = network()
+            value = adapted(model, sgd(model)).detach()
+        return grads[0] * value
+
+
+def test_a_loop_inside_a_backward_pass():
+    x = leaf(1.0)
+    Implicit.apply(x).backward()
+    model = network()
+    assert x.grad is not None
+    assert x.grad.item() == pytest.approx(outer_value(train(model, sgd(model))), rel=1e-12)

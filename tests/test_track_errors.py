@@ -297,6 +297,15 @@ def test_a_layer_that_is_reached_around_the_copy():
             loop.step(regression(loop.model, 0))
 
 
+def test_a_parameter_that_was_taken_away():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(regression(loop.model, 0))
+        loop.model.head.register_parameter("bias", None)
+        with refused(INVALID, "'head.bias'", "None"):
+            loop.step(regression(loop.model, 1))
+
+
 def test_sparse_gradients():
     model = nn.Embedding(5, 2, sparse=True)
     with innerloop.track(model, sgd(model)) as loop, refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"):

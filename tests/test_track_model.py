@@ -165,6 +165,21 @@ def test_modules_that_are_not_registered_are_outside():
     assert_derivative(gradient[1].item(), derivative(moved), "an unregistered layer")
 
 
+def test_containers_that_hold_each_other():
+    """A list that is in itself, and modules that know their parent, are copied once."""
+    model = network()
+    ring: list[Any] = [model.head]
+    ring.append(ring)
+    parent = [model]
+    for name, value in {"ring": ring, "parent": parent}.items():
+        object.__setattr__(model, name, value)
+    with loop_over(model) as loop:
+        assert loop.model.parent[0] is loop.model
+        assert loop.model.ring[0] is loop.model.head
+        loop.step(F.mse_loss(loop.model.parent[0](features(0)), target(0)) + loop.model.ring[0].bias.sum())
+    assert model.parent[0] is model  # type: ignore[index]
+
+
 # -- weight edits between steps -----------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,20 @@ def test_the_optimizer_may_come_from_torch():
         torch.testing.assert_close(traj.params[name].detach(), p.detach(), rtol=1e-12, atol=1e-14)
 
 
+def test_a_carry_can_be_cut_from_its_history():
+    w = begin()["w"].requires_grad_()
+    end = innerloop.unroll(simple(), {"w": w}, None, steps=2).at(-1)
+    cut = end.detach()
+    assert end.params["w"].requires_grad
+    assert not cut.params["w"].requires_grad
+    assert torch.equal(cut.params["w"], end.params["w"])
+    assert not innerloop.unroll(simple(), cut, None, steps=1).params["w"].requires_grad
+
+
+def test_a_problem_says_what_it_is():
+    assert repr(simple(lr=0.5)) == "Problem(half_square, sgd(lr=0.5))"
+
+
 # -- recording ----------------------------------------------------------------------------------------------------------
 
 

@@ -86,10 +86,12 @@ def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str,
 
 def _named(model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]) -> list[tuple[str, Any]]:
     if isinstance(model, nn.Module):
-        return list(listing(plain(model)))
+        return [
+            (name.replace("_orig_mod.", ""), tensor) for name, tensor in listing(model)
+        ]  # what torch.compile puts in between
     seen: dict[int, tuple[str, Any]] = {}
     for key, module in model.items():
-        for name, tensor in listing(plain(module)):
+        for name, tensor in _named(module, listing):
             seen.setdefault(id(tensor), (f"{key}.{name}", tensor))
     return list(seen.values())
 
