@@ -24,7 +24,7 @@ EXERCISED = {
     "gradient_hooks",
     "step_hooks",
     "mark_stepped",
-    "in_backward",
+    "backward_pass",
 }
 
 
@@ -174,9 +174,9 @@ def test_whether_a_backward_pass_is_running():
     seen = []
     x = torch.ones(2, requires_grad=True)
     y = (x * 2).sum()
-    y.register_hook(lambda g: seen.append(_private.in_backward()))
-    seen.append(_private.in_backward())
+    y.register_hook(lambda g: seen.append(_private.backward_pass() != -1))
+    seen.append(_private.backward_pass() != -1)
     y.backward(retain_graph=True)
     torch.autograd.grad(y, x)
-    seen.append(_private.in_backward())
+    seen.append(_private.backward_pass() != -1)
     assert seen == [False, True, True, False]

@@ -395,8 +395,8 @@ def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strate
         return (params["w"] * hyper["scale"] + t).sin()
 
     simple = innerloop.Problem(lambda p, hyper, batch: (p["w"] * batch).square().sum(), innerloop.optim.sgd(lr=0.1))
-    values, begin = {"scale": torch.tensor(1.5)}, torch.tensor([0.5, -1.0])
-    outer = lambda traj, hyper: traj.params["w"].square().sum()  # noqa: E731
+    values, begin = {"scale": torch.tensor(1.5), "shift": torch.tensor(0.0)}, torch.tensor([0.5, -1.0])
+    outer = lambda traj, hyper: traj.params["w"].square().sum() + hyper["shift"]  # noqa: E731
     _, gradients = innerloop.metagradient(
         outer, simple, {"w": begin}, sampled, hyper=values, steps=3, strategy=strategy
     )
@@ -407,7 +407,17 @@ def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strate
         w = w * (1 - 0.2 * seen_batches[-1] ** 2)
     product = torch.stack([1 - 0.2 * b**2 for b in seen_batches]).prod(0)
     torch.testing.assert_close(gradients["params"]["w"], 2 * product**2 * begin, rtol=1e-12, atol=1e-14)
-    assert gradients["hyper"]["scale"] == 0
+    assert gradients["hyper"] == {"scale": 0, "shift": 1}
+    with pytest.raises(innerloop.NotDifferentiableError, match="no gradient arrives at hyper"):  # nothing else uses it
+        innerloop.metagradient(
+            lambda traj, hyper: traj.params["w"].sum(),
+            simple,
+            {"w": begin},
+            sampled,
+            hyper=values,
+            steps=3,
+            strategy=strategy,
+        )
 
 
 # -- buffers and random numbers -----------------------------------------------------------------------------------------

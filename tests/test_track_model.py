@@ -130,7 +130,8 @@ def test_it_can_be_pickled_and_copied():
     with loop_over(model) as loop:
         loop.step(regression(loop.model, 0))
         expected = regression(loop.model, 1).item()
-        for snapshot in (copy.deepcopy(loop.model), pickle.loads(pickle.dumps(loop.model))):
+        for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+            snapshot = copied(loop.model)
             assert type(snapshot) is TwoLayers
             assert regression(snapshot, 1).item() == expected
             loop.step(regression(loop.model, 1))

@@ -72,6 +72,6 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running in this thread: code that runs then is a hook, or a recomputation of the forward."""
-    return torch._C._current_graph_task_id() != -1
+def backward_pass() -> int:
+    """A number for the backward pass that is running in this thread, -1 if none is: code that runs then is a hook or a recomputation."""
+    return torch._C._current_graph_task_id()

@@ -49,6 +49,11 @@ def jacobian(traj: Trajectory, time: int = 1, wrt: int | Named = 0) -> dict[str,
             f"the Jacobian has {size:,} elements: for large models differentiate a scalar, torch.autograd.grad(f, "
             "traj.at(s).params.values()), or look at some directions only"
         )
+    if not any(output.requires_grad and _connected(output.sum(), inputs) for output in outputs.values()):
+        raise NotDifferentiableError(
+            f"nothing connects the parameters at time {time} with wrt={wrt if isinstance(wrt, int) else list(wrt)}: the graph was cut "
+            'between them (learn="nothing", loop.detach()), or the tensors take no part in the loop'
+        )
     return {name: _rows(output, inputs) for name, output in outputs.items()}
 
 
@@ -163,16 +168,20 @@ def _inputs(traj: Trajectory, wrt: int | Named, time: int) -> dict[str, Tensor]:
 
 
 def _connected(output: Tensor, inputs: Named) -> bool:
-    grads = torch.autograd.grad(output, list(inputs.values()), retain_graph=True, allow_unused=True)
-    return any(g is not None for g in grads)
+    return any(g is not None for g in _vjp([output], None, inputs))
 
 
 def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named) -> list[Tensor]:
     """Vector-Jacobian product; zero where nothing connects."""
     if not outputs[0].requires_grad:
         return [torch.zeros_like(p) for p in inputs.values()]
+    grads = _vjp(outputs, cotangents, inputs)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, inputs.values(), strict=True)]
+
+
+def _vjp(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named) -> tuple[Tensor | None, ...]:
     try:
-        grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(outputs, list(inputs.values()), cotangents, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
@@ -180,7 +189,6 @@ def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named)
             "the graph of this trajectory was freed by a backward pass: inspect before outer.backward(), or call "
             "outer.backward(retain_graph=True)"
         ) from error
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, inputs.values(), strict=True)]
 
 
 def _rows(output: Tensor, inputs: Named) -> dict[str, Tensor]:

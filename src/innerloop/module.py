@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +39,34 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         params: Mapping[str, Tensor], *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         check_names(params, view.source)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with refusing_recomputation():
+                return evaluate(params, args, buffers, kwargs)
+        return evaluate(params, args, buffers, kwargs)
+
+    def evaluate(params: Mapping[str, Tensor], args: Any, buffers: Mapping[str, Tensor] | None, kwargs: Any) -> Any:
         kept = view.source_buffers if buffers is None else buffers
         output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
         return output if buffers is None else (output, new_buffers)
 
     params = {name: p.detach().clone() for name, p in view.source.items()}
     return call, params, {name: b.detach().clone() for name, b in view.source_buffers.items()}
+
+
+@contextmanager
+def refusing_recomputation() -> Iterator[None]:
+    """Refuse saved-tensor hooks: a checkpointed forward would be recomputed later, when a module has other weights."""
+    message = "innerloop refuses saved tensor hooks here"
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+            yield
+    except RuntimeError as error:
+        if message not in str(error):
+            raise
+        raise NotDifferentiableError(
+            "activation checkpointing (torch.utils.checkpoint) inside a function of parameters: it would be recomputed with other "
+            "weights, switch it off. (Other saved-tensor hooks, save_on_cpu for example, are refused with it.)"
+        ) from error
 
 
 def check_module(model: Any) -> None:
@@ -132,6 +155,11 @@ class ModuleView:
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules of the copy."""
+        return [copied for copied, _ in self._modes]
+
     def read(self) -> dict[str, Tensor]:
         """The parameters as they are now (the user may have edited or replaced one)."""
         return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
@@ -177,6 +205,22 @@ class ModuleView:
             self.write_buffers(own_buffers)
 
 
+def keep_running_statistics(view: ModuleView) -> None:
+    """Let batch and instance norms write copies of their running statistics.
+
+    They write in place without saying so, and the graph of an earlier forward in evaluation mode reads them in its backward pass.
+    """
+    for module in view.modules:
+        if getattr(module, "track_running_stats", False) and vars(module)["_buffers"].get("running_mean") is not None:
+            module.register_forward_pre_hook(_copy_running_statistics)
+
+
+def _copy_running_statistics(module: nn.Module, _: Any) -> None:
+    if module.training:
+        table = vars(module)["_buffers"]
+        table.update({name: table[name].clone() for name in ("running_mean", "running_var")})
+
+
 def plain(module: nn.Module) -> nn.Module:
     """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
     inner = getattr(module, "_orig_mod", None)
@@ -196,6 +240,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.closed = False
+        self.home = _private.backward_pass()  # a loop may run inside a backward pass, and is at home in that one
 
 
 class _Parameters(dict[str, Any]):
@@ -209,13 +254,20 @@ class _Parameters(dict[str, Any]):
         self.gate = gate
 
     def __getitem__(self, name: str) -> Any:
-        if self.gate.closed and _private.in_backward():
+        if self.gate.closed and _private.backward_pass() not in (-1, self.gate.home):
             raise NotDifferentiableError(
                 f"the parameter {name!r} was read during the outer backward pass, where it has its newest value and not that of the step "
                 "being differentiated. Activation checkpointing does that (torch.utils.checkpoint, gradient_checkpointing_enable): "
                 "switch it off inside the loop"
             )
         return super().__getitem__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """A snapshot of the values, as parameters: what a copy of a module has."""
+        for p in self.values():
+            if isinstance(p, Tensor) and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        return {name: None if p is None else memo[id(p)] for name, p in self.items()}
 
 
 class _Copier:
@@ -293,12 +345,13 @@ class _Copier:
         self.keep.append(obj)
         items = list(obj.items()) if isinstance(obj, dict) else list(enumerate(obj))
         copied = [(key, self.copy(value)) for key, value in items]
-        has_parameter = any(isinstance(value, nn.Parameter) for _, value in items)
+        # Inside loop.model, which may be copied for a loop inside a loop, parameters are plain tensors.
+        kept = [(key, value) for key, value in items if isinstance(value, nn.Parameter) or id(value) in self.places]
+        has_parameter = bool(kept)
         if not has_parameter and all(a[1] is b[1] for a, b in zip(items, copied, strict=True)):
             return obj
         new = type(obj)(copied) if isinstance(obj, dict) else type(obj)(value for _, value in copied)
         self.done[id(obj)] = new
-        for key, value in items:
-            if isinstance(value, nn.Parameter):
-                self.places.setdefault(id(value), []).append((new, key))
+        for key, value in kept:
+            self.places.setdefault(id(value), []).append((new, key))
         return new

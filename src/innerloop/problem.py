@@ -162,8 +162,7 @@ class Problem:
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was computed from params.
             alias = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
-            # A checkpointed forward would be recomputed later, when a module has other weights: refused, as torch.func does.
-            with torch.autograd.graph.disable_saved_tensors_hooks("no saved tensor hooks inside an inner loss"):
+            with module.refusing_recomputation():
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             if not loss.requires_grad:
                 raise NotDifferentiableError(INDEPENDENT)
@@ -173,6 +172,8 @@ class Problem:
             leaves = graph.inspect(loss, (), second_order=recording)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
             found = torch.autograd.grad(loss, list(alias.values()), create_graph=recording, allow_unused=True)
+        if all(g is None for g in found):
+            raise NotDifferentiableError(INDEPENDENT)
         grads = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), found, strict=True)}
         if recording:
             return grads, loss, aux, new_buffers

@@ -40,3 +40,15 @@ def restored_on_error() -> Iterator[None]:
         if before is not None:
             before.restore()
         raise
+
+
+@contextmanager
+def at_random_state(state: RandomState) -> Iterator[None]:
+    """Draw from ``state`` inside the block; outside, the user's own random numbers go on as if nothing had happened."""
+    before = RandomState.now()
+    state.restore()
+    try:
+        yield
+    finally:
+        if before is not None:
+            before.restore()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.module import Gate, ModuleView, check_names
+from innerloop.module import Gate, ModuleView, check_names, keep_running_statistics
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
 from innerloop.problem import Carry, check_loss, distinct, explained
@@ -113,6 +113,8 @@ class Loop:
         self.hyper = dict(hyper or {})
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
+        if self._second_order:
+            keep_running_statistics(self._view)
         own = self._view.source
         if not own:
             raise InvalidInputError(f"{type(model).__name__} has no parameters: there is nothing to train")
@@ -127,6 +129,11 @@ class Loop:
         self._hooks = [(name, hook) for name in self._trained for hook in _private.gradient_hooks(own[name])]
         self._own = {id(p): name for name, p in own.items()}
         check_names(params or {}, own)
+        for name, tensor in (params or {}).items():
+            if tensor.dtype != own[name].dtype and len(params or {}) < len(own):
+                raise InvalidInputError(
+                    f"params[{name!r}] has dtype {tensor.dtype}, the model's parameter {own[name].dtype}: give all parameters in one dtype"
+                )
         self._guard = graph.CutGuard(learn)
         with torch.enable_grad():
             self._view.write(self._time_zero(own, params or {}))

@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop import _private, tree
 from innerloop.errors import InvalidInputError, MetaGradientError, NotDifferentiableError
 from innerloop.problem import Carry, Problem, check_loss, explained
-from innerloop.random_state import restored_on_error
+from innerloop.random_state import at_random_state, restored_on_error
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.strategy.store_all import StoreAll
 from innerloop.trajectory import Trajectory
@@ -72,9 +72,11 @@ def unroll(
             raise InvalidInputError(f"save_at has {t}, but the loop has times 0 to {total}")
     with restored_on_error():
         start = problem.init(params)
-        if isinstance(params, Carry) and params.random_state is not None:
-            params.random_state.restore()
-        return strategy.run(Loop(problem, start, hyper, batch, total, times))
+        loop = Loop(problem, start, hyper, batch, total, times)
+        if not isinstance(params, Carry) or params.random_state is None:
+            return strategy.run(loop)
+        with at_random_state(params.random_state):
+            return strategy.run(loop)
 
 
 def metagradient(
@@ -144,9 +146,13 @@ def metagradient(
         )
         return loss, result
 
+    if not isinstance(params, (Mapping, Carry)):
+        problem.init(params)  # raises, and says what params must be
+    data = () if callable(batches) else tuple((tuple(t.shape), t.dtype) for t in tree.tensors(batches))
+    variant = (outer, strategy, steps, tuple(save_at), data)
     inputs = {"params": dict(params.params if isinstance(params, Carry) else params), "hyper": hyper}
     result, grads = (
-        _compiled_gradient(problem, value_of, inputs, names) if compile else _gradient(value_of, inputs, names)
+        _compiled_gradient(problem, value_of, inputs, names, variant) if compile else _gradient(value_of, inputs, names)
     )
     return result, grads[names[0]] if isinstance(wrt, str) else grads
 
@@ -167,57 +173,71 @@ def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[
     if not wanted:
         raise InvalidInputError(f"nothing to differentiate: {' and '.join(names)} hold no floating-point tensor")
 
+    transformed = not torch.compiler.is_compiling() and _private.inside_transform()
+
     def of_leaves(values: list[Tensor]) -> tuple[Tensor, Any]:
         filled = list(leaves)
         for i, value in zip(wanted, values, strict=True):
             filled[i] = value
-        return value_of({**inputs, **tree.with_leaves(chosen, filled)})
+        loss, result = value_of({**inputs, **tree.with_leaves(chosen, filled)})
+        if transformed and not _private.is_tracked(loss):
+            raise NotDifferentiableError(UNREACHED)
+        return loss, result
 
     values = [leaves[i] for i in wanted]
-    if torch.compiler.is_compiling() or _private.inside_transform():
-        grads, result = tree.grad_with_aux(of_leaves)(values)
+    if torch.compiler.is_compiling() or transformed:
+        found, result = tree.grad_with_aux(of_leaves)(values)
     else:
         # The same mathematics with one graph less: torch.func.grad would record the backward pass as well.
-        result, grads = _autograd(of_leaves, values)
-    for i, grad in zip(wanted, grads, strict=True):
-        leaves[i] = grad
-    constants = [None if i not in wanted else leaf for i, leaf in enumerate(leaves)]
-    return result, tree.with_leaves(chosen, constants)
+        result, found = _autograd(of_leaves, values)
+    grads: list[Any] = [None] * len(leaves)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    for name, group in tree.with_leaves(chosen, grads).items():
+        if any(isinstance(t, Tensor) for t in tree.leaves(chosen[name])) and all(g is None for g in tree.leaves(group)):
+            raise NotDifferentiableError(f"no gradient arrives at {name}: {UNREACHED}")
+    # One tensor among several that the outer loss does not depend on has the gradient zero, as torch.func.grad says too.
+    for i in wanted:
+        grads[i] = torch.zeros_like(leaves[i]) if grads[i] is None else grads[i]
+    return result, tree.with_leaves(chosen, grads)
+
+
+UNREACHED = (
+    "the outer loss does not depend on it through anything differentiable: compute it from traj.params, traj.losses, traj.aux or "
+    "traj.at(t), not under torch.no_grad or from detached values; hyper-parameters of the optimizer reach it by "
+    "Problem(loss, optimizer, optimizer_hyper=lambda hyper, t: {...})"
+)
 
 
 def _autograd(
     of_leaves: Callable[[list[Tensor]], tuple[Tensor, Any]], values: list[Tensor]
-) -> tuple[Any, list[Tensor]]:
+) -> tuple[Any, Sequence[Tensor | None]]:
     with torch.enable_grad():
         values = [value.detach().requires_grad_() for value in values]
         loss, result = of_leaves(values)
         if not loss.requires_grad:
-            raise NotDifferentiableError(
-                "the outer loss does not depend on params or hyper through anything differentiable: compute it from traj.params, "
-                "traj.losses, traj.aux or traj.at(t), and not under torch.no_grad or from detached values"
-            )
+            raise NotDifferentiableError(UNREACHED)
         try:
             grads = torch.autograd.grad(loss, values, allow_unused=True)
         except RuntimeError as error:
             raise explained(error) from error
-    # An input that the outer loss does not depend on has the gradient zero, as torch.func.grad says too.
-    filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True)]
-    return tree.map_tensors(Tensor.detach, result), filled
+    return tree.map_tensors(Tensor.detach, result), grads
 
 
 _verified: weakref.WeakKeyDictionary[Problem, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def _compiled_gradient(
-    problem: Problem, value_of: ValueOf, inputs: Inputs, names: Sequence[str]
+    problem: Problem, value_of: ValueOf, inputs: Inputs, names: Sequence[str], variant: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`_gradient`, compiled as a whole: a transform over a compiled function would run eagerly, so compile goes outermost."""
     compiled = torch.compile(_gradient, fullgraph=True)
     result, grads = compiled(value_of, inputs, names)
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
-    if shapes not in _verified.setdefault(problem, set()):
+    key = (shapes, tuple(names), variant)
+    if key not in _verified.setdefault(problem, set()):
         _compare(result, grads, *_gradient(value_of, inputs, names))
-        _verified[problem].add(shapes)
+        _verified[problem].add(key)
     return tree.map_tensors(Tensor.detach, (result, grads))
 
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from innerloop import tree
+from innerloop import graph, tree
 from innerloop.errors import InvalidInputError
+from innerloop.module import Gate
 from innerloop.optim.from_torch import from_torch
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
@@ -85,7 +86,7 @@ class DifferentiableOptimizer:
         current = list(self._fmodel.fast_params if params is None else params)
         self._apply_override(override)
         wanted = [i for i in sorted({i for group in self._members for i in group}) if current[i].requires_grad]
-        found = torch.autograd.grad(loss, [current[i] for i in wanted], create_graph=self._track, allow_unused=True)
+        found = self._gradients(loss, [current[i] for i in wanted])
         grads: dict[int, Tensor | None] = dict(zip(wanted, found, strict=True))
         callback = grad_callback or self._grad_callback
         if callback is not None:
@@ -101,6 +102,20 @@ class DifferentiableOptimizer:
         if self._fmodel is not None:
             self._fmodel.update_params(current)
         return current
+
+    def _gradients(self, loss: Tensor, wanted: list[Tensor]) -> Sequence[Tensor | None]:
+        graph.inspect(loss, wanted, second_order=self._track)
+        gate = Gate() if self._fmodel is None else self._fmodel.gate
+        gate.closed = False
+        try:
+            found = torch.autograd.grad(loss, wanted, create_graph=self._track, allow_unused=True)
+        finally:
+            gate.closed = self._track
+        if wanted and all(g is None for g in found):
+            raise InvalidInputError(
+                "the loss depends on none of the parameters: compute it with the patched module, after the last step"
+            )
+        return found
 
     def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:
         """Replace ``self.param_groups[i]["params"]`` by the parameters after a step with ``grouped_grads[i]``."""

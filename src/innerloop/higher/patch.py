@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.errors import InvalidInputError
-from innerloop.module import ModuleView
+from innerloop.module import Gate, ModuleView
 
 
 class PatchedModule:
@@ -19,6 +19,7 @@ class PatchedModule:
     """
 
     _view: ModuleView
+    gate: Gate
     _history: list[list[Tensor]]
     track_higher_grads: bool
 
@@ -72,7 +73,8 @@ def monkeypatch(
     Returns:
         An instance of a subclass of the module's own class and of `PatchedModule`.
     """
-    view = ModuleView(module)
+    gate = Gate()
+    view = ModuleView(module, gate)
     new = view.module
     view.module = None  # the copy holds the view; a reference back would be a cycle
     with torch.enable_grad():
@@ -89,5 +91,5 @@ def monkeypatch(
     if cls not in _patched:
         _patched[cls] = type(f"Patched{cls.__name__}", (PatchedModule, cls), {"__module__": cls.__module__})
     new.__class__ = _patched[cls]
-    vars(new).update(_view=view, _history=[list(start.values())], track_higher_grads=track_higher_grads)
+    vars(new).update(_view=view, gate=gate, _history=[list(start.values())], track_higher_grads=track_higher_grads)
     return new

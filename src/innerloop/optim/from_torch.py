@@ -28,10 +28,11 @@ class FromTorch(Optimizer):
         self.members: tuple[Rule, ...] = ()
         self.refresh()
         ids = [id(p) for group in self._groups() for p in group["params"]]
-        if len(ids) != len(set(ids)):
+        twice = {i for i in ids if ids.count(i) > 1} if len(ids) != len(set(ids)) else set()
+        if twice:
+            shown = [(names or {}).get(i, "a tensor") for i in twice]
             raise InvalidInputError(
-                f"{len(ids) - len(set(ids))} parameter(s) are in two of the optimizers: each step would move them twice. Give each "
-                "optimizer its own parameters"
+                f"{shown} are in two of the optimizers: each step would move them twice. Give each its own parameters"
             )
         self._names = None if names is None else [self._named(group, names) for group in self._groups()]
 

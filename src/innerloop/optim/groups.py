@@ -91,6 +91,12 @@ class Groups(Optimizer):
                     f"parameter {name!r} matches none of the patterns {list(self.members)}: add a last group "
                     '"*", or leave the parameter out of params'
                 )
+        idle = [pattern for pattern, matched in names.items() if not matched]
+        if idle:
+            raise InvalidInputError(
+                f"the patterns {idle} match no parameter that an earlier pattern has not taken: the parameters are {list(params)}, and "
+                "the first matching pattern wins"
+            )
         return list(names.values())
 
     def __repr__(self) -> str:

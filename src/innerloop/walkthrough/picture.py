@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from innerloop.errors import MissingExtraError
 from innerloop.walkthrough.quantities import Matrix, Pair, System, along, subscript
@@ -23,7 +24,7 @@ LOW, HIGH = 1.0, 5.4
 """The window on the surface: the same range of a and of b."""
 
 
-def write_picture(walkthrough: Walkthrough, file: str | Path | IO[bytes], *, dpi: int = 150) -> None:
+def write_picture(walkthrough: Walkthrough, file: str | Path | io.BytesIO, *, dpi: int = 150) -> None:
     """Draw and save.
 
     Args:
