@@ -28,7 +28,8 @@ class Carry(NamedTuple):
         params: named parameters.
         optimizer_state: the optimizer's state.
         buffers: named buffers of the module (running statistics, say).
-        random_state: the random generators' state before the next step, or None: whatever it is then.
+        random_state: the random generators' state before the next step, or None: whatever it is then. A loop continued from this
+            carry draws from here, and leaves the user's own random numbers alone.
     """
 
     params: dict[str, Tensor]

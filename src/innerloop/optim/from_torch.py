@@ -147,8 +147,8 @@ def from_torch(
 ) -> FromTorch:
     """The rule, param groups, settings and current state of a ``torch.optim`` optimizer.
 
-    A learning rate that is a tensor stays that tensor: gradients flow to it. Later changes of the torch optimizer (a scheduler's,
-    say) are not seen; `innerloop.track` does see them.
+    A learning rate that is a tensor stays that tensor: gradients flow to it. Settings are read now; later changes (a scheduler's, say)
+    are seen by `innerloop.track` only. The state is read by each ``init``.
 
     Args:
         optimizer: one of ``torch.optim`` whose rule `innerloop.optim` has (or a list of them, for disjoint parameters). A subclass
