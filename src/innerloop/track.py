@@ -58,8 +58,9 @@ def track(
 
     Note:
         A weight of ``loop.model`` may be edited between steps. An edit under ``torch.no_grad`` is a constant added to the weight (the
-        gradient passes as if it had not happened); assigning a new ``nn.Parameter`` cuts the gradient there. Buffers (running
-        statistics) are constants of the derivative, as in PyTorch.
+        gradient passes as if it had not happened); assigning a new ``nn.Parameter`` cuts the gradient there. Frozen parameters are
+        shared with ``model``, not copied: do not edit those in place. Buffers (running statistics) are constants of the derivative,
+        as in PyTorch.
 
     Cost:
         About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
