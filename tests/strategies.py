@@ -35,7 +35,13 @@ class Enrolled:
     lacks: frozenset[str] = frozenset()
 
 
-STRATEGIES = (Enrolled(innerloop.StoreAll()),)
+REPLAY = frozenset({"every time", "compile"})
+STRATEGIES = (
+    Enrolled(innerloop.StoreAll()),
+    Enrolled(innerloop.Checkpointed(), REPLAY),
+    Enrolled(innerloop.Checkpointed(slots="all", product="mixed"), REPLAY),
+    Enrolled(innerloop.Checkpointed(slots=2, product="mixed", save="gradients"), REPLAY),
+)
 
 
 def each_strategy(needs: str = "") -> pytest.MarkDecorator:

@@ -19,6 +19,9 @@ EXERCISED = {
     "register_tree_node",
     "inside_transform",
     "inside_vmap",
+    "inside_dual_level",
+    "has_derivative",
+    "innermost",
     "is_tracked",
     "version",
     "gradient_hooks",
@@ -180,3 +183,47 @@ def test_whether_a_backward_pass_is_running():
     torch.autograd.grad(y, x)
     seen.append(_private.backward_pass() != -1)
     assert seen == [False, True, True, False]
+
+
+def test_a_dual_level_is_told_from_a_transform():
+    assert not _private.inside_dual_level()
+    with forward_ad.dual_level():
+        assert _private.inside_dual_level()
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_private.inside_dual_level())
+        return x
+
+    torch.func.jvp(look, (torch.ones(1),), (torch.ones(1),))
+    assert seen == [False]
+
+
+def test_a_derivative_is_seen_at_any_level():
+    constant, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
+    assert not _private.has_derivative(constant)
+    assert _private.has_derivative(leaf)
+    seen = []
+
+    def inner(y: Tensor, x: Tensor) -> Tensor:
+        seen.append(
+            [_private.has_derivative(v) for v in (constant, x, y, x.detach(), y.detach(), x.detach() * constant)]
+        )
+        return y
+
+    torch.func.grad(lambda x: torch.func.grad(inner)(x.detach(), x))(torch.tensor(1.0))
+    torch.func.grad(lambda x: torch.func.vmap(lambda y: inner(y, x))(x.expand(2)).sum())(torch.tensor(1.0))
+    torch.func.jvp(lambda x: inner(x, x), (torch.tensor(1.0),), (torch.tensor(1.0),))
+    assert seen == [[False, True, True, False, False, False]] * 3
+
+
+def test_the_innermost_tensor_is_plain():
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_private.innermost(x))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(look))(torch.ones(3, 2))
+    assert seen[0].shape == (3, 2)
+    assert _private.innermost(seen[0]) is seen[0]

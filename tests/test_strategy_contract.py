@@ -443,7 +443,7 @@ def noisy(shift: float = 0.0) -> Noisy:
 
 
 def noisy_loss(model: nn.Module, hyper: Any, t: Any) -> Tensor:
-    return F.mse_loss(model(smooth_noise(8, 3, phase=float(t))), smooth_noise(8, 1, phase=t + 0.5))
+    return (model(smooth_noise(8, 3, phase=float(t))) - smooth_noise(8, 1, phase=t + 0.5)).square().mean()
 
 
 @each_strategy()

@@ -12,7 +12,7 @@ from innerloop.errors import (
 )
 from innerloop.module import functional
 from innerloop.problem import Carry, Problem
-from innerloop.strategy import StoreAll
+from innerloop.strategy import Checkpointed, StoreAll
 from innerloop.track import track
 from innerloop.trajectory import Trajectory
 from innerloop.unroll import metagradient, unroll
@@ -21,6 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CapturedTensorError",
     "Carry",
+    "Checkpointed",
     "InnerLoopError",
     "InvalidInputError",
     "MetaGradientError",

@@ -38,6 +38,11 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def inside_dual_level() -> bool:
+    """Whether a level of ``torch.autograd.forward_ad`` was entered outside of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0
+
+
 def inside_vmap() -> bool:
     """Whether one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -50,6 +55,25 @@ def is_tracked(tensor: Tensor) -> bool:
     Its own level wraps constants too, so ``requires_grad`` is asked as well; that alone would take a tensor from outside for its own.
     """
     return tensor.requires_grad and torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether any level differentiates ``tensor``: autograd, each ``torch.func.grad`` that is running, or forward mode."""
+    while True:
+        if tensor.requires_grad or (
+            forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """The plain tensor inside the wrappers of ``torch.func``; a batched one has the dimension of the tasks."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def version(tensor: Tensor) -> int:

@@ -95,14 +95,15 @@ class CutGuard:
             stack.extend([child for child, _ in node.next_functions])
 
 
-def inspect(loss: Tensor, current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
-    """Walk from an inner loss to the current parameters: raise at code that has no second derivative.
+def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+    """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
 
     Returns:
         The leaves outside of the loop.
     """
-    leaves: list[Tensor] = []
-    stack: list[Any] = [loss.grad_fn]
+    ends = list(ends)
+    leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
+    stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
     while stack:
         node = stack.pop()

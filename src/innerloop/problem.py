@@ -83,6 +83,8 @@ class Problem:
         self.optimizer = optimizer
         self.optimizer_hyper = optimizer_hyper
         self.view: module.ModuleView | None = None
+        self.computed_buffers: set[str] = set()
+        """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
 
     @classmethod
     def from_module(
@@ -128,6 +130,8 @@ class Problem:
             result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
         else:
             result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
+            if not torch.compiler.is_compiling():
+                self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
             aux,
@@ -170,7 +174,8 @@ class Problem:
             # Only a loop that something outside asks a derivative of is recorded; else the step is plain training.
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
-            leaves = graph.inspect(loss, (), second_order=recording)
+            ends = [loss, *tree.tensors(aux), *new_buffers.values()]
+            leaves = graph.inspect(ends, (), second_order=recording)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
             found = torch.autograd.grad(loss, list(alias.values()), create_graph=recording, allow_unused=True)
         if all(g is None for g in found):
@@ -180,12 +185,18 @@ class Problem:
             return grads, loss, aux, new_buffers
         return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
+    def update(
+        self, carry: Carry, grads: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, t: int
+    ) -> Carry:
+        """The carry after the gradient of step t, and the buffers that came with it, are known."""
+        overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
+        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, overrides)
+        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
+
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
-        overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
-        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, overrides)
-        return Carry(distinct(params, carry.params), state, buffers, RandomState.now()), loss, aux
+        return self.update(carry, grads, buffers, hyper, t), loss, aux
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
@@ -219,6 +230,8 @@ BATCHED = (
 
 def explained(error: RuntimeError) -> RuntimeError:
     """The message of torch with the cure, where we know it."""
+    if isinstance(error, InnerLoopError):
+        return error
     text = str(error)
     cures = {
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - b).square().mean() for mse_loss",

@@ -23,6 +23,14 @@ class RandomState(NamedTuple):
             return None
         return cls(torch.get_rng_state(), tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ())
 
+    def equals(self, other: RandomState) -> bool:
+        """Whether the same numbers would be drawn from both."""
+        if self is other:
+            return True
+        return len(self.cuda) == len(other.cuda) and all(
+            torch.equal(a, b) for a, b in zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
+        )
+
     def restore(self) -> None:
         """Make it the current one."""
         torch.set_rng_state(self.cpu)
@@ -43,10 +51,11 @@ def restored_on_error() -> Iterator[None]:
 
 
 @contextmanager
-def at_random_state(state: RandomState) -> Iterator[None]:
+def at_random_state(state: RandomState | None) -> Iterator[None]:
     """Draw from ``state`` inside the block; outside, the user's own random numbers go on as if nothing had happened."""
     before = RandomState.now()
-    state.restore()
+    if state is not None:
+        state.restore()
     try:
         yield
     finally:

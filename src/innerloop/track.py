@@ -179,7 +179,7 @@ class Loop:
         """
         loss = self._checked(loss)
         current = self._current()
-        leaves = graph.inspect(loss, current.values(), self._second_order)
+        leaves = graph.inspect([loss], current.values(), self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
         grads = self._gradients(loss, wanted)
         self._check_gradients(grads, leaves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +71,34 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: T) -> T:
 def tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors of ``tree``, in order."""
     return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+class _Slot(int):
+    """A leaf that stands for the tensor of this index."""
+
+
+def split(tree: Any) -> tuple[list[Tensor], Any]:
+    """``(tensors, template)``: the tensors of ``tree``, and ``tree`` without them, for `join`."""
+    found: list[Tensor] = []
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        found.append(leaf)
+        return _Slot(len(found) - 1)
+
+    template = map_leaves(take, tree)
+    return found, template
+
+
+def join(template: Any, values: Sequence[Any], rest_too: bool = True) -> Any:
+    """The inverse of `split`, with other values in the places of the tensors; ``rest_too=False``: None for every other leaf."""
+    return map_leaves(lambda leaf: values[leaf] if type(leaf) is _Slot else leaf if rest_too else None, template)
+
+
+def differentiable(leaf: Any) -> bool:
+    """Whether a leaf is a tensor that may have a derivative."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

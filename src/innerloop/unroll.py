@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
+from innerloop.batches import batches_of
 from innerloop.errors import InvalidInputError, MetaGradientError, NotDifferentiableError
 from innerloop.problem import Carry, Problem, check_loss, explained
+from innerloop.progress import Report, closing, reporter
 from innerloop.random_state import at_random_state, restored_on_error
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.strategy.store_all import StoreAll
@@ -27,6 +29,7 @@ def unroll(
     strategy: Strategy | None = None,
     steps: int | None = None,
     save_at: Sequence[int] = (),
+    progress: bool | Report = False,
 ) -> Trajectory:
     r"""Run T steps of ``problem``; gradients flow from the trajectory to ``params`` and ``hyper``.
 
@@ -34,11 +37,14 @@ def unroll(
         problem: what one step is.
         params: named tensors at time 0, or a carry of an earlier loop (``traj.at(-1)``), which continues it.
         batches: the data, constant for the derivative: a list (one entry per step); a pytree of tensors (a tensor, tuple, dict,
-            NamedTuple) stacked over steps; or a pure function ``batches(params, hyper, t)`` together with ``steps``.
+            NamedTuple) stacked over steps; a pure function ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a
+            generator, a ``DataLoader``), whose length need not be known.
         hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``.
         strategy: how the loop is differentiated; default `StoreAll`.
         steps: T; needed where ``batches`` does not say it.
         save_at: times whose states `Trajectory.at` must know, whatever the strategy.
+        progress: True shows a bar for each of the forward and the backward phase (package ``tqdm``); or a function
+            ``progress(phase, done, total)`` that is told after each step. An exception, Ctrl-C too, leaves everything as it was.
 
     Returns:
         The `Trajectory`; `Trajectory.params`, ``losses``, ``aux`` and ``at(t)`` are differentiable.
@@ -65,14 +71,12 @@ def unroll(
         raise InvalidInputError(
             f"expected an innerloop.Problem, got {type(problem).__name__}: write innerloop.Problem(loss, optimizer)"
         )
-    total, batch = _batches(batches, hyper, steps)
-    times = tuple(t + total + 1 if t < 0 else t for t in save_at)
-    for t in times:
-        if not 0 <= t <= total:
-            raise InvalidInputError(f"save_at has {t}, but the loop has times 0 to {total}")
-    with restored_on_error():
+    data = batches_of(batches, steps)
+    times = _times(save_at, data.steps)
+    report = reporter(progress)
+    with restored_on_error(), closing(report):
         start = problem.init(params)
-        loop = Loop(problem, start, hyper, batch, total, times)
+        loop = Loop(problem, start, hyper, data, times, report)
         if not isinstance(params, Carry) or params.random_state is None:
             return strategy.run(loop)
         with at_random_state(params.random_state):
@@ -91,12 +95,13 @@ def metagradient(
     steps: int | None = None,
     save_at: Sequence[int] = (),
     compile: bool = False,
+    progress: bool | Report = False,
 ) -> tuple[Any, Any]:
     """The value and the gradient of an outer loss behind a loop: the form that composes with ``torch.func`` and compiles.
 
     Args:
         outer: ``outer(traj, hyper) -> scalar`` or ``(scalar, aux)``.
-        problem, params, batches, hyper, strategy, steps, save_at: as in `unroll`. Leaves of ``hyper`` that are not floating-point
+        problem, params, batches, hyper, strategy, steps, save_at, progress: as in `unroll`. Leaves of ``hyper`` that are not floating-point
             tensors are constants.
         wrt: ``"params"``, ``"hyper"`` or a tuple of both.
         compile: compile the whole meta-gradient with ``torch.compile(fullgraph=True)``. The first call with new shapes compiles
@@ -138,7 +143,16 @@ def metagradient(
 
     def value_of(inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         start = params._replace(params=inputs["params"]) if isinstance(params, Carry) else inputs["params"]
-        traj = unroll(problem, start, batches, hyper=inputs["hyper"], strategy=strategy, steps=steps, save_at=save_at)
+        traj = unroll(
+            problem,
+            start,
+            batches,
+            hyper=inputs["hyper"],
+            strategy=strategy,
+            steps=steps,
+            save_at=save_at,
+            progress=progress,
+        )
         result = outer(traj, inputs["hyper"])
         loss = check_loss(
             result[0] if isinstance(result, tuple) else result,
@@ -256,38 +270,14 @@ def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> No
             )
 
 
-def _batches(batches: Any, hyper: Any, steps: int | None) -> tuple[int, Callable[[dict[str, Any], int], Any]]:
-    """The number of steps, and ``batch(params, t)``."""
-    if steps is not None and (not isinstance(steps, int) or steps < 0):
-        raise InvalidInputError(f"steps={steps!r} must be a number of steps, 0 or more")
-    if batches is None or callable(batches):
-        if steps is None:
-            raise InvalidInputError("the number of steps is not known: write steps=T")
-        if batches is None:
-            return steps, lambda params, t: None
-        return steps, lambda params, t: tree.map_tensors(Tensor.detach, batches(params, hyper, t))
-    _check_constant(batches)
-    if isinstance(batches, list):
-        available = len(batches)
-        entry = lambda params, t: batches[t]  # noqa: E731
-    else:
-        lengths = {t.shape[0] if t.ndim else None for t in tree.tensors(batches)}
-        if len(lengths) != 1 or None in lengths:
-            raise InvalidInputError(
-                f"batches must be a list with one entry per step, tensors stacked over steps (first dimension T), or a function; "
-                f"got {type(batches).__name__} with first dimensions {sorted(map(str, lengths))}"
-            )
-        available = int(lengths.pop() or 0)
-        entry = lambda params, t: tree.map_tensors(lambda x: x[t], batches)  # noqa: E731
-    if steps is not None and steps > available:
-        raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
-    return available if steps is None else steps, entry
-
-
-def _check_constant(batches: Any) -> None:
-    for name, t in tree.named_tensors(batches, "batches"):
-        if t.requires_grad:
-            raise InvalidInputError(
-                f"{name} requires grad, but batches are constants of the derivative: put that tensor into hyper, let batches be "
-                "indices into it, or detach it"
-            )
+def _times(save_at: Sequence[int], steps: int | None) -> tuple[int, ...]:
+    """The times, counted from the start."""
+    if steps is None:
+        if any(t < 0 for t in save_at):
+            raise InvalidInputError(f"save_at={tuple(save_at)} counts from the end, which is not known: write steps=T")
+        return tuple(save_at)
+    times = tuple(t + steps + 1 if t < 0 else t for t in save_at)
+    for t in times:
+        if not 0 <= t <= steps:
+            raise InvalidInputError(f"save_at has {t}, but the loop has times 0 to {steps}")
+    return times

@@ -104,7 +104,7 @@ class DifferentiableOptimizer:
         return current
 
     def _gradients(self, loss: Tensor, wanted: list[Tensor]) -> Sequence[Tensor | None]:
-        graph.inspect(loss, wanted, second_order=self._track)
+        graph.inspect([loss], wanted, second_order=self._track)
         gate = Gate() if self._fmodel is None else self._fmodel.gate
         gate.closed = False
         try:

@@ -12,7 +12,7 @@ what makes an unrolled Adam step cheap. Two rules keep this exact:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +164,9 @@ class Packed(Mapping[str, Tensor]):
 
     __slots__ = ("flats", "layout")
 
-    def __init__(self, layout: Layout, flats: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self, layout: Layout, flats: tuple[Any, ...]
+    ) -> None:  # tensors, or what stands for them in a template
         self.layout = layout
         self.flats = flats
 

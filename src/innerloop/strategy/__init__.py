@@ -1,6 +1,7 @@
 """Ways of differentiating a loop, one file each."""
 
 from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.checkpointed import Checkpointed
 from innerloop.strategy.store_all import StoreAll
 
-__all__ = ["Loop", "StoreAll", "Strategy"]
+__all__ = ["Checkpointed", "Loop", "StoreAll", "Strategy"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+from innerloop.batches import Batches, Exhausted
 from innerloop.problem import Carry, Problem
+from innerloop.progress import Report, silent
 from innerloop.trajectory import Trajectory
 
 
@@ -17,23 +18,29 @@ class Loop(NamedTuple):
         problem: gives ``step``, ``gradient`` (the residual) and the optimizer.
         start: the carry before the first step.
         hyper: what the loss and the optimizer are also differentiated with respect to.
-        batch: ``batch(params, t)``, the data of step t, constant for the derivative.
-        steps: T.
+        batches: the data of each step, constant for the derivative; knows the number of steps, unless it is an iterator.
         save_at: the times whose states are wanted besides 0 and T.
+        report: told after each step, for a progress bar.
     """
 
     problem: Problem
     start: Carry
     hyper: Any
-    batch: Callable[[dict[str, Any], int], Any]
-    steps: int
-    save_at: tuple[int, ...]
+    batches: Batches
+    save_at: tuple[int, ...] = ()
+    report: Report = silent
+
+    def batch(self, carry: Carry, t: int) -> Any:
+        """The data of step t; raises `Exhausted` where there is none."""
+        if self.batches.steps is not None and t >= self.batches.steps:
+            raise Exhausted
+        return self.batches.at(carry.params, self.hyper, t)
 
 
 class Strategy(abc.ABC):
     """How a loop is differentiated: exactly or not, with which memory."""
 
-    exact: ClassVar[bool]
+    exact: bool
     """Whether the derivative is that of the loop as it ran, up to rounding."""
 
     differentiates: ClassVar[frozenset[str]]

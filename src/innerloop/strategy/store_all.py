@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from innerloop import tree
+from innerloop.batches import Exhausted
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.trajectory import Trajectory
 
@@ -28,17 +29,23 @@ class StoreAll(Strategy):
         (StoreAll(), True)
     """
 
-    exact: ClassVar[bool] = True
+    exact = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        carry = loop.start
+        carry, t = loop.start, 0
         states, losses, aux = {0: carry}, [], []
-        for t in range(loop.steps):
-            carry, loss, extra = loop.problem.step(carry, loop.hyper, loop.batch(carry.params, t), t)
-            states[t + 1] = carry
+        while True:
+            try:
+                batch = loop.batch(carry, t)
+            except Exhausted:
+                break
+            carry, loss, extra = loop.problem.step(carry, loop.hyper, batch, t)
+            t += 1
+            states[t] = carry
             losses.append(loss)
             aux.append(extra)
+            loop.report("forward", t, loop.batches.steps)
         like = next(tree.tensors(loop.start.params))
         stacked: Any = torch.stack(losses) if losses else like.new_zeros(0)
-        return Trajectory(states, stacked, tree.stack(aux), loop.steps)
+        return Trajectory(states, stacked, tree.stack(aux), t)

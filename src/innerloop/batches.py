@@ -1,0 +1,181 @@
+"""The data of a loop: a list, stacked tensors, a function of time, or an iterator of unknown length."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop import tree
+from innerloop.errors import InvalidInputError
+
+
+class Exhausted(Exception):
+    """There is no further batch."""
+
+
+class Batches(abc.ABC):
+    """What each step sees.
+
+    Attributes:
+        data: a pytree; its tensors are inputs of the derivative's node (constants, but visible to ``vmap``).
+        steps: T, or None: it shows when the data end.
+        again: whether a step's data are made anew when it is replayed, so that they must be compared.
+        keeping: whether data that come only once are kept for a replay.
+    """
+
+    data: Any = None
+    steps: int | None
+    again = False
+    keeping = False
+
+    @abc.abstractmethod
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        """The data of step t.
+
+        Args:
+            params: the parameters before the step.
+            hyper: as given to the loop.
+            t: the step.
+
+        Raises:
+            Exhausted: there is no step t.
+        """
+
+    def holding(self, data: Any) -> Batches:
+        """The same with other tensors in ``data``."""
+        new = copy.copy(self)
+        new.data = data
+        return new
+
+    def ending(self, steps: int) -> Batches:
+        """The same with a known number of steps."""
+        new = copy.copy(self)
+        new.steps = steps
+        return new
+
+
+class Nothing(Batches):
+    """Steps without data."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> None:
+        return None
+
+
+class Listed(Batches):
+    """One entry per step."""
+
+    def __init__(self, entries: list[Any], steps: int) -> None:
+        self.data = entries[:steps]
+        self.steps = steps
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        return self.data[t]
+
+
+class Stacked(Batches):
+    """A pytree of tensors whose first dimension is time."""
+
+    def __init__(self, stacked: Any, steps: int) -> None:
+        self.data = stacked
+        self.steps = steps
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        return tree.map_tensors(lambda x: x[t], self.data)
+
+
+class Called(Batches):
+    """A pure function of its arguments; what it returns is a constant of the derivative."""
+
+    again = True
+
+    def __init__(self, function: Callable[[Any, Any, int], Any], steps: int) -> None:
+        self.function = function
+        self.steps = steps
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        return tree.map_tensors(Tensor.detach, self.function(params, hyper, t))
+
+
+class Drawn(Batches):
+    """An iterator, drawn from once; if wanted, each entry is kept from then on."""
+
+    def __init__(self, source: Iterable[Any], steps: int | None) -> None:
+        self.source: Iterator[Any] = iter(source)
+        self.one_shot = self.source is source
+        self.steps = steps
+        self.kept: MutableMapping[int, Any] = {}  # shared by the copies of this object, as the iterator is
+        self.position = [0]
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        if t == self.position[0]:
+            try:
+                entry = next(self.source)
+            except StopIteration:
+                raise Exhausted from None
+            check_constant(entry, f"batch {t}")
+            self.position[0] += 1
+            if not self.keeping:
+                return entry
+            self.kept[t] = entry
+        return self.kept[t]
+
+
+def batches_of(given: Any, steps: int | None) -> Batches:
+    """What the user gave, in its kind.
+
+    Raises:
+        InvalidInputError: a tensor requires grad, the number of steps is unknown or too large, lengths differ.
+    """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+        raise InvalidInputError(f"steps={steps!r} must be a number of steps, 0 or more")
+    if given is None or callable(given):
+        if steps is None:
+            raise InvalidInputError("the number of steps is not known: write steps=T")
+        return Nothing(steps) if given is None else Called(given, steps)
+    if hasattr(given, "__iter__") and not isinstance(given, (list, tuple, dict, str, Tensor)):
+        return Drawn(given, steps)
+    check_constant(given)
+    if isinstance(given, list):
+        available = len(given)
+    else:
+        lengths = {t.shape[0] if t.ndim else None for t in tree.tensors(given)}
+        if len(lengths) != 1 or None in lengths:
+            raise InvalidInputError(
+                f"batches must be a list with one entry per step, tensors stacked over steps (first dimension T), or a function; "
+                f"got {type(given).__name__} with first dimensions {sorted(map(str, lengths))}"
+            )
+        available = int(lengths.pop() or 0)
+    if steps is not None and steps > available:
+        raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
+    total = available if steps is None else steps
+    return Listed(given, total) if isinstance(given, list) else Stacked(given, total)
+
+
+def check_constant(batches: Any, name: str = "batches") -> None:
+    """Raise if a tensor requires grad."""
+    for path, t in tree.named_tensors(batches, name):
+        if t.requires_grad:
+            raise InvalidInputError(
+                f"{path} requires grad, but batches are constants of the derivative: put that tensor into hyper, let batches be "
+                "indices into it, or detach it"
+            )
+
+
+def fingerprint(batch: Any) -> Tensor:
+    """A few numbers that change when the data change: to notice a function that gives other data when it is called again."""
+    numbers: list[Tensor] = []
+    for x in tree.tensors(batch):
+        flat = (torch.view_as_real(x) if x.is_complex() else x).detach().reshape(-1).double()
+        places = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
+        numbers += [flat.new_tensor(float(x.numel())), flat.sum(), (flat * (places * 0.618).cos()).sum()]
+    others = [float(leaf) for leaf in tree.leaves(batch) if isinstance(leaf, (bool, int, float))]
+    like = numbers[0] if numbers else torch.zeros((), dtype=torch.float64)
+    return torch.stack([*(n.to(like.device) for n in numbers), like.new_tensor(float(sum(others)))])

@@ -1,0 +1,358 @@
+"""Keep some states, and run the steps between them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop import _private, tree
+from innerloop.batches import Drawn, Exhausted, fingerprint
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.problem import Carry
+from innerloop.random_state import RandomState
+from innerloop.strategy import node, pullback, schedule
+from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.pullback import Cotangents, Outgoing, Step, state_of
+from innerloop.strategy.snapshots import PLACES, Snapshots
+from innerloop.trajectory import Trajectory
+
+SMALL = 256 * 2**20
+"""Bytes of states that are kept without a second thought when ``slots`` is not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointed(Strategy):
+    r"""Run the loop without a graph, keep some of its states, and replay each step once more to differentiate it: exact, in bounded memory.
+
+    With s slots the T steps are run backwards by binomial checkpointing (Griewank & Walther 2000), which replays the fewest steps
+    possible: :func:`innerloop.strategy.schedule.replays`. The data of an iterator need no known length (Stumm & Walther 2010).
+
+    **Cost** with G one inner gradient, A what a first-order step saves, P parameters, S optimizer state:
+
+    ============================================  ==========================  ======================
+    kept                                          time                        memory
+    ============================================  ==========================  ======================
+    every state (``slots="all"``)                 4 T G                       T (P + S) + 2.23 A
+    :math:`2\sqrt T` states                       about 5 T G                 2 √T (P + S) + 2.23 A
+    s states                                      (4 + replays/T) T G         s (P + S) + 2.23 A
+    ============================================  ==========================  ======================
+
+    **When**: whenever `StoreAll` does not fit; any number of steps. **Not** for a few steps of a small model, where `StoreAll` is up to
+    a third faster; not for second derivatives of long loops, which are right but take the memory of `StoreAll`.
+
+    Args:
+        slots: how many states are kept at once, the start among them; ``"all"``: every one. Default: as many as 256 MB hold, but at
+            least :math:`2\sqrt T`.
+        memory: instead of ``slots``: as many as fit into ``"4GB"``, ``"500MB"`` or a number of bytes, besides what one step needs.
+        product: how a step's second derivative is taken: ``"reverse"`` (reverse over reverse), ``"mixed"`` (forward over reverse, one
+            ``jvp`` of the inner gradient), ``"finite"`` (a central difference of it: approximate, no second derivative needed), or
+            ``"auto"``: the faster exact one on this kind of device.
+        save: ``"params"``, or ``"gradients"`` to keep the inner gradient of every step as well (T P more): replayed steps then take an
+            update each, not a gradient, and ``"mixed"`` a quarter less time.
+        offload: where states wait: None (on their device), ``"cpu"`` (pinned memory, copied while the device computes) or ``"disk"``.
+        keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
+        compile: compile the step and its pullback with ``torch.compile``; the first ones are compared with the uncompiled.
+        finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over.
+
+    Example:
+        On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(lambda params, hyper, batch: params["w"] ** 2 / 2, innerloop.optim.sgd(lr=0.5))
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> traj = innerloop.unroll(problem, {"w": w}, None, steps=3, strategy=innerloop.Checkpointed(slots=1))
+        >>> torch.autograd.grad(traj.params["w"], w)
+        (tensor(0.1250),)
+    """
+
+    slots: int | str | None = None
+    memory: int | str | None = None
+    product: str = "auto"
+    save: str = "params"
+    offload: str | None = None
+    keep_batches: bool = True
+    compile: bool = False
+    finite_step: float | None = None
+
+    differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
+
+    def __post_init__(self) -> None:
+        slots = self.slots
+        if (
+            slots is not None
+            and slots != "all"
+            and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1)
+        ):
+            raise InvalidInputError(f'slots={slots!r}: write a number of states, 1 or more, or "all"')
+        if slots is not None and self.memory is not None:
+            raise InvalidInputError("slots and memory are both given: write one of them")
+        _choice("product", self.product, ("auto", *pullback.PRODUCTS))
+        _choice("save", self.save, ("params", "gradients"))
+        _choice("offload", self.offload, PLACES)
+        if self.finite_step is not None and self.product != "finite":
+            raise InvalidInputError(
+                f'finite_step={self.finite_step} belongs to product="finite", not to {self.product!r}'
+            )
+        if self.memory is not None:
+            in_bytes(self.memory)
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.product != "finite"
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"Checkpointed({', '.join(changed)})"
+
+    def run(self, loop: Loop) -> Trajectory:
+        if torch.compiler.is_compiling():
+            raise NotDifferentiableError(
+                f"{self!r} cannot stand inside of compiled code: compile its steps instead, Checkpointed(compile=True), and leave "
+                "metagradient(compile=True) or torch.compile away"
+            )
+        if isinstance(loop.batches, Drawn) and not self.keep_batches:
+            raise InvalidInputError(
+                "batches is an iterator, which yields each batch once, and with keep_batches=False they are not there for the replay: "
+                "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
+            )
+        return node.run(_Replay(loop, self))
+
+
+class _Replay(node.Method):
+    """One loop under `Checkpointed`."""
+
+    def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
+        super().__init__(loop)
+        self.strategy = strategy
+        self.replayed = 0
+        self._losses: Tensor | None = None
+        self._prints: list[Tensor] = []
+        self._draws = False
+        self._slots = 1
+
+    # -- forward --------------------------------------------------------------------------------------------------------
+
+    def forward(self, loop: Loop) -> node.Ran:
+        steps = loop.batches.steps
+        self._slots = self._budget(loop)
+        marks = _Marks(self._slots, steps)
+        snapshots = self._storage()
+        gradients = self._storage() if self.strategy.save == "gradients" else None
+        states: dict[int, Any] = {}
+        randoms: dict[int, RandomState | None] = {}
+        losses, aux = [], []
+        carry = before = loop.start
+        t = 0
+        while True:
+            try:
+                batch = loop.batch(carry, t)
+            except Exhausted:
+                break
+            if loop.batches.again and self.recorded:
+                self._prints.append(fingerprint(batch))
+            before = carry
+            grads, loss, extra, buffers = loop.problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
+            carry = self._sharing(loop.problem.update(carry, grads, buffers, loop.hyper, t), before)
+            if torch.is_grad_enabled():
+                node.check_constants(t, state_of(carry), loss, extra)
+            if gradients is not None and self.recorded:
+                gradients[t] = (grads, buffers, carry.random_state)
+            t += 1
+            losses.append(loss)
+            aux.append(extra)
+            if self.recorded:
+                keep, dropped = marks.at(t)
+                for time in dropped:
+                    del snapshots[time]
+                if keep:
+                    snapshots[t] = carry
+            if t in loop.save_at and t != steps:
+                states[t], randoms[t] = tree.map_tensors(Tensor.clone, state_of(carry)), carry.random_state
+            loop.report("forward", t, steps)
+        snapshots.pop(t, None)
+        states[t], randoms[t] = state_of(carry), carry.random_state
+        if self.recorded:
+            self.kept = _Kept(snapshots, {t - 1: before} if t else {}, gradients)
+        like = next(tree.tensors(loop.start.params))
+        stacked: Any = torch.stack(losses) if losses else like.new_zeros(0)
+        self._losses = stacked.detach().clone()
+        return node.Ran(states, stacked, tree.stack(aux), t, randoms)
+
+    def _storage(self) -> MutableMapping[int, Any]:
+        # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an input of the pullback's node.
+        return {} if self.transformed else Snapshots(self.strategy.offload)
+
+    def _sharing(self, new: Carry, old: Carry) -> Carry:
+        """States share one random state as long as nothing is drawn."""
+        a, b = new.random_state, old.random_state
+        if a is None or b is None or a.equals(b):
+            return new._replace(random_state=b)
+        self._draws = True
+        return new
+
+    def _budget(self, loop: Loop) -> int:
+        """The number of slots."""
+        slots, steps = self.strategy.slots, loop.batches.steps
+        if slots == "all":
+            return sys.maxsize if steps is None else max(steps, 1)
+        if isinstance(slots, int):
+            return slots
+        size = max(sum(x.numel() * x.element_size() for x in tree.tensors(state_of(loop.start))), 1)
+        fitting = SMALL // size
+        if steps is None:
+            return max(fitting, 32)
+        return max(1, min(steps, max(fitting, math.ceil(2 * math.sqrt(steps)))))
+
+    # -- backward -------------------------------------------------------------------------------------------------------
+
+    def pull(self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]) -> tuple[Cotangents, Cotangents]:
+        steps = self.steps
+        kept = _Kept(self._storage(), {}, None) if kept is None else kept
+        saved = {t: tree.leaves(c) for t, c in cotangents.states.items()}
+        aux = tree.leaves(cotangents.aux)
+        cotangent = saved[steps]
+        of_hyper: Cotangents = [None] * len(wanted)
+        reached: set[int] = set()
+        losses: list[Tensor] = []
+        for t in range(steps - 1, -1, -1):
+            carry = self._state(loop, t, kept)
+            self._rewind(carry)
+            batch = self._data(loop, carry, t)
+            here = RandomState.now() if self._draws else None
+            step = Step(loop.problem, carry, loop.hyper, batch, t, wanted, reached, here, self.strategy.finite_step)
+            loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
+            given = Outgoing(cotangent, loss_cotangent, [None if a is None else a[t] for a in aux])
+            gradient = None if kept.gradients is None else kept.gradients[t][0]
+            pulled = pullback.pull(self.strategy.product, step, given, gradient)
+            cotangent = pulled.state
+            losses.append(pulled.loss)
+            if t in saved:
+                cotangent = [pullback.add(a, b) for a, b in zip(cotangent, saved[t], strict=True)]
+            of_hyper = [pullback.add(a, b) for a, b in zip(of_hyper, pulled.hyper, strict=True)]
+            kept.snapshots.pop(t, None)
+            if kept.gradients is not None:
+                del kept.gradients[t]
+            loop.report("backward", steps - t, steps)
+        self._compare(losses[::-1])
+        return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+
+    def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
+        """The state before step t: kept, or replayed from the last one kept, keeping others on the way."""
+        if t in kept.last:
+            return kept.last.pop(t)
+        if t == 0:
+            return loop.start
+        snapshots = kept.snapshots
+        begin = max(snapshots, default=0)
+        carry = snapshots[begin] if begin else loop.start
+        marks = set(schedule.kept(begin, t + 1, self._slots - len(snapshots)))
+        self._rewind(carry)
+        for time in range(begin, t):
+            carry = self._advance(loop, carry, time, kept)
+            self.replayed += 1
+            if time + 1 in marks and time + 1 < t:
+                snapshots[time + 1] = carry
+        return carry
+
+    def _advance(self, loop: Loop, carry: Carry, t: int, kept: _Kept) -> Carry:
+        """One step, on constants."""
+        if kept.gradients is not None:
+            grads, buffers, random_state = kept.gradients[t]
+            return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(random_state=random_state)
+        return self._sharing(loop.problem.step(carry, loop.hyper, self._data(loop, carry, t), t)[0], carry)
+
+    def _rewind(self, carry: Carry) -> None:
+        if self._draws and carry.random_state is not None:
+            carry.random_state.restore()
+
+    # -- is a replay a replay? ------------------------------------------------------------------------------------------
+
+    def _data(self, loop: Loop, carry: Carry, t: int) -> Any:
+        batch = loop.batch(carry, t)
+        if loop.batches.again and not _agree(fingerprint(batch), self._prints[t]):
+            raise InvalidInputError(
+                f"batches(params, hyper, t) gave other data at t={t} when it was called again for the replay: it must be a pure function "
+                "of its arguments. Random choices come from a generator seeded by t, torch.Generator().manual_seed(t), or from torch's "
+                "own (which is rewound); otherwise pass the data as a list"
+            )
+        return batch
+
+    def _compare(self, losses: list[Tensor]) -> None:
+        if self._losses is not None and losses and not _agree(torch.stack(losses), self._losses):
+            raise InvalidInputError(
+                "the loss of a replayed step is not what it was in the forward pass, so the gradient would be wrong: the loss must be a "
+                "function of its arguments. Random numbers must be torch's own (which are rewound), not NumPy's or a generator's; data "
+                "must not be written in place between the forward and the backward pass; state of a module must be in its buffers"
+            )
+
+
+class _Kept(NamedTuple):
+    """What a sweep starts from.
+
+    Attributes:
+        snapshots: time -> carry.
+        last: the state before the last step, which the sweep needs first.
+        gradients: time -> (gradient, buffers and random state after the step), with ``save="gradients"``.
+    """
+
+    snapshots: MutableMapping[int, Carry]
+    last: dict[int, Carry]
+    gradients: MutableMapping[int, Any] | None
+
+
+class _Marks:
+    """Which states the forward pass keeps."""
+
+    def __init__(self, slots: int, steps: int | None) -> None:
+        self._all = steps is not None and slots >= steps
+        self._online = schedule.Online(slots) if steps is None else None
+        self._times = set() if steps is None or self._all else set(schedule.kept(0, steps, slots))
+
+    def at(self, t: int) -> tuple[bool, list[int]]:
+        """Whether to keep the state at time t, and which to give up for it."""
+        if self._online is not None:
+            return self._online.keep(t)
+        return self._all or t in self._times, []
+
+
+def _agree(again: Tensor, before: Tensor) -> bool:
+    """Whether a replay gave the same numbers, up to what kernels with and without a graph may differ by."""
+    again, before = _private.innermost(again).detach(), _private.innermost(before).detach()
+    if again.shape != before.shape:
+        return _private.inside_vmap()  # one of them does not depend on the task
+    tolerance = 10 * torch.finfo(before.dtype).eps ** 0.5
+    return torch.allclose(again, before, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+
+
+def in_bytes(memory: int | str) -> int:
+    """``"4GB"``, ``"500MB"``, ``"1.5 GiB"`` or a number, as bytes.
+
+    Example:
+        >>> in_bytes("4GB"), in_bytes("1.5 MiB"), in_bytes(1000)
+        (4000000000, 1572864, 1000)
+    """
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    found = (
+        re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE) if isinstance(memory, str) else None
+    )
+    if found is None:
+        raise InvalidInputError(f'memory={memory!r}: write "4GB", "500MB", "1.5GiB", or a number of bytes')
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise InvalidInputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")

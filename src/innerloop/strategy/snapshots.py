@@ -1,0 +1,72 @@
+"""Where the states that a sweep starts from are kept: on their device, in main memory, or on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop import tree
+
+PLACES = (None, "cpu", "disk")
+
+
+class Snapshots(MutableMapping[int, Any]):
+    """Pytrees of tensors by time.
+
+    Args:
+        place: None keeps the tensors where they are (a reference, no copy), ``"cpu"`` copies those of another device to pinned main
+            memory while that device goes on computing, ``"disk"`` writes them to a temporary file each.
+    """
+
+    def __init__(self, place: str | None) -> None:
+        self.place = place
+        self._held: dict[int, Any] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="innerloop-") if place == "disk" else None
+        self._written = 0
+
+    def __setitem__(self, t: int, value: Any) -> None:
+        if self.place is None:
+            self._held[t] = value
+            return
+        tensors, template = tree.split(value)
+        devices = [x.device for x in tensors]
+        if self.place == "cpu":
+            self._held[t] = template, devices, [_to_host(x) for x in tensors]
+            return
+        assert self._folder is not None
+        self._written += 1
+        path = Path(self._folder.name) / f"{self._written}.pt"
+        # A view would write the whole of the storage that it is a view of.
+        torch.save([x.detach().clone() for x in tensors], path)
+        self.pop(t, None)
+        self._held[t] = template, devices, path
+
+    def __getitem__(self, t: int) -> Any:
+        if self.place is None:
+            return self._held[t]
+        template, devices, kept = self._held[t]
+        tensors = torch.load(kept, weights_only=True) if self.place == "disk" else kept
+        return tree.join(template, [x.to(d, non_blocking=True) for x, d in zip(tensors, devices, strict=True)])
+
+    def __delitem__(self, t: int) -> None:
+        entry = self._held.pop(t)
+        if self.place == "disk":
+            entry[2].unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return host.copy_(x, non_blocking=True)
