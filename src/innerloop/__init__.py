@@ -12,7 +12,7 @@ from innerloop.errors import (
 )
 from innerloop.module import functional
 from innerloop.problem import Carry, Problem
-from innerloop.strategy import Checkpointed, StoreAll
+from innerloop.strategy import Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
 from innerloop.track import track
 from innerloop.trajectory import Trajectory
 from innerloop.unroll import metagradient, unroll
@@ -22,6 +22,8 @@ __all__ = [
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
+    "FirstOrder",
+    "ForwardMode",
     "InnerLoopError",
     "InvalidInputError",
     "MetaGradientError",
@@ -30,6 +32,7 @@ __all__ = [
     "Problem",
     "StoreAll",
     "Trajectory",
+    "Truncated",
     "check_metagradient",
     "functional",
     "higher",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop import tree
+from innerloop import _private, tree
 from innerloop.errors import InvalidInputError
+from innerloop.random_state import RandomState
 
 
 class Exhausted(Exception):
@@ -24,14 +25,17 @@ class Batches(abc.ABC):
     Attributes:
         data: a pytree; its tensors are inputs of the derivative's node (constants, but visible to ``vmap``).
         steps: T, or None: it shows when the data end.
-        again: whether a step's data are made anew when it is replayed, so that they must be compared.
-        keeping: whether data that come only once are kept for a replay.
+        keeping: whether steps will be replayed: data that come only once are kept, data that are made anew are compared.
+        kept: what is kept for that, by step; shared by the copies of this object.
     """
 
     data: Any = None
     steps: int | None
-    again = False
     keeping = False
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps = steps
+        self.kept: MutableMapping[int, Any] = {}
 
     @abc.abstractmethod
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
@@ -62,9 +66,6 @@ class Batches(abc.ABC):
 class Nothing(Batches):
     """Steps without data."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> None:
         return None
 
@@ -73,8 +74,8 @@ class Listed(Batches):
     """One entry per step."""
 
     def __init__(self, entries: list[Any], steps: int) -> None:
+        super().__init__(steps)
         self.data = entries[:steps]
-        self.steps = steps
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
         return self.data[t]
@@ -84,8 +85,8 @@ class Stacked(Batches):
     """A pytree of tensors whose first dimension is time."""
 
     def __init__(self, stacked: Any, steps: int) -> None:
+        super().__init__(steps)
         self.data = stacked
-        self.steps = steps
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
         return tree.map_tensors(lambda x: x[t], self.data)
@@ -94,38 +95,53 @@ class Stacked(Batches):
 class Called(Batches):
     """A pure function of its arguments; what it returns is a constant of the derivative."""
 
-    again = True
-
     def __init__(self, function: Callable[[Any, Any, int], Any], steps: int) -> None:
+        super().__init__(steps)
         self.function = function
-        self.steps = steps
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
-        return tree.map_tensors(Tensor.detach, self.function(params, hyper, t))
+        batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, t))
+        if self.keeping:
+            numbers = fingerprint(batch)
+            if t not in self.kept:
+                self.kept[t] = numbers
+            elif not agree(numbers, self.kept[t]):
+                raise InvalidInputError(
+                    f"batches(params, hyper, t) gave other data at t={t} when it was called again for the replay: it must be a pure "
+                    "function of its arguments. Random choices come from a generator seeded by t, torch.Generator().manual_seed(t), or "
+                    "from torch's own (which is rewound); otherwise pass the data as a list"
+                )
+        return batch
 
 
 class Drawn(Batches):
     """An iterator, drawn from once; if wanted, each entry is kept from then on."""
 
     def __init__(self, source: Iterable[Any], steps: int | None) -> None:
+        super().__init__(steps)
         self.source: Iterator[Any] = iter(source)
-        self.one_shot = self.source is source
-        self.steps = steps
-        self.kept: MutableMapping[int, Any] = {}  # shared by the copies of this object, as the iterator is
-        self.position = [0]
+        self.position = [0]  # shared by the copies of this object, as the iterator is
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
-        if t == self.position[0]:
-            try:
-                entry = next(self.source)
-            except StopIteration:
-                raise Exhausted from None
-            check_constant(entry, f"batch {t}")
-            self.position[0] += 1
-            if not self.keeping:
-                return entry
-            self.kept[t] = entry
-        return self.kept[t]
+        if t != self.position[0]:
+            entry, random_state = self.kept[t]
+            if random_state is not None:
+                random_state.restore()  # the iterator itself drew random numbers, and it is not asked again
+            return entry
+        before = RandomState.now()
+        try:
+            entry = next(self.source)
+        except StopIteration:
+            if self.steps is not None:
+                raise InvalidInputError(f"steps={self.steps}, but the iterator of batches ended after {t}") from None
+            raise Exhausted from None
+        check_constant(entry, f"batch {t}")
+        self.position[0] += 1
+        if self.keeping:
+            after = RandomState.now()
+            drew = before is not None and after is not None and not after.equals(before)
+            self.kept[t] = entry, after if drew else None
+        return entry
 
 
 def batches_of(given: Any, steps: int | None) -> Batches:
@@ -179,3 +195,12 @@ def fingerprint(batch: Any) -> Tensor:
     others = [float(leaf) for leaf in tree.leaves(batch) if isinstance(leaf, (bool, int, float))]
     like = numbers[0] if numbers else torch.zeros((), dtype=torch.float64)
     return torch.stack([*(n.to(like.device) for n in numbers), like.new_tensor(float(sum(others)))])
+
+
+def agree(again: Tensor, before: Tensor) -> bool:
+    """Whether a replay gave the same numbers, up to what kernels with and without a graph may differ by."""
+    again, before = _private.innermost(again).detach(), _private.innermost(before).detach()
+    if again.shape != before.shape:
+        return _private.inside_vmap()  # one of them does not depend on the task
+    tolerance = 10 * torch.finfo(before.dtype).eps ** 0.5
+    return torch.allclose(again, before, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)

@@ -145,6 +145,7 @@ class ModuleView:
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
+        self._training: list[bool] | None = None
         self.source = dict(named_parameters(model))
         self.source_buffers = dict(named_buffers(model))
         for name, p in self.source.items():
@@ -159,6 +160,20 @@ class ModuleView:
     def modules(self) -> list[nn.Module]:
         """All modules of the copy."""
         return [copied for copied, _ in self._modes]
+
+    @property
+    def training(self) -> list[bool]:
+        """The mode of each module: the user's own at the moment, unless inside `in_modes`."""
+        return [original.training for _, original in self._modes] if self._training is None else self._training
+
+    @contextmanager
+    def in_modes(self, training: list[bool]) -> Iterator[None]:
+        """Run in these modes: those of an earlier run, which is being replayed."""
+        before, self._training = self._training, training
+        try:
+            yield
+        finally:
+            self._training = before
 
     def read(self) -> dict[str, Tensor]:
         """The parameters as they are now (the user may have edited or replaced one)."""
@@ -193,8 +208,8 @@ class ModuleView:
         Not ``torch.func.functional_call``: up to torch 2.13 that does not see a parameter which also stands in a list, and leaves
         its tensors behind in a module that is registered twice.
         """
-        for copied, original in self._modes:
-            copied.training = original.training
+        for (copied, _), training in zip(self._modes, self.training, strict=True):
+            copied.training = training
         own, own_buffers = self.read(), self.read_buffers()
         try:
             self.write(params)

@@ -39,7 +39,10 @@ class Carry(NamedTuple):
 
     def detach(self) -> Carry:
         """The same values, cut from their history."""
-        return tree.map_tensors(torch.Tensor.detach, self)
+        params, state, buffers = tree.map_tensors(
+            torch.Tensor.detach, (self.params, self.optimizer_state, self.buffers)
+        )
+        return Carry(params, state, buffers, self.random_state)
 
 
 class Problem:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from torch import Tensor
+
+from innerloop import tree
 from innerloop.batches import Batches, Exhausted
 from innerloop.problem import Carry, Problem
 from innerloop.progress import Report, silent
@@ -35,6 +40,37 @@ class Loop(NamedTuple):
         if self.batches.steps is not None and t >= self.batches.steps:
             raise Exhausted
         return self.batches.at(carry.params, self.hyper, t)
+
+
+class Rows:
+    """What the steps give one by one: the losses and aux.
+
+    Args:
+        params: tells the dtype and the device of no losses at all.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._like = next(iter(params.values()))
+        self._losses: list[Tensor] = []
+        self._aux: list[Any] = []
+
+    def add(self, loss: Tensor, aux: Any) -> None:
+        """One step's."""
+        self._losses.append(loss)
+        self._aux.append(aux)
+
+    def stacked(self) -> tuple[Tensor, Any]:
+        """``(losses, aux)``, along time."""
+        losses = torch.stack(self._losses) if self._losses else self._like.new_zeros(0)
+        return losses, tree.stack(self._aux)
+
+
+def join(before: Any, after: Any) -> Any:
+    """Two results of `Rows.stacked`, one after the other."""
+    if before is None or after is None:
+        return after if before is None else before
+    pairs = zip(tree.leaves(before), tree.leaves(after), strict=True)
+    return tree.with_leaves(after, [b if a is None else torch.cat([a, b]) for a, b in pairs])
 
 
 class Strategy(abc.ABC):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.batches import Drawn, Exhausted, fingerprint
+from innerloop.batches import Drawn, Exhausted
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry
 from innerloop.random_state import RandomState
 from innerloop.strategy import node, pullback, schedule
-from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.base import Loop, Rows, Strategy
 from innerloop.strategy.pullback import Cotangents, Outgoing, Step, state_of
 from innerloop.strategy.snapshots import PLACES, Snapshots
 from innerloop.trajectory import Trajectory
@@ -117,15 +117,14 @@ class Checkpointed(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         if torch.compiler.is_compiling():
-            raise NotDifferentiableError(
-                f"{self!r} cannot stand inside of compiled code: compile its steps instead, Checkpointed(compile=True), and leave "
-                "metagradient(compile=True) or torch.compile away"
-            )
+            raise NotDifferentiableError(node.COMPILING.format(self))
         if isinstance(loop.batches, Drawn) and not self.keep_batches:
             raise InvalidInputError(
                 "batches is an iterator, which yields each batch once, and with keep_batches=False they are not there for the replay: "
                 "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
             )
+        if isinstance(loop.batches, Drawn) and not _private.inside_transform() and self.offload is not None:
+            loop.batches.kept = Snapshots(self.offload)
         return node.run(_Replay(loop, self))
 
 
@@ -136,8 +135,6 @@ class _Replay(node.Method):
         super().__init__(loop)
         self.strategy = strategy
         self.replayed = 0
-        self._losses: Tensor | None = None
-        self._prints: list[Tensor] = []
         self._draws = False
         self._slots = 1
 
@@ -151,7 +148,7 @@ class _Replay(node.Method):
         gradients = self._storage() if self.strategy.save == "gradients" else None
         states: dict[int, Any] = {}
         randoms: dict[int, RandomState | None] = {}
-        losses, aux = [], []
+        rows = Rows(loop.start.params)
         carry = before = loop.start
         t = 0
         while True:
@@ -159,35 +156,28 @@ class _Replay(node.Method):
                 batch = loop.batch(carry, t)
             except Exhausted:
                 break
-            if loop.batches.again and self.recorded:
-                self._prints.append(fingerprint(batch))
+            if self.recorded:
+                keep, dropped = marks.at(t)
+                if dropped is not None:
+                    del snapshots[dropped]
+                if keep:
+                    snapshots[t] = carry
             before = carry
-            grads, loss, extra, buffers = loop.problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
+            grads, loss, aux, buffers = loop.problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
             carry = self._sharing(loop.problem.update(carry, grads, buffers, loop.hyper, t), before)
             if torch.is_grad_enabled():
-                node.check_constants(t, state_of(carry), loss, extra)
+                node.check_constants(t, state_of(carry), loss, aux)
             if gradients is not None and self.recorded:
                 gradients[t] = (grads, buffers, carry.random_state)
             t += 1
-            losses.append(loss)
-            aux.append(extra)
-            if self.recorded:
-                keep, dropped = marks.at(t)
-                for time in dropped:
-                    del snapshots[time]
-                if keep:
-                    snapshots[t] = carry
+            rows.add(loss, aux)
             if t in loop.save_at and t != steps:
                 states[t], randoms[t] = tree.map_tensors(Tensor.clone, state_of(carry)), carry.random_state
             loop.report("forward", t, steps)
-        snapshots.pop(t, None)
         states[t], randoms[t] = state_of(carry), carry.random_state
         if self.recorded:
             self.kept = _Kept(snapshots, {t - 1: before} if t else {}, gradients)
-        like = next(tree.tensors(loop.start.params))
-        stacked: Any = torch.stack(losses) if losses else like.new_zeros(0)
-        self._losses = stacked.detach().clone()
-        return node.Ran(states, stacked, tree.stack(aux), t, randoms)
+        return node.Ran(states, *rows.stacked(), t, randoms)
 
     def _storage(self) -> MutableMapping[int, Any]:
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an input of the pullback's node.
@@ -228,7 +218,7 @@ class _Replay(node.Method):
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
             self._rewind(carry)
-            batch = self._data(loop, carry, t)
+            batch = loop.batch(carry, t)
             here = RandomState.now() if self._draws else None
             step = Step(loop.problem, carry, loop.hyper, batch, t, wanted, reached, here, self.strategy.finite_step)
             loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
@@ -244,7 +234,8 @@ class _Replay(node.Method):
             if kept.gradients is not None:
                 del kept.gradients[t]
             loop.report("backward", steps - t, steps)
-        self._compare(losses[::-1])
+        if losses:
+            self.compare(torch.stack(losses[::-1]))
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
 
     def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
@@ -270,31 +261,11 @@ class _Replay(node.Method):
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
             return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(random_state=random_state)
-        return self._sharing(loop.problem.step(carry, loop.hyper, self._data(loop, carry, t), t)[0], carry)
+        return self._sharing(loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)[0], carry)
 
     def _rewind(self, carry: Carry) -> None:
         if self._draws and carry.random_state is not None:
             carry.random_state.restore()
-
-    # -- is a replay a replay? ------------------------------------------------------------------------------------------
-
-    def _data(self, loop: Loop, carry: Carry, t: int) -> Any:
-        batch = loop.batch(carry, t)
-        if loop.batches.again and not _agree(fingerprint(batch), self._prints[t]):
-            raise InvalidInputError(
-                f"batches(params, hyper, t) gave other data at t={t} when it was called again for the replay: it must be a pure function "
-                "of its arguments. Random choices come from a generator seeded by t, torch.Generator().manual_seed(t), or from torch's "
-                "own (which is rewound); otherwise pass the data as a list"
-            )
-        return batch
-
-    def _compare(self, losses: list[Tensor]) -> None:
-        if self._losses is not None and losses and not _agree(torch.stack(losses), self._losses):
-            raise InvalidInputError(
-                "the loss of a replayed step is not what it was in the forward pass, so the gradient would be wrong: the loss must be a "
-                "function of its arguments. Random numbers must be torch's own (which are rewound), not NumPy's or a generator's; data "
-                "must not be written in place between the forward and the backward pass; state of a module must be in its buffers"
-            )
 
 
 class _Kept(NamedTuple):
@@ -319,20 +290,13 @@ class _Marks:
         self._online = schedule.Online(slots) if steps is None else None
         self._times = set() if steps is None or self._all else set(schedule.kept(0, steps, slots))
 
-    def at(self, t: int) -> tuple[bool, list[int]]:
-        """Whether to keep the state at time t, and which to give up for it."""
+    def at(self, t: int) -> tuple[bool, int | None]:
+        """Whether to keep the state before step t, and which one to give up for it."""
+        if t == 0:
+            return False, None
         if self._online is not None:
             return self._online.keep(t)
-        return self._all or t in self._times, []
-
-
-def _agree(again: Tensor, before: Tensor) -> bool:
-    """Whether a replay gave the same numbers, up to what kernels with and without a graph may differ by."""
-    again, before = _private.innermost(again).detach(), _private.innermost(before).detach()
-    if again.shape != before.shape:
-        return _private.inside_vmap()  # one of them does not depend on the task
-    tolerance = 10 * torch.finfo(before.dtype).eps ** 0.5
-    return torch.allclose(again, before, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+        return self._all or t in self._times, None
 
 
 def in_bytes(memory: int | str) -> int:

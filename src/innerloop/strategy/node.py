@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.errors import CapturedTensorError, NotDifferentiableError
+from innerloop.batches import agree
+from innerloop.errors import CapturedTensorError, InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry
 from innerloop.progress import silent
 from innerloop.random_state import RandomState, at_random_state
+from innerloop.strategy.ambient import Ambient
 from innerloop.strategy.base import Loop
 from innerloop.strategy.pullback import Cotangents, carry_of, state_of
 from innerloop.strategy.store_all import StoreAll
@@ -65,6 +67,8 @@ class Method(abc.ABC):
         self.transformed = _private.inside_transform()
         self.recorded = self.transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors))
         self.loop.batches.keeping = self.recorded
+        self.ambient = Ambient(loop)
+        self.losses: Tensor | None = None
         self.steps = 0
         self.outputs: Any = None
         self.random_states: dict[int, RandomState | None] = {}
@@ -95,10 +99,20 @@ class Method(abc.ABC):
         """The outputs of a run that keeps everything."""
         loop = self.filled(tensors)
         loop = loop._replace(batches=loop.batches.ending(self.steps), report=silent)
-        with at_random_state(loop.start.random_state):
+        with at_random_state(loop.start.random_state), self.ambient.restored(loop.problem):
             traj = StoreAll().run(loop)
+        self.compare(traj.losses)
         found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
         return list(tree.tensors(found))
+
+    def compare(self, losses: Tensor) -> None:
+        """Raise unless the losses of a replay are those of the forward pass."""
+        if self.losses is not None and not agree(losses, self.losses):
+            raise InvalidInputError(
+                "the loss of a replayed step is not what it was in the forward pass, so the gradient would be wrong: the loss must be a "
+                "function of its arguments. Random numbers must be torch's own (which are rewound), not NumPy's or a generator's; data "
+                "must not be written in place between the forward and the backward pass; state of a module must be in its buffers"
+            )
 
 
 def run(method: Method) -> Trajectory:
@@ -110,7 +124,9 @@ def run(method: Method) -> Trajectory:
         )
     tensors, method.tensors = method.tensors, []
     start = method.filled(tensors).start
-    ran = method.forward(method.filled([x.detach() for x in tensors]))
+    with method.ambient.restored(method.loop.problem):
+        ran = method.forward(method.filled([x.detach() for x in tensors]))
+    method.losses = ran.losses.detach().clone()
     method.steps, method.random_states = ran.steps, ran.random_states
     outputs, method.outputs = tree.split((ran.states, ran.losses, ran.aux))
     if method.recorded:
@@ -157,7 +173,8 @@ class _Node(torch.autograd.Function):
         given = [c is not None for c in cotangents]
         row: list[Tensor | None] = [None] * (2 + ctx.count + len(tensors))
         if any(given):
-            kept, template = tree.split(method.kept) if method.transformed else ([], None)
+            # Where transforms run, all that the pullback uses has to pass through its node.
+            kept, template = tree.split((method.kept, method.loop.batches.kept)) if method.transformed else ([], None)
             request = _Request(method, wanted, given, template)
             pulled = _Pull.apply(request, *tensors, *[c for c in cotangents if c is not None], *kept)
             for i, value in zip(request.reached, pulled, strict=True):
@@ -243,20 +260,21 @@ class _Pull(torch.autograd.Function):
         ran = Ran(states, losses, aux, method.steps, method.random_states)
         if request.kept is None:
             held, method.kept = method.kept, None
-        else:
-            held = tree.join(request.kept, kept)
         loop = method.filled([x.detach() for x in inputs])
+        if request.kept is not None:
+            held, loop.batches.kept = tree.join(request.kept, kept)
         places = iter(request.wanted[method.count :])
         wanted = [next(places) if isinstance(leaf, Tensor) else False for leaf in tree.leaves(loop.hyper)]
-        with at_random_state(RandomState.now()):
+        with at_random_state(RandomState.now()), method.ambient.restored(loop.problem):
             of_start, of_hyper = method.pull(loop, held, ran, wanted)
         leaves = [*tree.leaves(state_of(loop.start)), *tree.leaves(loop.hyper)]
         found = [c for c, leaf in zip([*of_start, *of_hyper], leaves, strict=True) if isinstance(leaf, Tensor)]
         request.reached = [i for i, c in enumerate(found) if c is not None and request.wanted[i]]
         seen = {id(x) for x in tensors}
-        distinct = []
+        distinct: list[Tensor] = []
         for i in request.reached:
             c = found[i]
+            assert c is not None
             distinct.append(c.clone() if id(c) in seen else c)
             seen.add(id(c))
         return tuple(distinct)
@@ -285,6 +303,12 @@ class _Pull(torch.autograd.Function):
         request, tensors = ctx.request, ctx.saved_tensors
         chosen = [i for i, x in enumerate(tensors) if tangents[i] is not None and tree.differentiable(x)]
         return tuple(_pushed(request.gradient(tensors, chosen), tensors, tangents, chosen))
+
+
+COMPILING = (
+    "{0} cannot stand inside of compiled code: leave metagradient(compile=True) or torch.compile away. Checkpointed(compile=True) compiles "
+    "its steps"
+)
 
 
 def check_constants(step: int, *results: Any) -> None:

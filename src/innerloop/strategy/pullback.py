@@ -157,8 +157,8 @@ def _reverse_by_transform(step: Step, given: Outgoing) -> Incoming:
 
     cotangents = [*given.state, given.loss, *given.aux]
     _, pull, loss = _vjp(ends, inputs.values, has_aux=True)
-    (found,) = pull([c for c in cotangents if c is not None])
-    found = inputs.aligned(found)
+    (values,) = pull([c for c in cotangents if c is not None])
+    found = inputs.aligned(values)
     count = len(found) - len(step.wanted)
     return Incoming(found[:count], found[count:], loss)
 
@@ -202,69 +202,83 @@ def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
 
 def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[..., Any]) -> Incoming:
     """Pull through the update, then through the gradient by ``product``, then through what else the loss gives."""
-    problem, carry = step.problem, step.carry
-    params, optimizer_state, buffers = state_of(carry)
-    counts = [len(tree.leaves(part)) for part in (params, optimizer_state, buffers)]
+    sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
+    buffers_at = len(given.state) - sizes[2]
     if gradient is None:
         step.rewind()
-        gradient = problem.gradient(params, buffers, step.hyper, step.batch)[0]
+        gradient = step.problem.gradient(step.carry.params, step.carry.buffers, step.hyper, step.batch)[0]
+    of_gradient, of_params, of_optimizer, of_hyper = _through_update(step, gradient, given.state[:buffers_at])
 
-    inputs = _Inputs(step, (gradient, params, optimizer_state, step.hyper))
-    ours = given.state[: len(given.state) - counts[2]]
+    inputs = _Inputs(step, (step.carry.params, step.carry.buffers, step.hyper), buffers_at=1)
+    total, loss = _through_gradient(step, inputs, of_gradient, given.loss, product)
+    more = _through_besides(step, inputs, [*given.state[buffers_at:], *given.aux])
+    total = [add(a, b) for a, b in zip(total, more, strict=True)]
+    params, buffers, hyper = total[: sizes[0]], total[sizes[0] : sizes[0] + sizes[2]], total[sizes[0] + sizes[2] :]
+    of_params = [add(a, b) for a, b in zip(of_params, params, strict=True)]
+    of_hyper = [add(a, b) for a, b in zip(of_hyper, hyper, strict=True)]
+    return Incoming([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
+
+
+def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotangents]:
+    """The cotangents of gradient, params, optimizer state and hyper, from those of the new params and optimizer state."""
+    problem = step.problem
+    parts = (gradient, step.carry.params, step.carry.optimizer_state, step.hyper)
+    inputs = _Inputs(step, parts)
 
     def updated(values: list[Tensor]) -> list[Tensor]:
-        g, p, s, h = inputs.filled(values)
-        overrides = None if problem.optimizer_hyper is None else problem.optimizer_hyper(h, step.t)
-        ends = _selected(tree.leaves(problem.optimizer.update(g, s, p, overrides)), ours)
+        grads, params, state, hyper = inputs.filled(values)
+        overrides = None if problem.optimizer_hyper is None else problem.optimizer_hyper(hyper, step.t)
+        ends = _selected(tree.leaves(problem.optimizer.update(grads, state, params, overrides)), given)
         inputs.note(ends, values)
         return ends
 
-    if any(c is not None for c in ours):
-        _, pull = _vjp(updated, inputs.values)
-        (found,) = pull([c for c in ours if c is not None])
-        found = inputs.aligned(found)
-    else:
-        found = [None] * len(inputs.leaves)
-    along, rest = found[: counts[0]], found[counts[0] :]
-    of_params, rest = rest[: counts[0]], rest[counts[0] :]
-    of_state, of_hyper = rest[: counts[1]], rest[counts[1] :]
+    row = inputs.pulled(updated, given)
+    split: list[Cotangents] = []
+    for part in parts:
+        count = len(tree.leaves(part))
+        split.append(row[:count])
+        row = row[count:]
+    return split
 
-    second = _Inputs(step, (params, buffers, step.hyper), buffers_at=1)
+
+def _through_gradient(
+    step: Step, inputs: _Inputs, along: Cotangents, given: Tensor | None, product: Callable[..., Any]
+) -> tuple[Cotangents, Tensor]:
+    """``(cotangents, loss)``: the second derivative of the loss along that of the gradient, and the first times that of the loss."""
 
     def value(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-        p, b, h = second.filled(values)
-        loss, _ = problem.evaluate(p, b, h, step.batch)
-        second.note([loss], values)
+        params, buffers, hyper = inputs.filled(values)
+        loss, _ = step.problem.evaluate(params, buffers, hyper, step.batch)
+        inputs.note([loss], values)
         return loss, loss
 
-    tangents = [torch.zeros_like(v) for v in second.values]
+    if given is None and all(a is None for a in along):
+        step.rewind()
+        return [None] * len(inputs.leaves), value(inputs.values)[0]
+    tangents = [torch.zeros_like(v) for v in inputs.values]
     for i, a in enumerate(along):
         if a is not None:
             tangents[i] = a
-    first, slope, loss = product(tree.grad_with_aux(value), second.values, tangents)
-    if given.loss is not None:
-        slope = [a + given.loss * b for a, b in zip(slope, first, strict=True)]
-    total = second.aligned(slope)
+    first, slope, loss = product(tree.grad_with_aux(value), inputs.values, tangents)
+    if given is not None:
+        slope = [a + given * b for a, b in zip(slope, first, strict=True)]
+    return inputs.aligned(slope), loss
 
-    besides = [*given.state[len(given.state) - counts[2] :], *given.aux]
-    if any(c is not None for c in besides):
-        step.rewind()
 
-        def extras(values: list[Tensor]) -> list[Tensor]:
-            p, b, h = second.filled(values)
-            _, (aux, new_buffers) = problem.evaluate(p, b, h, step.batch)
-            ends = _selected([*tree.leaves(new_buffers), *tree.leaves(aux)], besides)
-            second.note(ends, values)
-            return ends
+def _through_besides(step: Step, inputs: _Inputs, given: Cotangents) -> Cotangents:
+    """The cotangents that come from those of the new buffers and of aux."""
+    if all(c is None for c in given):
+        return [None] * len(inputs.leaves)
+    step.rewind()
 
-        _, pull = _vjp(extras, second.values)
-        (more,) = pull([c for c in besides if c is not None])
-        total = [add(a, b) for a, b in zip(total, second.aligned(more), strict=True)]
+    def besides(values: list[Tensor]) -> list[Tensor]:
+        params, buffers, hyper = inputs.filled(values)
+        _, (aux, new_buffers) = step.problem.evaluate(params, buffers, hyper, step.batch)
+        ends = _selected([*tree.leaves(new_buffers), *tree.leaves(aux)], given)
+        inputs.note(ends, values)
+        return ends
 
-    p, b, h = total[: counts[0]], total[counts[0] : counts[0] + counts[2]], total[counts[0] + counts[2] :]
-    of_params = [add(x, y) for x, y in zip(of_params, p, strict=True)]
-    of_hyper = [add(x, y) for x, y in zip(of_hyper, h, strict=True)]
-    return Incoming([*of_params, *of_state, *b], of_hyper, loss.detach())
+    return inputs.pulled(besides, given)
 
 
 PRODUCTS: dict[str, Callable[..., Incoming]] = {"reverse": reverse, "mixed": mixed, "finite": finite}
@@ -324,6 +338,7 @@ class _Inputs:
         self.leaves = tree.leaves(inputs)
         self.chosen = [i for i, takes in enumerate(_takes_part(step, inputs, buffers_at)) if takes]
         self.values = [self.leaves[i] for i in self.chosen]
+        self.reached = True
 
     def filled(self, values: list[Tensor]) -> Any:
         filled = list(self.leaves)
@@ -334,10 +349,19 @@ class _Inputs:
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
         """Note which hyper-parameters ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
         before = len(self.leaves) - len(self.step.wanted)
-        open_ = [(i - before, v) for i, v in zip(self.chosen, values, strict=True) if i >= before]
-        if any(i not in self.step.reached for i, _ in open_) and not torch.compiler.is_compiling():
+        hypers = [(i - before, v) for i, v in zip(self.chosen, values, strict=True) if i >= before]
+        self.reached = any(x.requires_grad for x in ends)
+        if any(i not in self.step.reached for i, _ in hypers) and not torch.compiler.is_compiling():
             found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
-            self.step.reached.update(i for i, v in open_ if id(v) in found)
+            self.step.reached.update(i for i, v in hypers if id(v) in found)
+
+    def pulled(self, fn: Callable[[list[Tensor]], list[Tensor]], given: Cotangents) -> Cotangents:
+        """The cotangents of all leaves, from those of what ``fn`` gives; None where nothing depends on anything."""
+        cotangents = [c for c in given if c is not None]
+        if not cotangents:
+            return [None] * len(self.leaves)
+        _, pull = _vjp(fn, self.values)
+        return self.aligned(pull(cotangents)[0]) if self.reached else [None] * len(self.leaves)
 
     def aligned(self, values: Sequence[Tensor]) -> Cotangents:
         """``values`` in their places among the leaves, None elsewhere."""

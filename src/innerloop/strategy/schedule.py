@@ -83,26 +83,40 @@ def kept(start: int, end: int, slots: int) -> Iterator[int]:
 class Online:
     """Which states to keep while the number of steps is not known yet.
 
-    While the slots last every state is kept; then those of every second, fourth, ... step: thinning out by two whenever the slots are
-    full leaves between half of them and all of them in use, evenly spaced, at any length. (Stumm & Walther, 2010, come closer to the
-    optimum by weighing each exchange; from even spacing the sweep itself is binomial again.)
+    The rule of Wang, Moin & Iaccarino ("Minimal repetition dynamic checkpointing", 2009): a state of a lower level than a later one may
+    go; where there is none, the newest one goes, and the state that replaces it is one level higher. No step is visited more often
+    than binomial checkpointing of that length with that many slots would. (Forward, replays and pullbacks together take up to 1.3
+    times the optimum for 5 slots and more, measured for T < 3000; up to 4 times for 2 slots.)
+
+    Args:
+        slots: the start of the loop is in one of them.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.spacing = 1
-        self.times: list[int] = [0]
+        self.times: list[int] = []
+        self._levels: list[int] = []
 
-    def keep(self, t: int) -> tuple[bool, list[int]]:
-        """Whether to keep the state at time t, and which kept ones to give up for it."""
-        if self.slots < 2 or t % self.spacing:
-            return False, []
-        dropped: list[int] = []
-        if len(self.times) == self.slots:
-            self.spacing *= 2
-            dropped = [time for time in self.times if time % self.spacing]
-            self.times = [time for time in self.times if time % self.spacing == 0]
-            if t % self.spacing:
-                return False, dropped
+    def keep(self, t: int) -> tuple[bool, int | None]:
+        """Whether to keep the state at time t, and which one to give up for it."""
+        if self.slots < 2:
+            return False, None
+        level, dropped = 0, None
+        if len(self.times) == self.slots - 1:
+            place, level = self._dispensable()
+            if self.slots == 2 and not advances(t, 2) < advances(t + 1 - self.times[0], 1) + advances(self.times[0], 2):
+                return False, None
+            dropped = self.times.pop(place)
+            del self._levels[place]
         self.times.append(t)
+        self._levels.append(level)
         return True, dropped
+
+    def _dispensable(self) -> tuple[int, int]:
+        """``(place, level)``: which kept state may go, and the level of the one that comes."""
+        highest = -1
+        for place in range(len(self.times) - 1, -1, -1):
+            if self._levels[place] < highest:
+                return place, 0
+            highest = max(highest, self._levels[place])
+        return len(self.times) - 1, self._levels[-1] + 1

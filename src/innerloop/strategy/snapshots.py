@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ class Snapshots(MutableMapping[int, Any]):
     def __init__(self, place: str | None) -> None:
         self.place = place
         self._held: dict[int, Any] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="innerloop-") if place == "disk" else None
+        self._folder = Path(tempfile.mkdtemp(prefix="innerloop-")) if place == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._written = 0
 
     def __setitem__(self, t: int, value: Any) -> None:
@@ -40,7 +44,7 @@ class Snapshots(MutableMapping[int, Any]):
             return
         assert self._folder is not None
         self._written += 1
-        path = Path(self._folder.name) / f"{self._written}.pt"
+        path = self._folder / f"{self._written}.pt"
         # A view would write the whole of the storage that it is a view of.
         torch.save([x.detach().clone() for x in tensors], path)
         self.pop(t, None)

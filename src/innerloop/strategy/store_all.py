@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-
-from innerloop import tree
 from innerloop.batches import Exhausted
-from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.base import Loop, Rows, Strategy
 from innerloop.trajectory import Trajectory
 
 
@@ -34,18 +31,15 @@ class StoreAll(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         carry, t = loop.start, 0
-        states, losses, aux = {0: carry}, [], []
+        states, rows = {0: carry}, Rows(carry.params)
         while True:
             try:
                 batch = loop.batch(carry, t)
             except Exhausted:
                 break
-            carry, loss, extra = loop.problem.step(carry, loop.hyper, batch, t)
+            carry, loss, aux = loop.problem.step(carry, loop.hyper, batch, t)
             t += 1
             states[t] = carry
-            losses.append(loss)
-            aux.append(extra)
+            rows.add(loss, aux)
             loop.report("forward", t, loop.batches.steps)
-        like = next(tree.tensors(loop.start.params))
-        stacked: Any = torch.stack(losses) if losses else like.new_zeros(0)
-        return Trajectory(states, stacked, tree.stack(aux), t)
+        return Trajectory(states, *rows.stacked(), t)
