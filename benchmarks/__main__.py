@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, imports, machine, report, results, timing
+from benchmarks import figures, imports, long, machine, report, results, timing
 from benchmarks.workloads import WORKLOADS
+
+SECTIONS = (*WORKLOADS, "long", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", metavar="M1,M2,import", help="a part of: " + ", ".join([*WORKLOADS, "import"]))
+    parser.add_argument("--only", metavar="M1,M2,import", help="a part of: " + ", ".join(SECTIONS))
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds per workload (default: its own)")
     parser.add_argument("--clock", choices=list(timing.CLOCKS), default="wall", help="cpu: for a machine in use")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory too")
@@ -28,11 +30,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=".md: update its tables; .json: every measurement",
     )
     arguments = parser.parse_args(argv)
-    known = [*WORKLOADS, "import"]
-    arguments.only = arguments.only.split(",") if arguments.only else known
-    unknown = sorted(set(arguments.only) - set(known))
+    arguments.only = arguments.only.split(",") if arguments.only else list(SECTIONS)
+    unknown = sorted(set(arguments.only) - set(SECTIONS))
     if unknown:
-        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(known)}")
+        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(SECTIONS)}")
     if arguments.repeats is not None and arguments.repeats < 1:
         parser.error("--repeats must be at least 1")
     for path in arguments.out:
@@ -48,12 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = []
     sections: dict[str, str] = {}
     readings: list[figures.Reading] = []
+    long_times: long.LongTimes | None = None
     for name in arguments.only:
         if name in WORKLOADS:
             result = results.measure(WORKLOADS[name], arguments.repeats, arguments.memory, arguments.clock)
             measured.append(result)
             reached = figures.read(result)
             section = report.workload_section(result)
+        elif name == "long":
+            long_times = long.measure(arguments.repeats)
+            reached = figures.read_long(long_times)
+            section = report.long_section(long_times, machine.describe())
         else:
             times = imports.measure()
             reached = figures.read_import(times)
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(report.figures_table(readings))
     for path in arguments.out:
         if path.suffix == ".json":
-            path.write_text(report.as_json(measured, readings), encoding="utf-8")
+            path.write_text(report.as_json(measured, readings, long_times), encoding="utf-8")
         else:
             report.update(path, sections)
     failed = [f"{result.workload}: {row.name}: {row.problem}" for result in measured for row in result.failed]

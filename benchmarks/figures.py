@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.imports import ImportTimes
+from benchmarks.long import GB, PEAK, TIMES_HIGHER, LongTimes
 from benchmarks.results import Result, Row, ratio
 
 EAGER_PEERS = ("higher", "TorchOpt", "hand-written loop")
@@ -49,6 +50,9 @@ FIGURES: tuple[Figure, ...] = (
 IMPORT_LIMIT = 0.3
 """P12: seconds that `import innerloop` may add to `import torch`."""
 
+LONG_LIMITS = {"memory": 1.3, "time": 2.0, "difference": 1e-10, "endless": 1 * GB, "growth": 0.15}
+"""P7 (memory over the model, time over `StoreAll`, difference from it) and P9 (MB above import, drift of the time per step)."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -74,6 +78,30 @@ def read(result: Result) -> list[Reading]:
 def read_import(times: ImportTimes) -> list[Reading]:
     added = statistics.median(times.innerloop)
     return [Reading("P12", "seconds that `import innerloop` adds to `import torch`", IMPORT_LIMIT, added)]
+
+
+def read_long(times: LongTimes) -> list[Reading]:
+    """P7, P8, P9 and M3's network at T=1000."""
+    limits = LONG_LIMITS
+    drift = max(abs(spread.median - 1) for spread in times.growth().values())
+    more = f"at {TIMES_HIGHER} x the steps of higher"
+    return [
+        *(
+            Reading(
+                "P7",
+                f"T={peak.steps}: peak above import / [slots (P + S) + 3 A]",
+                limits["memory"],
+                peak.above_import / peak.model,
+            )
+            for peak in (times.short, times.long)
+        ),
+        Reading("P7", "T=100: time of Checkpointed / StoreAll", limits["time"], times.ratio.median),
+        Reading("P7", "T=100: difference from StoreAll in float64", limits["difference"], times.difference),
+        Reading("P8", f"M4: MB of Checkpointed's process {more}", PEAK, times.gpt_peak),
+        Reading("P9", "T=10,000: MB above import", limits["endless"], times.endless.above_import),
+        Reading("P9", "time per step to T=10,000: change from T=100", limits["growth"], drift),
+        Reading("long", "conv4, T=1000: MB of the process", PEAK, times.conv4.process),
+    ]
 
 
 def _read(figure: Figure, result: Result) -> Reading:

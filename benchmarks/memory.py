@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,15 +33,25 @@ class Peak(NamedTuple):
 
 def measure(workload: str, contender: str) -> Peak:
     """Start a fresh interpreter for this contender and read its peaks."""
-    # With glibc's adaptive threshold large blocks land in the heap, whose fragmentation moves the peak of identical processes by up
-    # to 20 % (M3: 390 to 479 MB); mapped one by one they are counted as they are (M3: 295 to 297).
-    command = 'MALLOC_MMAP_THRESHOLD_=131072 "$0" -m benchmarks.memory "$1" "$2"; exit $?'
-    shell = ["sh", "-c", command, sys.executable, workload, contender]
+    return Peak(**fresh("benchmarks.memory", workload, contender))
+
+
+def fresh(module: str, *arguments: str, mapped: bool = True) -> dict[str, Any]:
+    """Run `python -m module arguments...` in a fresh process started from a shell; its last line is what it measured, as JSON.
+
+    Args:
+        mapped: With glibc's adaptive threshold large blocks land in the heap, whose fragmentation moves the peak of identical
+            processes by up to 20 % (M3: 390 to 479 MB); mapped one by one they are counted as they are (M3: 295 to 297). It takes
+            time, so that a process whose time is measured is better off without.
+    """
+    command = f'{"MALLOC_MMAP_THRESHOLD_=131072 " if mapped else ""}"$0" -m "$@"; exit $?'
+    shell = ["sh", "-c", command, sys.executable, module, *arguments]
     done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"the memory of {contender!r} on {workload} was not measured: {reason[0]}")
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{module} {' '.join(arguments)} was not measured: {reason[0]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def high_water() -> float:

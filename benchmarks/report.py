@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.figures import Reading
 from benchmarks.imports import ImportTimes
+from benchmarks.long import TIMES_HIGHER, LongTimes
 from benchmarks.results import Result, Row, ratio
 from benchmarks.spread import Spread
 
@@ -34,17 +35,56 @@ def import_section(times: ImportTimes, facts: Mapping[str, str]) -> str:
     return "\n\n".join(("### Import", told, _table(head, rows)))
 
 
-def figures_table(readings: Sequence[Reading]) -> str:
+def long_section(times: LongTimes, facts: Mapping[str, str]) -> str:
+    """Peaks of long loops under `Checkpointed()`, and what they cost in time."""
+    peaks = {
+        "P7: MLP 32-256-256-10, batch 128": times.short,
+        "the same": times.long,
+        "P9: MLP 32-32-10, batch 16": times.endless,
+        "M3's conv4, batch 25": times.conv4,
+    }
+    head = ("loop of Adam steps", "T", "slots", "peak MB", "above import", "slots (P + S) + 3 A", "s", "ms per step")
     rows = [
-        (r.name, r.title, f"≤ {r.limit:g}", "–" if r.value is None else f"{r.value:.3f}", r.verdict) for r in readings
+        (
+            name,
+            f"{p.steps:,}",
+            f"{p.slots:,}",
+            f"{p.process:.0f}",
+            _digits(p.above_import),
+            _digits(p.model),
+            _digits(p.seconds),
+            _digits(1e3 * p.seconds / p.steps),
+        )
+        for name, p in peaks.items()
     ]
+    growth = "; ".join(f"T={steps:,}: {_spread(spread)}" for steps, spread in times.growth().items())
+    told = [
+        "### Long loops: `Checkpointed()`, its own choice of slots",
+        f"Processor time. {_sentence(facts)}",
+        _table(head, rows),
+        f"P7, T=100: time of `Checkpointed()` over that of `StoreAll()`: {_spread(times.ratio)}.",
+        f"P9: time per step over that at T=100: {growth}.",
+    ]
+    if times.gpt_seconds is not None and times.higher_steps is not None:
+        steps = TIMES_HIGHER * times.higher_steps
+        told.append(
+            f"P8, M4 (SGD): higher does {times.higher_steps} steps in a process of {times.higher_peak:.0f} MB (one more: "
+            f"{times.higher_above:.0f} MB); `Checkpointed()` does {steps} in {times.gpt_peak:.0f} MB and {times.gpt_seconds:.0f} s, "
+            f"{_digits(1e3 * times.gpt_seconds / steps)} ms per step."
+        )
+    return "\n\n".join(told)
+
+
+def figures_table(readings: Sequence[Reading]) -> str:
+    rows = [(r.name, r.title, f"≤ {r.limit:g}", _number(r.value), r.verdict) for r in readings]
     return _table(("goal", "figure", "limit", "measured", ""), rows)
 
 
-def as_json(results: Sequence[Result], readings: Sequence[Reading]) -> str:
+def as_json(results: Sequence[Result], readings: Sequence[Reading], long: LongTimes | None = None) -> str:
     """Every single measurement, for whoever wants to draw or compare them."""
     everything = {
         "workloads": [dataclasses.asdict(result) for result in results],
+        "long": None if long is None else dataclasses.asdict(long),
         "figures": [{**dataclasses.asdict(reading), "verdict": reading.verdict} for reading in readings],
     }
     return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
@@ -112,6 +152,12 @@ def _spread(s: Spread) -> str:
 
 def _shown(s: Spread) -> tuple[float, ...]:
     return s.median, s.low, s.quarter, s.three_quarters, s.high
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0e}" if 0 < value < 5e-4 else f"{value:.3f}" if value < 100 else f"{value:.0f}"
 
 
 def _digits(value: float) -> str:

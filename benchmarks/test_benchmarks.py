@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from benchmarks import __main__, check, figures, memory, report, results, timing
+from benchmarks import __main__, check, figures, long, memory, report, results, timing
 from benchmarks.contenders import CONTENDERS, Contender, handwritten
 from benchmarks.imports import ImportTimes
 from benchmarks.spread import Spread
@@ -169,6 +170,54 @@ def test_the_document_is_updated_in_place(tmp_path: Path) -> None:
 def test_import_figure() -> None:
     reading = figures.read_import(ImportTimes([1.0] * 3, [0.1, 0.2, 0.9]))[0]
     assert (reading.value, reading.verdict) == (0.2, "reached")
+
+
+def test_long_loops_are_weighed() -> None:
+    states, saved = long.weigh(long.LOOPS["P7"])
+    parameters = 4 * (32 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10)
+    assert states == pytest.approx(3 * parameters, rel=1e-3)  # Adam keeps two more of each; packing pads a few bytes
+    activations = 4 * 128 * (32 + 256 + 256 + 10) + 8 * 128 + 4  # input, tanh twice, log-probabilities, targets, weight
+    assert saved == activations
+
+
+def test_long_loops_are_measured_and_told() -> None:
+    """Everything but its length: the real one takes a quarter of an hour."""
+    peak = long.LongPeak(**long._fresh("peak", "P9", 3, 1))
+    assert 0 < peak.above_import < 100 < peak.process
+    assert peak.slots == 3
+    timed = long._fresh("ratio", "P9", 3, 2)
+    assert timed["difference"] < 1e-10
+    per_step = {int(steps): values for steps, values in long._fresh("growth", "P9", 1, 100, 50, 100).items()}
+    assert all(value > 0 for values in per_step.values() for value in values)
+    times = long.LongTimes(
+        peak,
+        peak,
+        Spread.of_ratios(timed["Checkpointed"], timed["StoreAll"]),
+        timed["difference"],
+        **dict.fromkeys(("higher_steps", "higher_peak", "higher_above", "gpt_peak", "gpt_seconds")),
+        endless=peak,
+        per_step=per_step,
+        conv4=dataclasses.replace(peak, process=3000),
+    )
+    readings = figures.read_long(times)
+    verdicts = {reading.title: reading.verdict for reading in readings}
+    assert verdicts["T=100: difference from StoreAll in float64"] == "reached"
+    assert verdicts["conv4, T=1000: MB of the process"] == "missed"
+    assert [reading.verdict for reading in readings if reading.name == "P8"] == ["not measured"]
+    told = report.long_section(times, {"date": "today", "machine": "this one"})
+    assert "| conv4" in told or "M3's conv4" in told
+    assert "higher does" not in told
+    assert "higher does 7 steps" in report.long_section(
+        dataclasses.replace(times, higher_steps=7, higher_peak=1.0, higher_above=2.0, gpt_peak=3.0, gpt_seconds=4.0),
+        {"date": "today", "machine": "this one"},
+    )
+    assert json.loads(report.as_json([], readings, times))["long"]["conv4"]["process"] == 3000
+
+
+def test_the_longest_loop_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long, "_fresh", lambda _, __, steps: {"process": 300 + 50 * steps + steps**2 / 10})
+    steps, peak, above = long.longest("higher", 2000)
+    assert (steps, peak < 2000 < above) == (31, True)
 
 
 @pytest.mark.parametrize("arguments", [["--only", "M9"], ["--repeats", "0"], ["--out", "figures.csv"]])

@@ -28,7 +28,8 @@ class Enrolled:
     Attributes:
         strategy: the strategy.
         lacks: what the contract asks and this strategy promises not to do, by the name of the check: ``"jvp"``, ``"second order"``,
-            ``"every time"`` (states at times that are not in ``save_at``), ``"compile"``.
+            ``"every time"`` (states at times that are not in ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the
+            start).
     """
 
     strategy: Strategy
@@ -41,6 +42,11 @@ STRATEGIES = (
     Enrolled(innerloop.Checkpointed(), REPLAY),
     Enrolled(innerloop.Checkpointed(slots="all", product="mixed"), REPLAY),
     Enrolled(innerloop.Checkpointed(slots=2, product="mixed", save="gradients"), REPLAY),
+    Enrolled(innerloop.Checkpointed(memory="1GB"), REPLAY),
+    Enrolled(innerloop.Auto(memory="1GB"), REPLAY),
+    Enrolled(innerloop.ForwardMode(), REPLAY | {"params"}),
+    Enrolled(innerloop.Truncated(2), REPLAY | {"params"}),
+    Enrolled(innerloop.FirstOrder(), REPLAY),
 )
 
 
@@ -225,6 +231,11 @@ def moved(h: float, what: str) -> dict[str, Any]:
 
 
 WHAT = ("params", "log_lr", "decay", "data")
+
+
+def differentiated(strategy: Strategy) -> tuple[str, ...]:
+    """Which of `WHAT` a strategy gives gradients for."""
+    return tuple(what for what in WHAT if what != "params" or "params" in strategy.differentiates)
 
 
 @functools.cache

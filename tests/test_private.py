@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ EXERCISED = {
     "inside_transform",
     "inside_vmap",
     "inside_dual_level",
+    "jvp_levels",
+    "storage_weakref",
+    "observing",
     "has_derivative",
     "innermost",
     "is_tracked",
@@ -33,7 +37,7 @@ EXERCISED = {
 
 def test_every_name_is_exercised_here():
     names = {name for name, value in vars(_private).items() if callable(value) and not name.startswith("_")}
-    own = {name for name in names if getattr(_private, name) not in (Tensor, Callable, Any)}
+    own = {name for name in names if getattr(_private, name) not in (Tensor, Callable, Any, AbstractContextManager)}
     assert own == EXERCISED
     source = Path(__file__).read_text()
     assert all(f"_private.{name}(" in source for name in EXERCISED)
@@ -227,3 +231,43 @@ def test_the_innermost_tensor_is_plain():
     torch.func.vmap(torch.func.grad(look))(torch.ones(3, 2))
     assert seen[0].shape == (3, 2)
     assert _private.innermost(seen[0]) is seen[0]
+
+
+def test_jvp_levels_are_counted():
+    seen: list[int] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_private.jvp_levels())
+        return x.sum()
+
+    def along(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.func.jvp(fn, (x,), (torch.ones_like(x),))[1]
+
+    look(torch.ones(1))
+    along(look)(torch.ones(1))
+    along(along(look))(torch.ones(1))
+    torch.func.vmap(torch.func.grad(look))(torch.ones(2, 1))
+    assert seen == [0, 1, 2, 0]
+
+
+def test_a_storage_reference_expires_with_the_memory():
+    x = torch.ones(3)
+    reference = _private.storage_weakref(x)
+    view = x[1:]
+    del x
+    assert not reference.expired()
+    del view
+    assert reference.expired()
+
+
+def test_operations_are_observed_in_backward_passes_and_below_transforms():
+    shapes: list[torch.Size] = []
+    x = torch.ones(3, requires_grad=True)
+    with _private.observing(lambda t: shapes.append(t.shape)):
+        (x * 2).sum().backward()
+        torch.func.vmap(lambda y: y * 2)(torch.ones(5, 7))
+    assert shapes.count(torch.Size([3])) >= 2
+    assert torch.Size([5, 7]) in shapes
+    del shapes[:]
+    torch.ones(2) * 2
+    assert not shapes

@@ -19,11 +19,11 @@ from tests.strategies import (
     RULES,
     SAVED,
     STEPS,
-    WHAT,
     Batch,
     along_direction,
     batches,
     copied,
+    differentiated,
     direction,
     each_exact_strategy,
     each_outer,
@@ -47,17 +47,19 @@ def outer_of(name: str) -> Any:
 
 
 def metagradient(strategy: Strategy, rule: str, outer: str, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
-    inputs = {"params": start(), "batches": batches(), "hyper": hyper(), **arguments}
+    wrt = tuple(sorted(strategy.differentiates))
+    inputs = {"params": start(), "batches": batches(), "hyper": hyper(), "wrt": wrt, **arguments}
     return innerloop.metagradient(outer_of(outer), problem(rule), strategy=strategy, save_at=[SAVED], **inputs)
 
 
-def leaves() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs that require grad."""
+def leaves(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs that require grad, as far as the strategy differentiates with respect to them."""
     values = hyper()
     values = {**values, "data": [x.requires_grad_() for x in values["data"]]}
     for name in ("log_lr", "decay"):
         values[name].requires_grad_()
-    return {name: p.requires_grad_() for name, p in start().items()}, values
+    learned = "params" in strategy.differentiates
+    return {name: p.requires_grad_(learned) for name, p in start().items()}, values
 
 
 # -- forward ------------------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def test_the_loop_runs_as_torch_does(strategy: Strategy, rule: str):
     assert traj.aux["examples"].tolist() == [4] * STEPS
 
 
-@each_strategy()
+@each_strategy("params")
 def test_a_loop_of_no_steps_is_the_identity(strategy: Strategy):
     params = {name: p.requires_grad_() for name, p in start().items()}
     traj = innerloop.unroll(problem("adam"), params, [], hyper=hyper(), strategy=strategy)
@@ -111,7 +113,7 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
     value, gradients = metagradient(strategy, rule, outer)
     assert not value.requires_grad
     assert gradients["hyper"]["power"] is None  # a number is a constant
-    for what in WHAT:
+    for what in differentiated(strategy):
         assert_derivative(along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}")
 
 
@@ -119,7 +121,7 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
 @each_rule
 @each_outer
 def test_unroll_and_backward_equal_finite_differences(strategy: Strategy, rule: str, outer: str):
-    params, values = leaves()
+    params, values = leaves(strategy)
     traj = innerloop.unroll(problem(rule), params, batches(), hyper=values, strategy=strategy, save_at=[SAVED])
     OUTER[outer](seen(traj)).backward()
     gradients = {
@@ -130,23 +132,23 @@ def test_unroll_and_backward_equal_finite_differences(strategy: Strategy, rule: 
             "data": [x.grad for x in values["data"]],
         },
     }
-    for what in WHAT:
+    for what in differentiated(strategy):
         assert_derivative(along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}")
 
 
 @each_exact_strategy("every time")
 def test_every_time_may_be_asked_for(strategy: Strategy):
-    params, values = leaves()
+    params, values = leaves(strategy)
     traj = innerloop.unroll(problem("momentum"), params, batches(), hyper=values, strategy=strategy)
     OUTER["saved"](seen(traj)).backward()
     ours = sum((p.grad * v).sum().item() for p, v in zip(params.values(), direction()["params"].values(), strict=True))
     assert_derivative(ours, truth("momentum", "saved", "params"), "a state without save_at")
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 def test_only_what_requires_a_gradient_gets_one(strategy: Strategy):
     """Parameters alone, hyper-parameters alone."""
-    params, values = leaves()
+    params, values = leaves(strategy)
     for learned, given in ((params, hyper()), (start(), values)):
         arguments: dict[str, Any] = {"hyper": given, "strategy": strategy, "save_at": [SAVED]}
         OUTER["all"](seen(innerloop.unroll(problem("adam"), learned, batches(), **arguments))).backward()
@@ -166,20 +168,21 @@ def test_torch_func_grad(strategy: Strategy, rule: str):
     def behind(inputs: dict[str, Any]) -> Tensor:
         values = {**hyper(), **inputs["hyper"]}
         traj = innerloop.unroll(
-            problem(rule), inputs["params"], batches(), hyper=values, strategy=strategy, save_at=[SAVED]
+            problem(rule), inputs.get("params", start()), batches(), hyper=values, strategy=strategy, save_at=[SAVED]
         )
         return OUTER["all"](seen(traj))
 
     inputs = {"params": start(), "hyper": {k: v for k, v in hyper().items() if k != "power"}}
+    inputs = {name: inputs[name] for name in strategy.differentiates}
     gradients = torch.func.grad(behind)(inputs)
-    for what in WHAT:
+    for what in differentiated(strategy):
         assert_derivative(along_direction(gradients, what), truth(rule, "all", what), f"d / d {what}")
 
 
 @each_exact_strategy("jvp")
 @each_rule
 def test_jvp(strategy: Strategy, rule: str):
-    for what in WHAT:
+    for what in differentiated(strategy):
 
         def behind(h: Tensor, what: str = what) -> Tensor:
             inputs = moved_by(h, what)
@@ -236,7 +239,7 @@ def test_vmap_over_tasks(strategy: Strategy, rule: str):
 
     def task(params: Any, values: Any, data: Any) -> Any:
         value, gradients = metagradient(strategy, rule, "all", params=params, hyper={**hyper(), **values}, batches=data)
-        return value, gradients["params"], {name: gradients["hyper"][name] for name in ("log_lr", "decay")}
+        return value, gradients.get("params", {}), {name: gradients["hyper"][name] for name in ("log_lr", "decay")}
 
     together = torch.func.vmap(task)(params, values, data)
     for i in range(tasks):
@@ -244,7 +247,7 @@ def test_vmap_over_tasks(strategy: Strategy, rule: str):
         torch.testing.assert_close(pick(together), task(pick(params), pick(values), pick(data)), rtol=1e-11, atol=1e-13)
 
 
-@each_exact_strategy("second order")
+@each_exact_strategy("params")
 def test_hessian_of_the_meta_objective(strategy: Strategy):
     """On a quadratic inner loss x_T = M x_0, and the Hessian of |x_T|²/2 is M'M."""
     curvature = torch.tensor([[2.0, 0.3], [0.3, 1.0]])
@@ -270,18 +273,18 @@ def test_hessian_of_the_meta_objective(strategy: Strategy):
 @each_rule
 def test_compiled(strategy: Strategy, rule: str):
     _, gradients = metagradient(strategy, rule, "all", compile=True)
-    for what in WHAT:
+    for what in differentiated(strategy):
         assert_derivative(along_direction(gradients, what), truth(rule, "all", what), f"compiled: d / d {what}")
 
 
 # -- continuation -------------------------------------------------------------------------------------------------------
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 @each_rule
 def test_a_loop_continues_from_a_carry(strategy: Strategy, rule: str):
     """One and three steps make four: parameters, optimizer state, losses, and the gradient through the carry."""
-    params, values = leaves()
+    params, values = leaves(strategy)
     run = plain_run(rule, start(), hyper(), batches())
     shared: dict[str, Any] = {"hyper": values, "strategy": strategy}
     first = innerloop.unroll(problem(rule), params, batches()[:1], **shared)
@@ -303,13 +306,13 @@ def test_a_loop_continues_from_a_carry(strategy: Strategy, rule: str):
             "data": [x.grad for x in values["data"]],
         },
     }
-    for what in WHAT:
+    for what in differentiated(strategy):
         assert_derivative(
             along_direction(gradients, what), truth(rule, "params", what), f"through a carry: d / d {what}"
         )
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 def test_metagradient_from_a_carry(strategy: Strategy):
     """``wrt="params"`` is the carry's parameters; its optimizer state is a constant. Truth: a warm torch optimizer."""
     first = innerloop.unroll(problem("adam"), start(), batches()[:2], hyper=hyper(), strategy=strategy)
@@ -387,7 +390,7 @@ def test_batches_in_every_form(strategy: Strategy, form: str):
     torch.testing.assert_close(traj.params["w"], w.detach(), rtol=1e-12, atol=1e-14)
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strategy):
     """Batches sampled from the current parameters: truth holds them at the values that the first run had."""
 
@@ -481,7 +484,7 @@ def test_buffers_and_random_numbers_are_those_of_a_plain_run(strategy: Strategy)
     assert_params({n: p.detach() for n, p in again.params.items()}, {n: p.detach() for n, p in traj.params.items()}, 0)
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 def test_gradients_through_dropout_and_batch_norm(strategy: Strategy):
     def plain(h: float) -> float:
         model = noisy(h)
@@ -508,7 +511,7 @@ def test_gradients_through_dropout_and_batch_norm(strategy: Strategy):
     assert_derivative(ours, derivative(plain), "noisy module")
 
 
-@each_exact_strategy()
+@each_exact_strategy("params")
 def test_vmap_over_tasks_with_buffers(strategy: Strategy):
     """Each task has its own running statistics, so they must be batched from the start: in the carry."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))

@@ -41,7 +41,9 @@ OPTIONAL = ("gymnasium", "higher", "jax", "matplotlib", "numpy", "optree", "scip
 """Packages that ``import innerloop`` does not bring in, beyond those that torch itself does."""
 
 PUBLIC = """
-    check_metagradient functional higher inspect metagradient optim Problem StoreAll strategy track Trajectory unroll
+    check_metagradient Auto Checkpointed FirstOrder ForwardMode functional higher inspect metagradient optim plan
+    Problem StoreAll strategy Truncated
+    track Trajectory unroll
     CapturedTensorError InnerLoopError MetaGradientError NotDifferentiableError
     optim.Optimizer optim.adam optim.adamw optim.from_torch optim.groups optim.sgd
     inspect.jacobian inspect.paths

@@ -19,7 +19,7 @@ def prepare(workload: Workload, strategy: str = "StoreAll", **options: Any) -> M
     """`strategy` is named, not passed, so that the list of contenders can be read without innerloop."""
     import innerloop
 
-    problem, forward, model = _problem(workload)
+    problem, forward, model = problem_of(workload)
     tasks = workload.batches()
     how = getattr(innerloop, strategy)(**options)
     initial = dict(model.named_parameters())
@@ -38,7 +38,7 @@ def prepare_vmap(workload: Workload, strategy: str = "StoreAll", **options: Any)
     """All tasks at once; the steps' batches are stacked, one more leading dimension for the tasks."""
     import innerloop
 
-    problem, forward, model = _problem(workload)
+    problem, forward, model = problem_of(workload)
     tasks = workload.batches()
     how = getattr(innerloop, strategy)(**options)
     initial = {name: p.detach() for name, p in model.named_parameters()}
@@ -59,7 +59,7 @@ def prepare_vmap(workload: Workload, strategy: str = "StoreAll", **options: Any)
     return run
 
 
-def _problem(workload: Workload) -> tuple[innerloop.Problem, Forward, torch.nn.Module]:
+def problem_of(workload: Workload) -> tuple[innerloop.Problem, Forward, torch.nn.Module]:
     import innerloop
 
     model = workload.model()

@@ -11,14 +11,16 @@ from innerloop.errors import (
     NotDifferentiableError,
 )
 from innerloop.module import functional
+from innerloop.plan import Plan, plan
 from innerloop.problem import Carry, Problem
-from innerloop.strategy import Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
+from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
 from innerloop.track import track
 from innerloop.trajectory import Trajectory
 from innerloop.unroll import metagradient, unroll
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Auto",
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
@@ -29,6 +31,7 @@ __all__ = [
     "MetaGradientError",
     "MissingExtraError",
     "NotDifferentiableError",
+    "Plan",
     "Problem",
     "StoreAll",
     "Trajectory",
@@ -39,6 +42,7 @@ __all__ = [
     "inspect",
     "metagradient",
     "optim",
+    "plan",
     "strategy",
     "track",
     "unroll",

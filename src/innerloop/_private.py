@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing import reductions
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up to torch 2.13.
 tree_map = _pytree.tree_map
@@ -41,6 +44,12 @@ def inside_transform() -> bool:
 def inside_dual_level() -> bool:
     """Whether a level of ``torch.autograd.forward_ad`` was entered outside of ``torch.func``."""
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0
+
+
+def jvp_levels() -> int:
+    """How many ``torch.func.jvp`` are running around each other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def inside_vmap() -> bool:
@@ -99,3 +108,26 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def backward_pass() -> int:
     """A number for the backward pass that is running in this thread, -1 if none is: code that runs then is a hook or a recomputation."""
     return torch._C._current_graph_task_id()
+
+
+def storage_weakref(tensor: Tensor) -> Any:
+    """A reference to the memory of ``tensor`` that tells by ``expired()`` when it is gone; autograd keeps memory, not tensor objects."""
+    return reductions.StorageWeakRef(tensor.untyped_storage())
+
+
+class _Observer(_TorchDispatchMode):
+    def __init__(self, seen: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self._seen(x)
+        return result
+
+
+def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
+    """Call ``seen`` with every tensor that an operation returns inside the block, in backward passes and below ``torch.func`` too."""
+    return _Observer(seen)

@@ -178,7 +178,7 @@ class Problem:
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
             ends = [loss, *tree.tensors(aux), *new_buffers.values()]
-            leaves = graph.inspect(ends, (), second_order=recording)
+            leaves = graph.inspect(ends, alias.values(), second_order=recording)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
             found = torch.autograd.grad(loss, list(alias.values()), create_graph=recording, allow_unused=True)
         if all(g is None for g in found):

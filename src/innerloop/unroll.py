@@ -78,9 +78,14 @@ def unroll(
         start = problem.init(params)
         loop = Loop(problem, start, hyper, data, times, report)
         if not isinstance(params, Carry) or params.random_state is None:
-            return strategy.run(loop)
-        with at_random_state(params.random_state):
-            return strategy.run(loop)
+            traj = strategy.run(loop)
+        else:
+            with at_random_state(params.random_state):
+                traj = strategy.run(loop)
+    late = [t for t in times if t > traj.steps]
+    if late:
+        raise InvalidInputError(f"save_at has {late}, but the iterator ended after {traj.steps} steps")
+    return traj
 
 
 def metagradient(
@@ -139,6 +144,12 @@ def metagradient(
     if missing:
         raise InvalidInputError(
             f"{strategy!r} does not differentiate {missing}: choose wrt={tuple(sorted(strategy.differentiates))}"
+        )
+
+    if compile and not strategy.compiles:
+        raise InvalidInputError(
+            f"{strategy!r} cannot be compiled as a whole: leave compile=True away, or use StoreAll(). Checkpointed(compile=True) compiles "
+            "the steps"
         )
 
     def value_of(inputs: dict[str, Any]) -> tuple[Tensor, Any]:

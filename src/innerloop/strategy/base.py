@@ -82,6 +82,9 @@ class Strategy(abc.ABC):
     differentiates: ClassVar[frozenset[str]]
     """Which of ``params`` and ``hyper`` receive a gradient."""
 
+    compiles: ClassVar[bool] = False
+    """Whether a whole meta-gradient with this strategy can be compiled."""
+
     @abc.abstractmethod
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop so that gradients flow from the trajectory as this strategy promises."""

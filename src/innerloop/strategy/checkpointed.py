@@ -19,6 +19,7 @@ from innerloop.problem import Carry
 from innerloop.random_state import RandomState
 from innerloop.strategy import node, pullback, schedule
 from innerloop.strategy.base import Loop, Rows, Strategy
+from innerloop.strategy.cost import state_bytes, working_bytes
 from innerloop.strategy.pullback import Cotangents, Outgoing, Step, state_of
 from innerloop.strategy.snapshots import PLACES, Snapshots
 from innerloop.trajectory import Trajectory
@@ -59,7 +60,9 @@ class Checkpointed(Strategy):
         offload: where states wait: None (on their device), ``"cpu"`` (pinned memory, copied while the device computes) or ``"disk"``.
         keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
         compile: compile the step and its pullback with ``torch.compile``; the first ones are compared with the uncompiled.
-        finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over.
+        finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over. With the
+            default step, one step is compared with ``"reverse"`` where the loss has a second derivative: a loss that stops gradients
+            (``detach``) has another finite difference than derivative, and is refused.
 
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
@@ -100,6 +103,8 @@ class Checkpointed(Strategy):
             raise InvalidInputError(
                 f'finite_step={self.finite_step} belongs to product="finite", not to {self.product!r}'
             )
+        if self.finite_step is not None and not self.finite_step > 0:
+            raise InvalidInputError(f"finite_step={self.finite_step!r}: write a positive number, 1e-5 for example")
         if self.memory is not None:
             in_bytes(self.memory)
 
@@ -127,6 +132,37 @@ class Checkpointed(Strategy):
             loop.batches.kept = Snapshots(self.offload)
         return node.run(_Replay(loop, self))
 
+    def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
+        """How many states are kept at once.
+
+        Args:
+            loop: the loop.
+            steps: T, or None: not known yet.
+            needed: whether the loop will be differentiated.
+
+        Raises:
+            InvalidInputError: ``memory`` does not suffice for one step.
+        """
+        if self.slots == "all":
+            return sys.maxsize if steps is None else max(steps, 1)
+        if isinstance(self.slots, int):
+            return self.slots
+        size = state_bytes(loop)
+        if self.memory is None:
+            fitting = max(SMALL // size, 32 if steps is None else math.ceil(2 * math.sqrt(steps)))
+        else:
+            # Under a transform a step is not measured: the states may then take the whole budget.
+            step = dataclasses.replace(self, slots=1, memory=None)
+            measured = needed and steps != 0 and not _private.inside_transform()
+            working = working_bytes(loop, step) if measured else 0.0
+            fitting = int((in_bytes(self.memory) - working) // size)
+            if fitting < 1 and needed:
+                raise InvalidInputError(
+                    f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB, a step and its pullback "
+                    f"{working / 1e6:.3g} MB"
+                )
+        return max(fitting, 1) if steps is None else max(min(fitting, steps), 1)
+
 
 class _Replay(node.Method):
     """One loop under `Checkpointed`."""
@@ -136,13 +172,14 @@ class _Replay(node.Method):
         self.strategy = strategy
         self.replayed = 0
         self._draws = False
+        self._checks_finite = strategy.finite_step is None and not self.transformed
         self._slots = 1
 
     # -- forward --------------------------------------------------------------------------------------------------------
 
     def forward(self, loop: Loop) -> node.Ran:
         steps = loop.batches.steps
-        self._slots = self._budget(loop)
+        self._slots = self.strategy.slots_for(loop, steps, self.recorded)
         marks = _Marks(self._slots, steps)
         snapshots = self._storage()
         gradients = self._storage() if self.strategy.save == "gradients" else None
@@ -191,19 +228,6 @@ class _Replay(node.Method):
         self._draws = True
         return new
 
-    def _budget(self, loop: Loop) -> int:
-        """The number of slots."""
-        slots, steps = self.strategy.slots, loop.batches.steps
-        if slots == "all":
-            return sys.maxsize if steps is None else max(steps, 1)
-        if isinstance(slots, int):
-            return slots
-        size = max(sum(x.numel() * x.element_size() for x in tree.tensors(state_of(loop.start))), 1)
-        fitting = SMALL // size
-        if steps is None:
-            return max(fitting, 32)
-        return max(1, min(steps, max(fitting, math.ceil(2 * math.sqrt(steps)))))
-
     # -- backward -------------------------------------------------------------------------------------------------------
 
     def pull(self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]) -> tuple[Cotangents, Cotangents]:
@@ -214,6 +238,7 @@ class _Replay(node.Method):
         cotangent = saved[steps]
         of_hyper: Cotangents = [None] * len(wanted)
         reached: set[int] = set()
+        to_check: tuple[Step, Outgoing, pullback.Incoming] | None = None
         losses: list[Tensor] = []
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
@@ -225,6 +250,8 @@ class _Replay(node.Method):
             given = Outgoing(cotangent, loss_cotangent, [None if a is None else a[t] for a in aux])
             gradient = None if kept.gradients is None else kept.gradients[t][0]
             pulled = pullback.pull(self.strategy.product, step, given, gradient)
+            if self.strategy.product == "finite" and t == steps - 1 and self._checks_finite:
+                to_check = step, given, pulled
             cotangent = pulled.state
             losses.append(pulled.loss)
             if t in saved:
@@ -236,6 +263,8 @@ class _Replay(node.Method):
             loop.report("backward", steps - t, steps)
         if losses:
             self.compare(torch.stack(losses[::-1]))
+        if to_check is not None:
+            pullback.check_finite(*to_check)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
 
     def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
@@ -308,13 +337,15 @@ def in_bytes(memory: int | str) -> int:
     """
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
         return memory
-    found = (
-        re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", memory, re.IGNORECASE) if isinstance(memory, str) else None
-    )
-    if found is None:
+    pattern = r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*"
+    found = re.fullmatch(pattern, memory, re.IGNORECASE) if isinstance(memory, str) else None
+    count = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if count < 1:
         raise InvalidInputError(f'memory={memory!r}: write "4GB", "500MB", "1.5GiB", or a number of bytes')
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    return count
 
 
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

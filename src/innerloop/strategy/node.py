@@ -122,6 +122,12 @@ def run(method: Method) -> Trajectory:
             "dual numbers of torch.autograd.forward_ad do not reach through this strategy: write torch.func.jvp, or use "
             "innerloop.StoreAll()"
         )
+    if _private.jvp_levels() > 1:
+        # torch calls the jvp of an autograd.Function with forward derivatives switched off: the outer level would be lost (up to 2.13).
+        raise NotDifferentiableError(
+            "torch.func.jvp of torch.func.jvp does not reach through this strategy (PyTorch drops the outer derivative): write "
+            "torch.func.hessian, or jacrev of jacrev, or use innerloop.StoreAll()"
+        )
     tensors, method.tensors = method.tensors, []
     start = method.filled(tensors).start
     with method.ambient.restored(method.loop.problem):

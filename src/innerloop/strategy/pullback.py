@@ -15,6 +15,7 @@ differentiation", 2025), or one central difference of it.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -200,6 +201,39 @@ def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
     return _factored(step, given, gradient, product)
 
 
+def _no_product(
+    gradients: Callable[..., Any], values: list[Tensor], along: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """No second derivative at all: what is left of a pullback is the direct part."""
+    zeros = [torch.zeros_like(v) for v in values]
+    return zeros, zeros, values[0].new_zeros(())
+
+
+def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
+    """Compare the pullback of one step with reverse over reverse, where that exists.
+
+    A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power iteration) moves with the displaced
+    parameters, and no smaller step cures that.
+    """
+    try:
+        exact = reverse(step, given)
+    except (InnerLoopError, RuntimeError):
+        return
+    direct = _factored(step, given, None, _no_product)
+    error = scale = 0.0
+    rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
+    for a, b, c in rows:
+        if a is not None and b is not None:
+            error += float((a - b).norm()) ** 2
+            scale += float((b if c is None else b - c).norm()) ** 2
+    error, scale = math.sqrt(error), math.sqrt(scale)
+    if error > 0.05 * scale:
+        raise NotDifferentiableError(
+            f'product="finite" is off by {error / max(scale, 1e-300):.0%} at step {step.t}: the loss stops a gradient (detach, no_grad), '
+            'which a finite difference does not see, or has kinks. Write product="reverse", or set finite_step to skip this check'
+        )
+
+
 def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[..., Any]) -> Incoming:
     """Pull through the update, then through the gradient by ``product``, then through what else the loss gives."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
@@ -338,7 +372,7 @@ class _Inputs:
         self.leaves = tree.leaves(inputs)
         self.chosen = [i for i, takes in enumerate(_takes_part(step, inputs, buffers_at)) if takes]
         self.values = [self.leaves[i] for i in self.chosen]
-        self.reached = True
+        self.reached: set[int] = set()
 
     def filled(self, values: list[Tensor]) -> Any:
         filled = list(self.leaves)
@@ -347,25 +381,27 @@ class _Inputs:
         return tree.with_leaves(self.inputs, filled)
 
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
-        """Note which hyper-parameters ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
+        """Note which leaves ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
+        if torch.compiler.is_compiling():
+            return
+        found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
+        self.reached.update(i for i, v in zip(self.chosen, values, strict=True) if id(v) in found)
         before = len(self.leaves) - len(self.step.wanted)
-        hypers = [(i - before, v) for i, v in zip(self.chosen, values, strict=True) if i >= before]
-        self.reached = any(x.requires_grad for x in ends)
-        if any(i not in self.step.reached for i, _ in hypers) and not torch.compiler.is_compiling():
-            found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
-            self.step.reached.update(i for i, v in hypers if id(v) in found)
+        self.step.reached.update(i - before for i in self.reached if i >= before)
 
     def pulled(self, fn: Callable[[list[Tensor]], list[Tensor]], given: Cotangents) -> Cotangents:
-        """The cotangents of all leaves, from those of what ``fn`` gives; None where nothing depends on anything."""
+        """The cotangents of all leaves, from those of what ``fn`` gives."""
         cotangents = [c for c in given if c is not None]
         if not cotangents:
             return [None] * len(self.leaves)
+        self.reached = set()
         _, pull = _vjp(fn, self.values)
-        return self.aligned(pull(cotangents)[0]) if self.reached else [None] * len(self.leaves)
+        return self.aligned(pull(cotangents)[0])
 
     def aligned(self, values: Sequence[Tensor]) -> Cotangents:
-        """``values`` in their places among the leaves, None elsewhere."""
+        """``values`` in their places among the leaves; None for those that were not reached, as autograd has it."""
         row: Cotangents = [None] * len(self.leaves)
         for i, value in zip(self.chosen, values, strict=True):
-            row[i] = value
+            if i in self.reached or torch.compiler.is_compiling():
+                row[i] = value
         return row

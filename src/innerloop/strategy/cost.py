@@ -1,0 +1,186 @@
+"""What one step of a problem costs, in time and memory, measured on a few steps of it."""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop import _private, tree
+from innerloop.batches import Batches
+from innerloop.progress import silent
+from innerloop.random_state import RandomState, at_random_state
+from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.pullback import state_of
+
+
+class Line(NamedTuple):
+    """A quantity that grows with the number of steps: ``fixed + each * T``.
+
+    Attributes:
+        fixed: what is there at any length.
+        each: per step.
+    """
+
+    fixed: float
+    each: float
+
+    def at(self, steps: float) -> float:
+        """The value after ``steps`` steps."""
+        return self.fixed + self.each * steps
+
+
+class Cost(NamedTuple):
+    """What a strategy costs on a problem.
+
+    Attributes:
+        seconds: time of the loop and its backward pass.
+        bytes: most memory at once, above what was there before.
+    """
+
+    seconds: Line
+    bytes: Line
+
+
+def state_bytes(loop: Loop) -> int:
+    """P + S: the size of one state."""
+    return max(sum(x.numel() * x.element_size() for x in tree.tensors(state_of(loop.start))), 1)
+
+
+def measure(loop: Loop, strategy: Strategy, *, backward: bool = True, rounds: int = 5) -> Cost:
+    """Run one and a few steps of ``loop`` and draw a line.
+
+    Args:
+        loop: the loop; its first batch is used again and again.
+        strategy: how the steps are differentiated.
+        backward: also run the backward pass, from the final parameters to params and hyper.
+        rounds: how often times are taken; the smallest counts, since other work on the machine only adds.
+    """
+    few = 4 if loop.batches.steps is None else max(min(4, loop.batches.steps), 2)
+    runs = [_run(loop, strategy, steps, backward) for steps in (1, few)]
+    with at_random_state(RandomState.now()):
+        runs[1]()  # lazy imports, kernels chosen by the first call
+        seconds = _least(runs, rounds)
+        peaks = [_peak(run, next(iter(loop.start.params.values())).device) for run in runs]
+    return Cost(_line(seconds, few), _line(peaks, few))
+
+
+_pulling: weakref.WeakKeyDictionary[Any, dict[Any, float]] = weakref.WeakKeyDictionary()
+
+
+def working_bytes(loop: Loop, strategy: Strategy) -> float:
+    """The memory of one step and its pullback, besides the states that are kept; measured once per problem and shape."""
+    shapes = tuple(
+        (tuple(x.shape), x.dtype, x.device) for x in tree.tensors((state_of(loop.start), loop.hyper, loop.batches.data))
+    )
+    known = _pulling.setdefault(loop.problem, {})
+    if shapes not in known:
+        with at_random_state(RandomState.now()):
+            known[shapes] = _peak(_run(loop, strategy, 1, True), next(iter(loop.start.params.values())).device)
+    return known[shapes]
+
+
+class _First(Batches):
+    """The first batch at every step."""
+
+    def __init__(self, batches: Batches, steps: int) -> None:
+        super().__init__(steps)
+        self.inner = copy.copy(batches)
+        self.data = batches.data
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        self.inner.data = self.data
+        return self.inner.at(params, hyper, 0)
+
+
+def _run(loop: Loop, strategy: Strategy, steps: int, backward: bool) -> Callable[[], None]:
+    batches = _First(loop.batches, steps)
+    fresh = lambda x: x.detach().requires_grad_(backward) if tree.differentiable(x) else x  # noqa: E731
+
+    def run() -> None:
+        wanted = strategy.differentiates if backward else frozenset()
+        params = tree.map_tensors(fresh if "params" in wanted else Tensor.detach, loop.start.params)
+        hyper = tree.map_tensors(fresh if "hyper" in wanted else Tensor.detach, loop.hyper)
+        start = loop.start.detach()._replace(params=params, random_state=RandomState.now())
+        with torch.set_grad_enabled(backward):
+            traj = strategy.run(loop._replace(start=start, hyper=hyper, batches=batches, save_at=(), report=silent))
+            ends = [p for p in traj.params.values() if p.requires_grad]
+        if ends:
+            torch.autograd.backward(ends, [torch.ones_like(p) for p in ends])
+
+    return run
+
+
+clock = time.perf_counter
+
+
+def _least(runs: list[Callable[[], None]], rounds: int) -> list[float]:
+    taken: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, times in zip(runs, taken, strict=True):
+            _finish()
+            begin = clock()
+            run()
+            _finish()
+            times.append(clock() - begin)
+    return [min(times) for times in taken]
+
+
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _line(values: list[float], few: int) -> Line:
+    each = max((values[1] - values[0]) / (few - 1), 0.0)
+    return Line(max(values[0] - each, 0.0), each)
+
+
+def _peak(run: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    tally = _Tally()
+    with _private.observing(tally.add):
+        run()
+    return tally.peak
+
+
+class _Tally:
+    """Adds up the memory of all tensors that come into being, as long as it is in use.
+
+    Attributes:
+        peak: most bytes at once.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._live: dict[int, tuple[Any, int]] = {}
+        self._sum = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the memory of ``x``, unless it is counted already."""
+        reference = _private.storage_weakref(x)
+        known = self._live.get(reference.cdata)
+        if known is not None:
+            if not known[0].expired():
+                return
+            self._sum -= known[1]
+        size = x.untyped_storage().nbytes()
+        self._live[reference.cdata] = reference, size
+        self._sum += size
+        if self._sum > self.peak:
+            for key, (old, bytes_) in list(self._live.items()):
+                if old.expired():
+                    del self._live[key]
+                    self._sum -= bytes_
+            self.peak = max(self.peak, self._sum)
