@@ -17,11 +17,13 @@ from innerloop.random_state import restored_on_error
 from innerloop.strategy import schedule
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.strategy.checkpointed import Checkpointed, in_bytes
-from innerloop.strategy.cost import Cost, measure, state_bytes
+from innerloop.strategy.cost import BOTH, Cost, measure, state_bytes
 from innerloop.strategy.first_order import FirstOrder
 from innerloop.strategy.forward_mode import ForwardMode
 from innerloop.strategy.store_all import StoreAll
 from innerloop.strategy.truncated import Truncated
+
+NOTHING: frozenset[str] = frozenset()
 
 FEW = 16
 """Up to so many elements of hyper forward mode is worth a line."""
@@ -149,7 +151,13 @@ def plan(
 
 def _usual(loop: Loop, steps: int, budget: int | None, state: int) -> list[Strategy]:
     slots: list[int | str | None] = ["all", None, math.ceil(2 * math.sqrt(steps))]
-    budgeted = [] if budget is None else [Checkpointed(memory=budget)]
+    budgeted: list[Strategy] = []
+    if budget is not None:
+        try:
+            Checkpointed(memory=budget).slots_for(loop, steps)
+            budgeted = [Checkpointed(memory=budget)]
+        except InvalidInputError:  # not one state fits; the table shows what the others need
+            pass
     elements = sum(x.numel() for x in tree.tensors(loop.hyper) if tree.differentiable(x))
     forward = [ForwardMode()] if 0 < elements <= FEW else []
     replayed = [Checkpointed(slots=count) for count in slots]
@@ -170,7 +178,7 @@ class _Forecast:
         self.steps = steps
         self.spilled = spilled
         self.state = state_bytes(loop)
-        self._known: dict[tuple[Strategy, bool], Cost] = {}
+        self._known: dict[tuple[Strategy, frozenset[str]], Cost] = {}
 
     def row(self, strategy: Strategy) -> Row:
         """The forecast for one strategy."""
@@ -180,16 +188,17 @@ class _Forecast:
         if isinstance(strategy, Truncated):
             late = self._cost(StoreAll())
             last = min(strategy.last, steps)
-            seconds = self._cost(FirstOrder(), backward=False).seconds.each * (steps - last)
+            seconds = self._cost(StoreAll(), NOTHING).seconds.each * (steps - last)
             return Row(strategy, seconds + late.seconds.at(last), late.bytes.at(last))
-        cost = self._cost(strategy)
+        # Hyper-parameters inside the loss are not for FirstOrder, which raises.
+        cost = self._cost(strategy, frozenset({"params"}) if isinstance(strategy, FirstOrder) else BOTH)
         # What these keep per step are the numbers of the losses.
         constant = isinstance(strategy, (FirstOrder, ForwardMode))
         return Row(strategy, cost.seconds.at(steps), cost.bytes.at(1 if constant else steps))
 
     def _replayed(self, strategy: Checkpointed) -> Row:
         every = dataclasses.replace(strategy, slots="all", memory=None)
-        cost, advance = self._cost(every), self._cost(StoreAll(), backward=False).seconds.each
+        cost, advance = self._cost(every), self._cost(StoreAll(), NOTHING).seconds.each
         slots = strategy.slots_for(self.loop, self.steps)
         again = schedule.replays(self.steps, slots) if slots < self.steps else 0
         # The line starts from one step, with its state; it grows by what is kept of each.
@@ -199,10 +208,10 @@ class _Forecast:
         working = max(cost.bytes.at(1) - self.state, 0)
         return Row(strategy, cost.seconds.at(self.steps) + again * advance, kept + working + self.spilled)
 
-    def _cost(self, strategy: Strategy, backward: bool = True) -> Cost:
-        key = strategy, backward
+    def _cost(self, strategy: Strategy, wrt: frozenset[str] = BOTH) -> Cost:
+        key = strategy, wrt
         if key not in self._known:
-            self._known[key] = measure(self.loop, strategy, backward=backward)
+            self._known[key] = measure(self.loop, strategy, wrt=wrt)
         return self._known[key]
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -216,7 +215,7 @@ class _Replay(node.Method):
             self.kept = _Kept(snapshots, {t - 1: before} if t else {}, gradients)
         return node.Ran(states, *rows.stacked(), t, randoms)
 
-    def _storage(self) -> MutableMapping[int, Any]:
+    def _storage(self) -> dict[int, Any] | Snapshots:
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an input of the pullback's node.
         return {} if self.transformed else Snapshots(self.strategy.offload)
 
@@ -274,7 +273,7 @@ class _Replay(node.Method):
         if t == 0:
             return loop.start
         snapshots = kept.snapshots
-        begin = max(snapshots, default=0)
+        begin = next(reversed(snapshots), 0)  # they are in order of time
         carry = snapshots[begin] if begin else loop.start
         marks = set(schedule.kept(begin, t + 1, self._slots - len(snapshots)))
         self._rewind(carry)
@@ -306,9 +305,9 @@ class _Kept(NamedTuple):
         gradients: time -> (gradient, buffers and random state after the step), with ``save="gradients"``.
     """
 
-    snapshots: MutableMapping[int, Carry]
+    snapshots: dict[int, Carry] | Snapshots
     last: dict[int, Carry]
-    gradients: MutableMapping[int, Any] | None
+    gradients: dict[int, Any] | Snapshots | None
 
 
 class _Marks:

@@ -52,17 +52,20 @@ def state_bytes(loop: Loop) -> int:
     return max(sum(x.numel() * x.element_size() for x in tree.tensors(state_of(loop.start))), 1)
 
 
-def measure(loop: Loop, strategy: Strategy, *, backward: bool = True, rounds: int = 5) -> Cost:
+BOTH = frozenset({"params", "hyper"})
+
+
+def measure(loop: Loop, strategy: Strategy, *, wrt: frozenset[str] = BOTH, rounds: int = 5) -> Cost:
     """Run one and a few steps of ``loop`` and draw a line.
 
     Args:
         loop: the loop; its first batch is used again and again.
         strategy: how the steps are differentiated.
-        backward: also run the backward pass, from the final parameters to params and hyper.
+        wrt: with respect to what the final parameters are differentiated; nothing: no backward pass.
         rounds: how often times are taken; the smallest counts, since other work on the machine only adds.
     """
     few = 4 if loop.batches.steps is None else max(min(4, loop.batches.steps), 2)
-    runs = [_run(loop, strategy, steps, backward) for steps in (1, few)]
+    runs = [_run(loop, strategy, steps, wrt & strategy.differentiates) for steps in (1, few)]
     with at_random_state(RandomState.now()):
         runs[1]()  # lazy imports, kernels chosen by the first call
         seconds = _least(runs, rounds)
@@ -81,7 +84,9 @@ def working_bytes(loop: Loop, strategy: Strategy) -> float:
     known = _pulling.setdefault(loop.problem, {})
     if shapes not in known:
         with at_random_state(RandomState.now()):
-            known[shapes] = _peak(_run(loop, strategy, 1, True), next(iter(loop.start.params.values())).device)
+            known[shapes] = _peak(
+                _run(loop, strategy, 1, strategy.differentiates), next(iter(loop.start.params.values())).device
+            )
     return known[shapes]
 
 
@@ -98,16 +103,15 @@ class _First(Batches):
         return self.inner.at(params, hyper, 0)
 
 
-def _run(loop: Loop, strategy: Strategy, steps: int, backward: bool) -> Callable[[], None]:
+def _run(loop: Loop, strategy: Strategy, steps: int, wrt: frozenset[str]) -> Callable[[], None]:
     batches = _First(loop.batches, steps)
-    fresh = lambda x: x.detach().requires_grad_(backward) if tree.differentiable(x) else x  # noqa: E731
+    fresh = lambda x: x.detach().requires_grad_() if tree.differentiable(x) else x  # noqa: E731
 
     def run() -> None:
-        wanted = strategy.differentiates if backward else frozenset()
-        params = tree.map_tensors(fresh if "params" in wanted else Tensor.detach, loop.start.params)
-        hyper = tree.map_tensors(fresh if "hyper" in wanted else Tensor.detach, loop.hyper)
+        params = tree.map_tensors(fresh if "params" in wrt else Tensor.detach, loop.start.params)
+        hyper = tree.map_tensors(fresh if "hyper" in wrt else Tensor.detach, loop.hyper)
         start = loop.start.detach()._replace(params=params, random_state=RandomState.now())
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(bool(wrt)):
             traj = strategy.run(loop._replace(start=start, hyper=hyper, batches=batches, save_at=(), report=silent))
             ends = [p for p in traj.params.values() if p.requires_grad]
         if ends:

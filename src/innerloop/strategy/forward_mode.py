@@ -16,7 +16,7 @@ from innerloop.problem import Carry, Problem, check_loss, explained
 from innerloop.random_state import RandomState
 from innerloop.strategy import node
 from innerloop.strategy.base import Loop, Rows, Strategy
-from innerloop.strategy.pullback import Cotangents, carry_of, state_of
+from innerloop.strategy.pullback import Cotangents, carry_of, lacks_forward_mode, state_of
 from innerloop.strategy.refuse import refuse_inputs
 from innerloop.trajectory import Trajectory
 
@@ -232,7 +232,12 @@ class _Push:
         except InnerLoopError:
             raise
         except (RuntimeError, NotImplementedError) as error:
-            raise explained(error) from error
+            if not lacks_forward_mode(error):
+                raise explained(error) from error
+            raise NotDifferentiableError(
+                "ForwardMode() needs forward-mode derivatives, and an operation of the loss lacks one: write "
+                f"strategy=innerloop.Checkpointed(). PyTorch says: {error}"
+            ) from error
         template, random_state, floats = box.pop()
         state, loss, aux = tree.join(template, found)
         pushed = [v if f else None for v, f in zip(pushed, floats, strict=True)]

@@ -338,7 +338,7 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
     except InnerLoopError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        if chosen != "mixed":
+        if chosen != "mixed" or not lacks_forward_mode(error):
             raise explained(error) from error
         if product == "auto":
             _no_forward_mode.add(step.problem)
@@ -352,6 +352,12 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
             f'product="mixed" needs forward-mode derivatives, and an operation of the loss lacks one: write product="reverse". '
             f"PyTorch says: {error}"
         ) from error
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether torch complains about a missing forward-mode derivative."""
+    signs = ("forward AD", "forward mode", "forward-mode", "jvp", "functorch", "ZeroTensors", "tangent", "dual")
+    return isinstance(error, NotImplementedError) or any(sign in str(error) for sign in signs)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

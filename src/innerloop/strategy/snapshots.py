@@ -65,6 +65,9 @@ class Snapshots(MutableMapping[int, Any]):
     def __iter__(self) -> Iterator[int]:
         return iter(self._held)
 
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self._held)
+
     def __len__(self) -> int:
         return len(self._held)
 
