@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, imports, long, machine, report, results, timing
+from benchmarks import figures, forecast, imports, long, machine, products, report, results, timing
 from benchmarks.workloads import WORKLOADS
 
-SECTIONS = (*WORKLOADS, "long", "import")
+SECTIONS = (*WORKLOADS, "long", "forecast", "products", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             long_times = long.measure(arguments.repeats)
             reached = figures.read_long(long_times)
             section = report.long_section(long_times, machine.describe())
+        elif name == "forecast":
+            forecasts = forecast.measure()
+            reached = figures.read_forecasts(forecasts)
+            section = report.forecast_section(forecasts, machine.describe())
+        elif name == "products":
+            reached = []
+            section = report.products_section(products.measure(), machine.describe())
         else:
             times = imports.measure()
             reached = figures.read_import(times)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.forecast import LIMIT as FORECAST_LIMIT
+from benchmarks.forecast import Forecast
 from benchmarks.imports import ImportTimes
 from benchmarks.long import GB, PEAK, TIMES_HIGHER, LongTimes
 from benchmarks.results import Result, Row, ratio
@@ -123,3 +125,16 @@ def _memory(ours: Row | None, peers: Sequence[Row]) -> float | None:
     """Peaks of the whole processes; all of them have made the same imports from torch."""
     smallest = min((row.peak.process for row in peers if row.peak is not None), default=None)
     return ours.peak.process / smallest if ours is not None and ours.peak is not None and smallest else None
+
+
+def read_forecasts(forecasts: Sequence[Forecast]) -> list[Reading]:
+    """The worst error of `innerloop.plan`, of time and of memory."""
+    return [
+        Reading(
+            "plan",
+            f"worst relative error of a forecast of {what}",
+            FORECAST_LIMIT,
+            max(abs(f.off[i]) for f in forecasts),
+        )
+        for i, what in enumerate(("time", "memory"))
+    ]

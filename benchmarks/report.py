@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.figures import Reading
+from benchmarks.forecast import Forecast, table
 from benchmarks.imports import ImportTimes
 from benchmarks.long import TIMES_HIGHER, LongTimes
+from benchmarks.products import PRODUCTS, Product
 from benchmarks.results import Result, Row, ratio
 from benchmarks.spread import Spread
 
@@ -78,6 +80,29 @@ def long_section(times: LongTimes, facts: Mapping[str, str]) -> str:
 def figures_table(readings: Sequence[Reading]) -> str:
     rows = [(r.name, r.title, f"≤ {r.limit:g}", _number(r.value), r.verdict) for r in readings]
     return _table(("goal", "figure", "limit", "measured", ""), rows)
+
+
+def forecast_section(forecasts: Sequence[Forecast], facts: Mapping[str, str]) -> str:
+    """What `innerloop.plan` says before, and what is measured then."""
+    about = (
+        "Processor time of `unroll` and the backward pass; peak memory of a fresh process above its peak after a warm-up. "
+        f"{_sentence(facts)}"
+    )
+    return f"### Forecasts of `innerloop.plan`\n\n{about}\n\n{table(list(forecasts))}"
+
+
+def products_section(products: Sequence[Product], facts: Mapping[str, str]) -> str:
+    """What a pullback costs."""
+    about = (
+        "Time of the pullback of one step of `Checkpointed`, eager, over that of one inner gradient: median (quartiles; min to max). "
+        f"{_sentence(facts)}"
+    )
+    head = ["workload", "device", "one gradient", *PRODUCTS]
+    rows = [
+        [p.workload, p.device, f"{1e3 * p.gradient:.2f} ms", *(_spread(p.pullbacks[k]) for k in PRODUCTS)]
+        for p in products
+    ]
+    return f"### Second derivatives of a step\n\n{about}\n\n{_table(head, rows)}"
 
 
 def as_json(results: Sequence[Result], readings: Sequence[Reading], long: LongTimes | None = None) -> str:

@@ -176,7 +176,8 @@ class Rule(Optimizer):
                     f"hyper={{{name!r}: (first, second)}}, each a number or a tensor"
                 )
         values |= hyper
-        self.validate(values)
+        if not torch.compiler.is_compiling():  # a message with a symbolic number in it is not compiled
+            self.validate(values)
         return values
 
     def __repr__(self) -> str:

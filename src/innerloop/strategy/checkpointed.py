@@ -18,6 +18,7 @@ from innerloop.problem import Carry
 from innerloop.random_state import RandomState
 from innerloop.strategy import node, pullback, schedule
 from innerloop.strategy.base import Loop, Rows, Strategy
+from innerloop.strategy.compiled import CompiledProblem, uncounted
 from innerloop.strategy.cost import state_bytes, working_bytes
 from innerloop.strategy.pullback import Cotangents, Outgoing, Step, state_of
 from innerloop.strategy.snapshots import PLACES, Snapshots
@@ -58,7 +59,9 @@ class Checkpointed(Strategy):
             update each, not a gradient, and ``"mixed"`` a quarter less time.
         offload: where states wait: None (on their device), ``"cpu"`` (pinned memory, copied while the device computes) or ``"disk"``.
         keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
-        compile: compile the step and its pullback with ``torch.compile``; the first ones are compared with the uncompiled.
+        compile: compile the step and its pullback with ``torch.compile``: seconds to a minute once per problem and shape, whatever T is;
+            the first ones are compared with the uncompiled and refused if they differ (so are losses that draw random numbers). Not
+            inside of ``torch.func`` transforms, where nothing is compiled.
         finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over. With the
             default step, one step is compared with ``"reverse"`` where the loss has a second derivative: a loss that stops gradients
             (``detach``) has another finite difference than derivative, and is refused.
@@ -106,6 +109,8 @@ class Checkpointed(Strategy):
             raise InvalidInputError(f"finite_step={self.finite_step!r}: write a positive number, 1e-5 for example")
         if self.memory is not None:
             in_bytes(self.memory)
+        if self.compile and self.save == "gradients":
+            raise InvalidInputError('compile=True compiles gradient and update together: write save="params"')
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
@@ -171,6 +176,8 @@ class _Replay(node.Method):
         self.strategy = strategy
         self.replayed = 0
         self._draws = False
+        compiles = strategy.compile and not self.transformed
+        self._compiled = CompiledProblem(loop.problem, strategy.product) if compiles else None
         self._checks_finite = strategy.finite_step is None and not self.transformed
         self._slots = 1
 
@@ -199,18 +206,23 @@ class _Replay(node.Method):
                 if keep:
                     snapshots[t] = carry
             before = carry
-            grads, loss, aux, buffers = loop.problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
-            carry = self._sharing(loop.problem.update(carry, grads, buffers, loop.hyper, t), before)
+            if gradients is None:
+                carry, loss, aux = self._step(loop, carry, batch, t)
+            else:
+                grads, loss, aux, buffers = loop.problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
+                carry = self._sharing(loop.problem.update(carry, grads, buffers, loop.hyper, t), before)
+                if self.recorded:
+                    gradients[t] = (grads, buffers, carry.random_state)
             if torch.is_grad_enabled():
                 node.check_constants(t, state_of(carry), loss, aux)
-            if gradients is not None and self.recorded:
-                gradients[t] = (grads, buffers, carry.random_state)
             t += 1
             rows.add(loss, aux)
             if t in loop.save_at and t != steps:
                 states[t], randoms[t] = tree.map_tensors(Tensor.clone, state_of(carry)), carry.random_state
             loop.report("forward", t, steps)
         states[t], randoms[t] = state_of(carry), carry.random_state
+        if self._compiled is not None:
+            states = {time: uncounted(state, state_of(loop.start)) for time, state in states.items()}
         if self.recorded:
             self.kept = _Kept(snapshots, {t - 1: before} if t else {}, gradients)
         return node.Ran(states, *rows.stacked(), t, randoms)
@@ -248,7 +260,10 @@ class _Replay(node.Method):
             loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
             given = Outgoing(cotangent, loss_cotangent, [None if a is None else a[t] for a in aux])
             gradient = None if kept.gradients is None else kept.gradients[t][0]
-            pulled = pullback.pull(self.strategy.product, step, given, gradient)
+            if self._compiled is None:
+                pulled = pullback.pull(self.strategy.product, step, given, gradient)
+            else:
+                pulled = self._compiled.pull(step, given)
             if self.strategy.product == "finite" and t == steps - 1 and self._checks_finite:
                 to_check = step, given, pulled
             cotangent = pulled.state
@@ -289,7 +304,12 @@ class _Replay(node.Method):
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
             return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(random_state=random_state)
-        return self._sharing(loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)[0], carry)
+        return self._step(loop, carry, loop.batch(carry, t), t)[0]
+
+    def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+        problem = loop.problem if self._compiled is None else self._compiled
+        new, loss, aux = problem.step(carry, loop.hyper, batch, t)
+        return self._sharing(new, carry), loss, aux
 
     def _rewind(self, carry: Carry) -> None:
         if self._draws and carry.random_state is not None:

@@ -21,7 +21,7 @@ class Snapshots(MutableMapping[int, Any]):
     """Pytrees of tensors by time.
 
     Args:
-        place: None keeps the tensors where they are (a reference, no copy), ``"cpu"`` copies those of another device to pinned main
+        place: None keeps the tensors where they are (large ones by reference), ``"cpu"`` copies those of another device to pinned main
             memory while that device goes on computing, ``"disk"`` writes them to a temporary file each.
     """
 
@@ -35,7 +35,7 @@ class Snapshots(MutableMapping[int, Any]):
 
     def __setitem__(self, t: int, value: Any) -> None:
         if self.place is None:
-            self._held[t] = value
+            self._held[t] = _compact(value)
             return
         tensors, template = tree.split(value)
         devices = [x.device for x in tensors]
@@ -70,6 +70,33 @@ class Snapshots(MutableMapping[int, Any]):
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+SMALL = 1_048_576
+"""Bytes; smaller tensors of a kept state share one block."""
+
+_ALIGNMENT = 64
+
+
+def _compact(value: Any) -> Any:
+    """``value`` with its small tensors copied side by side into one block.
+
+    Kept one by one among the temporary tensors of the steps in between they fragment the heap: on M2 with every fourth state kept, twice
+    the memory. Each begins at a multiple of 64 bytes, because kernels may round differently at other alignments.
+    """
+    tensors, template = tree.split(value)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.is_floating_point() and 0 < x.numel() * x.element_size() <= SMALL:
+            groups.setdefault((x.dtype, x.device), []).append(i)
+    for (dtype, device), members in groups.items():
+        step = _ALIGNMENT // dtype.itemsize
+        sizes = [-(-tensors[i].numel() // step) * step for i in members]
+        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        for i, piece in zip(members, pieces, strict=True):
+            x = tensors[i]
+            tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
+    return tree.join(template, tensors)
 
 
 def _to_host(x: Tensor) -> Tensor:
