@@ -76,6 +76,24 @@ def test_one_compilation_serves_all_steps_and_all_loops():
         gradients(Checkpointed(compile=True, slots=1), learned)
 
 
+def test_many_problems_in_one_process():
+    """More than the eight recompilations that torch.compile allows one function."""
+    for i in range(10):
+        learned = innerloop.Problem(
+            lambda p, h, b, i=i: (p["x"] * (i + 1)).square().sum() / 2, innerloop.optim.sgd(lr=0.01)
+        )
+        _, grads = innerloop.metagradient(
+            lambda traj, h: traj.params["x"].sum(),
+            learned,
+            {"x": torch.ones(2)},
+            None,
+            steps=2,
+            wrt="params",
+            strategy=Checkpointed(compile=True),
+        )
+        torch.testing.assert_close(grads["x"], torch.full((2,), (1 - 0.01 * (i + 1) ** 2) ** 2), rtol=1e-12, atol=0)
+
+
 def of_module(layer: Any, drop: float, strategy: Strategy) -> list[Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), layer(4), nn.Dropout(drop), nn.Linear(4, 1))
@@ -120,7 +138,7 @@ def test_captured_tensors_are_refused():
         innerloop.unroll(learned, {"x": torch.ones(2)}, None, steps=2, strategy=Checkpointed(compile=True))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def outside(x: Tensor) -> Tensor:
     return x
 

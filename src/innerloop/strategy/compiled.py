@@ -6,6 +6,7 @@ the user's functions before it, so that the number of the step is no part of the
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiabl
 from innerloop.problem import Carry, Problem
 from innerloop.strategy import pullback
 from innerloop.strategy.pullback import Cotangents, Incoming, Outgoing, Step, carry_of, state_of
+
+_numbers = itertools.count()
 
 
 class Core:
@@ -43,6 +46,9 @@ class Core:
             return pullback.PRODUCTS[product](step, given)
 
         self._advance, self._pull = advance, pull
+        for function in (advance, pull):
+            # torch.compile counts recompilations per code object, and refuses a ninth: each problem gets code of its own.
+            function.__code__ = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
         self._compiled = torch.compile(advance, fullgraph=True), torch.compile(pull, fullgraph=True)
         self._verified: set[Any] = set()
 
