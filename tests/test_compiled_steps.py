@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,12 +77,14 @@ def test_one_compilation_serves_all_steps_and_all_loops():
         gradients(Checkpointed(compile=True, slots=1), learned)
 
 
+def scaled(factor: int) -> Callable[..., Tensor]:
+    return lambda p, h, b: (p["x"] * factor).square().sum() / 2
+
+
 def test_many_problems_in_one_process():
     """More than the eight recompilations that torch.compile allows one function."""
     for i in range(10):
-        learned = innerloop.Problem(
-            lambda p, h, b, i=i: (p["x"] * (i + 1)).square().sum() / 2, innerloop.optim.sgd(lr=0.01)
-        )
+        learned = innerloop.Problem(scaled(i + 1), innerloop.optim.sgd(lr=0.01))
         _, grads = innerloop.metagradient(
             lambda traj, h: traj.params["x"].sum(),
             learned,
