@@ -6,6 +6,7 @@ measurement behind it. On CUDA where there is one.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -58,11 +59,13 @@ def _measure(name: str, device: str, repeats: int) -> Product:
         _finish()
         return clock() - begin
 
-    gradient = lambda: problem.gradient(carry.params, carry.buffers, None, batch)  # noqa: E731
-    runs = {product: lambda product=product: pull(product, step, given) for product in PRODUCTS}
-    for run in (gradient, *runs.values()):
+    gradient = functools.partial(problem.gradient, carry.params, carry.buffers, None, batch)
+    runs = {product: functools.partial(pull, product, step, given) for product in PRODUCTS}
+    gradient()
+    for run in runs.values():
         run()
-    base, times = [], {product: [] for product in PRODUCTS}
+    base: list[float] = []
+    times: dict[str, list[float]] = {product: [] for product in PRODUCTS}
     for _ in range(repeats):
         base.append(timed(gradient))
         for product, run in runs.items():

@@ -1251,7 +1251,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no memory": ({"memory": 0}, "memory=0"),
     "zero GB": ({"memory": "0GB"}, "memory="),
     "negative memory": ({"memory": -5}, "memory=-5"),
-    "memory is a float": ({"memory": 1e9}, "memory="),
+    "memory is a fraction of a byte": ({"memory": 0.5}, "memory="),
     "finite_step zero": ({"product": "finite", "finite_step": 0.0}, "finite_step="),
     "finite_step negative": ({"product": "finite", "finite_step": -1e-3}, "finite_step="),
 }

@@ -121,6 +121,13 @@ class Drawn(Batches):
         super().__init__(steps)
         self.source: Iterator[Any] = iter(source)
         self.position = [0]  # shared by the copies of this object, as the iterator is
+        self._ahead: list[Any] = []
+
+    def peek(self) -> Any:
+        """The next entry, which `at` will give as well."""
+        if not self._ahead:
+            self._ahead.append(next(self.source))
+        return self._ahead[0]
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
         if t != self.position[0]:
@@ -130,7 +137,7 @@ class Drawn(Batches):
             return entry
         before = RandomState.now()
         try:
-            entry = next(self.source)
+            entry = self._ahead.pop() if self._ahead else next(self.source)
         except StopIteration:
             if self.steps is not None:
                 raise InvalidInputError(f"steps={self.steps}, but the iterator of batches ended after {t}") from None
@@ -185,6 +192,26 @@ def check_constant(batches: Any, name: str = "batches") -> None:
             )
 
 
+class Repeatable:
+    """A function ``optimizer_hyper(hyper, t)`` that raises if it gives something else when it is called again with the same t."""
+
+    def __init__(self, function: Callable[[Any, int], Any]) -> None:
+        self.function = function
+        self._seen: dict[int, Fingerprint] = {}
+
+    def __call__(self, hyper: Any, t: int) -> Any:
+        result = self.function(hyper, t)
+        found = Fingerprint.of(tree.map_leaves(lambda x: x, result))
+        if t not in self._seen:
+            self._seen[t] = found
+        elif not found.agrees(self._seen[t]):
+            raise InvalidInputError(
+                f"optimizer_hyper(hyper, t) gave other values at t={t} when it was called again for the replay: it must be a pure function "
+                "of its arguments (and hyper must not be written in place between the forward and the backward pass)"
+            )
+        return result
+
+
 class Fingerprint(NamedTuple):
     """A few numbers that change when the data change: to notice a function that gives other data when it is called again.
 
@@ -221,7 +248,7 @@ class Fingerprint(NamedTuple):
         ours, theirs = (_private.innermost(f.numbers).detach() for f in (self, before))
         if ours.shape != theirs.shape:
             return _private.inside_vmap()  # one of them does not depend on the task
-        tolerance = 10 * self.precision**0.5
+        tolerance = 10 * self.precision**0.75
         scale = float(theirs.abs().nan_to_num().max())
         return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 1e-3 * scale, equal_nan=True)
 
@@ -231,5 +258,5 @@ def agree(again: Tensor, before: Tensor) -> bool:
     again, before = _private.innermost(again).detach(), _private.innermost(before).detach()
     if again.shape != before.shape:
         return _private.inside_vmap()
-    tolerance = 10 * torch.finfo(before.dtype).eps ** 0.5
+    tolerance = 10 * torch.finfo(before.dtype).eps ** 0.75
     return torch.allclose(again, before, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)

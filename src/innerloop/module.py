@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -146,6 +147,7 @@ class ModuleView:
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
         self._training: list[bool] | None = None
+        self._lock = threading.RLock()
         self.source = dict(named_parameters(model))
         self.source_buffers = dict(named_buffers(model))
         for name, p in self.source.items():
@@ -208,6 +210,18 @@ class ModuleView:
         Not ``torch.func.functional_call``: up to torch 2.13 that does not see a parameter which also stands in a list, and leaves
         its tensors behind in a module that is registered twice.
         """
+        # One copy for all threads: they take turns. (Compiled code runs where it was compiled, and knows no locks.)
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            return self._run(params, buffers, function, *args, **kwargs)
+
+    def _run(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
         for (copied, _), training in zip(self._modes, self.training, strict=True):
             copied.training = training
         own, own_buffers = self.read(), self.read_buffers()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from innerloop import tree
 from innerloop.batches import Drawn, batches_of
-from innerloop.errors import InvalidInputError
+from innerloop.errors import InnerLoopError, InvalidInputError
 from innerloop.problem import Carry, Problem
 from innerloop.random_state import restored_on_error
 from innerloop.strategy import schedule
@@ -36,11 +36,13 @@ class Row(NamedTuple):
         strategy: the strategy.
         seconds: of the loop and its backward pass.
         bytes: most memory at once, above what is there before.
+        problem: why it cannot be used, or nothing.
     """
 
     strategy: Strategy
     seconds: float
     bytes: float
+    problem: str = ""
 
 
 class Plan(NamedTuple):
@@ -71,7 +73,12 @@ class Plan(NamedTuple):
         """
         able = [r for r in self.rows if r.strategy.exact and len(r.strategy.differentiates) == 2 and self.fits(r)]
         if not able:
-            least = min(self.rows, key=lambda r: r.bytes)
+            exact = [r for r in self.rows if r.strategy.exact and len(r.strategy.differentiates) == 2 and not r.problem]
+            least = min(exact, key=lambda r: r.bytes, default=None)
+            if least is None:
+                raise InvalidInputError(
+                    "no exact strategy among those planned can differentiate this loop: print the plan"
+                )
             raise InvalidInputError(
                 f"no exact strategy fits into {shown_bytes(self.memory or 0)}: {least.strategy} needs {shown_bytes(least.bytes)}"
             )
@@ -79,7 +86,7 @@ class Plan(NamedTuple):
 
     def fits(self, row: Row) -> bool:
         """Whether a row is within the budget."""
-        return self.memory is None or row.bytes <= self.memory
+        return not row.problem and (self.memory is None or row.bytes <= self.memory)
 
     def __str__(self) -> str:
         budget = "" if self.memory is None else f", budget {shown_bytes(self.memory)}"
@@ -87,7 +94,8 @@ class Plan(NamedTuple):
         table = [("strategy", "exact", "differentiates", "time", "memory", "fits")]
         for row in self.rows:
             names = ", ".join(sorted(row.strategy.differentiates, reverse=True))
-            numbers = shown_seconds(row.seconds), shown_bytes(row.bytes), "yes" if self.fits(row) else "no"
+            measured = shown_seconds(row.seconds), shown_bytes(row.bytes), "yes" if self.fits(row) else "no"
+            numbers = measured if not row.problem else ("", "", f"not possible: {row.problem}")
             table.append((repr(row.strategy), "yes" if row.strategy.exact else "no", names, *numbers))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = [
@@ -135,17 +143,22 @@ def plan(
     data = batches_of(batches, steps)
     if data.steps is None:
         raise InvalidInputError("the length of an iterator is not known: write steps=T")
+    if data.steps == 0:
+        raise InvalidInputError("a loop of no steps costs nothing: there is nothing to plan")
+    for strategy in strategies or ():
+        if not isinstance(strategy, Strategy):
+            raise InvalidInputError(f"strategies has {strategy!r}: write instances, for example [innerloop.StoreAll()]")
     total, budget = data.steps, None if memory is None else in_bytes(memory)
     with restored_on_error():
         loop = Loop(problem, problem.init(params), hyper, data)
         state = state_bytes(loop)
-        batch = data.at(loop.start.params, hyper, 0) if total else None
+        batch = data.peek() if isinstance(data, Drawn) else data.at(loop.start.params, hyper, 0)
         size = sum(x.numel() * x.element_size() for x in tree.tensors(batch))
-        if isinstance(data, Drawn):
-            data.position[0], data.kept[0] = -1, (batch, None)
         chosen = _usual(loop, total, budget, state) if strategies is None else strategies
         forecast = _Forecast(loop, total, size * total if isinstance(data, Drawn) else 0)
-        rows = tuple(forecast.row(strategy) for strategy in chosen)
+        rows = tuple(
+            forecast.row_or_reason(strategy) if strategies is None else forecast.row(strategy) for strategy in chosen
+        )
     return Plan(total, rows, budget, state, size, isinstance(data, Drawn))
 
 
@@ -180,6 +193,13 @@ class _Forecast:
         self.state = state_bytes(loop)
         self._known: dict[tuple[Strategy, frozenset[str]], Cost] = {}
 
+    def row_or_reason(self, strategy: Strategy) -> Row:
+        """`row`, or why the strategy cannot be used for this loop."""
+        try:
+            return self.row(strategy)
+        except (InnerLoopError, RuntimeError) as error:
+            return Row(strategy, math.inf, math.inf, str(error).partition(":")[0][:100])
+
     def row(self, strategy: Strategy) -> Row:
         """The forecast for one strategy."""
         steps = self.steps
@@ -193,7 +213,7 @@ class _Forecast:
         # Hyper-parameters inside the loss are not for FirstOrder, which raises.
         cost = self._cost(strategy, frozenset({"params"}) if isinstance(strategy, FirstOrder) else BOTH)
         # What these keep per step are the numbers of the losses.
-        constant = isinstance(strategy, (FirstOrder, ForwardMode))
+        constant = isinstance(strategy, ForwardMode)
         return Row(strategy, cost.seconds.at(steps), cost.bytes.at(1 if constant else steps))
 
     def _replayed(self, strategy: Checkpointed) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ def unroll(
         hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``.
         strategy: how the loop is differentiated; default `StoreAll`.
         steps: T; needed where ``batches`` does not say it.
-        save_at: times whose states `Trajectory.at` must know, whatever the strategy.
+        save_at: times whose states `Trajectory.at` must know, whatever the strategy. Other than under `StoreAll`, the states of one
+            trajectory do not depend on each other: for d state(T) / d state(t), cut the loop at t and continue it from the carry.
         progress: True shows a bar for each of the forward and the backward phase (package ``tqdm``); or a function
             ``progress(phase, done, total)`` that is told after each step. An exception, Ctrl-C too, leaves everything as it was.
 
@@ -63,9 +64,10 @@ def unroll(
         (tensor(0.1250),)
     """
     strategy = StoreAll() if strategy is None else strategy
-    if not isinstance(strategy, Strategy):
+    _check_strategy(strategy)
+    if torch.is_inference_mode_enabled():
         raise InvalidInputError(
-            f"strategy={strategy!r} is not a strategy: write an instance, for example innerloop.StoreAll()"
+            "torch.inference_mode is on, in which no gradient can be taken, not even an inner one: write torch.no_grad instead"
         )
     if not isinstance(problem, Problem):
         raise InvalidInputError(
@@ -140,6 +142,7 @@ def metagradient(
     if not names or not set(names) <= {"params", "hyper"}:
         raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
     strategy = StoreAll() if strategy is None else strategy
+    _check_strategy(strategy)
     missing = sorted(set(names) - strategy.differentiates)
     if missing:
         raise InvalidInputError(
@@ -281,8 +284,17 @@ def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> No
             )
 
 
+def _check_strategy(strategy: Any) -> None:
+    if not isinstance(strategy, Strategy):
+        raise InvalidInputError(
+            f"strategy={strategy!r} is not a strategy: write an instance, for example innerloop.StoreAll()"
+        )
+
+
 def _times(save_at: Sequence[int], steps: int | None) -> tuple[int, ...]:
     """The times, counted from the start."""
+    if not isinstance(save_at, Iterable) or any(type(t) is not int for t in save_at):
+        raise InvalidInputError(f"save_at={save_at!r}: write a list of times, for example save_at=[0, 10]")
     if steps is None:
         if any(t < 0 for t in save_at):
             raise InvalidInputError(f"save_at={tuple(save_at)} counts from the end, which is not known: write steps=T")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from innerloop import _private
+from innerloop.batches import Drawn
 from innerloop.strategy.base import Loop, Strategy
 from innerloop.strategy.checkpointed import Checkpointed, in_bytes
 from innerloop.strategy.cost import measure
@@ -22,7 +23,7 @@ class Auto(Strategy):
     **Cost**: about twenty steps at each call, before the loop runs.
 
     **When**: a script that must not run out of memory, whatever T is. **Not** in an outer loop of short inner loops: call
-    `innerloop.plan` once, and write down what it says. Where an iterator does not tell T, and under ``torch.func``, nothing is measured:
+    `innerloop.plan` once, and write down what it says. With an iterator, and under ``torch.func``, nothing is measured:
     it is ``Checkpointed(memory=memory)``.
 
     Args:
@@ -34,7 +35,7 @@ class Auto(Strategy):
         True
     """
 
-    memory: int | str
+    memory: float | str
 
     exact = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
@@ -50,7 +51,7 @@ class Auto(Strategy):
         steps = loop.batches.steps
         if steps == 0:
             return StoreAll()
-        if steps is None or _private.inside_transform():
+        if steps is None or isinstance(loop.batches, Drawn) or _private.inside_transform():
             return Checkpointed(memory=self.memory)
         candidates = [StoreAll(), Checkpointed(slots="all")]
         costs = [measure(loop, candidate, rounds=3) for candidate in candidates]

@@ -63,7 +63,8 @@ class Checkpointed(Strategy):
             the first ones are compared with the uncompiled and refused if they differ (so are losses that draw random numbers). Not
             inside of ``torch.func`` transforms, where nothing is compiled.
         finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over. With the
-            default step, one step is compared with ``"reverse"`` where the loss has a second derivative: a loss that stops gradients
+            default step, the first and the last step are compared with ``"reverse"`` where the loss has a second derivative: one that
+            stops gradients
             (``detach``) has another finite difference than derivative, and is refused.
 
     Example:
@@ -78,7 +79,7 @@ class Checkpointed(Strategy):
     """
 
     slots: int | str | None = None
-    memory: int | str | None = None
+    memory: float | str | None = None
     product: str = "auto"
     save: str = "params"
     offload: str | None = None
@@ -249,7 +250,7 @@ class _Replay(node.Method):
         cotangent = saved[steps]
         of_hyper: Cotangents = [None] * len(wanted)
         reached: set[int] = set()
-        to_check: tuple[Step, Outgoing, pullback.Incoming] | None = None
+        to_check: list[tuple[Step, Outgoing, pullback.Incoming]] = []
         losses: list[Tensor] = []
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
@@ -264,8 +265,8 @@ class _Replay(node.Method):
                 pulled = pullback.pull(self.strategy.product, step, given, gradient)
             else:
                 pulled = self._compiled.pull(step, given)
-            if self.strategy.product == "finite" and t == steps - 1 and self._checks_finite:
-                to_check = step, given, pulled
+            if self.strategy.product == "finite" and t in (0, steps - 1) and self._checks_finite:
+                to_check.append((step, given, pulled))
             cotangent = pulled.state
             losses.append(pulled.loss)
             if t in saved:
@@ -277,8 +278,8 @@ class _Replay(node.Method):
             loop.report("backward", steps - t, steps)
         if losses:
             self.compare(torch.stack(losses[::-1]))
-        if to_check is not None:
-            pullback.check_finite(*to_check)
+        for checked in to_check:
+            pullback.check_finite(*checked)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
 
     def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
@@ -347,15 +348,15 @@ class _Marks:
         return self._all or t in self._times, None
 
 
-def in_bytes(memory: int | str) -> int:
+def in_bytes(memory: float | str) -> int:
     """``"4GB"``, ``"500MB"``, ``"1.5 GiB"`` or a number, as bytes.
 
     Example:
         >>> in_bytes("4GB"), in_bytes("1.5 MiB"), in_bytes(1000)
         (4000000000, 1572864, 1000)
     """
-    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
-        return memory
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory >= 1:
+        return int(memory)
     pattern = r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*"
     found = re.fullmatch(pattern, memory, re.IGNORECASE) if isinstance(memory, str) else None
     count = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.batches import Batches
+from innerloop.batches import Batches, Drawn
 from innerloop.progress import silent
 from innerloop.random_state import RandomState, at_random_state
 from innerloop.strategy.base import Loop, Strategy
@@ -64,7 +64,7 @@ def measure(loop: Loop, strategy: Strategy, *, wrt: frozenset[str] = BOTH, round
         wrt: with respect to what the final parameters are differentiated; nothing: no backward pass.
         rounds: how often times are taken; the smallest counts, since other work on the machine only adds.
     """
-    few = 4 if loop.batches.steps is None else max(min(4, loop.batches.steps), 2)
+    few = 4 if loop.batches.steps is None else max(min(4, loop.batches.steps), 1)
     runs = [_run(loop, strategy, steps, wrt & strategy.differentiates) for steps in (1, few)]
     with at_random_state(RandomState.now()):
         runs[1]()  # lazy imports, kernels chosen by the first call
@@ -95,10 +95,12 @@ class _First(Batches):
 
     def __init__(self, batches: Batches, steps: int) -> None:
         super().__init__(steps)
-        self.inner = copy.copy(batches)
+        self.inner = batches if isinstance(batches, Drawn) else copy.copy(batches)
         self.data = batches.data
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        if isinstance(self.inner, Drawn):
+            return self.inner.peek()
         self.inner.data = self.data
         return self.inner.at(params, hyper, 0)
 
@@ -141,6 +143,8 @@ def _finish() -> None:
 
 
 def _line(values: list[float], few: int) -> Line:
+    if few == 1:
+        return Line(0.0, values[1])
     each = max((values[1] - values[0]) / (few - 1), 0.0)
     return Line(max(values[0] - each, 0.0), each)
 

@@ -31,7 +31,7 @@ class FirstOrder(Strategy):
     Hyper-parameters of the optimizer keep their direct effect on each update. The error is of the order of η T times the curvature of
     the inner loss; exact where that is zero, and in the limit of small steps.
 
-    **Cost**: T G in time; memory 2.23 A at most, plus P per step for each hyper-parameter of the optimizer that is learned.
+    **Cost**: T G in time; memory A, plus P per step for each hyper-parameter of the optimizer that is learned (and for Adam's division).
 
     **When**: few and small inner steps, as a cheap first try. **Not** for a hyper-parameter inside the inner loss: it acts through the
     inner gradients alone, so asking for its gradient raises. Nor for outer losses made of ``traj.losses`` or ``traj.aux``.
@@ -67,8 +67,15 @@ class FirstOrder(Strategy):
                 states[t] = carry
             loop.report("forward", t, loop.batches.steps)
         states[t] = carry
-        states = {time: refuse_inputs(c, in_loss.values(), _IN_LOSS) if time else c for time, c in states.items()}
-        inputs = [*tree.tensors(state_of(loop.start)), *tree.tensors(loop.hyper)]
+        # The newest parameters stand for what the optimizer has captured.
+        inputs = [*tree.tensors((state_of(loop.start), loop.hyper)), *in_loss.values(), *carry.params.values()]
+        computed = loop.problem.computed_buffers
+        for time, kept in states.items():
+            if time:
+                buffers = {
+                    n: refuse_outputs(b, inputs, _LOSSES) if n in computed else b for n, b in kept.buffers.items()
+                }
+                states[time] = refuse_inputs(kept, in_loss.values(), _IN_LOSS)._replace(buffers=buffers)
         return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), t)
 
 
@@ -119,6 +126,6 @@ _IN_LOSS = (
     "would be lost. Write strategy=innerloop.Checkpointed() (or StoreAll, ForwardMode, Truncated), or detach the tensor"
 )
 _LOSSES = (
-    "FirstOrder() differentiates the states of the loop; traj.losses and traj.aux are constants: evaluate the loss at traj.params, or "
-    "write strategy=innerloop.Checkpointed()"
+    "FirstOrder() differentiates the parameters along the loop; traj.losses, traj.aux and buffers are constants: evaluate the loss at "
+    "traj.params, or write strategy=innerloop.Checkpointed()"
 )

@@ -13,7 +13,7 @@ from innerloop import _private, tree
 from innerloop.batches import Exhausted, batches_of
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry, Problem, check_loss, explained
-from innerloop.random_state import RandomState
+from innerloop.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.strategy import node
 from innerloop.strategy.base import Loop, Rows, Strategy
 from innerloop.strategy.pullback import Cotangents, carry_of, lacks_forward_mode, state_of
@@ -125,6 +125,7 @@ class ForwardMode(Strategy):
             [(4.0, -8.0), (2.0, -8.0), (1.0, -6.0)]
         """
         data = batches_of(batches, steps)
+        owned = isinstance(params, Carry) and params.random_state is not None
         loop = Loop(problem, problem.init(params).detach(), tree.map_tensors(Tensor.detach, hyper), data)
         wanted = [tree.differentiable(x) for x in tree.leaves(hyper)]
         if not any(wanted):
@@ -132,11 +133,14 @@ class ForwardMode(Strategy):
         push = _Push(loop, wanted)
         carry, tangents, t = loop.start, push.zeros(loop.start), 0
         while True:
-            try:
-                batch = loop.batch(carry, t)
-            except Exhausted:
-                return
-            carry, tangents, _, _ = push(carry, tangents, loop.hyper, batch, t)
+            # From a carry the loop has random numbers of its own, and leaves the user's alone.
+            with at_random_state(carry.random_state) if owned else restored_on_error():
+                try:
+                    batch = loop.batch(carry, t)
+                except Exhausted:
+                    return
+                carry, tangents, ends, _ = push(carry, tangents, loop.hyper, batch, t)
+            node.check_constants(t, state_of(carry), *ends)
             t += 1
             with torch.enable_grad():
                 values = [x.detach().requires_grad_() for x in carry.params.values()]
@@ -156,6 +160,12 @@ class ForwardMode(Strategy):
                 )
             through = push.contract(list(found[: len(values)]), tangents[: len(values)])
             direct = iter(found[len(values) :])
+            if t == 1 and not any(bool(g.any()) for g in (*through, *found[len(values) :]) if g is not None):
+                raise NotDifferentiableError(
+                    "no gradient arrives at hyper after the first step: neither a step nor outer(params, hyper) depends on it. "
+                    "Hyper-parameters of the optimizer reach it by Problem(loss, optimizer, optimizer_hyper=lambda hyper, t: {...}); outer "
+                    "must not detach params"
+                )
             grads = [
                 None if not w else torch.zeros_like(x) + sum(g for g in (a, next(direct)) if g is not None)
                 for x, w, a in zip(hypers, wanted, through, strict=True)
@@ -164,7 +174,19 @@ class ForwardMode(Strategy):
                 t, carry, value.detach(), tree.map_tensors(Tensor.detach, tree.with_leaves(loop.hyper, grads))
             )
             if sent is not None:
+                _check_alike(sent, loop.hyper)
                 loop = loop._replace(hyper=tree.map_tensors(Tensor.detach, sent))
+
+
+def _check_alike(sent: Any, before: Any) -> None:
+    """Raise unless both have the same leaves at the same places."""
+    described = [
+        [(path, tuple(x.shape), x.dtype) for path, x in tree.named_tensors(h, "hyper")] for h in (sent, before)
+    ]
+    if described[0] != described[1] or len(tree.leaves(sent)) != len(tree.leaves(before)):
+        raise InvalidInputError(
+            f"send(hyper) has {described[0]}, the loop started with {described[1]}: the same tensors in the same order are needed"
+        )
 
 
 class _Push:

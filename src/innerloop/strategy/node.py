@@ -8,6 +8,7 @@ whose own backward, for second derivatives, differentiates a plain run of the lo
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.batches import agree
+from innerloop.batches import Repeatable, agree
 from innerloop.errors import CapturedTensorError, InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry
-from innerloop.progress import silent
+from innerloop.progress import closing, silent
 from innerloop.random_state import RandomState, at_random_state
 from innerloop.strategy.ambient import Ambient
 from innerloop.strategy.base import Loop
@@ -63,7 +64,10 @@ class Method(abc.ABC):
         self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
         random_state = loop.start.random_state or RandomState.now()
         empty = Carry({}, None, {}, random_state)
-        self.loop = loop._replace(start=empty, hyper=None, batches=loop.batches.holding(None))
+        problem = copy.copy(loop.problem)
+        if problem.optimizer_hyper is not None:
+            problem.optimizer_hyper = Repeatable(problem.optimizer_hyper)
+        self.loop = loop._replace(problem=problem, start=empty, hyper=None, batches=loop.batches.holding(None))
         self.transformed = _private.inside_transform()
         self.recorded = self.transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors))
         self.loop.batches.keeping = self.recorded
@@ -271,7 +275,7 @@ class _Pull(torch.autograd.Function):
             held, loop.batches.kept = tree.join(request.kept, kept)
         places = iter(request.wanted[method.count :])
         wanted = [next(places) if isinstance(leaf, Tensor) else False for leaf in tree.leaves(loop.hyper)]
-        with at_random_state(RandomState.now()), method.ambient.restored(loop.problem):
+        with at_random_state(RandomState.now()), method.ambient.restored(loop.problem), closing(loop.report):
             of_start, of_hyper = method.pull(loop, held, ran, wanted)
         leaves = [*tree.leaves(state_of(loop.start)), *tree.leaves(loop.hyper)]
         found = [c for c, leaf in zip([*of_start, *of_hyper], leaves, strict=True) if isinstance(leaf, Tensor)]

@@ -227,9 +227,9 @@ def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
             error += float((a - b).norm()) ** 2
             scale += float((b if c is None else b - c).norm()) ** 2
     error, scale = math.sqrt(error), math.sqrt(scale)
-    if error > 0.05 * scale:
+    if scale and error > 0.05 * scale:  # where reverse over reverse sees nothing, there is nothing to compare with
         raise NotDifferentiableError(
-            f'product="finite" is off by {error / max(scale, 1e-300):.0%} at step {step.t}: the loss stops a gradient (detach, no_grad), '
+            f'product="finite" is off by {error / scale:.0%} at step {step.t}: the loss stops a gradient (detach, no_grad), '
             'which a finite difference does not see, or has kinks. Write product="reverse", or set finite_step to skip this check'
         )
 
@@ -320,7 +320,8 @@ PRODUCTS: dict[str, Callable[..., Incoming]] = {"reverse": reverse, "mixed": mix
 PREFERRED = {"cpu": "reverse"}
 """What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/products.md); elsewhere reverse."""
 
-_no_forward_mode: weakref.WeakSet[Problem] = weakref.WeakSet()
+_no_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Losses for which ``"auto"`` has found that."""
 
 
 def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
@@ -331,7 +332,7 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
     """
     device = next(iter(step.carry.params.values())).device.type
     chosen = PREFERRED.get(device, "reverse") if product == "auto" else product
-    if product == "auto" and step.problem in _no_forward_mode:
+    if product == "auto" and step.problem.loss in _no_forward_mode:
         chosen = "reverse"
     try:
         return PRODUCTS[chosen](step, given, gradient)
@@ -341,7 +342,7 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
         if chosen != "mixed" or not lacks_forward_mode(error):
             raise explained(error) from error
         if product == "auto":
-            _no_forward_mode.add(step.problem)
+            _no_forward_mode.add(step.problem.loss)
             warnings.warn(
                 f'{step.problem!r}: an operation of the loss lacks a forward-mode derivative, so product="auto" takes reverse over '
                 f"reverse for this problem. PyTorch says: {error}",

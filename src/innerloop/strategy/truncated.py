@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from innerloop import tree
 from innerloop.errors import InvalidInputError
 from innerloop.problem import Carry
 from innerloop.strategy.base import Loop, Rows, Strategy, join
+from innerloop.strategy.node import check_constants
 from innerloop.strategy.pullback import state_of
 from innerloop.strategy.refuse import refuse_inputs, refuse_outputs
 from innerloop.trajectory import Trajectory
@@ -79,6 +81,8 @@ class Truncated(Strategy):
             now, rows = (constants, early) if t < cut else (loop, late)
             carry, loss, aux = now.problem.step(carry, now.hyper, now.batch(carry, t), t)
             if t < cut:
+                if torch.is_grad_enabled():
+                    check_constants(t, state_of(carry), loss, aux)
                 carry, (loss, aux) = carry.detach(), tree.map_tensors(Tensor.detach, (loss, aux))
             rows.add(loss, aux)
             if t + 1 == steps or t + 1 in loop.save_at:
