@@ -216,3 +216,40 @@ def test_times_are_whole_numbers():
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(innerloop.InvalidInputError, match="no_grad"):
         innerloop.unroll(quadratic(), w(), None, steps=3)
+
+
+class Once(torch.autograd.Function):
+    """The square, whose backward may not be differentiated."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed()], ids=repr)
+def test_a_second_derivative_that_torch_would_drop_is_named(strategy: Strategy):
+    """d w_2 / d w_0 is (1 - lr)^2 = 1/4; torch says 1, because the gradient that comes in does not require grad."""
+    problem = innerloop.Problem(lambda p, h, b: Once.apply(p["w"]) / 2, innerloop.optim.sgd(lr=0.5))
+    with pytest.raises(innerloop.NotDifferentiableError, match="Once is marked once_differentiable"):
+        innerloop.unroll(problem, w(), None, steps=2, strategy=strategy).params["w"].backward()
+    params = w()
+    innerloop.unroll(problem, params, None, steps=2, strategy=FirstOrder()).params["w"].backward()
+    assert params["w"].grad == 1
+
+
+def test_track_names_it_too():
+    model = nn.Linear(1, 1)
+    with (
+        pytest.raises(innerloop.NotDifferentiableError, match="once_differentiable"),
+        innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
+    ):
+        loop.step(Once.apply(loop.model(torch.ones(1, 1))).sum())

@@ -115,5 +115,17 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
+        elif second_order and _once_differentiable(node):
+            raise NotDifferentiableError(
+                f"{kind.removesuffix('Backward')} is marked once_differentiable: PyTorch would drop its second derivative without a word. "
+                "Write its backward out of differentiable operations, or use strategy=innerloop.FirstOrder() (track: first_order=True)"
+            )
         stack.extend([child for child, _ in node.next_functions])
     return leaves
+
+
+def _once_differentiable(node: Any) -> bool:
+    """Whether a node is a custom Function whose backward says that it must not be differentiated again."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    wrapped = getattr(backward, "__wrapped__", None)
+    return wrapped is not None and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
