@@ -65,7 +65,7 @@ def unroll(
     """
     strategy = StoreAll() if strategy is None else strategy
     _check_strategy(strategy)
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise InvalidInputError(
             "torch.inference_mode is on, in which no gradient can be taken, not even an inner one: write torch.no_grad instead"
         )

@@ -178,7 +178,7 @@ def uncounted(state: Any, like: Any) -> Any:
 def _compare(found: Any, eager: Any, what: str) -> None:
     """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
     pairs = zip(tree.leaves(found), tree.leaves(eager), strict=True)
-    chosen = [(a, b) for a, b in pairs if tree.differentiable(b) and b.numel()]
+    chosen = [(a, b.detach()) for a, b in pairs if tree.differentiable(b) and b.numel()]
     largest = max((float(b.abs().max()) for _, b in chosen), default=0.0)
     for ours, theirs in chosen:
         scale = float(theirs.abs().max())
