@@ -180,27 +180,47 @@ def test_measuring_draws_nothing_from_an_iterator(strategy: Strategy):
         torch.testing.assert_close(traj.params["w"], innerloop.unroll(problem, w(), data).params["w"])
 
 
+def test_an_iterator_that_is_used_up_is_named():
+    problem = innerloop.Problem(lambda p, h, x: (p["w"] - x).square(), innerloop.optim.sgd(lr=0.1))
+    for used in (
+        lambda: innerloop.plan(problem, {"w": torch.tensor(2.0)}, iter([]), steps=2),
+        lambda: innerloop.unroll(problem, w(), iter([]), strategy=Checkpointed(memory="1GB")),
+        lambda: innerloop.unroll(problem, w(), iter([]), steps=2),
+    ):
+        with pytest.raises(innerloop.InvalidInputError, match="iterator of batches"):
+            used()
+
+
 def test_a_loop_of_one_step_with_a_schedule():
     problem = quadratic(optimizer_hyper=lambda h, t: {"lr": h["lr"][t]})
     plan = innerloop.plan(problem, {"w": torch.tensor(2.0)}, None, steps=1, hyper={"lr": torch.tensor([0.5])})
     assert not any(row.problem for row in plan.rows)
 
 
+class Square(torch.autograd.Function):
+    """Without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Once(Square):
+    """The same, whose backward may not be differentiated."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(Square.backward))  # type: ignore[assignment]
+
+
 def test_a_row_that_is_not_possible_says_so():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor) -> Tensor:
-            return x.square()
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2 * g * ctx.saved_tensors[0]
-
-    problem = innerloop.Problem(lambda p, h, b: Once.apply(p["w"]) * h, innerloop.optim.sgd(lr=0.1))
+    problem = innerloop.Problem(lambda p, h, b: Square.apply(p["w"]) * h, innerloop.optim.sgd(lr=0.1))
     plan = innerloop.plan(problem, {"w": torch.tensor(2.0)}, None, steps=5, hyper=torch.tensor(1.0))
     row = next(r for r in plan.rows if r.strategy == ForwardMode())
     assert row.problem
@@ -216,23 +236,6 @@ def test_times_are_whole_numbers():
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(innerloop.InvalidInputError, match="no_grad"):
         innerloop.unroll(quadratic(), w(), None, steps=3)
-
-
-class Once(torch.autograd.Function):
-    """The square, whose backward may not be differentiated."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * g
 
 
 @pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed()], ids=repr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
@@ -13,10 +14,6 @@ from torch import Tensor
 from innerloop import _private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.random_state import RandomState
-
-
-class Exhausted(Exception):
-    """There is no further batch."""
 
 
 class Batches(abc.ABC):
@@ -45,10 +42,12 @@ class Batches(abc.ABC):
             params: the parameters before the step.
             hyper: as given to the loop.
             t: the step.
-
-        Raises:
-            Exhausted: there is no step t.
         """
+
+    def times(self) -> Iterable[int]:
+        """The steps: 0 to T - 1, or as long as there are data."""
+        assert self.steps is not None, "only an iterator does not know its length"
+        return range(self.steps)
 
     def holding(self, data: Any) -> Batches:
         """The same with other tensors in ``data``."""
@@ -120,14 +119,33 @@ class Drawn(Batches):
     def __init__(self, source: Iterable[Any], steps: int | None) -> None:
         super().__init__(steps)
         self.source: Iterator[Any] = iter(source)
-        self.position = [0]  # shared by the copies of this object, as the iterator is
-        self._ahead: list[Any] = []
+        # Shared by the copies of this object, as the iterator is.
+        self.position = [0]
+        self._ahead: list[tuple[Any, bool]] = []
+
+    def times(self) -> Iterable[int]:
+        return super().times() if self.steps is not None else itertools.takewhile(self._has, itertools.count())
 
     def peek(self) -> Any:
         """The next entry, which `at` will give as well."""
-        if not self._ahead:
-            self._ahead.append(next(self.source))
-        return self._ahead[0]
+        if not self._has(self.position[0]):
+            raise InvalidInputError("the iterator of batches has no entry (any more): make a new one for each loop")
+        return self._ahead[0][0]
+
+    def _has(self, t: int) -> bool:
+        if t >= self.position[0] and not self._ahead:
+            try:
+                self._ahead.append(self._draw())
+            except StopIteration:
+                return False
+        return True
+
+    def _draw(self) -> tuple[Any, bool]:
+        """The next entry, and whether the iterator drew random numbers for it."""
+        before = RandomState.now()
+        entry = next(self.source)
+        after = RandomState.now()
+        return entry, before is not None and after is not None and not after.equals(before)
 
     def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
         if t != self.position[0]:
@@ -135,19 +153,14 @@ class Drawn(Batches):
             if random_state is not None:
                 random_state.restore()  # the iterator itself drew random numbers, and it is not asked again
             return entry
-        before = RandomState.now()
         try:
-            entry = self._ahead.pop() if self._ahead else next(self.source)
+            entry, drew = self._ahead.pop() if self._ahead else self._draw()
         except StopIteration:
-            if self.steps is not None:
-                raise InvalidInputError(f"steps={self.steps}, but the iterator of batches ended after {t}") from None
-            raise Exhausted from None
+            raise InvalidInputError(f"steps={self.steps}, but the iterator of batches ended after {t}") from None
         check_constant(entry, f"batch {t}")
         self.position[0] += 1
         if self.keeping:
-            after = RandomState.now()
-            drew = before is not None and after is not None and not after.equals(before)
-            self.kept[t] = entry, after if drew else None
+            self.kept[t] = entry, RandomState.now() if drew else None
         return entry
 
 
@@ -201,7 +214,7 @@ class Repeatable:
 
     def __call__(self, hyper: Any, t: int) -> Any:
         result = self.function(hyper, t)
-        found = Fingerprint.of(tree.map_leaves(lambda x: x, result))
+        found = Fingerprint.of(result)
         if t not in self._seen:
             self._seen[t] = found
         elif not found.agrees(self._seen[t]):

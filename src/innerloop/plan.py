@@ -71,9 +71,9 @@ class Plan(NamedTuple):
         Raises:
             InvalidInputError: none fits.
         """
-        able = [r for r in self.rows if r.strategy.exact and len(r.strategy.differentiates) == 2 and self.fits(r)]
+        exact = [r for r in self.rows if r.strategy.exact and r.strategy.differentiates == BOTH and not r.problem]
+        able = [r for r in exact if self.fits(r)]
         if not able:
-            exact = [r for r in self.rows if r.strategy.exact and len(r.strategy.differentiates) == 2 and not r.problem]
             least = min(exact, key=lambda r: r.bytes, default=None)
             if least is None:
                 raise InvalidInputError(
@@ -115,7 +115,7 @@ def plan(
     *,
     hyper: Any = None,
     steps: int | None = None,
-    memory: int | str | None = None,
+    memory: float | str | None = None,
     strategies: Sequence[Strategy] | None = None,
 ) -> Plan:
     """Measure a few steps, and say what each strategy would cost for the whole loop.
@@ -154,7 +154,7 @@ def plan(
         state = state_bytes(loop)
         batch = data.peek() if isinstance(data, Drawn) else data.at(loop.start.params, hyper, 0)
         size = sum(x.numel() * x.element_size() for x in tree.tensors(batch))
-        chosen = _usual(loop, total, budget, state) if strategies is None else strategies
+        chosen = _usual(loop, total, budget) if strategies is None else strategies
         forecast = _Forecast(loop, total, size * total if isinstance(data, Drawn) else 0)
         rows = tuple(
             forecast.row_or_reason(strategy) if strategies is None else forecast.row(strategy) for strategy in chosen
@@ -162,7 +162,7 @@ def plan(
     return Plan(total, rows, budget, state, size, isinstance(data, Drawn))
 
 
-def _usual(loop: Loop, steps: int, budget: int | None, state: int) -> list[Strategy]:
+def _usual(loop: Loop, steps: int, budget: int | None) -> list[Strategy]:
     slots: list[int | str | None] = ["all", None, math.ceil(2 * math.sqrt(steps))]
     budgeted: list[Strategy] = []
     if budget is not None:

@@ -188,12 +188,15 @@ class Problem:
             return grads, loss, aux, new_buffers
         return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
+    def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
+        """The optimizer's hyper-parameters at step t; None: its own."""
+        return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
+
     def update(
         self, carry: Carry, grads: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, t: int
     ) -> Carry:
         """The carry after the gradient of step t, and the buffers that came with it, are known."""
-        overrides = None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
-        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, overrides)
+        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, self.overrides(hyper, t))
         return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:

@@ -73,6 +73,14 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
+def put(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """``leaves`` with ``values`` in these places."""
+    filled = list(leaves)
+    for i, value in zip(places, values, strict=True):
+        filled[i] = value
+    return filled
+
+
 class _Slot(int):
     """A leaf that stands for the tensor of this index."""
 

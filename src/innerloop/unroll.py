@@ -16,6 +16,7 @@ from innerloop.problem import Carry, Problem, check_loss, explained
 from innerloop.progress import Report, closing, reporter
 from innerloop.random_state import at_random_state, restored_on_error
 from innerloop.strategy.base import Loop, Strategy
+from innerloop.strategy.compiled import beyond_rounding
 from innerloop.strategy.store_all import StoreAll
 from innerloop.trajectory import Trajectory
 
@@ -193,21 +194,14 @@ def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[
     """``(result, {name: gradient})``."""
     chosen = {name: inputs[name] for name in names}
     leaves = tree.leaves(chosen)
-    wanted = [
-        i
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
+    wanted = [i for i, leaf in enumerate(leaves) if tree.differentiable(leaf)]
     if not wanted:
         raise InvalidInputError(f"nothing to differentiate: {' and '.join(names)} hold no floating-point tensor")
 
     transformed = not torch.compiler.is_compiling() and _private.inside_transform()
 
     def of_leaves(values: list[Tensor]) -> tuple[Tensor, Any]:
-        filled = list(leaves)
-        for i, value in zip(wanted, values, strict=True):
-            filled[i] = value
-        loss, result = value_of({**inputs, **tree.with_leaves(chosen, filled)})
+        loss, result = value_of({**inputs, **tree.with_leaves(chosen, tree.put(leaves, wanted, values))})
         if transformed and not _private.is_tracked(loss):
             raise NotDifferentiableError(UNREACHED)
         return loss, result
@@ -218,9 +212,7 @@ def _gradient(value_of: ValueOf, inputs: Inputs, names: Sequence[str]) -> tuple[
     else:
         # The same mathematics with one graph less: torch.func.grad would record the backward pass as well.
         result, found = _autograd(of_leaves, values)
-    grads: list[Any] = [None] * len(leaves)
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
+    grads = tree.put([None] * len(leaves), wanted, found)
     for name, group in tree.with_leaves(chosen, grads).items():
         if any(isinstance(t, Tensor) for t in tree.leaves(chosen[name])) and all(g is None for g in tree.leaves(group)):
             raise NotDifferentiableError(f"no gradient arrives at {name}: {UNREACHED}")
@@ -274,10 +266,9 @@ def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> No
     for (name, ours), (_, eager) in zip(
         tree.named_tensors([result, grads]), tree.named_tensors([eager_result, eager_grads]), strict=True
     ):
-        scale = eager.abs().max() if eager.numel() else eager.new_zeros(())
-        error = (ours - eager).abs().max() if eager.numel() else scale
-        tolerance = 100 * torch.finfo(eager.dtype).eps ** 0.5
-        if not error <= tolerance * scale + torch.finfo(eager.dtype).tiny:
+        difference = beyond_rounding(ours, eager, torch.finfo(eager.dtype).tiny) if eager.numel() else None
+        if difference is not None:
+            error, scale = difference
             raise MetaGradientError(
                 f"the compiled meta-gradient differs from the eager one at {name}: by {error:.3e}, where values are up to "
                 f"{scale:.3e}. This is a compiler error (or the loop draws random numbers): use compile=False"

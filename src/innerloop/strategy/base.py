@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop import tree
-from innerloop.batches import Batches, Exhausted
+from innerloop.batches import Batches
 from innerloop.problem import Carry, Problem
 from innerloop.progress import Report, silent
 from innerloop.trajectory import Trajectory
@@ -36,9 +36,7 @@ class Loop(NamedTuple):
     report: Report = silent
 
     def batch(self, carry: Carry, t: int) -> Any:
-        """The data of step t; raises `Exhausted` where there is none."""
-        if self.batches.steps is not None and t >= self.batches.steps:
-            raise Exhausted
+        """The data of step t."""
         return self.batches.at(carry.params, self.hyper, t)
 
 
@@ -58,6 +56,9 @@ class Rows:
         """One step's."""
         self._losses.append(loss)
         self._aux.append(aux)
+
+    def __len__(self) -> int:
+        return len(self._losses)
 
     def stacked(self) -> tuple[Tensor, Any]:
         """``(losses, aux)``, along time."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.batches import Drawn, Exhausted
+from innerloop.batches import Drawn
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry
 from innerloop.random_state import RandomState
@@ -33,7 +33,8 @@ class Checkpointed(Strategy):
     r"""Run the loop without a graph, keep some of its states, and replay each step once more to differentiate it: exact, in bounded memory.
 
     With s slots the T steps are run backwards by binomial checkpointing (Griewank & Walther 2000), which replays the fewest steps
-    possible: :func:`innerloop.strategy.schedule.replays`. The data of an iterator need no known length (Stumm & Walther 2010).
+    possible: :func:`innerloop.strategy.schedule.replays`. The data of an iterator need no known length
+    (Wang, Moin & Iaccarino 2009: :class:`innerloop.strategy.schedule.Online`).
 
     **Cost** with G one inner gradient, A what a first-order step saves, P parameters, S optimizer state:
 
@@ -63,9 +64,8 @@ class Checkpointed(Strategy):
             the first ones are compared with the uncompiled and refused if they differ (so are losses that draw random numbers). Not
             inside of ``torch.func`` transforms, where nothing is compiled.
         finite_step: relative step of ``product="finite"``; its error falls with the square of it, until rounding takes over. With the
-            default step, the first and the last step are compared with ``"reverse"`` where the loss has a second derivative: one that
-            stops gradients
-            (``detach``) has another finite difference than derivative, and is refused.
+            default step, the first and the last step are compared with ``"reverse"`` where the loss has a second derivative: one
+            that stops gradients (``detach``) has another finite difference than derivative, and is refused.
 
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
@@ -175,7 +175,6 @@ class _Replay(node.Method):
     def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
         super().__init__(loop)
         self.strategy = strategy
-        self.replayed = 0
         self._draws = False
         compiles = strategy.compile and not self.transformed
         self._compiled = CompiledProblem(loop.problem, strategy.product) if compiles else None
@@ -194,12 +193,8 @@ class _Replay(node.Method):
         randoms: dict[int, RandomState | None] = {}
         rows = Rows(loop.start.params)
         carry = before = loop.start
-        t = 0
-        while True:
-            try:
-                batch = loop.batch(carry, t)
-            except Exhausted:
-                break
+        for t in loop.batches.times():
+            batch = loop.batch(carry, t)
             if self.recorded:
                 keep, dropped = marks.at(t)
                 if dropped is not None:
@@ -216,17 +211,17 @@ class _Replay(node.Method):
                     gradients[t] = (grads, buffers, carry.random_state)
             if torch.is_grad_enabled():
                 node.check_constants(t, state_of(carry), loss, aux)
-            t += 1
             rows.add(loss, aux)
-            if t in loop.save_at and t != steps:
-                states[t], randoms[t] = tree.map_tensors(Tensor.clone, state_of(carry)), carry.random_state
-            loop.report("forward", t, steps)
-        states[t], randoms[t] = state_of(carry), carry.random_state
+            if t + 1 in loop.save_at and t + 1 != steps:
+                states[t + 1], randoms[t + 1] = tree.map_tensors(Tensor.clone, state_of(carry)), carry.random_state
+            loop.report("forward", t + 1, steps)
+        end = len(rows)
+        states[end], randoms[end] = state_of(carry), carry.random_state
         if self._compiled is not None:
             states = {time: uncounted(state, state_of(loop.start)) for time, state in states.items()}
         if self.recorded:
-            self.kept = _Kept(snapshots, {t - 1: before} if t else {}, gradients)
-        return node.Ran(states, *rows.stacked(), t, randoms)
+            self.kept = _Kept(snapshots, {end - 1: before} if end else {}, gradients)
+        return node.Ran(states, *rows.stacked(), end, randoms)
 
     def _storage(self) -> dict[int, Any] | Snapshots:
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an input of the pullback's node.
@@ -295,7 +290,6 @@ class _Replay(node.Method):
         self._rewind(carry)
         for time in range(begin, t):
             carry = self._advance(loop, carry, time, kept)
-            self.replayed += 1
             if time + 1 in marks and time + 1 < t:
                 snapshots[time + 1] = carry
         return carry

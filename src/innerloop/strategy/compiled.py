@@ -113,7 +113,7 @@ class CompiledProblem:
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
         """As `Problem.step`, on constants."""
         # In one grad mode, which is compiled in; and that is on: a captured tensor that requires grad shows in the results.
-        both = (hyper, self._overrides(hyper, t))
+        both = (hyper, self.problem.overrides(hyper, t))
         with torch.enable_grad():
             state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
         return carry_of(state, carry.random_state), loss, aux
@@ -123,7 +123,7 @@ class CompiledProblem:
         leaves = tree.leaves(step.hyper)
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() if w else x for x, w in zip(leaves, step.wanted, strict=True)]
-            overrides = self._overrides(tree.with_leaves(step.hyper, inputs), step.t)
+            overrides = self.problem.overrides(tree.with_leaves(step.hyper, inputs), step.t)
         ends = tree.leaves(overrides)
         wanted = (*step.wanted, *[isinstance(x, Tensor) and x.requires_grad for x in ends])
         constants = tree.map_tensors(Tensor.detach, overrides)
@@ -155,9 +155,6 @@ class CompiledProblem:
         hyper = [pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
         return Incoming(found.state, hyper, found.loss)
 
-    def _overrides(self, hyper: Any, t: int) -> Any:
-        return None if self.problem.optimizer_hyper is None else self.problem.optimizer_hyper(hyper, t)
-
 
 def _counted(state: Any) -> Any:
     """The state with step counts as tensors: a number would be compiled in."""
@@ -175,17 +172,24 @@ def uncounted(state: Any, like: Any) -> Any:
     return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
 
 
+def beyond_rounding(ours: Tensor, theirs: Tensor, slack: float) -> tuple[float, float] | None:
+    """``(error, scale)`` where compiled numbers differ from uncompiled ones by more than rounding: 100 √ε of the largest, and ``slack``."""
+    scale = float(theirs.detach().abs().max())
+    error = float((ours - theirs).detach().abs().max())
+    return None if error <= 100 * torch.finfo(theirs.dtype).eps ** 0.5 * scale + slack else (error, scale)
+
+
 def _compare(found: Any, eager: Any, what: str) -> None:
     """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
     pairs = zip(tree.leaves(found), tree.leaves(eager), strict=True)
     chosen = [(a, b.detach()) for a, b in pairs if tree.differentiable(b) and b.numel()]
     largest = max((float(b.abs().max()) for _, b in chosen), default=0.0)
     for ours, theirs in chosen:
-        scale = float(theirs.abs().max())
-        error = float((ours - theirs).detach().abs().max()) if isinstance(ours, Tensor) else scale
-        eps = torch.finfo(theirs.dtype).eps
         # What is rounding of larger numbers (a sum that cancels) has no scale of its own.
-        if not error <= 100 * eps**0.5 * scale + 100 * eps * largest:
+        slack = 100 * torch.finfo(theirs.dtype).eps * largest
+        difference = beyond_rounding(torch.zeros_like(theirs) if ours is None else ours, theirs, slack)
+        if difference is not None:
+            error, scale = difference
             raise MetaGradientError(
                 f"{what}, compiled, differs from the uncompiled one by {error:.3e}, where values are up to {scale:.3e}: a compiler error, "
                 "or the loss draws random numbers. Write compile=False"

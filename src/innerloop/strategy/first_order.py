@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, graph, tree
-from innerloop.batches import Exhausted
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.module import refusing_recomputation
 from innerloop.problem import INDEPENDENT, Carry, Problem, explained
@@ -51,22 +50,18 @@ class FirstOrder(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        carry, t = loop.start, 0
+        carry = loop.start
         states, rows = {0: carry}, Rows(carry.params)
         in_loss: dict[int, Tensor] = {}
-        while True:
-            try:
-                batch = loop.batch(carry.detach(), t)
-            except Exhausted:
-                break
+        for t in loop.batches.times():
+            batch = loop.batch(carry.detach(), t)
             grads, loss, aux, buffers = _constant_gradient(loop.problem, carry, loop.hyper, batch, t, in_loss)
             carry = loop.problem.update(carry, grads, buffers, loop.hyper, t)
             rows.add(loss, aux)
-            t += 1
-            if t in loop.save_at:
-                states[t] = carry
-            loop.report("forward", t, loop.batches.steps)
-        states[t] = carry
+            if t + 1 in loop.save_at:
+                states[t + 1] = carry
+            loop.report("forward", t + 1, loop.batches.steps)
+        states[len(rows)] = carry
         # The newest parameters stand for what the optimizer has captured.
         inputs = [*tree.tensors((state_of(loop.start), loop.hyper)), *in_loss.values(), *carry.params.values()]
         computed = loop.problem.computed_buffers
@@ -76,7 +71,7 @@ class FirstOrder(Strategy):
                     n: refuse_outputs(b, inputs, _LOSSES) if n in computed else b for n, b in kept.buffers.items()
                 }
                 states[time] = refuse_inputs(kept, in_loss.values(), _IN_LOSS)._replace(buffers=buffers)
-        return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), t)
+        return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), len(rows))
 
 
 def _constant_gradient(
@@ -88,10 +83,8 @@ def _constant_gradient(
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
 
     def evaluate(params: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, Any]:
-        filled = list(leaves)
-        for i, value in zip(places, values, strict=True):
-            filled[i] = value
-        loss, (aux, new_buffers) = problem.evaluate(params, buffers, tree.with_leaves(hyper, filled), batch)
+        filled = tree.with_leaves(hyper, tree.put(leaves, places, values))
+        loss, (aux, new_buffers) = problem.evaluate(params, buffers, filled, batch)
         found = {
             id(x): x for x in graph.inspect([loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False)
         }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from innerloop import _private, tree
-from innerloop.batches import Exhausted, batches_of
+from innerloop.batches import batches_of
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.problem import Carry, Problem, check_loss, explained
 from innerloop.random_state import RandomState, at_random_state, restored_on_error
@@ -131,51 +131,56 @@ class ForwardMode(Strategy):
         if not any(wanted):
             raise InvalidInputError("nothing to differentiate: hyper holds no floating-point tensor")
         push = _Push(loop, wanted)
-        carry, tangents, t = loop.start, push.zeros(loop.start), 0
+        carry, tangents, times = loop.start, push.zeros(loop.start), iter(data.times())
         while True:
             # From a carry the loop has random numbers of its own, and leaves the user's alone.
             with at_random_state(carry.random_state) if owned else restored_on_error():
-                try:
-                    batch = loop.batch(carry, t)
-                except Exhausted:
+                t = next(times, None)
+                if t is None:
                     return
-                carry, tangents, ends, _ = push(carry, tangents, loop.hyper, batch, t)
+                carry, tangents, ends, _ = push(carry, tangents, loop.hyper, loop.batch(carry, t), t)
             node.check_constants(t, state_of(carry), *ends)
-            t += 1
-            with torch.enable_grad():
-                values = [x.detach().requires_grad_() for x in carry.params.values()]
-                hypers = [
-                    x.detach().requires_grad_() if w else x
-                    for x, w in zip(tree.leaves(loop.hyper), wanted, strict=True)
-                ]
-                named = dict(zip(carry.params, values, strict=True))
-                value = check_loss(
-                    outer(named, tree.with_leaves(loop.hyper, hypers)), "what outer(params, hyper) returns"
-                )
-                inputs = [*values, *[x for x, w in zip(hypers, wanted, strict=True) if w]]
-                found = (
-                    torch.autograd.grad(value, inputs, allow_unused=True)
-                    if value.requires_grad
-                    else [None] * len(inputs)
-                )
-            through = push.contract(list(found[: len(values)]), tangents[: len(values)])
-            direct = iter(found[len(values) :])
-            if t == 1 and not any(bool(g.any()) for g in (*through, *found[len(values) :]) if g is not None):
-                raise NotDifferentiableError(
-                    "no gradient arrives at hyper after the first step: neither a step nor outer(params, hyper) depends on it. "
-                    "Hyper-parameters of the optimizer reach it by Problem(loss, optimizer, optimizer_hyper=lambda hyper, t: {...}); outer "
-                    "must not detach params"
-                )
-            grads = [
-                None if not w else torch.zeros_like(x) + sum(g for g in (a, next(direct)) if g is not None)
-                for x, w, a in zip(hypers, wanted, through, strict=True)
-            ]
-            sent = yield Online(
-                t, carry, value.detach(), tree.map_tensors(Tensor.detach, tree.with_leaves(loop.hyper, grads))
-            )
+            value, grads = _hyper_gradient(outer, push, carry, tangents, loop.hyper, first=t == 0)
+            sent = yield Online(t + 1, carry, value, grads)
             if sent is not None:
                 _check_alike(sent, loop.hyper)
                 loop = loop._replace(hyper=tree.map_tensors(Tensor.detach, sent))
+
+
+def _hyper_gradient(
+    outer: Callable[[dict[str, Tensor], Any], Tensor],
+    push: _Push,
+    carry: Carry,
+    tangents: list[Any],
+    hyper: Any,
+    first: bool,
+) -> tuple[Tensor, Any]:
+    """``(value, grads)`` of the outer loss here: its gradient along what was pushed, and its direct one."""
+    leaves = tree.leaves(hyper)
+    with torch.enable_grad():
+        values = [x.detach().requires_grad_() for x in carry.params.values()]
+        learned = [leaves[i].detach().requires_grad_() for i in push.places]
+        filled = tree.with_leaves(hyper, tree.put(leaves, push.places, learned))
+        named = dict(zip(carry.params, values, strict=True))
+        value = check_loss(outer(named, filled), "what outer(params, hyper) returns")
+        inputs = [*values, *learned]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, inputs, allow_unused=True)
+    through = push.contract(list(found[: len(values)]), tangents[: len(values)])
+    direct = found[len(values) :]
+    if first and not any(bool(g.any()) for g in (*through, *direct) if g is not None):
+        raise NotDifferentiableError(
+            "no gradient arrives at hyper after the first step: neither a step nor outer(params, hyper) depends on it. "
+            "Hyper-parameters of the optimizer reach it by Problem(loss, optimizer, optimizer_hyper=lambda hyper, t: {...}); outer "
+            "must not detach params"
+        )
+    total = [
+        torch.zeros_like(leaves[i]) + sum(g for g in (through[i], d) if g is not None)
+        for i, d in zip(push.places, direct, strict=True)
+    ]
+    grads = tree.put([None] * len(leaves), push.places, total)
+    return value.detach(), tree.map_tensors(Tensor.detach, tree.with_leaves(hyper, grads))
 
 
 def _check_alike(sent: Any, before: Any) -> None:
@@ -229,11 +234,8 @@ class _Push:
         box: list[Any] = []
 
         def step(*values: Tensor) -> list[Tensor]:
-            filled, hypers = list(states), list(leaves)
-            for i, v in zip(places, values, strict=False):
-                filled[i] = v
-            for i, v in zip(self.places, values[len(places) :], strict=True):
-                hypers[i] = v
+            filled = tree.put(states, places, values[: len(places)])
+            hypers = tree.put(leaves, self.places, values[len(places) :])
             start = carry_of(tree.with_leaves(state_of(carry), filled), carry.random_state)
             new, loss, aux = self.problem.step(start, tree.with_leaves(hyper, hypers), batch, t)
             found, template = tree.split((state_of(new), loss, aux))
@@ -253,7 +255,7 @@ class _Push:
                 found = [x[0] for x in found]
         except InnerLoopError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if not lacks_forward_mode(error):
                 raise explained(error) from error
             raise NotDifferentiableError(
@@ -307,12 +309,8 @@ class _Pushed(node.Method):
         randoms: dict[int, RandomState | None] = {}
         kept: dict[int, Any] = {}
         rows, slopes = Rows(carry.params), Rows(carry.params)
-        t = 0
-        while True:
-            try:
-                batch = loop.batch(carry, t)
-            except Exhausted:
-                break
+        for t in loop.batches.times():
+            batch = loop.batch(carry, t)
             if push is None:
                 carry, *rest = loop.problem.step(carry, loop.hyper, batch, t)
                 ends: Any = rest
@@ -322,15 +320,15 @@ class _Pushed(node.Method):
             if torch.is_grad_enabled():
                 node.check_constants(t, state_of(carry), *ends)
             rows.add(*ends)
-            t += 1
-            if t in loop.save_at:
-                states[t], randoms[t], kept[t] = state_of(carry), carry.random_state, tangents
-            loop.report("forward", t, loop.batches.steps)
-        states[t], randoms[t], kept[t] = state_of(carry), carry.random_state, tangents
+            if t + 1 in loop.save_at:
+                states[t + 1], randoms[t + 1], kept[t + 1] = state_of(carry), carry.random_state, tangents
+            loop.report("forward", t + 1, loop.batches.steps)
+        end = len(rows)
+        states[end], randoms[end], kept[end] = state_of(carry), carry.random_state, tangents
         if push is not None:
             self.kept = kept, *slopes.stacked()
             self.reached = push.influence(tree.tensors(tuple(kept.values())), tree.tensors(self.kept[1:]))
-        return node.Ran(states, *rows.stacked(), t, randoms)
+        return node.Ran(states, *rows.stacked(), end, randoms)
 
     def pull(self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]) -> tuple[Cotangents, Cotangents]:
         states, losses, aux = kept

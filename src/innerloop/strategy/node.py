@@ -64,12 +64,12 @@ class Method(abc.ABC):
         self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
         random_state = loop.start.random_state or RandomState.now()
         empty = Carry({}, None, {}, random_state)
-        problem = copy.copy(loop.problem)
-        if problem.optimizer_hyper is not None:
-            problem.optimizer_hyper = Repeatable(problem.optimizer_hyper)
-        self.loop = loop._replace(problem=problem, start=empty, hyper=None, batches=loop.batches.holding(None))
         self.transformed = _private.inside_transform()
         self.recorded = self.transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors))
+        problem = copy.copy(loop.problem)
+        if self.recorded and problem.optimizer_hyper is not None:
+            problem.optimizer_hyper = Repeatable(problem.optimizer_hyper)
+        self.loop = loop._replace(problem=problem, start=empty, hyper=None, batches=loop.batches.holding(None))
         self.loop.batches.keeping = self.recorded
         self.ambient = Ambient(loop)
         self.losses: Tensor | None = None
@@ -197,7 +197,7 @@ class _Node(torch.autograd.Function):
         chosen = [i for i, v in enumerate(tangents) if v is not None and tree.differentiable(tensors[i])]
 
         def outputs(values: list[Tensor]) -> list[Tensor]:
-            return ctx.method.plain(_put(tensors, chosen, values))
+            return ctx.method.plain(tree.put(tensors, chosen, values))
 
         found = _pushed(outputs, tensors, tangents, chosen)
         return tuple(v if tree.differentiable(v) else None for v in found)
@@ -225,25 +225,17 @@ class _Request:
         """The pullback as a function of the ``chosen`` ones of its tensors (inputs, then cotangents), by a run that keeps everything."""
 
         def gradient(values: list[Tensor]) -> list[Tensor]:
-            filled = _put(tensors, chosen, values)
+            filled = tree.put(tensors, chosen, values)
             inputs, cotangents = filled[: len(self.wanted)], filled[len(self.wanted) :]
 
             def outputs(values: list[Tensor]) -> list[Tensor]:
-                ends = self.method.plain(_put(inputs, self.reached, values))
+                ends = self.method.plain(tree.put(inputs, self.reached, values))
                 return [y for y, given in zip(ends, self.given, strict=True) if given]
 
             _, pull = _vjp(outputs, [inputs[i] for i in self.reached])
             return list(pull(cotangents)[0])
 
         return gradient
-
-
-def _put(tensors: Sequence[Tensor], places: list[int], values: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` with ``values`` in these places."""
-    filled = list(tensors)
-    for i, value in zip(places, values, strict=True):
-        filled[i] = value
-    return filled
 
 
 def _pushed(

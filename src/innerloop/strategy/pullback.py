@@ -259,14 +259,14 @@ def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotang
     parts = (gradient, step.carry.params, step.carry.optimizer_state, step.hyper)
     inputs = _Inputs(step, parts)
 
-    def updated(values: list[Tensor]) -> list[Tensor]:
+    def update(values: list[Tensor]) -> list[Tensor]:
         grads, params, state, hyper = inputs.filled(values)
-        overrides = None if problem.optimizer_hyper is None else problem.optimizer_hyper(hyper, step.t)
-        ends = _selected(tree.leaves(problem.optimizer.update(grads, state, params, overrides)), given)
+        updated = problem.optimizer.update(grads, state, params, problem.overrides(hyper, step.t))
+        ends = _selected(tree.leaves(updated), given)
         inputs.note(ends, values)
         return ends
 
-    row = inputs.pulled(updated, given)
+    row = inputs.pulled(update, given)
     split: list[Cotangents] = []
     for part in parts:
         count = len(tree.leaves(part))
@@ -318,7 +318,7 @@ def _through_besides(step: Step, inputs: _Inputs, given: Cotangents) -> Cotangen
 PRODUCTS: dict[str, Callable[..., Incoming]] = {"reverse": reverse, "mixed": mixed, "finite": finite}
 
 PREFERRED = {"cpu": "reverse"}
-"""What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/products.md); elsewhere reverse."""
+"""What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/decisions.md); elsewhere reverse."""
 
 _no_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
 """Losses for which ``"auto"`` has found that."""
@@ -338,7 +338,7 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
         return PRODUCTS[chosen](step, given, gradient)
     except InnerLoopError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if chosen != "mixed" or not lacks_forward_mode(error):
             raise explained(error) from error
         if product == "auto":
@@ -382,10 +382,7 @@ class _Inputs:
         self.reached: set[int] = set()
 
     def filled(self, values: list[Tensor]) -> Any:
-        filled = list(self.leaves)
-        for i, value in zip(self.chosen, values, strict=True):
-            filled[i] = value
-        return tree.with_leaves(self.inputs, filled)
+        return tree.with_leaves(self.inputs, tree.put(self.leaves, self.chosen, values))
 
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
         """Note which leaves ``ends`` depend on: a transform gives zeros for those that they do not depend on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from innerloop.batches import Exhausted
 from innerloop.strategy.base import Loop, Rows, Strategy
 from innerloop.trajectory import Trajectory
 
@@ -31,16 +30,11 @@ class StoreAll(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        carry, t = loop.start, 0
+        carry = loop.start
         states, rows = {0: carry}, Rows(carry.params)
-        while True:
-            try:
-                batch = loop.batch(carry, t)
-            except Exhausted:
-                break
-            carry, loss, aux = loop.problem.step(carry, loop.hyper, batch, t)
-            t += 1
-            states[t] = carry
+        for t in loop.batches.times():
+            carry, loss, aux = loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)
+            states[t + 1] = carry
             rows.add(loss, aux)
-            loop.report("forward", t, loop.batches.steps)
-        return Trajectory(states, *rows.stacked(), t)
+            loop.report("forward", t + 1, loop.batches.steps)
+        return Trajectory(states, *rows.stacked(), len(rows))
