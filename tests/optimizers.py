@@ -8,7 +8,8 @@ gradients equal to finite differences of torch, finite at a zero gradient, ``vma
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +37,11 @@ class Rule:
         torch: the class that it must agree with.
         settings: every combination to try; those that torch refuses are dropped (and must be refused by the rule too).
         hyper: its real-valued hyper-parameters; ``betas.0`` is the first entry of the pair ``betas``.
-        kinks: hyper-parameter -> whether, at these settings, the rule has no derivative with respect to it (or torch refuses
-            every value beside this one).
         typical: settings in which every hyper-parameter matters.
+        kinks: hyper-parameter -> whether, at these settings, the rule has no derivative with respect to it, or one that is 0, or
+            torch refuses every value beside this one.
+        ranges: hyper-parameter -> between which values to try it, where `RANGES` does not fit.
+        steps: after how many steps every hyper-parameter has made itself felt.
     """
 
     make: Callable[..., innerloop.optim.Optimizer]
@@ -47,6 +50,8 @@ class Rule:
     hyper: tuple[str, ...]
     typical: dict[str, Any]
     kinks: Mapping[str, Callable[[Settings], bool]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    steps: int = 4
 
     @property
     def name(self) -> str:
@@ -56,12 +61,46 @@ class Rule:
         """The hyper-parameters in which the rule is differentiable at these settings."""
         return tuple(name for name in self.hyper if name not in self.kinks or not self.kinks[name](settings))
 
+    def range(self, name: str) -> tuple[float, float]:
+        """Between which values a hyper-parameter is tried."""
+        return self.ranges.get(name) or RANGES[name]
+
+    @property
+    def undecayed(self) -> dict[str, Any]:
+        """The typical settings without weight decay: entries whose gradient is zero keep it so."""
+        return {key: 0.0 if key == "weight_decay" else value for key, value in self.typical.items()}
+
 
 def buffer_appears(settings: Settings) -> bool:
     """SGD at momentum 0 has no buffer, and dampening does nothing; just beside it, dampening scales the step: a jump."""
     return settings["momentum"] == 0 and settings["dampening"] != 0
 
 
+def is_zero(name: str) -> Callable[[Settings], bool]:
+    """For ``kinks``: at the value 0, and there only."""
+    return lambda settings: bool(read(settings, name) == 0)
+
+
+RANGES = {
+    "lr": (1e-4, 0.5),
+    "momentum": (0.05, 0.95),
+    "dampening": (0.0, 0.9),
+    "weight_decay": (0.0, 0.5),
+    "eps": (1e-3, 0.5),
+    "betas.0": (0.0, 0.95),
+    "betas.1": (0.3, 0.999),
+    "alpha": (0.3, 0.99),
+    "rho": (0.3, 0.99),
+    "lr_decay": (0.0, 0.5),
+    "initial_accumulator_value": (0.05, 1.0),
+    "etas.0": (0.3, 0.9),
+    "etas.1": (1.05, 1.5),
+    "momentum_decay": (0.0, 1.0),
+    "lambd": (0.0, 1.0),
+    "step_sizes.0": (1e-3, 0.0177),
+    "step_sizes.1": (0.03, 1.0),
+}
+"""Between which values random tests draw a hyper-parameter; also what a value that is moved per parameter keeps within."""
 BETAS = ((0.9, 0.99), (0.0, 0.9))
 RULES = (
     Rule(
@@ -95,6 +134,90 @@ RULES = (
         grid(lr=[0.05], betas=BETAS[:1], weight_decay=[0.0, 0.1], amsgrad=FLAG, maximize=FLAG) + [{"lr": 0.05}],
         hyper=("lr", "betas.0", "betas.1", "eps", "weight_decay"),
         typical={"lr": 0.05, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.1},
+    ),
+    Rule(
+        innerloop.optim.rmsprop,
+        torch.optim.RMSprop,
+        grid(lr=[0.02], alpha=[0.9], momentum=[0.0, 0.9], weight_decay=[0.0, 0.1], centered=FLAG, maximize=FLAG)
+        + grid(lr=[0.02], eps=[0.1], centered=FLAG),
+        hyper=("lr", "alpha", "eps", "weight_decay", "momentum"),
+        typical={"lr": 0.02, "alpha": 0.9, "eps": 0.1, "weight_decay": 0.1, "momentum": 0.9},
+        kinks={"momentum": is_zero("momentum")},  # torch keeps no buffer for a negative momentum: a one-sided slope
+    ),
+    Rule(
+        innerloop.optim.adagrad,
+        torch.optim.Adagrad,
+        grid(
+            lr=[0.1], lr_decay=[0.0, 0.1], weight_decay=[0.0, 0.1], initial_accumulator_value=[0.0, 0.3], maximize=FLAG
+        )
+        + grid(lr=[0.1], eps=[0.1], initial_accumulator_value=[0.1]),
+        hyper=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+        typical={"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 0.1},
+        kinks={
+            "initial_accumulator_value": is_zero("initial_accumulator_value")
+        },  # as steep as the first gradient is small
+    ),
+    Rule(
+        innerloop.optim.adadelta,
+        torch.optim.Adadelta,
+        grid(lr=[0.5], rho=[0.9, 0.5], eps=[1e-2], weight_decay=[0.0, 0.1], maximize=FLAG) + [{"lr": 1.0, "eps": 1e-3}],
+        hyper=("lr", "rho", "eps", "weight_decay"),
+        typical={"lr": 0.5, "rho": 0.7, "eps": 1e-2, "weight_decay": 0.1},
+        kinks={"eps": lambda settings: settings["eps"] < 1e-6},  # the first step is proportional to its root
+    ),
+    Rule(
+        innerloop.optim.adamax,
+        torch.optim.Adamax,
+        grid(lr=[0.05], betas=BETAS, weight_decay=[0.0, 0.1], maximize=FLAG) + grid(lr=[0.05], eps=[0.1]),
+        hyper=("lr", "betas.0", "betas.1", "eps", "weight_decay"),
+        typical={"lr": 0.05, "betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.1},
+        kinks={"betas.1": is_zero("betas.1")},  # no maximum of the past reaches the present
+    ),
+    Rule(
+        innerloop.optim.radam,
+        torch.optim.RAdam,
+        grid(lr=[0.05], betas=BETAS, weight_decay=[0.0, 0.1], decoupled_weight_decay=FLAG, maximize=FLAG)
+        + grid(lr=[0.05], eps=[0.1], betas=[(0.9, 0.95)]),
+        hyper=("lr", "betas.0", "betas.1", "eps", "weight_decay"),
+        typical={"lr": 0.1, "betas": (0.9, 0.95), "eps": 0.1, "weight_decay": 0.1},
+        kinks={"betas.1": is_zero("betas.1")},  # then the second moment is never certain enough to be used
+        steps=10,  # the second moment is used from the sixth on
+    ),
+    Rule(
+        innerloop.optim.nadam,
+        torch.optim.NAdam,
+        grid(
+            lr=[0.05],
+            betas=BETAS,
+            weight_decay=[0.0, 0.1],
+            momentum_decay=[0.1],
+            decoupled_weight_decay=FLAG,
+            maximize=FLAG,
+        )
+        + grid(lr=[0.05], eps=[0.1], momentum_decay=[0.0, 4e-3]),
+        hyper=("lr", "betas.0", "betas.1", "eps", "weight_decay", "momentum_decay"),
+        typical={"lr": 0.05, "betas": (0.9, 0.99), "eps": 0.1, "weight_decay": 0.1, "momentum_decay": 0.5},
+    ),
+    Rule(
+        innerloop.optim.asgd,
+        torch.optim.ASGD,
+        grid(lr=[0.1], lambd=[0.5], alpha=[0.75, 0.5], t0=[2.0], weight_decay=[0.0, 0.1], maximize=FLAG)
+        + [{"lr": 0.1}],
+        hyper=("lr", "lambd", "alpha", "weight_decay"),  # t0 does not reach the parameters: see test_numerics
+        typical={"lr": 0.2, "lambd": 1.0, "alpha": 0.75, "t0": 2.0, "weight_decay": 0.1},
+    ),
+    Rule(
+        innerloop.optim.rprop,
+        torch.optim.Rprop,
+        grid(lr=[0.03], etas=[(0.5, 1.2), (0.7, 1.1)], step_sizes=[(1e-6, 50.0), (0.0173, 0.038)], maximize=FLAG),
+        hyper=("lr", "etas.0", "etas.1", "step_sizes.0", "step_sizes.1"),
+        typical={"lr": 0.03, "etas": (0.5, 1.2), "step_sizes": (0.0173, 0.039)},
+        kinks={  # a step size of zero grows from the smallest one; torch refuses factors on the wrong side of 1
+            "lr": is_zero("lr"),
+            "etas.0": is_zero("etas.0"),
+            "etas.1": is_zero("etas.1"),
+            "step_sizes.0": is_zero("step_sizes.0"),
+        },
     ),
 )
 
@@ -258,6 +381,15 @@ def meta_gradient(
     return dict(zip(params, found, strict=False)), dict(zip(tensors, found[len(params) :], strict=True))
 
 
+BENDING = ("eps", "initial_accumulator_value")
+"""What bends the update once it nears the second moment or its root."""
+
+
 def largest_step(name: str) -> float:
-    """Where the ladder of finite differences starts; eps bends the update once it nears the root of the second moment."""
-    return 1e-6 if name == "eps" else 2e-4
+    """Where the ladder of finite differences starts."""
+    return 1e-6 if name in BENDING else 2e-4
+
+
+def gentle(names: Iterable[str], sizes: Iterable[float] = itertools.cycle((0.3, -0.2, 0.25, 0.4))) -> dict[str, float]:
+    """A direction that moves hyper-parameters by ``sizes``, those that bend the update only a little."""
+    return {name: size * (1e-3 if name in BENDING else 1) for name, size in zip(names, sizes, strict=False)}

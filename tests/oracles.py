@@ -206,6 +206,10 @@ def unchecked(rule: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -
     optimizer = rule([{"params": group["params"]} for group in groups], **flags)
     for ours, theirs in zip(groups, optimizer.param_groups, strict=True):
         theirs.update({k: v for k, v in ours.items() if k != "params"})
+        # Adagrad fills its sums at construction, from the constructor's argument: here, from the group's.
+        for p in theirs["params"] if "initial_accumulator_value" in ours else ():
+            value = float(ours["initial_accumulator_value"])
+            optimizer.state[p]["sum"].fill_(complex(value, value) if p.is_complex() else value)
     return optimizer
 
 

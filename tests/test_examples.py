@@ -1,4 +1,4 @@
-"""The few-shot example in small: what it promises about its data, and that meta-learning learns."""
+"""The examples in small: what they promise about their data, and that learning learns."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ from types import ModuleType
 import pytest
 import torch
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "few_shot_digits.py"
+import innerloop
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def imported(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("few_shot_digits", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["few_shot_digits"] = module
-    spec.loader.exec_module(module)
-    return module
+    return imported("few_shot_digits")
+
+
+@pytest.fixture(scope="module")
+def learned() -> ModuleType:
+    return imported("learned_optimizer")
+
+
+# -- few-shot digits ----------------------------------------------------------------------------------------------------
 
 
 def test_training_classes_are_multiplied_and_test_classes_are_not(example: ModuleType) -> None:
@@ -97,3 +111,70 @@ def test_intervals_are_those_of_paired_differences(example: ModuleType) -> None:
     mean, half = example.interval(torch.tensor([0.0, 1.0, 2.0, 3.0]))
     assert mean == pytest.approx(1.5)
     assert half == pytest.approx(1.96 * (5 / 3) ** 0.5 / 2)
+
+
+# -- a learned optimizer ------------------------------------------------------------------------------------------------
+
+
+def test_quadratics_have_the_minimum_and_the_curvature_that_they_promise(learned: ModuleType) -> None:
+    family = learned.quadratics()
+    tasks = family.sample(50, True, torch.Generator().manual_seed(0))
+    for hessian, minimum, start in zip(*tasks, strict=True):
+        eigenvalues = torch.linalg.eigvalsh(hessian)
+        assert eigenvalues.min() > 0.99e-3
+        assert eigenvalues.max() < 10.1
+        task = learned.Quadratic(hessian, minimum, start)
+        assert family.judge({"x": minimum}, task) == 0
+        assert family.judge({"x": start}, task) > 0
+
+
+def test_held_out_digits_share_no_image_with_the_training_tasks(learned: ModuleType) -> None:
+    family = learned.digits(steps=4)
+    generator = torch.Generator().manual_seed(0)
+    seen = family.sample(5, False, generator)
+    held_out = family.sample(5, True, generator)
+    images = lambda x: {image.numpy().tobytes() for image in x.reshape(-1, 64)}  # noqa: E731
+    assert not images(torch.cat([seen.x.flatten(0, 2), seen.test_x.flatten(0, 1)])) & images(
+        torch.cat([held_out.x.flatten(0, 2), held_out.test_x.flatten(0, 1)])
+    )
+    for x, test_x in zip(held_out.x, held_out.test_x, strict=True):  # nor a task's training images with its test images
+        assert not images(x) & images(test_x)
+
+
+def test_the_untrained_learned_rule_is_normalised_momentum(learned: ModuleType) -> None:
+    """All output weights start at zero: what is left is Adam's direction, at the first step the sign, times a rate."""
+    args = learned.Args()
+    weights = learned.first_weights(args)
+    param, grad = torch.randn(3, 2), torch.randn(3, 2)
+    change, _ = learned.rule(grad, param, learned.first_state(param), weights)
+    assert torch.allclose(change, -weights["rate"][1].exp() * grad.sign(), rtol=1e-4)
+
+
+def test_a_short_meta_training_beats_sgd_on_quadratics(learned: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    args = learned.parse(
+        "--family quadratics --iterations 15 --steps 12 --test-steps 12 --tasks 16 --tuning-tasks 16 --test-tasks 16".split()
+    )
+    result = learned.run(args)["quadratics"]
+    assert set(result.losses) == {"learned", "SGD", "SGD, momentum", "Adam"}
+    assert all(losses.shape == (16,) for losses in result.losses.values())
+    assert (result.losses["learned"] - result.losses["SGD"]).mean() < 0
+    text = learned.table("quadratics", result, args)
+    assert "learned minus SGD" in text
+    assert "16 held-out tasks" in text
+    capsys.readouterr()
+
+
+def test_a_baseline_is_what_torch_optim_does(learned: ModuleType) -> None:
+    family = learned.digits(steps=5)
+    args = learned.Args(test_steps=5)
+    tasks = family.sample(2, True, torch.Generator().manual_seed(0))
+    ours = learned.final_losses(args, family, innerloop.optim.sgd(momentum=0.5), {"lr": 0.3}, tasks)
+    for i in range(2):
+        task = learned.Digits(*(part[i] for part in tasks))
+        params = {name: p.clone().requires_grad_() for name, p in family.start(task).items()}
+        optimizer = torch.optim.SGD(list(params.values()), lr=0.3, momentum=0.5)
+        for t in range(5):
+            optimizer.zero_grad()
+            family.loss(params, family.batch(task, t)).backward()
+            optimizer.step()
+        assert ours[i].item() == pytest.approx(family.judge(params, task).log10().item(), abs=1e-4)

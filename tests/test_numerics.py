@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,13 +22,13 @@ from tests.optimizers import (
     defaults,
     each_hyper,
     each_rule,
+    gentle,
     leaf,
     leaves,
     meta_gradient,
     outer_of_torch,
     override,
     read,
-    replace,
     train,
 )
 from tests.oracles import (
@@ -41,6 +42,7 @@ from tests.oracles import (
     torch_run,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 12
 
 
@@ -92,7 +94,7 @@ def test_meta_gradients_are_right_where_gradient_entries_are_zero(rule: Rule, se
         with anomaly_detection():
             ours = meta_gradient(rule, settings, task, values, STEPS)
         assert all(value.isfinite().all() for value in (*ours[0].values(), *ours[1].values()))
-        v = (direction, {name: 1e-4 if name == "eps" else 0.2 for name in values})
+        v = (direction, gentle(values, itertools.repeat(0.2)))
         truth = directional(lambda at: outer(*at), (task.params(), values), v, largest=5e-5)
         assert abs(truth) > 1e-3
         assert_derivative(inner(ours, v), truth, f"d outer / d (init, {list(values)})")
@@ -106,7 +108,7 @@ def bends(name: str, value: float) -> bool:
 @each_hyper()
 def test_each_hyper_gradient_is_right_where_gradient_entries_are_zero(rule: Rule, name: str):
     """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries nonzero."""
-    task, settings = Task(dead=True), replace(rule.typical, {"weight_decay": 0.0})
+    task, settings = Task(dead=True), rule.undecayed
     value = read(settings, name)
     with anomaly_detection():
         ours = meta_gradient(rule, settings, task, {name: value}, STEPS)[1][name]
@@ -133,7 +135,7 @@ def test_an_inner_gradient_taken_by_autograd_is_as_clean(rule: Rule):
 @each_rule()
 def test_every_gradient_zero_at_every_step(rule: Rule):
     """A fully clipped minibatch: nothing moves but by weight decay, and the derivative says exactly that."""
-    settings = replace(rule.typical, {"weight_decay": 0.0})
+    settings = {**rule.undecayed, **({"lambd": 0.0} if "lambd" in rule.hyper else {})}
     params = {"p": smooth_noise(5).requires_grad_()}
     zero = lambda params, t: {"p": params["p"] * 0}  # noqa: E731
     hyper = {name: leaf(read(settings, name)) for name in rule.hyper}
@@ -146,7 +148,7 @@ def test_every_gradient_zero_at_every_step(rule: Rule):
     assert torch.equal(found[0], torch.ones(5))
     by_name = dict(zip(hyper, found[1:], strict=True))
     assert all(value.isfinite() for value in by_name.values())
-    assert all(value == 0 for name, value in by_name.items() if name != "weight_decay")
+    assert all(value == 0 for name, value in by_name.items() if name not in ("weight_decay", "lambd"))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,8 @@ def test_infinite_and_undefined_gradients_pass_as_in_torch(rule: Rule, settings:
     bad = torch.tensor([1.0, math.inf, -math.inf, math.nan, 1e200, -1e308], dtype=torch.float64)
     gradient = lambda params, t: {"p": bad if t == 1 else smooth_noise(6, phase=float(t))}  # noqa: E731
     truth = torch_run(rule.torch, {**settings, "foreach": False}, params, gradient, 3)
-    assert not truth["p"].isfinite().all()
+    good = torch_run(rule.torch, settings, params, lambda params, t: {"p": smooth_noise(6, phase=float(t))}, 3)
+    assert not torch.allclose(truth["p"], good["p"])
     assert_params(train(rule.make(**settings), Task(), params, steps=3, gradient=gradient), truth, 0)
 
 
@@ -186,9 +189,9 @@ def test_infinite_and_undefined_gradients_pass_as_in_torch(rule: Rule, settings:
 def test_eps_zero_at_a_zero_gradient_is_undefined_as_in_torch(rule: Rule):
     params, zero = {"p": torch.ones(2)}, lambda params, t: {"p": torch.tensor([0.0, 1.0])}
     settings = {"lr": 0.1, "eps": 0.0}
-    truth = torch_run(rule.torch, settings, params, zero, 2)
+    truth = torch_run(rule.torch, settings, params, zero, rule.steps)
     assert truth["p"][0].isnan()
-    assert_params(train(rule.make(**settings), Task(), params, steps=2, gradient=zero), truth, 0)
+    assert_params(train(rule.make(**settings), Task(), params, steps=rule.steps, gradient=zero), truth, 0)
 
 
 # -- closed forms -------------------------------------------------------------------------------------------------------
@@ -260,10 +263,72 @@ def test_the_padding_between_packed_tensors_never_reaches_a_gradient():
     """Small tensors are updated side by side, padded: a learning rate far too large for the padding must not turn 0 · inf to NaN."""
     for rule in RULES:
         params = {f"p{i}": torch.full((i + 1,), 1e-3, dtype=torch.float32) for i in range(3)}
-        lr = leaf(1e30, torch.float32)
-        tiny = lambda params, t: {n: 1e-32 * p for n, p in params.items()}  # noqa: E731
-        final = train(rule.make(**rule.typical), Task(), leaves(params), {"lr": lr}, steps=6, gradient=tiny)
-        truth = torch_run(rule.torch, {**rule.typical, "lr": 1e30}, params, tiny, 6)
-        finite = all(value.isfinite().all() for value in truth.values())
-        (ours,) = torch.autograd.grad(sum(p.sum() for p in final.values()), lr)  # type: ignore[arg-type]
-        assert ours.isfinite() or not finite
+
+        def slope(params: Params, rule: Rule = rule) -> Tensor:
+            lr = leaf(1e30, torch.float32)
+            tiny = lambda params, t: {n: 1e-32 * p for n, p in params.items()}  # noqa: E731
+            final = train(rule.make(**rule.typical), Task(), leaves(params), {"lr": lr}, steps=6, gradient=tiny)
+            return torch.autograd.grad(sum(p.sum() for p in final.values()), lr)[0]  # type: ignore[arg-type]
+
+        alone = [slope({name: value}) for name, value in params.items()]  # nothing lies beside a tensor on its own
+        assert slope(params).isfinite() or not all(value.isfinite() for value in alone)
+
+
+SMOOTHED = [rule for rule in RULES if "eps_root" in rule.make.hyper_names]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", SMOOTHED, ids=lambda rule: rule.name)
+def test_eps_root_makes_the_update_smooth_at_a_zero_gradient(rule: Rule):
+    """``torch.optim`` has none: the truth is the finite difference of the forward pass, and of its slope."""
+    optimizer = rule.make(**{**rule.undecayed, "eps": 1e-8, "eps_root": 0.3})
+
+    def final(x: Tensor) -> Tensor:
+        gradient = lambda params, t: {"p": params["p"] * (1 + 0.1 * t)}  # noqa: E731
+        p = train(optimizer, Task(), {"p": x.reshape(1)}, steps=rule.steps, gradient=gradient)["p"]
+        return (p + 0.3).sin().sum()
+
+    for x in (0.0, 0.2):
+        at = leaf(x)
+        with anomaly_detection():
+            (slope,) = torch.autograd.grad(final(at), at, create_graph=True)
+            (bend,) = torch.autograd.grad(slope, at)
+        truth = directional(lambda v: float(final(torch.tensor(v))), x, 1.0, largest=1e-3)
+        assert_derivative(float(slope.detach()), truth, "slope")
+        second = directional(lambda v: float(torch.func.grad(final)(torch.tensor(v)).detach()), x, 1.0, largest=1e-3)
+        assert_derivative(float(bend), second, "second derivative")
+
+
+@pytest.mark.parametrize("rule", SMOOTHED, ids=lambda rule: rule.name)
+def test_eps_root_is_a_hyper_parameter(rule: Rule):
+    given, task = leaf(0.2), Task(dead=True)
+    optimizer = rule.make(**rule.undecayed)
+    value = lambda v: task.outer(train(optimizer, task, task.params(), {"eps_root": v}, steps=rule.steps))  # noqa: E731
+    truth = directional(lambda v: float(value(v)), 0.2, 1.0)
+    assert abs(truth) > 1e-5
+    assert_derivative(float(torch.autograd.grad(value(given), given)[0]), truth, "d outer / d eps_root")
+    zero = leaf(0.0)
+    assert torch.autograd.grad(value(zero), zero)[0].isfinite()
+    torch.testing.assert_close(value(zero), value(0.0), rtol=1e-12, atol=1e-12)
+    with pytest.raises(innerloop.InnerLoopError, match=r"eps_root.*-1"):
+        rule.make(eps_root=-1.0)
+
+
+def test_adagrad_feels_its_first_sums_at_zero():
+    """One step moves by lr g / √(s₀ + g²): its derivative in s₀ at 0 is -lr / (2 g²)."""
+    first, g = leaf(0.0), torch.tensor([0.5, -2.0], dtype=torch.float64)
+    optimizer = innerloop.optim.adagrad(lr=0.1, eps=0.0)
+    hyper = {"initial_accumulator_value": first}
+    final = train(optimizer, Task(), {"p": torch.zeros_like(g)}, hyper, steps=1, gradient=lambda params, t: {"p": g})
+    (found,) = torch.autograd.grad((final["p"] * torch.tensor([1.0, -3.0])).sum(), first)
+    truth = 0.1 / (2 * 0.25) * 1.0 + -0.1 / (2 * 4.0) * -3.0
+    assert found.item() == pytest.approx(truth, rel=1e-14)
+
+
+def test_rmsprop_feels_a_momentum_of_zero():
+    """Torch keeps no buffer below 0, so the slope at 0 is that from the right: the last step's, times the step before."""
+    momentum, g = leaf(0.0), torch.tensor(0.5, dtype=torch.float64)
+    optimizer = innerloop.optim.rmsprop(lr=0.1, alpha=0.75, eps=0.0)
+    p = {"p": torch.zeros_like(g)}
+    final = train(optimizer, Task(), p, {"momentum": momentum}, steps=2, gradient=lambda params, t: {"p": g})
+    # b₂ = μ b₁ + g / √v₂ with b₁ = g / √v₁ = 1 / √(1 - α) = 2, and p₂ = -lr (b₁ + b₂).
+    assert torch.autograd.grad(final["p"], momentum)[0].item() == pytest.approx(-0.1 * 2, rel=1e-14)

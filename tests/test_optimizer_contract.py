@@ -22,6 +22,7 @@ from tests.optimizers import (
     defaults,
     each_hyper,
     each_rule,
+    gentle,
     label,
     largest_step,
     leaf,
@@ -64,7 +65,7 @@ def test_forward_equals_torch_whatever_kernel_torch_uses(rule: Rule, settings: d
     ours = train(rule.make(**settings), task, params, steps=10)
     kernels = kernels_of(rule)
     assert {} in kernels
-    assert len(kernels) > 5
+    assert len(kernels) > 2
     for flags in kernels:
         truth = torch_run(rule.torch, {**settings, **flags}, params, task.gradient, 10)
         assert_params(ours, truth, 1e-12)
@@ -175,7 +176,7 @@ def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(rule: 
 @cases(accepted)
 def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
     """In the initial parameters, with every hyper-parameter a number; then along directions that move everything at once."""
-    task, steps = Task(), 6
+    task, steps = Task(), max(6, rule.steps)
     outer, full = outer_of_torch(rule, settings, task, steps), defaults(rule, settings)
     along = directions(task.params(), 2)
     ours, _ = meta_gradient(rule, settings, task, {}, steps)
@@ -185,7 +186,7 @@ def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: 
 
     values = {name: read(full, name) for name in rule.smooth(full)}
     found = meta_gradient(rule, settings, task, values, steps)
-    direction = (along[1], dict(zip(values, (0.3, -0.2, 0.25, 0.002, 0.4), strict=False)))
+    direction = (along[1], gentle(values))
     joint = directional(lambda at: outer(*at), (task.params(), values), direction)
     assert_derivative(inner(found, direction), joint, "d outer / d (init, hyper)")
 
@@ -193,7 +194,7 @@ def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: 
 @cases(covering)
 def test_each_hyper_gradient_equals_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
     """One hyper-parameter a tensor, the others numbers."""
-    task, steps = Task(), 6
+    task, steps = Task(), max(6, rule.steps)
     outer, full = outer_of_torch(rule, settings, task, steps), defaults(rule, settings)
     for name in rule.smooth(full):
         value = read(full, name)
@@ -204,15 +205,20 @@ def test_each_hyper_gradient_equals_finite_differences_of_torch(rule: Rule, sett
 
 @each_hyper()
 def test_a_tensor_hyper_parameter_of_value_zero_has_its_gradient(rule: Rule, name: str):
-    task, steps = Bowl(), 6
+    task, steps = Bowl(), max(6, rule.steps)
     settings = replace(rule.typical, {name: 1e-12 if name == "eps" else 0.0})
-    if name == "momentum":  # with dampening it would be a jump, see `buffer_appears`
+    if name == "momentum" and "dampening" in settings:  # with dampening it would be a jump, see `buffer_appears`
         settings["dampening"] = 0.0
+    if name not in rule.smooth(settings) and not accepts(rule.torch, settings):
+        return
     value = read(settings, name)
+    by_update = meta_gradient(rule, settings, task, {name: value}, steps)[1][name]
+    if name not in rule.smooth(settings):
+        assert by_update.isfinite()
+        return
     outer = outer_of_torch(rule, settings, task, steps)
     truth = directional(lambda v: outer(task.params(), {name: v}), value, 1.0, largest=largest_step(name))
     assert abs(truth) > 1e-4
-    by_update = meta_gradient(rule, settings, task, {name: value}, steps)[1][name]
     assert_derivative(float(by_update), truth, f"d outer / d {name} at {value}")
     given = leaf(value)
     by_constructor = task.outer(train(rule.make(**replace(settings, {name: given})), task, task.params(), steps=steps))
@@ -221,7 +227,7 @@ def test_a_tensor_hyper_parameter_of_value_zero_has_its_gradient(rule: Rule, nam
 
 @each_rule()
 def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
-    task, steps = Task(large=True), 4
+    task, steps = Task(large=True), rule.steps
     names = rule.smooth(rule.typical)
     ours, found = meta_gradient(rule, rule.typical, task, {name: read(rule.typical, name) for name in names}, steps)
     outer = outer_of_torch(rule, rule.typical, task, steps)
@@ -229,7 +235,7 @@ def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
     for weights in (smooth_noise(len(names)), smooth_noise(len(names), phase=1.0)):
         direction = {
             "params": directions(task.params(), 1)[0],
-            "hyper": dict(zip(names, (0.1 * weights).tolist(), strict=True)),
+            "hyper": gentle(names, (0.1 * weights).tolist()),
         }
         truth = directional(lambda x: outer(x["params"], x["hyper"]), at, direction)
         assert_derivative(inner({"params": ours, "hyper": found}, direction), truth, "along a joint direction")
@@ -238,15 +244,13 @@ def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
 @pytest.mark.parametrize("full", [False, True], ids=["one number each", "of the parameter's shape"])
 @each_hyper()
 def test_a_hyper_parameter_per_parameter_by_name(rule: Rule, name: str, full: bool):
-    task, steps = Task(), 4
+    task, steps = Task(), rule.steps
     params = task.params()
     value = read(rule.typical, name)
     by_name = {
-        key: value * (1 + 0.2 * smooth_noise(*(p.shape if full else ()), phase=float(i)))
+        key: (value * (1 + 0.2 * smooth_noise(*(p.shape if full else ()), phase=float(i)))).clamp(*rule.range(name))
         for i, (key, p) in enumerate(params.items())
     }
-    if name.startswith("betas"):
-        by_name = {key: b.clamp(max=0.99) for key, b in by_name.items()}
     outer = outer_of_torch(rule, rule.typical, task, steps)
     given = leaves(by_name)
     hyper = override(rule, rule.typical, {name: given})
@@ -287,31 +291,20 @@ def test_meta_gradient_through_steps_that_skip_a_parameter(rule: Rule):
 # -- random settings and shapes -----------------------------------------------------------------------------------------
 
 
-NUMBERS = {
-    "lr": st.floats(1e-4, 0.5),
-    "momentum": st.floats(0.05, 0.95),
-    "dampening": st.floats(0.0, 0.9),
-    "weight_decay": st.floats(0.0, 0.5),
-    "eps": st.floats(1e-3, 0.5),
-    "betas.0": st.floats(0.0, 0.95),
-    "betas.1": st.floats(0.3, 0.999),
-}
-
-
 @st.composite
 def random_case(draw: st.DrawFn) -> tuple[Rule, dict[str, Any], Bowl, int]:
     rule = draw(st.sampled_from(RULES))
     flags = draw(st.sampled_from(accepted(rule)))
-    values = {name: draw(NUMBERS[name]) for name in rule.hyper}
+    values = {name: draw(st.floats(*rule.range(name))) for name in rule.hyper}
     settings = replace(defaults(rule, flags), values)
     if settings.get("nesterov"):
         settings["dampening"] = 0.0
     shapes = draw(st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5))
-    return rule, settings, Bowl(tuple(map(tuple, shapes))), draw(st.integers(1, 5))
+    return rule, settings, Bowl(tuple(map(tuple, shapes))), draw(st.integers(1, rule.steps + 1))
 
 
 @given(random_case())
-@hypothesis_settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_random_settings_and_shapes(case: tuple[Rule, dict[str, Any], Bowl, int]):
     rule, settings, bowl, steps = case
     params = bowl.params()
@@ -334,7 +327,7 @@ def test_random_settings_and_shapes(case: tuple[Rule, dict[str, Any], Bowl, int]
     }
     direction = {
         "params": {n: torch.cos(p) for n, p in params.items()},
-        "hyper": {n: 0.3 + 0.1 * i for i, n in enumerate(names)},
+        "hyper": gentle(names, (0.3 + 0.1 * i for i in range(len(names)))),
     }
 
     def outer(x: dict[str, Any]) -> float:

@@ -28,6 +28,7 @@ from tests.oracles import Params, Task, TorchRun, assert_params, torch_run
 # -- dtypes -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:an update of torch:innerloop.PrecisionWarning")
 @pytest.mark.parametrize(
     ("params", "hyper"),
     [
@@ -60,7 +61,8 @@ def test_parameters_keep_their_dtype_and_so_do_the_gradients(
                 torch.func.grad(task.loss)(now, t), state, now, override(rule, settings, values)
             )
             assert {value.dtype for value in now.values()} == {params}
-            assert {t.dtype for t in pytree.tree_leaves(state) if isinstance(t, Tensor)} <= {params}
+            held = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor)]
+            assert {t.dtype for t in held if t.ndim} <= {params}  # torch keeps single numbers in more precision, too
         wanted = [*start.values(), *pytree.tree_leaves(values)]
         found = torch.autograd.grad(task.outer(now), wanted, allow_unused=True, materialize_grads=True)
         assert [g.dtype for g in found] == [x.dtype for x in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.optimizers import (
     defaults,
     each_hyper,
     each_rule,
+    gentle,
     outer_of_rule,
     outer_of_torch,
     override,
@@ -37,6 +39,7 @@ from tests.oracles import (
     torch_run,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 4
 
 
@@ -50,8 +53,8 @@ def tensors(values: dict[str, float]) -> Params:
 
 
 def joint_direction(task: Task | Bowl, values: dict[str, float]) -> tuple[Params, dict[str, float]]:
-    """One that moves everything at once; hyper-parameters at 0 and eps only a little."""
-    return directions(task.params(), 1)[0], {name: 1e-4 if name == "eps" else 0.1 for name in values}
+    """One that moves everything at once."""
+    return directions(task.params(), 1)[0], gentle(values, itertools.repeat(0.1))
 
 
 # -- vmap ---------------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_jvp_equals_finite_differences_and_reverse_mode(rule: Rule, settings: di
 @each_rule()
 def test_jvp_is_right_where_gradient_entries_are_zero(rule: Rule):
     task = Task(dead=True)
-    settings = replace(rule.typical, {"weight_decay": 0.0})
+    settings = rule.undecayed
     values = {name: value for name, value in numbers(rule, settings).items() if name != "weight_decay"}
     outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
     direction = joint_direction(task, values)
@@ -206,7 +209,7 @@ def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settin
 def test_second_derivatives_are_finite_where_gradient_entries_are_zero(rule: Rule, name: str):
     """There Adam's update has no second derivative (it bends); a number must come out nevertheless, not NaN."""
     task = Task(dead=True)
-    settings = replace(rule.typical, {"weight_decay": 0.0})
+    settings = rule.undecayed
     outer = outer_of_rule(rule, settings, task, STEPS)
     value = tensors({name: float(read(settings, name))})
 

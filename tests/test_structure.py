@@ -24,7 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Each row may import the rows above it, and its own row as long as no cycle arises.
 LAYERS = (
-    ("errors", "tree", "graph", "random_state", "batches", "progress", "_private"),
+    ("errors", "differences", "tree", "graph", "random_state", "batches", "progress", "_private"),
     ("module", "nn", "optim"),
     ("problem",),
     ("trajectory",),

@@ -9,6 +9,7 @@ from innerloop.errors import (
     MetaGradientError,
     MissingExtraError,
     NotDifferentiableError,
+    PrecisionWarning,
 )
 from innerloop.module import functional
 from innerloop.plan import Plan, plan
@@ -32,6 +33,7 @@ __all__ = [
     "MissingExtraError",
     "NotDifferentiableError",
     "Plan",
+    "PrecisionWarning",
     "Problem",
     "StoreAll",
     "Trajectory",

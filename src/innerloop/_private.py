@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +56,30 @@ def inside_vmap() -> bool:
     """Whether one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def inside_reverse_transform() -> bool:
+    """Whether one of the running transforms is ``torch.func.grad`` or ``vjp``: hooks on saved tensors are refused there."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
+
+
+set_grad_enabled = torch._C._set_grad_enabled
+"""What ``torch.no_grad`` and its kind call: a ``TorchFunctionMode`` sees the call, and can only tell it by this object."""
+
+
+@contextmanager
+def no_saved_tensors_hooks() -> Iterator[None]:
+    """Take the innermost hooks on saved tensors off for a while; publicly they can be covered by others, or refused altogether."""
+    pack_and_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if pack_and_unpack is None:
+        yield
+        return
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
 
 
 def is_tracked(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from innerloop import tree
+from innerloop.differences import derivative
 from innerloop.errors import InvalidInputError, MetaGradientError
 from innerloop.problem import check_loss
 from innerloop.random_state import RandomState
@@ -119,7 +119,7 @@ def check_metagradient(
         for _ in range(directions if x.numel() > 1 else 1):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
             v = v / v.norm() * (x.numel() ** 0.5)
-            finite, uncertainty = _finite(lambda h, i=i, v=v: evaluate.shifted(i, h * v), step * scale)  # type: ignore[misc]
+            finite, uncertainty = derivative(lambda h, i=i, v=v: evaluate.shifted(i, h * v), step * scale)  # type: ignore[misc]
             exact = float((grads[i] * v).sum())
             noise = 1e-15 * abs(value) / (step * scale)
             close = rtol * max(abs(exact), abs(finite))
@@ -218,18 +218,6 @@ class _PromoteToFloat64(TorchFunctionMode):
                     lambda x: x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x, (args, kwargs)
                 )
         return func(*args, **kwargs)
-
-
-def _finite(f: Callable[[float], float], h: float) -> tuple[float, float]:
-    """The four-point derivative at 0 and how far the two neighbouring steps that agree best are apart."""
-    estimates = [_four_point(f, h / 2**k) for k in range(3)]
-    gaps = [abs(a - b) for a, b in itertools.pairwise(estimates)]
-    best = gaps.index(min(gaps))
-    return estimates[best + 1], gaps[best]
-
-
-def _four_point(f: Callable[[float], float], h: float) -> float:
-    return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
 def _verdict(c: Comparison) -> str:

@@ -23,6 +23,10 @@ class MetaGradientError(InnerLoopError, AssertionError):
     """Autograd and finite differences disagree about a meta-gradient."""
 
 
+class PrecisionWarning(UserWarning):
+    """A derivative is computed in a precision in which it may come out wrong."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, module, tree
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.optim.base import Optimizer
+from innerloop.optim.base import Optimizer, ValueAndGrad
 from innerloop.random_state import RandomState
 
 Loss = Callable[[Any, Any, Any], Any]
@@ -193,16 +193,56 @@ class Problem:
         return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
 
     def update(
-        self, carry: Carry, grads: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, t: int
+        self,
+        carry: Carry,
+        grads: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        hyper: Any,
+        t: int,
+        value_and_grad: ValueAndGrad | None = None,
     ) -> Carry:
         """The carry after the gradient of step t, and the buffers that came with it, are known."""
-        params, state = self.optimizer.update(grads, carry.optimizer_state, carry.params, self.overrides(hyper, t))
+        params, state = self.new_params(
+            grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
+        )
         return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
+
+    def new_params(
+        self,
+        grads: Mapping[str, Tensor],
+        state: Any,
+        params: Named,
+        overrides: Mapping[str, Any] | None,
+        value_and_grad: ValueAndGrad | None = None,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """What the optimizer makes of these gradients: ``(new_params, new_state)``."""
+        if not self.optimizer.needs_closure:
+            return self.optimizer.update(grads, state, params, overrides)
+        if value_and_grad is None:
+            raise InvalidInputError(
+                f"{self.optimizer!r} evaluates the loss within its update, and this strategy takes loss and update apart: write "
+                'StoreAll() or Checkpointed(product="reverse", save="params")'
+            )
+        closure: Any = {"value_and_grad": value_and_grad}
+        return self.optimizer.update(grads, state, params, overrides, **closure)
+
+    def check_compiles(self) -> None:
+        """Raise if the optimizer cannot be compiled."""
+        if not self.optimizer.compiles:
+            raise InvalidInputError(
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, or decides by values. Write compile=False, or use "
+                "another rule of innerloop.optim"
+            )
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
+
+        def value_and_grad(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
+            grads, loss, _, _ = self.gradient(params, carry.buffers, hyper, batch)
+            return loss, grads
+
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
-        return self.update(carry, grads, buffers, hyper, t), loss, aux
+        return self.update(carry, grads, buffers, hyper, t, value_and_grad), loss, aux
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"

@@ -150,6 +150,8 @@ def metagradient(
             f"{strategy!r} does not differentiate {missing}: choose wrt={tuple(sorted(strategy.differentiates))}"
         )
 
+    if compile:
+        problem.check_compiles()
     if compile and not strategy.compiles:
         raise InvalidInputError(
             f"{strategy!r} cannot be compiled as a whole: leave compile=True away, or use StoreAll(). Checkpointed(compile=True) compiles "

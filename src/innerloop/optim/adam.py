@@ -9,8 +9,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used, numbers, require
-from innerloop.optim.numerics import one_minus_power, safe_sqrt
+from innerloop.optim.base import (
+    Hyper,
+    add_scaled,
+    average,
+    average_of_squares,
+    check_betas,
+    check_nonnegative,
+    is_used,
+)
+from innerloop.optim.elementwise import Elementwise
+from innerloop.optim.numerics import one_minus_power, root_of, times
 
 
 class AdamState(NamedTuple):
@@ -23,7 +32,7 @@ class AdamState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Adam(Rule):
+class Adam(Elementwise):
     r"""Adam with weight decay :math:`\lambda`.
 
     .. math::
@@ -45,6 +54,8 @@ class Adam(Rule):
         decoupled_weight_decay: AdamW's form.
         foreach: accepted as in ``torch.optim``; chooses no other result, so it is ignored. Likewise ``capturable``,
             ``differentiable`` and ``fused``.
+        eps_root: added to the corrected second moment inside the root, not in ``torch.optim``: with a positive one the update is
+            smooth where the gradient is zero, and so are its hyper- and second-order gradients.
 
     Example:
         At the first step Adam moves by lr in the direction of the sign, wherever it starts: d p₁/d p₀ = 1, d p₁/d lr = -1.
@@ -70,25 +81,20 @@ class Adam(Rule):
     differentiable: bool = dataclasses.field(default=False, repr=False)
     fused: bool | None = dataclasses.field(default=None, repr=False)
     decoupled_weight_decay: bool = False
+    eps_root: Hyper = 0.0
 
-    hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay")
+    hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay", "eps_root")
     state_type: ClassVar = AdamState
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
     torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.betas, (tuple, list)) and len(self.betas) == 2,
-            f"betas={self.betas!r}: write a pair, betas=(0.9, 0.999)",
-        )
-        object.__setattr__(self, "betas", tuple(self.betas))
-        self.validate(self._resolve(None))
+        object.__setattr__(self, "betas", check_betas(self.betas))
+        self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
-        check_nonnegative(hyper, "lr", "eps", "weight_decay")
-        for i, beta in enumerate(hyper["betas"]):
-            for value in numbers(beta):
-                require(0 <= value < 1, f"betas[{i}]={value} must be in [0, 1)")
+        check_nonnegative(hyper, "lr", "eps", "eps_root", "weight_decay")
+        check_betas(hyper["betas"])
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("mu", "nu", "nu_max") if self.amsgrad else ("mu", "nu")
@@ -105,31 +111,18 @@ class Adam(Rule):
                 param = param * (1 - lr * decay)
             else:
                 grad = add_scaled(grad, param, decay)
-        mu = _average(state.mu, grad, beta1)
-        nu = _average_of_squares(state.nu, grad, beta2)
+        mu = average(state.mu, grad, beta1)
+        nu = average_of_squares(state.nu, grad, beta2)
         nu_max = torch.maximum(state.nu_max, nu) if self.amsgrad else None
-        root = safe_sqrt(nu if nu_max is None else nu_max, exact=isinstance(eps, (int, float)) and eps == 0)
-        denominator = root / one_minus_power(beta2, state.count, param) ** 0.5 + eps
+        correction = one_minus_power(beta2, state.count, param)
+        root = root_of(nu if nu_max is None else nu_max, eps, times(hyper["eps_root"], correction))
+        denominator = root / correction**0.5 + eps
         step_size = lr / one_minus_power(beta1, state.count, param)
         if isinstance(step_size, Tensor):
             param = param - step_size * (mu / denominator)
         else:
             param = torch.addcdiv(param, mu, denominator, value=-step_size)
         return param, AdamState(state.count, mu, nu, nu_max)
-
-
-def _average(mean: Any, grad: Tensor, beta: Any) -> Tensor:
-    """β·mean + (1-β)·grad."""
-    if isinstance(beta, Tensor):
-        return beta * mean + (1 - beta) * grad
-    return torch.lerp(mean, grad, 1 - beta)
-
-
-def _average_of_squares(mean: Any, grad: Tensor, beta: Any) -> Tensor:
-    """β·mean + (1-β)·grad²."""
-    if isinstance(beta, Tensor):
-        return beta * mean + (1 - beta) * (grad * grad)
-    return torch.addcmul(mean * beta, grad, grad, value=1 - beta)
 
 
 adam = Adam

@@ -13,7 +13,6 @@ from innerloop import _private
 from innerloop.errors import InvalidInputError
 from innerloop.optim.base import Grads, Optimizer, Params, Rule
 from innerloop.optim.groups import GroupsState, PerGroup
-from innerloop.optim.packing import Packed, layout_of
 
 _NAMES = ("params", "param_names")  # what a param group holds besides settings
 
@@ -122,11 +121,7 @@ class FromTorch(Optimizer):
         values: dict[str, Any] = {}
         for field, key in keys.items():
             if any(s.get(key) is not None for s in saved.values()):
-                named = {
-                    n: (torch.zeros_like(part[n]) if s.get(key) is None else s[key].detach().clone())
-                    for n, s in saved.items()
-                }
-                values[field] = Packed.of(layout_of(part, None, None), named)
+                values[field] = rule.restored(field, {n: s.get(key) for n, s in saved.items()}, part)
         counts = {n: _count(rule, s, keys) for n, s in saved.items()}
         same = len(set(counts.values())) == 1
         return state._replace(count=next(iter(counts.values())) if same else counts, **values)
@@ -193,7 +188,7 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     known = ", ".join(cls.__name__ for cls in Rule.by_torch_class)
     raise InvalidInputError(
         f"{type(optimizer).__module__}.{type(optimizer).__name__} has an update rule of its own that innerloop does not know. "
-        f"Known: {known}, and their subclasses that do not override step(). Write the rule as an innerloop.optim.base.Rule"
+        f"Known: {known}, and their subclasses that do not override step(). Write the rule as an innerloop.optim.Elementwise"
     )
 
 
@@ -229,13 +224,21 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
     if not count:
         return {}
     exported: dict[str, Any] = {}
+    on_device = group.get("capturable") or group.get("fused")
+    device = group["params"][0].device if on_device else "cpu"
     for field in rule.slots():
-        packed = getattr(state, field)
-        if packed is not None:
-            exported[rule.torch_state[field]] = packed[name].detach().clone()
+        held = getattr(state, field)
+        value = None if held is None else held.get(name)
+        if isinstance(value, Tensor):
+            exported[rule.torch_state[field]] = value.detach().clone()
+        elif value is not None:
+            exported[rule.torch_state[field]] = _scalar(value, device)
     if rule.torch_counts:
-        on_device = group.get("capturable") or group.get("fused")
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        device = next(iter(exported.values())).device if on_device and exported else "cpu"
-        exported["step"] = torch.tensor(float(count), dtype=dtype, device=device)
+        exported["step"] = int(count) if rule.torch_step is int else _scalar(count, device)
     return exported
+
+
+def _scalar(value: float, device: torch.device | str) -> Tensor:
+    """As torch keeps the numbers of its state."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.tensor(float(value), dtype=dtype, device=device)

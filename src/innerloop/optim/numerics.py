@@ -23,13 +23,29 @@ def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, 
     return v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
 
 
+def root_of(v: Float[Tensor, "*shape"], eps: Any, eps_root: Any) -> Float[Tensor, "*shape"]:
+    """√(v + eps_root), to which eps is about to be added; the number 0 for ``eps_root`` changes no bit."""
+    if isinstance(eps_root, Tensor) or eps_root != 0:
+        return safe_sqrt(v + eps_root)
+    return safe_sqrt(v, exact=isinstance(eps, (int, float)) and eps == 0)
+
+
+def times(value: Any, factor: Any) -> Any:
+    """The product; the number 0 stays a number, which switches a term off."""
+    return value if not isinstance(value, Tensor) and value == 0 else value * factor
+
+
 def one_minus_power(beta: Any, count: Any, like: Tensor) -> Any:
     """The bias correction 1 - βᵗ: a Python float if both are numbers, as torch does, else a tensor that loses no precision."""
     if not isinstance(beta, Tensor) and not isinstance(count, Tensor):
         return 1 - beta ** float(count)
-    if isinstance(beta, Tensor) and beta.ndim:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-    else:  # a scalar costs nothing: float64 wherever the device has it
-        dtype = torch.float32 if like.device.type == "mps" else torch.float64
-    beta = torch.as_tensor(beta, device=like.device).to(dtype)
-    return 1 - beta ** (count.to(dtype) if isinstance(count, Tensor) else count)
+    return 1 - precise(beta, like) ** precise(count, like)
+
+
+def precise(value: Any, like: Tensor) -> Any:
+    """A scalar that is a tensor, in float64 wherever the device has it (that costs nothing); numbers and larger tensors as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim:
+        return value.to(torch.promote_types(like.dtype, torch.float32))
+    return value.to(torch.float32 if like.device.type == "mps" else torch.float64)

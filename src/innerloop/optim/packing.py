@@ -156,10 +156,11 @@ def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
     return named
 
 
-class Packed(Mapping[str, Tensor]):
+class Packed(Mapping[str, Any]):
     """Named tensors of an optimizer's state, stored flat: ``state.mu["fc.weight"]`` reads one of them.
 
-    It is a pytree whose leaves are the flat tensors.
+    It is a pytree whose leaves are the flat tensors. In place of a flat tensor there may be one number for all of a bucket's
+    parameters (or a 0-dim tensor), for what a rule keeps once per parameter.
     """
 
     __slots__ = ("flats", "layout")
@@ -171,16 +172,17 @@ class Packed(Mapping[str, Tensor]):
         self.flats = flats
 
     @classmethod
-    def of(cls, layout: Layout, named: Mapping[str, Tensor]) -> Packed:
+    def of(cls, layout: Layout, named: Mapping[str, Any]) -> Packed:
         """``named`` in the buckets of ``layout``: free if it is packed that way already."""
         if isinstance(named, Packed) and (named.layout is layout or named.layout == layout):
             return named
         return cls(layout, tuple(pack(bucket, named) for bucket in layout))
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Any:
         for bucket, flat in zip(self.layout, self.flats, strict=True):
             if name in bucket.names:
-                return unpack(bucket, flat)[name]
+                one_for_all = not isinstance(flat, Tensor) or (flat.ndim == 0 and len(bucket.names) > 1)
+                return flat if one_for_all else unpack(bucket, flat)[name]
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Hyper, Rule, add_scaled, check_nonnegative, is_used
+from innerloop.optim.base import Hyper, add_scaled, check_nonnegative, is_used
+from innerloop.optim.elementwise import Elementwise
 
 
 class SGDState(NamedTuple):
@@ -21,7 +22,7 @@ class SGDState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SGD(Rule):
+class SGD(Elementwise):
     r"""Gradient descent with weight decay :math:`\lambda`, momentum :math:`\mu` and dampening :math:`\tau`.
 
     .. math::
@@ -74,7 +75,7 @@ class SGD(Rule):
     torch_counts: ClassVar = False
 
     def __post_init__(self) -> None:
-        self.validate(self._resolve(None))
+        self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "momentum", "weight_decay")

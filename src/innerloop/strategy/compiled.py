@@ -103,6 +103,7 @@ class CompiledProblem:
     """
 
     def __init__(self, problem: Problem, product: str) -> None:
+        problem.check_compiles()
         self.problem = problem
         cores = _cores.setdefault(problem, {})
         product = "reverse" if product == "auto" else product

@@ -261,7 +261,7 @@ def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotang
 
     def update(values: list[Tensor]) -> list[Tensor]:
         grads, params, state, hyper = inputs.filled(values)
-        updated = problem.optimizer.update(grads, state, params, problem.overrides(hyper, step.t))
+        updated = problem.new_params(grads, state, params, problem.overrides(hyper, step.t))
         ends = _selected(tree.leaves(updated), given)
         inputs.note(ends, values)
         return ends
