@@ -155,3 +155,13 @@ class _Observer(_TorchDispatchMode):
 def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     """Call ``seen`` with every tensor that an operation returns inside the block, in backward passes and below ``torch.func`` too."""
     return _Observer(seen)
+
+
+weight_norm = torch._weight_norm
+"""What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+
+
+def function_mode() -> Any:
+    """The innermost ``TorchFunctionMode``: only that one can be left, and which one it is cannot be asked publicly."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None

@@ -17,6 +17,15 @@ COMPILED = (
 )
 
 
+ATTENTION = "F.scaled_dot_product_attention"
+KERNELS = {
+    "WeightNormInterfaceBackward0": "torch._weight_norm",
+}
+"""Nodes of the autograd graph whose second derivative is missing, or wrong without an error: what a user called to get them."""
+WRONG = frozenset({"WeightNormInterfaceBackward0"})
+"""Those of them where it is wrong without an error."""
+
+
 class _Raise(torch.autograd.Function):
     """The identity, whose backward raises: an inner gradient stops before it, an outer one runs into it."""
 
@@ -101,7 +110,8 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
     Returns:
         The leaves outside of the loop.
     """
-    ends = list(ends)
+    ends, current = list(ends), list(current)
+    kernels = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
@@ -115,13 +125,43 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
+        elif second_order and kind in KERNELS:
+            kernels.append(node)
         elif second_order and _once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: PyTorch would drop its second derivative without a word. "
                 "Write its backward out of differentiable operations, or use strategy=innerloop.FirstOrder() (track: first_order=True)"
             )
         stack.extend([child for child, _ in node.next_functions])
+    for node in kernels:
+        if _reaches(node, current):
+            raise NotDifferentiableError(_without_second(type(node).__name__))
     return leaves
+
+
+def _reaches(start: Any, current: list[Tensor]) -> bool:
+    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+    ends = {p.grad_fn for p in current if p.grad_fn is not None}
+    leaves = {id(p) for p in current if p.grad_fn is None}
+    seen, stack = set(), [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+    return False
+
+
+def _without_second(kind: str) -> str:
+    has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
+    return (
+        f"{KERNELS[kind]} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop: compute the loss "
+        "there, from the first step on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not use it, write "
+        "`with innerloop.nn.replacing():`. Or take no second derivative: first_order=True, strategy=innerloop.FirstOrder()"
+    )
 
 
 def _once_differentiable(node: Any) -> bool:

@@ -1,0 +1,172 @@
+"""Choosing, while an inner loop is tracked, a form of an operation whose second derivative is right.
+
+Some operations of PyTorch have a fast kernel whose gradient cannot be differentiated again (fused attention), lack a derivative for
+want of a formula (``embedding_bag``), or have a second derivative that is wrong without an error (``torch._weight_norm``). Where the
+user's forward and loss run under a tracked loop, a ``TorchFunctionMode`` sees each call and hands these to forms that have the derivative.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from innerloop import _private
+
+_log = logging.getLogger("innerloop")
+
+
+class Replacement(NamedTuple):
+    """What is called in place of an operation of PyTorch.
+
+    Attributes:
+        name: the operation, as users write it.
+        form: takes the arguments of the operation.
+        reason: what PyTorch's own lacks.
+        silent: whether PyTorch's own gives a wrong second derivative without an error; such a one cannot be kept.
+    """
+
+    name: str
+    form: Callable[..., Any]
+    reason: str
+    silent: bool = False
+
+
+class _Thread(threading.local):
+    kept = False
+
+
+TABLE: dict[Any, Replacement] = {}
+"""PyTorch's function -> what is called instead."""
+_thread = _Thread()
+_met: dict[str, str] = {}
+
+
+def register(form: Callable[..., Any], *originals: Any, name: str, reason: str, silent: bool = False) -> None:
+    """Enter a form into the table, under every function of PyTorch by which users and modules reach the operation."""
+    for original in originals:
+        TABLE[original] = Replacement(name, form, reason, silent)
+
+
+def replaced() -> dict[str, str]:
+    """The operations that were replaced so far in this process, and why.
+
+    Each is also logged once, at the level INFO of the logger ``"innerloop"``: the numbers are those of PyTorch, so nothing asks for
+    the user's attention, and a warning would break programs that turn warnings into errors.
+    """
+    return dict(_met)
+
+
+@contextmanager
+def keep_kernels() -> Iterator[None]:
+    """Leave PyTorch's own kernels in place inside this block, for a loop whose second derivative through them is not needed.
+
+    Where it is needed after all, an error names the kernel. Operations whose second derivative is wrong without an error are replaced
+    all the same. Not for compiled code: enter the block before the compiled function is called.
+
+    Example:
+        >>> import torch, innerloop
+        >>> with innerloop.nn.keep_kernels():
+        ...     out = torch.nn.functional.embedding_bag(torch.tensor([[0, 1]]), torch.eye(2))
+    """
+    before, _thread.kept = _thread.kept, True
+    try:
+        yield
+    finally:
+        _thread.kept = before
+
+
+class Replacing(TorchFunctionMode):
+    """Hands the operations of the table to their forms.
+
+    Attributes:
+        met: whether there was one.
+        on: whether the operations are replaced at all.
+    """
+
+    def __init__(self, only_silent: bool = False) -> None:
+        super().__init__()
+        self.met = False
+        self.on = True
+        self.only_silent = only_silent
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by PyTorch for each of its functions, with this mode off."""
+        found = TABLE.get(func)
+        if found is None or not self.on:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._instead(found, func, args, kwargs or {})
+
+    def _instead(self, found: Replacement, func: Any, args: Any, kwargs: Any) -> Any:
+        self.met = True
+        if not found.silent and (self.only_silent or _thread.kept):
+            return func(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _announce(found)
+        if found.name in OPENED:  # what it calls is looked at in turn
+            with self:
+                return found.form(*args, **kwargs)
+        return found.form(*args, **kwargs)
+
+
+OPENED: set[str] = set()
+"""Operations that are not replaced themselves, but may call one that is."""
+
+
+def _announce(found: Replacement) -> None:
+    if found.name not in _met and found.name not in OPENED:
+        _met[found.name] = found.reason
+        _log.info("%s is replaced by a form of innerloop's while gradients of gradients are tracked: %s", found.name, found.reason)
+
+
+def replacing(only_silent: bool = False) -> AbstractContextManager[Any]:
+    """Replace operations inside this block."""
+    return Replacing(only_silent)
+
+
+class Block:
+    """The replacing mode of one hand-written loop: on from the loop's start, off while the loop's own code runs.
+
+    Looking at every operation costs 1.5 to 3 % of a small network's step, so a loop whose first step met no operation of the table
+    switches it off then. A later step that does meet one is noticed in its graph (`innerloop.graph.inspect`) and refused.
+    """
+
+    def __init__(self) -> None:
+        self._mode = Replacing()
+        self._inside = False
+
+    def enter(self) -> None:
+        """Switch on; a second time does nothing."""
+        if not self._inside:
+            self._mode.on = self._inside = True
+            self._mode.__enter__()
+
+    def leave(self) -> None:
+        """Switch off for good."""
+        if self._inside:
+            self._mode.on = self._inside = False
+            # Blocks may end in another order than they began: what lies under another mode is taken off later.
+            while isinstance(mode := _private.function_mode(), Replacing) and not mode.on:
+                mode.__exit__(None, None, None)
+
+    def settle(self) -> None:
+        """After the first step: stay on only if that met something."""
+        if not self._mode.met:
+            self.leave()
+
+    def off(self) -> AbstractContextManager[Any]:
+        """Switch off for a while."""
+        return self._off() if self._inside and _private.function_mode() is self._mode else nullcontext()
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        self._mode.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._mode.__enter__()
