@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -28,13 +29,17 @@ class Replacement(NamedTuple):
         name: the operation, as users write it.
         form: takes the arguments of the operation.
         reason: what PyTorch's own lacks.
-        silent: whether PyTorch's own gives a wrong second derivative without an error; such a one cannot be kept.
+        silent: whether PyTorch's own gives a wrong derivative without an error; such a one cannot be kept.
+        when: whether it is to be replaced, by its arguments; None: always.
+        opened: whether it is PyTorch's own code, run so that the operations in it are seen.
     """
 
     name: str
     form: Callable[..., Any]
     reason: str
     silent: bool = False
+    when: Callable[[Any, Any], bool] | None = None
+    opened: bool = False
 
 
 class _Thread(threading.local):
@@ -47,10 +52,33 @@ _thread = _Thread()
 _met: dict[str, str] = {}
 
 
-def register(form: Callable[..., Any], *originals: Any, name: str, reason: str, silent: bool = False) -> None:
+def register(
+    form: Callable[..., Any],
+    *originals: Any,
+    name: str,
+    reason: str,
+    silent: bool = False,
+    when: Callable[[Any, Any], bool] | None = None,
+) -> None:
     """Enter a form into the table, under every function of PyTorch by which users and modules reach the operation."""
     for original in originals:
-        TABLE[original] = Replacement(name, form, reason, silent)
+        TABLE[original] = Replacement(name, form, reason, silent, when)
+
+
+def open_up(function: Any) -> None:
+    """Let the mode see what ``function`` of ``torch.nn.functional`` calls.
+
+    Such a function hands itself over to the mode as a whole, and what it calls while the mode looks at it is not seen. A copy of it
+    whose ``has_torch_function`` says no runs to its end, with the mode on.
+    """
+    scope = {**function.__globals__, "has_torch_function": _no, "has_torch_function_variadic": _no, "has_torch_function_unary": _no}
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    TABLE[function] = Replacement(function.__name__, copy, "", opened=True)
+
+
+def _no(*tensors: Any) -> bool:
+    return False
 
 
 def replaced() -> dict[str, str]:
@@ -103,23 +131,21 @@ class Replacing(TorchFunctionMode):
         return self._instead(found, func, args, kwargs or {})
 
     def _instead(self, found: Replacement, func: Any, args: Any, kwargs: Any) -> Any:
-        self.met = True
-        if not found.silent and (self.only_silent or _thread.kept):
-            return func(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            _announce(found)
-        if found.name in OPENED:  # what it calls is looked at in turn
+        if found.opened:
             with self:
                 return found.form(*args, **kwargs)
+        if (found.when is not None and not found.when(args, kwargs)) or (
+            not found.silent and (self.only_silent or _thread.kept)
+        ):
+            return func(*args, **kwargs)
+        self.met = True
+        if not torch.compiler.is_compiling():
+            _announce(found)
         return found.form(*args, **kwargs)
 
 
-OPENED: set[str] = set()
-"""Operations that are not replaced themselves, but may call one that is."""
-
-
 def _announce(found: Replacement) -> None:
-    if found.name not in _met and found.name not in OPENED:
+    if found.name not in _met:
         _met[found.name] = found.reason
         _log.info("%s is replaced by a form of innerloop's while gradients of gradients are tracked: %s", found.name, found.reason)
 

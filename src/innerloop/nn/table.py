@@ -1,10 +1,50 @@
-"""The operations that are replaced, and why: the one list."""
+"""The operations that are replaced, and why: the one list.
+
+**To enrol an operation**: write its form, and register it here under every function of PyTorch by which users and modules reach it.
+`innerloop doctor` then shows what the form makes of the derivatives, and ``tests/test_audit_contract.py`` trains through it.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from innerloop import _private
-from innerloop.nn.replace import register
+from innerloop.nn import ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, recurrent
+from innerloop.nn.replace import open_up, register
 from innerloop.nn.weight_norm import weight_norm
+
+NO_SECOND = "it has no second derivative"
+NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
+
+
+def forward_mode(args: Any, kwargs: Any) -> bool:
+    """Whether a forward-mode derivative is being taken; otherwise PyTorch's kernel has all that is needed."""
+    return _private.forward_mode()
+
+
+def in_transform(args: Any, kwargs: Any) -> bool:
+    """Whether anything of ``torch.func`` is running."""
+    return not torch.compiler.is_compiling() and _private.inside_transform()
+
+
+def by_frequency(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.embedding`` was asked to divide gradients by counts."""
+    return bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+
+
+def into_out(args: Any, kwargs: Any) -> bool:
+    """Whether a result is to be written into a given tensor while a forward-mode derivative is taken."""
+    return kwargs.get("out") is not None and _private.forward_mode()
+
+
+def product_in_forward_mode(args: Any, kwargs: Any) -> bool:
+    """Whether ``scatter_reduce`` multiplies while a forward-mode derivative is taken."""
+    return kwargs.get("reduce", args[4] if len(args) > 4 else None) == "prod" and _private.forward_mode()
+
 
 register(
     weight_norm,
@@ -13,3 +53,62 @@ register(
     reason="its second derivative is wrong without an error",
     silent=True,
 )
+register(
+    elementary.refused("F.embedding(scale_grad_by_freq=True)", embedding_bag.BY_FREQUENCY),
+    F.embedding,
+    name="F.embedding(scale_grad_by_freq=True)",
+    reason="its gradient is no derivative, and the second derivative is wrong without an error: refused",
+    silent=True,
+    when=by_frequency,
+)
+register(
+    elementary.cholesky_inverse,
+    torch.cholesky_inverse,
+    Tensor.cholesky_inverse,
+    name="torch.cholesky_inverse",
+    reason="its forward-mode derivative is wrong without an error",
+    silent=True,
+    when=forward_mode,
+)
+register(
+    elementary.refused(
+        "scatter_reduce(reduce='prod')",
+        "has a forward-mode derivative that PyTorch gets wrong without an error (it is zero). Write product=\"reverse\", or multiply by "
+        "other means",
+    ),
+    torch.scatter_reduce,
+    Tensor.scatter_reduce,
+    Tensor.scatter_reduce_,
+    name="torch.scatter_reduce(reduce='prod')",
+    reason="its forward-mode derivative is zero without an error: refused",
+    silent=True,
+    when=product_in_forward_mode,
+)
+register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
+register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
+register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
+register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND)
+register(loss.multi_margin_loss, F.multi_margin_loss, name="F.multi_margin_loss", reason=NO_SECOND)
+register(loss.multilabel_margin_loss, F.multilabel_margin_loss, name="F.multilabel_margin_loss", reason=NO_SECOND)
+register(elementary.hardsigmoid, F.hardsigmoid, name="F.hardsigmoid", reason=NO_SECOND)
+register(loss.huber_loss, F.huber_loss, name="F.huber_loss", reason=NO_FORWARD, when=forward_mode)
+register(loss.mse_loss, F.mse_loss, name="F.mse_loss", reason=NO_FORWARD, when=forward_mode)
+register(loss.soft_margin_loss, F.soft_margin_loss, name="F.soft_margin_loss", reason=NO_FORWARD, when=forward_mode)
+register(grid_sample.grid_sample, F.grid_sample, name="F.grid_sample", reason=NO_FORWARD, when=forward_mode)
+register(elementary.normalize, F.normalize, name="F.normalize(out=...)", reason=NO_FORWARD, when=into_out)
+register(
+    recurrent.pack_padded_sequence,
+    _private.pack_padded_sequence,
+    name="nn.utils.rnn.pack_padded_sequence",
+    reason="it has no forward-mode derivative, and fails inside torch.func",
+    when=in_transform,
+)
+for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    register(
+        recurrent.without_cudnn(operation),
+        operation,
+        name=f"torch.{operation.__name__} in cuDNN",
+        reason=NO_SECOND,
+        when=recurrent.on_cuda,
+    )
+open_up(F.multi_head_attention_forward)
