@@ -167,10 +167,6 @@ def function_mode() -> Any:
     return torch._C._get_function_stack_at(count - 1) if count else None
 
 
-pack_padded_sequence = torch._VF._pack_padded_sequence  # type: ignore[attr-defined]
-"""What ``nn.utils.rnn.pack_padded_sequence`` calls."""
-
-
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, by ``torch.func.jvp`` or by dual numbers. No public query exists."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0

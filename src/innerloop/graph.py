@@ -20,10 +20,34 @@ COMPILED = (
 ATTENTION = "F.scaled_dot_product_attention"
 KERNELS = {
     "WeightNormInterfaceBackward0": "torch._weight_norm",
+    "CrossMapLRN2dBackward": "nn.CrossMapLRN2d",
+    "CdistBackward0": "torch.cdist",
+    "PdistBackward0": "F.pdist",
+    "CtcLossBackward0": "F.ctc_loss",
+    "CudnnCtcLossBackward0": "F.ctc_loss",
+    "EmbeddingBagBackward0": "F.embedding_bag",
+    "MultiMarginLossBackward0": "F.multi_margin_loss",
+    "MultilabelMarginLossBackward0": "F.multilabel_margin_loss",
+    "HardsigmoidBackward0": "F.hardsigmoid",
+    "SegmentReduceBackward0": "torch.segment_reduce",
+    "StandardGammaBackward0": "torch.distributions.Gamma.rsample",
+    "CudnnRnnBackward0": "a recurrent layer in cuDNN",
+    "MiopenRnnBackward0": "a recurrent layer in MIOpen",
+    "ScaledDotProductFlashAttentionForCpuBackward0": ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": ATTENTION,
+    "ScaledDotProductFusedAttentionOverrideableBackward0": ATTENTION,
 }
 """Nodes of the autograd graph whose second derivative is missing, or wrong without an error: what a user called to get them."""
 WRONG = frozenset({"WeightNormInterfaceBackward0"})
 """Those of them where it is wrong without an error."""
+CURES = {
+    "nn.CrossMapLRN2d": "Its gradient is not that of its forward either. Write nn.LocalResponseNorm",
+    "torch.segment_reduce": "Write torch.scatter_reduce, or index_add",
+    "torch.distributions.Gamma.rsample": "Draw by another reparametrisation, or hold the sample constant",
+}
+"""What to write instead of an operation that innerloop does not replace."""
 
 
 class _Raise(torch.autograd.Function):
@@ -157,8 +181,11 @@ def _reaches(start: Any, current: list[Tensor]) -> bool:
 
 def _without_second(kind: str) -> str:
     has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
+    name = KERNELS[kind]
+    if name in CURES:
+        return f"{name} has {has} in PyTorch ({kind}). {CURES[name]}. Or take no second derivative: first_order=True, FirstOrder()"
     return (
-        f"{KERNELS[kind]} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop: compute the loss "
+        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop: compute the loss "
         "there, from the first step on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not use it, write "
         "`with innerloop.nn.replacing():`. Or take no second derivative: first_order=True, strategy=innerloop.FirstOrder()"
     )

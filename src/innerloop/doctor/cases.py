@@ -81,7 +81,7 @@ class Case:
         smooth: False at a kink or an exact zero, where only finiteness is asked for.
         constants: True if a part of the forward is a constant of the derivative for PyTorch (running statistics, singular vectors
             of the power iteration), so that finite differences of forward and gradient are not their derivatives.
-        first: False if the gradient is by design not the derivative of the forward (rows of a padding index get none).
+        first: False if the gradient is by design not the derivative of the forward.
     """
 
     name: str
@@ -105,13 +105,26 @@ class Case:
 
 
 def value(output: Any) -> Tensor:
-    """A smooth scalar of what an operation gives, whose own derivatives depend on it."""
+    """A smooth scalar of what an operation gives, whose own derivatives depend on it, and which couples all entries."""
     parts = list(_tensors(output))
     total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
     for i, part in enumerate(parts):
         real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
-        weights = (1.2 + noise(*real.shape, phase=3.0 + i)).to(real)
-        total = total + (weights * (real + 0.3).sin()).sum() / max(1, real.numel())
+        weights, count = (1.2 + noise(*real.shape, phase=3.0 + i)).to(real), max(1, real.numel())
+        waves = (real + 0.3).sin()
+        total = total + (weights * waves).sum() / count + (weights.flip(0) * waves if real.dim() else waves).mean().square()
+    return total
+
+
+def linear(output: Any) -> Tensor:
+    """A linear scalar of what an operation gives: the gradient that comes in is a constant."""
+    parts = list(_tensors(output))
+    if len(parts) == 1 and parts[0].dim() == 0 and not parts[0].is_complex():
+        return parts[0]
+    total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
+    for i, part in enumerate(parts):
+        real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+        total = total + ((1.2 + noise(*real.shape, phase=3.0 + i)).to(real) * real).sum()
     return total
 
 
@@ -181,10 +194,10 @@ def _seeded(operation: Operation) -> Operation:
 A, B = noise(4, 3, scale=1.5), noise(4, 3, phase=1.0)
 CLASSES = torch.tensor([0, 2, 1, 2])
 SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum")
 PAIRS: dict[str, Operation] = {
     "mse_loss": F.mse_loss, "l1_loss": F.l1_loss, "smooth_l1_loss": functools.partial(F.smooth_l1_loss, beta=0.7),
-    "huber_loss": functools.partial(F.huber_loss, delta=0.7), "soft_margin_loss": lambda x, y, reduction: F.soft_margin_loss(x, y.detach().sign(), reduction=reduction),
+    "huber_loss": functools.partial(F.huber_loss, delta=0.7),
     "binary_cross_entropy_with_logits": F.binary_cross_entropy_with_logits, "poisson_nll_loss": F.poisson_nll_loss,
     "poisson_nll_loss(full)": lambda x, y, reduction: F.poisson_nll_loss(x, y.abs() + 1.5, full=True, reduction=reduction),
     "kl_div": lambda x, y, reduction: F.kl_div(x, y.exp(), reduction=reduction),
@@ -209,6 +222,7 @@ def _losses() -> Iterator[Case]:
         yield function(f"F.triplet_margin_loss{mode}", "losses", lambda x, y, z, r=reduction: F.triplet_margin_loss(x, y, z, margin=3.0, reduction=r), A, B, noise(4, 3, phase=2.0))
         yield function(f"F.triplet_margin_loss(swap){mode}", "losses", lambda x, y, z, r=reduction: F.triplet_margin_loss(x, y, z, margin=3.0, swap=True, reduction=r), A, B, noise(4, 3, phase=2.0))
         yield function(f"F.triplet_margin_with_distance_loss{mode}", "losses", lambda x, y, z, r=reduction: F.triplet_margin_with_distance_loss(x, y, z, margin=3.0, reduction=r), A, B, noise(4, 3, phase=2.0))
+        yield function(f"F.soft_margin_loss{mode}", "losses", lambda x, r=reduction: F.soft_margin_loss(x, SIGNS[:, None].expand(4, 3), reduction=r), A)
         yield function(f"F.multi_margin_loss{mode}", "losses", lambda x, r=reduction: F.multi_margin_loss(x, CLASSES, reduction=r), A)
         yield function(f"F.multilabel_margin_loss{mode}", "losses", lambda x, r=reduction: F.multilabel_margin_loss(x, torch.tensor([[0, -1, 0], [2, 0, -1], [1, -1, 0], [2, -1, -1]]), reduction=r), A)
         yield function(f"F.multilabel_soft_margin_loss{mode}", "losses", lambda x, y, r=reduction: F.multilabel_soft_margin_loss(x, y, reduction=r), A, probabilities(4, 3))
@@ -222,7 +236,7 @@ def _losses() -> Iterator[Case]:
     yield function("F.mse_loss(weight)", "losses", lambda x, y, w: F.mse_loss(x, y, weight=w), A, B, positive(4, 3))
     yield function("F.huber_loss(weight)", "losses", lambda x, y, w: F.huber_loss(x, y, delta=0.7, weight=w), A, B, positive(4, 3))
     yield function("F.l1_loss(weight)", "losses", lambda x, y, w: F.l1_loss(x, y, weight=w), A, B, positive(4, 3))
-    yield function("F.bce_with_logits(pos_weight)", "losses", lambda x, y, p: F.binary_cross_entropy_with_logits(x, y, weight=weights, pos_weight=p), A, probabilities(4, 3), positive(3))
+    yield function("F.bce_with_logits(pos_weight)", "losses", lambda x, y: F.binary_cross_entropy_with_logits(x, y, weight=weights, pos_weight=weights), A, probabilities(4, 3))
     yield function("F.binary_cross_entropy(weight)", "losses", lambda x, y: F.binary_cross_entropy(x, y, weight=weights), probabilities(4, 3), probabilities(4, 3, phase=2.0))
     yield function("F.ctc_loss(concatenated)", "losses", lambda x: F.ctc_loss(x.log_softmax(-1), torch.tensor([1, 2, 2, 3, 1]), *CTC[1:]), noise(7, 2, 5))
     yield function("F.ctc_loss(zero_infinity)", "losses", lambda x: F.ctc_loss(x.log_softmax(-1), CTC[0], torch.tensor([7, 1]), CTC[2], zero_infinity=True), noise(7, 2, 5))
@@ -344,7 +358,7 @@ BAGS, OFFSETS = torch.tensor([1, 2, 4, 5, 4, 3, 2, 2]), torch.tensor([0, 3, 3, 6
 def _embeddings() -> Iterator[Case]:
     w = noise(6, 3)
     yield function("F.embedding", "embeddings", lambda w: F.embedding(BAGS, w), w)
-    yield function("F.embedding (padding_idx)", "embeddings", lambda w: F.embedding(BAGS, w, padding_idx=2), w, first=False)
+    yield function("F.embedding (padding_idx)", "embeddings", lambda w: F.embedding(BAGS, torch.cat([w[:2], torch.ones_like(w[:1]), w[3:]]), padding_idx=2), w)
     yield function("F.embedding (by frequency)", "embeddings", lambda w: F.embedding(BAGS, w, scale_grad_by_freq=True), w, first=False)
     for mode in ("sum", "mean", "max"):
         yield function(f"F.embedding_bag ({mode})", "embeddings", lambda w, m=mode: F.embedding_bag(BAGS, w, OFFSETS, mode=m), w)
@@ -474,9 +488,12 @@ def _functions() -> Iterator[Case]:
     }
     for name, operation in of_any.items():
         yield function(f"torch.{name}", "functions", operation, x)
-    of_positive: dict[str, Operation] = {"lgamma": torch.lgamma, "digamma": torch.digamma, "polygamma": lambda x: torch.polygamma(2, x), "mvlgamma": lambda x: torch.mvlgamma(x + 1, 2), "entr": sp.entr, "log1p": torch.log1p, "acosh": lambda x: torch.acosh(x + 1), "rsqrt": torch.rsqrt, "bessel_j0": sp.bessel_j0, "bessel_j1": sp.bessel_j1}
+    of_positive: dict[str, Operation] = {"lgamma": torch.lgamma, "digamma": torch.digamma, "polygamma": lambda x: torch.polygamma(2, x + 1), "mvlgamma": lambda x: torch.mvlgamma(x + 1, 2), "entr": sp.entr, "log1p": torch.log1p, "acosh": lambda x: torch.acosh(x + 1), "rsqrt": torch.rsqrt, "bessel_j0": sp.bessel_j0, "bessel_j1": sp.bessel_j1, "airy_ai": sp.airy_ai, "legendre_polynomial_p": lambda x: sp.legendre_polynomial_p(x, 2)}
     for name, operation in of_positive.items():
         yield function(f"torch.{name}", "functions", operation, p)
+    yield function("torch.triangular_solve", "functions", lambda a, b: torch.triangular_solve(b, a)[0], matrix(3), matrix(3, phase=1.0))
+    yield function("torch.cholesky_inverse (full matrix)", "functions", torch.cholesky_inverse, matrix(3))
+    yield function("linalg.solve_triangular (full matrix)", "functions", lambda a, b: torch.linalg.solve_triangular(a, b, upper=True), matrix(3), matrix(3, phase=1.0))
     yield function("torch.logit", "functions", torch.logit, unit)
     yield function("torch.ndtri", "functions", sp.ndtri, unit)
     of_two: dict[str, Operation] = {"atan2": torch.atan2, "hypot": torch.hypot, "logaddexp": torch.logaddexp, "logaddexp2": torch.logaddexp2, "maximum": torch.maximum, "fmod": lambda x, y: torch.fmod(x, y + 2.2), "remainder": lambda x, y: torch.remainder(x, y + 2.2), "lerp": lambda x, y: torch.lerp(x, y, 0.3 * x), "pow": lambda x, y: (x + 2) ** y, "xlogy": lambda x, y: torch.xlogy(x, y + 2), "xlog1py": lambda x, y: sp.xlog1py(x, y + 1.5), "addcdiv": lambda x, y: torch.addcdiv(x, x, y + 2), "bmm": lambda x, y: torch.bmm(x[None], y.mT[None]), "baddbmm": lambda x, y: torch.baddbmm((x @ y.mT)[None], x[None], y.mT[None]), "einsum": lambda x, y: torch.einsum("ij,kj->ik", x, y), "kron": torch.kron, "copysign": torch.copysign, "float_power": lambda x, y: torch.float_power(x + 2, y), "ldexp": torch.ldexp, "where": lambda x, y: torch.where(x > 0, x * y, y), "complex": torch.complex, "polar": lambda x, y: torch.polar(x + 2, y), "tensordot": lambda x, y: torch.tensordot(x, y, dims=([1], [1]))}
@@ -484,7 +501,7 @@ def _functions() -> Iterator[Case]:
         yield function(f"torch.{name}", "functions", operation, x, y)
     yield function("torch.gammainc", "functions", lambda x: sp.gammainc(torch.full_like(x, 1.3), x), p)
     yield function("torch.gammaincc", "functions", lambda x: sp.gammaincc(torch.full_like(x, 1.3), x), p)
-    yield function("torch.zeta", "functions", lambda x: sp.zeta(torch.full_like(x, 2.3), x), p)
+    yield function("torch.zeta", "functions", lambda x: sp.zeta(torch.full_like(x, 2.3), x + 1), p)
     yield function("torch._standard_gamma (rsample)", "functions", _seeded(lambda x: torch.distributions.Gamma(x, torch.ones_like(x)).rsample()), p, constants=True)
     yield function("torch.angle", "functions", lambda x, y: torch.angle(torch.complex(x, y)), x, y)
     yield function("torch.complex abs", "functions", lambda x, y: torch.complex(x, y).abs(), x, y)

@@ -17,6 +17,14 @@ from innerloop.nn import ctc_loss, distance, elementary, embedding_bag, grid_sam
 from innerloop.nn.replace import open_up, register
 from innerloop.nn.weight_norm import weight_norm
 
+CONSTANT = """
+    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1
+    scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0 hermite_polynomial_h hermite_polynomial_he
+    laguerre_polynomial_l legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+    chebyshev_polynomial_w shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+    shifted_chebyshev_polynomial_w
+""".split()
+"""Functions of ``torch.special`` whose result does not require grad, whatever they are given."""
 NO_SECOND = "it has no second derivative"
 NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
 
@@ -26,9 +34,11 @@ def forward_mode(args: Any, kwargs: Any) -> bool:
     return _private.forward_mode()
 
 
-def in_transform(args: Any, kwargs: Any) -> bool:
-    """Whether anything of ``torch.func`` is running."""
-    return not torch.compiler.is_compiling() and _private.inside_transform()
+def differentiated(args: Any, kwargs: Any) -> bool:
+    """Whether anything differentiates an argument."""
+    return not torch.compiler.is_compiling() and any(
+        isinstance(x, Tensor) and _private.has_derivative(x) for x in (*args, *kwargs.values())
+    )
 
 
 def by_frequency(args: Any, kwargs: Any) -> bool:
@@ -66,9 +76,8 @@ register(
     torch.cholesky_inverse,
     Tensor.cholesky_inverse,
     name="torch.cholesky_inverse",
-    reason="its forward-mode derivative is wrong without an error",
+    reason="its forward-mode derivative, and for a full matrix its gradient, are wrong without an error",
     silent=True,
-    when=forward_mode,
 )
 register(
     elementary.refused(
@@ -96,13 +105,6 @@ register(loss.mse_loss, F.mse_loss, name="F.mse_loss", reason=NO_FORWARD, when=f
 register(loss.soft_margin_loss, F.soft_margin_loss, name="F.soft_margin_loss", reason=NO_FORWARD, when=forward_mode)
 register(grid_sample.grid_sample, F.grid_sample, name="F.grid_sample", reason=NO_FORWARD, when=forward_mode)
 register(elementary.normalize, F.normalize, name="F.normalize(out=...)", reason=NO_FORWARD, when=into_out)
-register(
-    recurrent.pack_padded_sequence,
-    _private.pack_padded_sequence,
-    name="nn.utils.rnn.pack_padded_sequence",
-    reason="it has no forward-mode derivative, and fails inside torch.func",
-    when=in_transform,
-)
 for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
     register(
         recurrent.without_cudnn(operation),
@@ -111,4 +113,28 @@ for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
         reason=NO_SECOND,
         when=recurrent.on_cuda,
     )
+for name in CONSTANT:
+    if hasattr(torch.special, name):
+        register(
+            elementary.refused(
+                f"torch.special.{name}", "has no derivative, and PyTorch returns a constant without an error: its gradient would be zero"
+            ),
+            getattr(torch.special, name),
+            name=f"torch.special.{name}",
+            reason="it has no derivative, and its result is a constant without an error: refused",
+            silent=True,
+            when=differentiated,
+        )
+register(
+    elementary.refused(
+        "torch.triangular_solve",
+        "has a forward-mode derivative that PyTorch gets wrong without an error. Write torch.linalg.solve_triangular",
+    ),
+    torch.triangular_solve,
+    Tensor.triangular_solve,
+    name="torch.triangular_solve",
+    reason="its forward-mode derivative is wrong without an error: refused",
+    silent=True,
+    when=forward_mode,
+)
 open_up(F.multi_head_attention_forward)
