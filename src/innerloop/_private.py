@@ -52,6 +52,13 @@ def jvp_levels() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
+def derivative_levels() -> int:
+    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = torch._C._functorch.TransformType
+    return sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+
+
 def inside_vmap() -> bool:
     """Whether one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,15 @@ CURES = {
     "torch.distributions.Gamma.rsample": "Draw by another reparametrisation, or hold the sample constant",
 }
 """What to write instead of an operation that innerloop does not replace."""
+
+
+WRONG_THIRD = {
+    "NativeLayerNormBackward0": "layer_norm",
+    "NativeBatchNormBackward0": "batch_norm (or instance_norm)",
+    "CudnnBatchNormBackward0": "batch_norm (or instance_norm)",
+    "MiopenBatchNormBackward0": "batch_norm (or instance_norm)",
+}
+"""Nodes whose second derivative is right, and whose third is wrong without an error."""
 
 
 class _Raise(torch.autograd.Function):
@@ -151,6 +160,8 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             raise NotDifferentiableError(COMPILED)
         elif second_order and kind in KERNELS:
             kernels.append(node)
+        elif second_order and kind in WRONG_THIRD:
+            node.register_hook(_watch_second)
         elif second_order and _once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: PyTorch would drop its second derivative without a word. "
@@ -161,6 +172,21 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
         if _reaches(node, current):
             raise NotDifferentiableError(_without_second(type(node).__name__))
     return leaves
+
+
+def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
+    """A hook on a node that has just computed ``gradients``: let the nodes that differentiate them look out for a third derivative."""
+    for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
+        node.register_prehook(_refuse_third)
+
+
+def _refuse_third(_: Any) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph
+        raise NotDifferentiableError(
+            "a meta-gradient through layer, batch or instance norm is about to be differentiated once more (create_graph=True), and PyTorch's "
+            "third derivative of these is wrong without an error. Run the inner loop in `with innerloop.nn.any_order():`, or write "
+            "create_graph=False"
+        )
 
 
 def _reaches(start: Any, current: list[Tensor]) -> bool:

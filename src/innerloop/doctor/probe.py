@@ -5,7 +5,7 @@ Each derivative is taken along fixed directions v and w in which no entry is zer
 .. math:: \text{first, forward: } \partial_v s, \qquad \text{second, mixed, func: } \partial_w \partial_v s,
 
 where s is a smooth scalar of what the operation gives. Truth is a difference of fourth order: of s for the first derivative, of the
-gradient for the second.
+gradient for the second, of the second derivative for the third (which a loop inside a loop needs).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from innerloop import graph
 from innerloop.doctor.cases import Case, all_cases, linear, noise, value
 from innerloop.errors import NotDifferentiableError
-from innerloop.nn.replace import replacing
+from innerloop.nn.replace import any_order, replacing
 
 Verdict = Literal["right", "missing", "wrong", "not finite", "refused"]
-DERIVATIVES = ("first", "second", "forward", "mixed", "func")
-"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``torch.func.grad`` of ``torch.func.grad``."""
+DERIVATIVES = ("first", "second", "forward", "mixed", "func", "third")
+"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``torch.func.grad`` of ``torch.func.grad``; reverse mode thrice."""
 TOLERANCE = 1e-6
 _grad: Any = torch.func.grad
 _jvp: Any = torch.func.jvp
@@ -73,11 +73,11 @@ class Finding:
             return "replaced"
         if all(self.ours[d] == "not finite" for d in left):
             return "not finite there"
-        if set(left) <= {"forward", "mixed", "func"} and set(lacking) & {"first", "second"}:
+        if not set(left) & {"first", "second", "third"} and set(lacking) & {"first", "second"}:
             return "replaced in reverse mode"
         if any(self.ours[d] == "refused" for d in left):
             return "raises"
-        if set(left) <= {"forward", "mixed", "func"}:
+        if not set(left) & {"first", "second", "third"}:
             return 'raises, product="reverse" is right'
         return "PyTorch raises"
 
@@ -106,7 +106,9 @@ class _Probe:
         self.names = [name for name, _ in self.module.named_parameters()]
         self.at = [p.detach().clone() for p in self.module.parameters()]
         self.buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        self.v, self.w = ([noise(*p.shape, phase=s + i).to(p) for i, p in enumerate(self.at)] for s in (50.0, 90.0))
+        self.v, self.w, self.u = (
+            [noise(*p.shape, phase=s + i).to(p) for i, p in enumerate(self.at)] for s in (50.0, 90.0, 120.0)
+        )
         self.verdicts: dict[str, Verdict] = {}
         self.notes: dict[str, str] = {}
 
@@ -132,7 +134,7 @@ class _Probe:
 
     def _look(self, measure: Callable[[Any], Tensor], chosen: list[int], which: Sequence[str] = DERIVATIVES) -> None:
         s = self._scalar(measure, chosen)
-        at, v, w = ([rows[i] for i in chosen] for rows in (self.at, self.v, self.w))
+        at, v, w, u = ([rows[i] for i in chosen] for rows in (self.at, self.v, self.w, self.u))
         case = self.case
 
         def reverse(values: Sequence[Tensor], keep: bool = False) -> tuple[list[Tensor], Tensor | None]:
@@ -143,23 +145,34 @@ class _Probe:
             found = torch.autograd.grad(result, leaves, create_graph=keep, allow_unused=True)
             return leaves, _along(found, v)
 
-        def second() -> Tensor | None:
-            leaves, slope = reverse(at, keep=True)
+        def second(values: Sequence[Tensor], keep: bool = False) -> tuple[list[Tensor], Tensor | None]:
+            leaves, slope = reverse(values, keep=True)
             if slope is None or not slope.requires_grad:
+                return leaves, None
+            return leaves, _along(torch.autograd.grad(slope, leaves, create_graph=keep, allow_unused=True), w)
+
+        def third() -> Tensor | None:
+            with any_order() if self.ours else nullcontext():
+                leaves, bend = second(at, keep=True)
+            if bend is None or not bend.requires_grad:
                 return None
-            return _along(torch.autograd.grad(slope, leaves, allow_unused=True), w)
+            return _along(torch.autograd.grad(bend, leaves, allow_unused=True), u)
 
         methods: dict[str, Callable[[], Tensor | None]] = {
             "first": lambda: reverse(at)[1],
-            "second": second,
+            "second": lambda: second(at)[1],
+            "third": third,
             "forward": lambda: _jvp(lambda *x: s(x), tuple(at), tuple(v))[1],
             "mixed": lambda: _along(_jvp(lambda *x: _grad(s)(list(x)), tuple(at), tuple(w))[1], v),
             "func": lambda: _along(_grad(lambda x: _along(_grad(s)(x), v))(at), w),
         }
         slopes = self._true(lambda h: s(_moved(at, v, h)), case.first and "first" in which, no_grad=True)
         bends = self._true(lambda h: reverse(_moved(at, w, h))[1], True)
+        turns = self._true(lambda h: second(_moved(at, u, h))[1], True)
+        truths = {"first": slopes, "forward": slopes, "third": turns}
         for name in which:
-            self._judge(name, methods[name], slopes if name in ("first", "forward") else bends)
+            if name != "third" or self.verdicts.get("second") == "right":
+                self._judge(name, methods[name], truths.get(name, bends))
 
     def _true(self, f: Callable[[float], Tensor | None], wanted: bool, no_grad: bool = False) -> _Difference | None:
         """Differences of ``f``, or None where there is no truth."""

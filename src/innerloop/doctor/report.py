@@ -10,10 +10,11 @@ import torch
 from innerloop.doctor.probe import DERIVATIVES, Finding
 
 SIGNS = {"right": "ok", "missing": "-", "wrong": "WRONG", "not finite": "nan", "refused": "-"}
-HEADINGS = ("operation", "first", "second", "forward", "mixed", "func", "innerloop")
+HEADINGS = ("operation", "first", "second", "forward", "mixed", "func", "third", "innerloop")
 LEGEND = (
     "First: reverse mode. Second: reverse over reverse. Forward: forward mode. Mixed: forward over reverse. "
-    "Func: torch.func.grad of torch.func.grad.\n"
+    "Func: torch.func.grad of torch.func.grad. "
+    "Third: reverse mode thrice, for loops inside of loops.\n"
     "ok: right against finite differences. -: raises. WRONG: wrong without an error. nan: not finite at that point.\n"
     "innerloop: what happens inside of its loops. Replaced: by a form that has what is missing. Raises: an error names the operation."
 )

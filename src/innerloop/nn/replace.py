@@ -44,6 +44,7 @@ class Replacement(NamedTuple):
 
 class _Thread(threading.local):
     kept = False
+    loops = 0
 
 
 TABLE: dict[Any, Replacement] = {}
@@ -109,6 +110,32 @@ def keep_kernels() -> Iterator[None]:
         _thread.kept = before
 
 
+@contextmanager
+def any_order() -> Iterator[None]:
+    """Take forms that can be differentiated any number of times, as in a loop inside a loop.
+
+    PyTorch's third derivative of batch, instance and layer norm is wrong without an error. innerloop notices loops inside of loops by
+    itself. Put the inner loop into this block where ``create_graph=True`` is written for the outer loss, to differentiate a
+    meta-gradient once more.
+    """
+    with _one_more():
+        yield
+
+
+@contextmanager
+def _one_more() -> Iterator[None]:
+    _thread.loops += 1
+    try:
+        yield
+    finally:
+        _thread.loops -= 1
+
+
+def third_order(args: Any, kwargs: Any) -> bool:
+    """Whether a third derivative will be taken: there is a loop in a loop, or there are three transforms."""
+    return not torch.compiler.is_compiling() and (_thread.loops > 1 or _private.derivative_levels() > 2)
+
+
 class Replacing(TorchFunctionMode):
     """Hands the operations of the table to their forms.
 
@@ -151,8 +178,14 @@ def _announce(found: Replacement) -> None:
 
 
 def replacing(only_silent: bool = False) -> AbstractContextManager[Any]:
-    """Replace operations inside this block."""
-    return Replacing(only_silent)
+    """Replace operations inside this block: around a loop whose first step uses none of them, and whose later steps do."""
+    return Replacing(only_silent) if only_silent or torch.compiler.is_compiling() else _counted()
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    with _one_more(), Replacing():
+        yield
 
 
 class Block:
@@ -164,16 +197,24 @@ class Block:
 
     def __init__(self) -> None:
         self._mode = Replacing()
-        self._inside = False
+        self._inside = False  # the mode is on
+        self._counted = False  # the loop runs
 
     def enter(self) -> None:
         """Switch on; a second time does nothing."""
-        if not self._inside:
-            self._mode.on = self._inside = True
+        if not self._counted:
+            self._mode.on = self._inside = self._counted = True
+            _thread.loops += 1
             self._mode.__enter__()
 
     def leave(self) -> None:
-        """Switch off for good."""
+        """The end of the loop."""
+        if self._counted:
+            self._counted = False
+            _thread.loops -= 1
+            self._switch_off()
+
+    def _switch_off(self) -> None:
         if self._inside:
             self._mode.on = self._inside = False
             # Blocks may end in another order than they began: what lies under another mode is taken off later.
@@ -183,7 +224,7 @@ class Block:
     def settle(self) -> None:
         """After the first step: stay on only if that met something."""
         if not self._mode.met:
-            self.leave()
+            self._switch_off()
 
     def off(self) -> AbstractContextManager[Any]:
         """Switch off for a while."""

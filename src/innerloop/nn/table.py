@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop import _private
-from innerloop.nn import ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, recurrent
-from innerloop.nn.replace import open_up, register
+from innerloop.nn import ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, norm, recurrent
+from innerloop.nn.replace import open_up, register, third_order
 from innerloop.nn.weight_norm import weight_norm
 
 CONSTANT = """
@@ -93,6 +93,19 @@ register(
     silent=True,
     when=product_in_forward_mode,
 )
+for form, original in (
+    (norm.layer_norm, F.layer_norm),
+    (norm.batch_norm, F.batch_norm),
+    (norm.instance_norm, F.instance_norm),
+):
+    register(
+        form,
+        original,
+        name=f"F.{original.__name__} in loops inside of loops",
+        reason="its third derivative is wrong without an error",
+        silent=True,
+        when=third_order,
+    )
 register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
 register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
