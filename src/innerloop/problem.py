@@ -294,7 +294,7 @@ def explained(error: RuntimeError) -> RuntimeError:
         "vmap: inplace": BATCHED,
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
-        "Cannot access data pointer": "packed sequences do not run inside torch.func: use product=\"reverse\" outside of vmap, or pad",
+        "Cannot access data pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside of vmap, or pad',
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
         "does not require grad": INDEPENDENT,

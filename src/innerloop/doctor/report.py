@@ -25,7 +25,19 @@ def to_text(findings: Sequence[Finding]) -> str:
     rows = _rows(findings)
     widths = [max(len(row[i]) for row in [HEADINGS, *rows]) for i in range(len(HEADINGS))]
     line = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()  # noqa: E731
-    return "\n".join([_title(findings), "", line(HEADINGS), line(["-" * w for w in widths]), *map(line, rows), "", LEGEND, "", _sum(findings)])
+    return "\n".join(
+        [
+            _title(findings),
+            "",
+            line(HEADINGS),
+            line(["-" * w for w in widths]),
+            *map(line, rows),
+            "",
+            LEGEND,
+            "",
+            _sum(findings),
+        ]
+    )
 
 
 def to_markdown(findings: Sequence[Finding]) -> str:

@@ -13,11 +13,11 @@ DIRECT = 25
 
 
 def cdist(
-    x1: Float[Tensor, "*batch rows features"],
-    x2: Float[Tensor, "*batch columns features"],
+    x1: Float[Tensor, "*left rows features"],
+    x2: Float[Tensor, "*right columns features"],
     p: float = 2.0,
     compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
-) -> Float[Tensor, "*batch rows columns"]:
+) -> Float[Tensor, "*broadcast rows columns"]:
     r"""``torch.cdist``, which in PyTorch has no second derivative (for p = 2 from 26 rows on: no forward mode).
 
     .. math:: d_{ij} = \lVert x_i - y_j \rVert_p

@@ -20,7 +20,7 @@ BY_FREQUENCY = (
 def embedding_bag(
     input: Int[Tensor, "..."],
     weight: Float[Tensor, "rows features"],
-    offsets: Int[Tensor, " bags"] | None = None,
+    offsets: Int[Tensor, " starts"] | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
@@ -67,7 +67,9 @@ def _check(input: Tensor, offsets: Tensor | None, mode: str, weights: Tensor | N
     if mode not in ("sum", "mean", "max"):
         raise InvalidInputError(f'mode={mode!r}: write "sum", "mean" or "max"')
     if (offsets is None) != (input.dim() == 2):
-        raise InvalidInputError("a two-dimensional input has one bag a row and no offsets; a one-dimensional one needs offsets")
+        raise InvalidInputError(
+            "a two-dimensional input has one bag a row and no offsets; a one-dimensional one needs offsets"
+        )
     if weights is not None and (mode != "sum" or weights.shape != input.shape):
         raise InvalidInputError('per_sample_weights has the shape of input, and mode="sum"')
 

@@ -100,9 +100,7 @@ def _bicubic(input: Tensor, places: Sequence[Tensor], padding: Padding, aligned:
     weights = [_cubic(x - low) for x, low in zip(places, lows, strict=True)]
     total: Tensor | None = None
     for i, j in itertools.product(range(4), repeat=2):
-        at = [
-            _inside(low + k - 1, size, padding, aligned) for low, k, size in zip(lows, (i, j), sizes, strict=True)
-        ]
+        at = [_inside(low + k - 1, size, padding, aligned) for low, k, size in zip(lows, (i, j), sizes, strict=True)]
         part = _look_up(input, [x.round() for x in at]) * (weights[0][i] * weights[1][j]).unsqueeze(1)
         total = part if total is None else total + part
     assert total is not None

@@ -72,7 +72,12 @@ def open_up(function: Any) -> None:
     Such a function hands itself over to the mode as a whole, and what it calls while the mode looks at it is not seen. A copy of it
     whose ``has_torch_function`` says no runs to its end, with the mode on.
     """
-    scope = {**function.__globals__, "has_torch_function": _no, "has_torch_function_variadic": _no, "has_torch_function_unary": _no}
+    scope = {
+        **function.__globals__,
+        "has_torch_function": _no,
+        "has_torch_function_variadic": _no,
+        "has_torch_function_unary": _no,
+    }
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     TABLE[function] = Replacement(function.__name__, copy, "", opened=True)
@@ -174,7 +179,11 @@ class Replacing(TorchFunctionMode):
 def _announce(found: Replacement) -> None:
     if found.name not in _met:
         _met[found.name] = found.reason
-        _log.info("%s is replaced by a form of innerloop's while gradients of gradients are tracked: %s", found.name, found.reason)
+        _log.info(
+            "%s is replaced by a form of innerloop's while gradients of gradients are tracked: %s",
+            found.name,
+            found.reason,
+        )
 
 
 def replacing(only_silent: bool = False) -> AbstractContextManager[Any]:

@@ -46,6 +46,11 @@ def by_frequency(args: Any, kwargs: Any) -> bool:
     return bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
 
 
+def loses_its_weight(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.l1_loss`` was called with a weight."""
+    return not torch.compiler.is_compiling() and "weight" not in kwargs and loss.weight_of_l1_loss() is not None
+
+
 def into_out(args: Any, kwargs: Any) -> bool:
     """Whether a result is to be written into a given tensor while a forward-mode derivative is taken."""
     return kwargs.get("out") is not None and _private.forward_mode()
@@ -82,7 +87,7 @@ register(
 register(
     elementary.refused(
         "scatter_reduce(reduce='prod')",
-        "has a forward-mode derivative that PyTorch gets wrong without an error (it is zero). Write product=\"reverse\", or multiply by "
+        'has a forward-mode derivative that PyTorch gets wrong without an error (it is zero). Write product="reverse", or multiply by '
         "other means",
     ),
     torch.scatter_reduce,
@@ -92,6 +97,14 @@ register(
     reason="its forward-mode derivative is zero without an error: refused",
     silent=True,
     when=product_in_forward_mode,
+)
+register(
+    loss.l1_loss,
+    F.l1_loss,
+    name="F.l1_loss(weight=...)",
+    reason="under a torch function mode PyTorch ignores the weight without an error",
+    silent=True,
+    when=loses_its_weight,
 )
 for form, original in (
     (norm.layer_norm, F.layer_norm),
@@ -130,7 +143,8 @@ for name in CONSTANT:
     if hasattr(torch.special, name):
         register(
             elementary.refused(
-                f"torch.special.{name}", "has no derivative, and PyTorch returns a constant without an error: its gradient would be zero"
+                f"torch.special.{name}",
+                "has no derivative, and PyTorch returns a constant without an error: its gradient would be zero",
             ),
             getattr(torch.special, name),
             name=f"torch.special.{name}",
