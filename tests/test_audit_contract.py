@@ -7,7 +7,6 @@ loudly. Truth is a plain loop of ``torch.optim`` over the plain module, and its 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 

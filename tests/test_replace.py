@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations
-from torch.overrides import TorchFunctionMode
 
 import innerloop
 from innerloop import _private
@@ -19,6 +19,7 @@ from innerloop.nn import functional as ours
 from innerloop.nn import recurrent, replace
 from tests.oracles import assert_derivative, derivative, smooth_noise
 
+F: Any = functional  # the stubs of torch lag behind its arguments
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 3
 
@@ -42,13 +43,8 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def modes() -> int:
-    """How many torch function modes are on."""
+    """How many replacing modes were left on; they are taken off."""
     count = 0
-
-    class Count(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
     while isinstance(mode := _private.function_mode(), replace.Replacing):
         mode.__exit__(None, None, None)
         count += 1
@@ -82,9 +78,14 @@ def test_operations_are_replaced_inside_the_block_only() -> None:
 
 def test_the_mode_ends_with_an_exception() -> None:
     model = Bags()
-    with pytest.raises(ZeroDivisionError), innerloop.track(model, sgd(model)) as loop:
-        loop.step(loop.model(0))
-        raise ZeroDivisionError
+
+    def run() -> None:
+        with innerloop.track(model, sgd(model)) as loop:
+            loop.step(loop.model(0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
     assert modes() == 0
 
 
@@ -154,7 +155,7 @@ def test_what_leads_to_outer_tensors_alone_is_differentiated_once_and_not_refuse
     table = smooth_noise(3, 1).requires_grad_()
     run(table).backward()
     direction = smooth_noise(3, 1, phase=1.0)
-    truth = derivative(lambda h: run((table.detach() + h * direction)).item())
+    truth = derivative(lambda h: run(table.detach() + h * direction).item())
     assert table.grad is not None
     assert_derivative((table.grad * direction).sum().item(), truth, "targets")
 
@@ -175,8 +176,9 @@ def test_the_choice_is_logged_once_and_listed(caplog: pytest.LogCaptureFixture) 
 def test_kernels_can_be_kept_and_their_second_derivative_is_then_refused() -> None:
     model = Bags()
     with innerloop.nn.keep_kernels(), innerloop.track(model, sgd(model)) as loop:
+        loss = loop.model(0)
         with pytest.raises(innerloop.NotDifferentiableError, match="keep_kernels"):
-            loop.step(loop.model(0))
+            loop.step(loss)
     v = smooth_noise(3, 2)
     with innerloop.nn.keep_kernels(), innerloop.nn.replacing():  # wrong without an error: not kept
         assert node_of(torch._weight_norm(v.requires_grad_(), torch.ones(3, 1))) != "WeightNormInterfaceBackward0"
@@ -291,6 +293,10 @@ def error(model: Callable[[Tensor], Tensor], t: float) -> Tensor:
     return (model(smooth_noise(5, 2, phase=t)) - smooth_noise(5, 1, phase=t + 50)).square().mean()
 
 
+def _called(model: nn.Module, params: dict[str, Tensor], x: Tensor) -> Any:
+    return torch.func.functional_call(model, params, (x,))
+
+
 def adapted(model: Any, steps: int = 2) -> Tensor:
     """An inner loop's outer loss."""
     with innerloop.track(model, innerloop.optim.sgd(lr=0.2)) as inner:
@@ -318,10 +324,10 @@ def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
             values = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
             fast = dict(values)
             for t in range(2):
-                loss = error(lambda x, fast=fast: torch.func.functional_call(model, fast, (x,)), float(t))
+                loss = error(functools.partial(_called, model, fast), float(t))
                 grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
                 fast = {n: p - 0.2 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
-            outer = error(lambda x, fast=fast: torch.func.functional_call(model, fast, (x,)), 9.0)
+            outer = error(functools.partial(_called, model, fast), 9.0)
             for p, g in zip(model.parameters(), torch.autograd.grad(outer, list(values.values())), strict=True):
                 p.grad = g
             optimizer.step()
@@ -558,11 +564,14 @@ def refused(operation: Callable[[Tensor], Tensor], match: str, product: str = "r
         lambda params, hyper, t: operation(params["x"]).sum() * hyper, innerloop.optim.sgd(lr=0.1)
     )
     hyper = torch.tensor(1.0, requires_grad=True)
-    with pytest.raises(innerloop.NotDifferentiableError, match=match):
-        traj = innerloop.unroll(
-            problem, {"x": 0.5 + W}, [0, 1], hyper=hyper, strategy=innerloop.Checkpointed(product=product)
-        )
+
+    def run() -> None:
+        strategy = innerloop.Checkpointed(product=product)
+        traj = innerloop.unroll(problem, {"x": 0.5 + W}, [0, 1], hyper=hyper, strategy=strategy)
         traj.params["x"].sum().backward()
+
+    with pytest.raises(innerloop.NotDifferentiableError, match=match):
+        run()
 
 
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
@@ -597,7 +606,7 @@ def test_cudnn_is_off_during_a_recurrent_call_and_only_then() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: cuDNN has no second derivative there")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_run_on_a_gpu_without_flags(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_layers_run_on_a_gpu_without_flags(kind: Callable[..., nn.RNNBase]) -> None:
     gradients = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

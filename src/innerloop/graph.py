@@ -183,9 +183,9 @@ def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
 def _refuse_third(_: Any) -> None:
     if torch.is_grad_enabled():  # in a backward pass: create_graph
         raise NotDifferentiableError(
-            "a meta-gradient through layer, batch or instance norm is about to be differentiated once more (create_graph=True), and PyTorch's "
-            "third derivative of these is wrong without an error. Run the inner loop in `with innerloop.nn.any_order():`, or write "
-            "create_graph=False"
+            "a meta-gradient through layer, batch or instance norm is about to be differentiated once more (create_graph=True), and the "
+            "third derivative that PyTorch has of these is wrong without an error. Run the inner loop in `with innerloop.nn.any_order():`, "
+            "or write create_graph=False"
         )
 
 

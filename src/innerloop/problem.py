@@ -142,9 +142,8 @@ class Problem:
                 result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
             else:
                 result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
-        if self.view is not None:
-            if not torch.compiler.is_compiling():
-                self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
+        if self.view is not None and not torch.compiler.is_compiling():
+            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
             aux,

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations, rnn
 
 Operation = Callable[..., Any]
+F: Any = functional  # the stubs of torch lag behind its arguments
 
 
 def noise(*shape: int, phase: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -155,7 +156,7 @@ def function(name: str, family: str, operation: Operation, *inputs: Tensor, **fl
 def layer(
     name: str,
     family: str,
-    make: Callable[[], nn.Module],
+    make: Callable[..., nn.Module],
     *inputs: Tensor,
     call: Operation | None = None,
     evaluation: bool = False,
@@ -586,10 +587,14 @@ def _layers() -> Iterator[Case]:
 # -- pooling and resampling ----------------------------------------------------------------------------------------------
 
 
+def _of_dimension(d: int, name: str, *args: Any, **options: Any) -> Operation:
+    return lambda x: getattr(F, f"{name}{d}d")(x, *args, **options)
+
+
 def _pooling() -> Iterator[Case]:
     inputs = {1: spread(2, 3, 8), 2: spread(2, 3, 6, 6), 3: spread(1, 2, 4, 4, 4)}
     for d, x in inputs.items():
-        of = lambda name, *args, d=d, **kw: lambda x: getattr(F, f"{name}{d}d")(x, *args, **kw)  # noqa: E731
+        of = functools.partial(_of_dimension, d)
         yield function(f"F.avg_pool{d}d", "pooling", of("avg_pool", 2), x)
         yield function(f"F.max_pool{d}d", "pooling", of("max_pool", 3, stride=2, padding=1), x)
         yield function(f"F.max_pool{d}d (dilated)", "pooling", of("max_pool", 2, dilation=2), x)
@@ -729,9 +734,7 @@ def _distances() -> Iterator[Case]:
     for p in (0.5, 1.0, 1.5, 2.0, 3.0, math.inf):
         yield function(f"torch.cdist (p={p:g})", "distances", lambda a, b, p=p: torch.cdist(a, b, p=p), a, b)
         yield function(f"F.pdist (p={p:g})", "distances", lambda a, p=p: F.pdist(a, p=p), a)
-    yield function(
-        "torch.cdist (batched)", "distances", lambda a, b: torch.cdist(a, b), noise(2, 4, 3), noise(1, 5, 3, phase=1.0)
-    )
+    yield function("torch.cdist (batched)", "distances", torch.cdist, noise(2, 4, 3), noise(1, 5, 3, phase=1.0))
     yield function(
         "torch.cdist (matrix product)",
         "distances",
@@ -952,9 +955,7 @@ def _linalg() -> Iterator[Case]:
         "torch.cholesky_inverse", "linear algebra", lambda a: torch.cholesky_inverse(la.cholesky(definite(a))), a
     )
     yield function("torch.logdet", "linear algebra", lambda a: torch.logdet(definite(a)), a)
-    yield function(
-        "torch.lobpcg", "linear algebra", lambda a: _seeded(lambda a: torch.lobpcg(definite(a), k=1)[0])(a), a
-    )
+    yield function("torch.lobpcg", "linear algebra", _seeded(lambda a: torch.lobpcg(definite(a), k=1)[0]), a)
 
 
 # -- functions of tensors ------------------------------------------------------------------------------------------------
@@ -975,7 +976,7 @@ def _functions() -> Iterator[Case]:
         "logcumsumexp": lambda x: x.logcumsumexp(1),
         "max": lambda x: x.max(1)[0],
         "amax": lambda x: x.amax(1),
-        "aminmax": lambda x: torch.aminmax(x),
+        "aminmax": torch.aminmax,
         "median": lambda x: x.median(1)[0],
         "kthvalue": lambda x: x.kthvalue(2, 1)[0],
         "topk": lambda x: x.topk(2, 1)[0],
@@ -989,9 +990,9 @@ def _functions() -> Iterator[Case]:
         "corrcoef": torch.corrcoef,
         "diff": torch.diff,
         "gradient": lambda x: torch.gradient(x, dim=1),
-        "fft": lambda x: torch.fft.fft(x),
-        "rfft": lambda x: torch.fft.rfft2(x),
-        "irfft": lambda x: torch.fft.irfft(x),
+        "fft": torch.fft.fft,
+        "rfft": torch.fft.rfft2,
+        "irfft": torch.fft.irfft,
         "stft": lambda x: torch.stft(x.reshape(1, -1), 4, window=torch.ones(4, dtype=x.dtype), return_complex=True),
         "roll": lambda x: x.roll(1, 0),
         "scatter_reduce(prod)": lambda x: torch.zeros(4, dtype=x.dtype).scatter_reduce(

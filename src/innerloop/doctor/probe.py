@@ -27,7 +27,7 @@ from innerloop.nn.replace import any_order, replacing
 
 Verdict = Literal["right", "missing", "wrong", "not finite", "refused"]
 DERIVATIVES = ("first", "second", "forward", "mixed", "func", "third")
-"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``torch.func.grad`` of ``torch.func.grad``; reverse mode thrice."""
+"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``func.grad`` of ``func.grad``; reverse mode thrice."""
 TOLERANCE = 1e-6
 _grad: Any = torch.func.grad
 _jvp: Any = torch.func.jvp

@@ -72,7 +72,7 @@ def ctc_loss(
 
 
 def _forward(log_probs: Tensor, extended: Tensor, blank: int) -> list[Tensor]:
-    """log α at every time."""
+    """Log α at every time."""
     count, size = extended.shape
     jump = torch.zeros(count, size, dtype=torch.bool, device=extended.device)
     jump[:, 2:] = (extended[:, 2:] != blank) & (extended[:, 2:] != extended[:, :-2])

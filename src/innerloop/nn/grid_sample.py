@@ -82,7 +82,7 @@ def _look_up(input: Tensor, places: Sequence[Tensor]) -> Tensor:
     inside = torch.ones_like(places[0], dtype=torch.bool)
     flat = torch.zeros_like(places[0], dtype=torch.long)
     for x, size in zip(places, sizes, strict=True):
-        x = x.detach()  # noqa: PLW2901
+        x = x.detach()
         inside = inside & (x >= 0) & (x <= size - 1)
         flat = flat * size + x.clamp(0, size - 1).long()
     count, channels = input.shape[:2]

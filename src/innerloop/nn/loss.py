@@ -40,7 +40,9 @@ def weight_of_l1_loss() -> Tensor | None:
 
 def l1_loss(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
     """``F.l1_loss`` with the weight that got lost on the way here."""
-    return F.l1_loss(*args, **kwargs, weight=weight_of_l1_loss())
+    call: Any = F.l1_loss
+    loss: Tensor = call(*args, **kwargs, weight=weight_of_l1_loss())
+    return loss
 
 
 def mse_loss(

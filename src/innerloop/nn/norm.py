@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def _normalised(input: Tensor, dims: Sequence[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(normalised, mean, variance)``."""
     mean = input.mean(dims, keepdim=True)
     centred = input - mean
@@ -57,7 +57,7 @@ def batch_norm(
     count = input.numel() // max(1, input.shape[1])
     if not training or count < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    dims = [d for d in range(input.dim()) if d != 1]
+    dims = tuple(d for d in range(input.dim()) if d != 1)
     output, mean, variance = _normalised(input, dims, eps)
     _follow(running_mean, mean.flatten(), momentum)
     _follow(running_var, variance.flatten() * (count / (count - 1)), momentum)
