@@ -64,8 +64,9 @@ def inside_reverse_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-set_grad_enabled = torch._C._set_grad_enabled
-"""What ``torch.no_grad`` and its kind call: a ``TorchFunctionMode`` sees the call, and can only tell it by this object."""
+def switches_gradients(function: Any) -> bool:
+    """Whether ``function``, as a ``TorchFunctionMode`` sees it, is the one by which ``torch.no_grad`` and its kind do their work."""
+    return function is torch._C._set_grad_enabled
 
 
 @contextmanager

@@ -128,13 +128,16 @@ class Adapted(Optimizer):
         params: Params,
         hyper: Mapping[str, Any] | None = None,
         value_and_grad: ValueAndGrad | None = None,
+        hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], AdaptedState]:
-        """`update` without looking whether it is right."""
+        """`update` without looking whether it is right; ``hold`` takes the parameters that the class saw."""
         overrides = dict(hyper or {})
         given = [*params.values(), *grads.values(), *state.tensors, *_tensors_in(overrides.values())]
         with _running(self, [t for t in given if isinstance(t, Tensor)]) as (values, enter, leave):
             working = {name: enter(p) for name, p in params.items()}
             values.own(working.values())
+            if hold is not None:
+                hold.extend(working.values())
 
             def arrive(grads: Grads) -> None:
                 values.grads.update((id(p), None) for p in working.values())

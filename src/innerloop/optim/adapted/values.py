@@ -72,7 +72,7 @@ class Values(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):
             return self._attribute(func, name, *args)
-        if func is _private.set_grad_enabled:
+        if _private.switches_gradients(func):
             return None
         if name in _IDENTITIES:
             return args[0]
