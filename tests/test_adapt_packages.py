@@ -58,10 +58,10 @@ def plain(make: Make, params: Params, closure: bool = False) -> Params:
                 value.backward()
             return value
 
+        evaluate()  # sharpness-aware minimisation starts from the gradient that is there
         if closure:
             optimizer.step(evaluate)  # type: ignore[arg-type]
         else:
-            evaluate()
             optimizer.step()
     return {name: p.detach() for name, p in leaves.items()}
 
@@ -227,8 +227,6 @@ OTHERS: dict[str, Make] = {
 REFUSED = {
     # Newton-Schulz in bfloat16, where a difference quotient means nothing; `innerloop.optim.muon` says which derivative it has.
     "muon, with groups": "finite differences of the class",
-    # It sums the squares of the gradients in float32.
-    "alig, with a closure": "do not settle",
 }
 
 

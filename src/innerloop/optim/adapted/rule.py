@@ -335,7 +335,8 @@ def adapt(
     Args:
         optimizer: the class; or a function from named parameters to an optimizer, for constructors that need more than a list:
             ``adapt(lambda named: Muon([{"params": [named["w"]], "use_muon": True}, ...]))``.
-        closure: whether ``step`` is given a closure that evaluates the loss (again).
+        closure: whether ``step`` is given a closure that evaluates the loss (again); the gradient where the step starts is in
+            ``.grad`` when it is called, as after ``loss.backward(); optimizer.step(closure)``.
         verify: False skips every comparison; a wrong gradient is then silent.
         settings: keyword arguments of the class.
 

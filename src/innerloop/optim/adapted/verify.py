@@ -105,10 +105,10 @@ class _Task:
                         loss.backward()
                     return loss
 
+                closure()  # an adapted optimizer always has the gradient where it starts, whatever its closure does
                 if self.adapted.needs_closure:
                     optimizer.step(closure)  # type: ignore[arg-type]
                 else:
-                    closure()
                     optimizer.step()
         except Exception as error:
             raise InvalidInputError(
@@ -188,7 +188,7 @@ def _settled(f: Callable[[float], float], enough: float) -> tuple[float, float]:
     Three, because where something is rounded to float32 two neighbours may well agree by chance.
     """
     found = []
-    for h in (4e-4, 2e-5, 1e-6):
+    for h in (4e-3, 4e-4, 2e-5, 1e-6):  # a large one where the class calculates in float32, a small one near a kink
         estimates = sorted(four_point(f, h / 2**k) for k in range(3))
         found.append((estimates[1], estimates[2] - estimates[0]))
         if found[-1][1] <= enough:
