@@ -234,8 +234,8 @@ class Problem:
         """Raise if the optimizer cannot be compiled."""
         if not self.optimizer.compiles:
             raise InvalidInputError(
-                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, or decides by values. Write compile=False, or use "
-                "another rule of innerloop.optim"
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides by values, or works on sparse tensors. "
+                "Write compile=False, or use another rule of innerloop.optim"
             )
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
