@@ -32,6 +32,14 @@ _IN_TRANSFORM = (
 _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no derivative
 
 
+def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
+    """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
+    for (cls, shown, needs_closure), keys in _VERIFIED.items():
+        names = sorted({name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)})
+        if any(key[0] != "step" for key in keys):
+            yield cls, shown, needs_closure, tuple(names)
+
+
 class AdaptedState(NamedTuple):
     """Steps taken, the tensors that the optimizer keeps, and everything else that it keeps."""
 
