@@ -38,6 +38,10 @@ EXERCISED = {
     "step_hooks",
     "mark_stepped",
     "backward_pass",
+    "weight_norm",
+    "function_mode",
+    "forward_mode",
+    "derivative_levels",
 }
 
 
@@ -348,3 +352,45 @@ def test_operations_are_observed_in_backward_passes_and_below_transforms():
     del shapes[:]
     torch.ones(2) * 2
     assert not shapes
+
+
+def test_weight_norm_is_what_the_parametrization_calls():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 3))
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        layer(torch.ones(2))
+    assert _private.weight_norm() in seen
+    torch.testing.assert_close(
+        _private.weight_norm()(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)), torch.tensor([[0.6, 0.8]])
+    )
+
+
+def test_the_innermost_function_mode_is_known():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert _private.function_mode() is None
+    with Mode(), Mode() as inner:
+        assert _private.function_mode() is inner
+
+
+def test_forward_mode_and_the_number_of_derivatives_are_known():
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((_private.forward_mode(), _private.derivative_levels()))
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.vmap(torch.func.grad(look))(torch.ones(2, 2))
+    torch.func.jvp(torch.func.grad(look), (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        look(torch.ones(2))
+    assert seen == [(False, 0), (False, 1), (True, 2), (True, 0)]

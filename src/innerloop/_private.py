@@ -175,8 +175,10 @@ def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     return _Observer(seen)
 
 
-weight_norm = torch._weight_norm
-"""What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+def weight_norm() -> Callable[..., Tensor]:
+    """What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+    operation: Callable[..., Tensor] = torch._weight_norm
+    return operation
 
 
 def function_mode() -> Any:

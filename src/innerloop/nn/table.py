@@ -63,7 +63,7 @@ def product_in_forward_mode(args: Any, kwargs: Any) -> bool:
 
 register(
     weight_norm,
-    _private.weight_norm,
+    _private.weight_norm(),
     name="torch._weight_norm",
     reason="its second derivative is wrong without an error",
     silent=True,
