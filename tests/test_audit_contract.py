@@ -152,6 +152,7 @@ MUST = {
     "recurrence": set(),
     "embeddings": {"F.embedding (by frequency)"},
     "distances": set(),
+    "attention": set(),
 }
 """Families that must be right, not refused, and the exceptions."""
 

@@ -119,6 +119,12 @@ for form, original in (
         silent=True,
         when=third_order,
     )
+register(
+    elementary.attention_by_matrix_products,
+    F.scaled_dot_product_attention,
+    name="F.scaled_dot_product_attention",
+    reason=NO_SECOND,
+)
 register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
 register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
