@@ -76,7 +76,7 @@ def _rows(findings: Sequence[Finding]) -> list[list[str]]:
     for name, group in _named(f for f in findings if f.action).items():
         alike: dict[tuple[str, ...], list[Finding]] = {}
         for finding in group:
-            signs = [SIGNS[finding.torch.get(d, "right")] for d in DERIVATIVES]
+            signs = [SIGNS[finding.torch[d]] if d in finding.torch else "" for d in DERIVATIVES]
             alike.setdefault((*signs, finding.action), []).append(finding)
         for cells, same in alike.items():
             forms = same[0].case.name if len(same) == 1 else f"{name} ({len(same)} cases)"
