@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from innerloop import tree
+from innerloop import _private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.optim.base import (
     Grads,
@@ -20,7 +20,6 @@ from innerloop.optim.base import (
     Scalar,
     ValueAndGrad,
     active_ones,
-    add_scaled,
     check_nonnegative,
     require,
 )
@@ -260,10 +259,10 @@ def _minus_inverse_hessian(state: LBFGSState, gradient: Flat) -> Flat:
     q, alphas = -gradient, []
     for y, s, rho in reversed(pairs):
         alphas.append(s.dot(q) * rho)
-        q = q - alphas[-1] * y
+        q = _plus(q, y, -alphas[-1])
     r = q * state.H_diag
     for (y, s, rho), alpha in zip(pairs, reversed(alphas), strict=True):
-        r = r + (alpha - y.dot(r) * rho) * s
+        r = _plus(r, s, alpha - y.dot(r) * rho)
     return r
 
 
@@ -280,7 +279,13 @@ def _real(g: Tensor) -> Flat:
 def moved(params: Params, t: Scalar, d: Flat) -> dict[str, Tensor]:
     """θ + t d."""
     pieces = d.split([p.numel() * (2 if p.is_complex() else 1) for p in params.values()])
-    return {n: add_scaled(p, _like(piece, p), t).to(p.dtype) for (n, p), piece in zip(params.items(), pieces, strict=True)}
+    return {n: _plus(p, _like(piece, p), t).to(p.dtype) for (n, p), piece in zip(params.items(), pieces, strict=True)}
+
+
+def _plus(x: Tensor, y: Tensor, a: Scalar) -> Tensor:
+    """x + a y by the kernel of ``torch.optim``, whose bits a search would magnify; the derivative in a is that of a term which is 0."""
+    total = torch.add(x, y, alpha=number(a))
+    return total + (a - a.detach()) * y if isinstance(a, Tensor) and _private.has_derivative(a) else total
 
 
 def _like(piece: Flat, p: Tensor) -> Tensor:
