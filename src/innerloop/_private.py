@@ -52,6 +52,13 @@ def jvp_levels() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
+def derivative_levels() -> int:
+    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = torch._C._functorch.TransformType
+    return sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+
+
 def inside_vmap() -> bool:
     """Whether one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -166,3 +173,18 @@ class _Observer(_TorchDispatchMode):
 def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     """Call ``seen`` with every tensor that an operation returns inside the block, in backward passes and below ``torch.func`` too."""
     return _Observer(seen)
+
+
+weight_norm = torch._weight_norm
+"""What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+
+
+def function_mode() -> Any:
+    """The innermost ``TorchFunctionMode``: only that one can be left, and which one it is cannot be asked publicly."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
+
+
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, by ``torch.func.jvp`` or by dual numbers. No public query exists."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn.replace import replacing
 
 
 def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -47,7 +48,8 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
 
     def evaluate(params: Mapping[str, Tensor], args: Any, buffers: Mapping[str, Tensor] | None, kwargs: Any) -> Any:
         kept = view.source_buffers if buffers is None else buffers
-        output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
+        with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():
+            output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
         return output if buffers is None else (output, new_buffers)
 
     params = {name: p.detach().clone() for name, p in view.source.items()}

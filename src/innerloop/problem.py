@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, module, tree
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.nn.replace import replacing
 from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad
 from innerloop.random_state import RandomState
 
@@ -130,15 +132,22 @@ class Problem:
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def evaluate(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        hyper: Any,
+        batch: Any,
+        *,
+        second_order: bool = True,
     ) -> tuple[Float[Tensor, ""], Any]:
-        """``(loss, (aux, new_buffers))``."""
-        if self.view is None:
-            result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
-        else:
-            result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
-            if not torch.compiler.is_compiling():
-                self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
+        """``(loss, (aux, new_buffers))``, by operations whose gradient can be differentiated again, if that is to be done."""
+        with replacing() if second_order else nullcontext():
+            if self.view is None:
+                result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+            else:
+                result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
+        if self.view is not None and not torch.compiler.is_compiling():
+            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
             aux,
@@ -316,6 +325,7 @@ def explained(error: RuntimeError) -> RuntimeError:
         "vmap: inplace": BATCHED,
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
+        "Cannot access data pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside of vmap, or pad',
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
         "does not require grad": INDEPENDENT,

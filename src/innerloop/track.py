@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.module import Gate, ModuleView, check_names, keep_running_statistics
+from innerloop.nn import replace
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
 from innerloop.problem import Carry, Evaluations, check_loss, distinct, explained
@@ -115,6 +116,7 @@ class Loop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self.hyper = dict(hyper or {})
+        self._kernels = replace.Block() if self._second_order else None
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -154,11 +156,15 @@ class Loop:
         return self._view.module
 
     def __enter__(self) -> Loop:
+        if self._kernels is not None:
+            self._kernels.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._kernels is not None:
+            self._kernels.leave()
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
 
@@ -200,13 +206,14 @@ class Loop:
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
         overrides = {**self.hyper, **(hyper or {})}
-        with torch.set_grad_enabled(self.learn != "nothing"):
+        with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
             params = {name: current[name] for name in self._names}
             more: Any = {}
             if closure is not None and self._optimizer.needs_closure:
 
                 def evaluate(trial: Mapping[str, Tensor]) -> tuple[Tensor, Gradients]:
-                    found, grads = self._evaluated(closure, {**current, **trial}, grad_callback, self._as_loss)
+                    with self._users_code():
+                        found, grads = self._evaluated(closure, {**current, **trial}, grad_callback, self._as_loss)
                     return self._as_seen(found), grads
 
                 more["value_and_grad"] = Evaluations(evaluate, params, self._as_seen(loss), grads)
@@ -218,6 +225,8 @@ class Loop:
             loss.detach().clone()
         )  # a clone, because a fused loss owns a storage of the size of the whole batch's output
         self._advance({**current, **updated}, state, loss, number)
+        if self._kernels is not None and self._steps == 1:
+            self._kernels.settle()
         return number
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
@@ -298,6 +307,13 @@ class Loop:
         if len(self._losses) == 256 and not self._second_order:  # a number per step, not a tensor per step
             self._losses = [self._stacked_losses()]
 
+    def _own_code(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._kernels is None else self._kernels.off()
+
+    def _users_code(self) -> AbstractContextManager[Any]:
+        """Inside `_own_code`: what a closure runs."""
+        return nullcontext() if self._kernels is None else self._kernels.back()
+
     def _now(self) -> Carry:
         """The newest state, with the user's edits in it."""
         return self._states[self._steps]._replace(params=self._view.read(), buffers=self._buffers.take())
@@ -344,7 +360,8 @@ class Loop:
     def _gradient_of(self, loss: Tensor, current: Mapping[str, Tensor]) -> Gradients:
         leaves = graph.inspect([loss], current.values(), self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        grads = self._gradients(loss, wanted)
+        with self._own_code():
+            grads = self._gradients(loss, wanted)
         self._check_gradients(grads, leaves)
         return grads
 
