@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.errors import InvalidInputError
-from innerloop.higher import utils
+from innerloop.higher.nested import copy_tensor
 from innerloop.higher.teach import Teacher
 from innerloop.module import Gate, ModuleView, keep_running_statistics, plain
 
@@ -104,7 +104,6 @@ class PatchedModule(nn.Module):
     """
 
     _innerloop_fast: FastWeights
-    _innerloop_class: type[nn.Module]
 
     @property
     def is_root(self) -> bool:
@@ -157,7 +156,7 @@ class PatchedModule(nn.Module):
         """Take these as the newest parameters: one tensor for each of ``model.parameters()``, in this order; time goes on by one."""
         self._innerloop_fast.take(params)
 
-    def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Tensor]:
+    def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
         """The parameters after ``time`` updates, in the order of ``nn.Module.parameters``; of a submodule those that belong to it.
 
         Args:
@@ -226,7 +225,7 @@ class PatchedModule(nn.Module):
         view.write({n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()})
         for part in parts:
             del vars(part)["_innerloop_fast"]
-            object.__setattr__(part, "__class__", type(part)._innerloop_class)
+            object.__setattr__(part, "__class__", _original[type(part)])
         return copy.deepcopy(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -236,6 +235,11 @@ class PatchedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         fast = self._innerloop_fast
         return _rebuild, (self._plain(), self.is_root, bool(fast.history), fast.track)
+
+
+def fast_weights(fmodel: PatchedModule) -> FastWeights:
+    """What a patched module and its parts share."""
+    return vars(fmodel)["_innerloop_fast"]
 
 
 _MonkeyPatchBase = PatchedModule
@@ -339,11 +343,11 @@ def monkeypatch(
     """
 
     def begin(fmodel: PatchedModule, module: nn.Module) -> None:
-        fast = fmodel._innerloop_fast
+        fast = fast_weights(fmodel)
         sources = [p for _, p in nn.Module.named_parameters(module)]
         with torch.enable_grad():
             if copy_initial_weights:
-                start = [utils._copy_tensor(p, True, device) for p in sources]
+                start = [copy_tensor(p, True, device) for p in sources]
                 fast.teacher.watch_copies(start)
             else:
                 start = [p.clone() if device is None else p.clone().to(device) for p in sources]
@@ -358,16 +362,18 @@ def monkeypatch(
 
 
 _classes: dict[type[nn.Module], type[PatchedModule]] = {}
+_original: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _patched_class(cls: type[nn.Module]) -> type[PatchedModule]:
     if issubclass(cls, PatchedModule):
         return cls
     if cls not in _classes:
-        body: dict[str, Any] = {"__module__": cls.__module__, "_innerloop_class": cls}
+        body: dict[str, Any] = {"__module__": cls.__module__}
         if hasattr(cls, "flatten_parameters"):  # it would move the weights of RNNs into one block, in place
             body["flatten_parameters"] = _keep_as_they_are
         _classes[cls] = type(f"Functional{cls.__name__}", (PatchedModule, cls), body)
+        _original[_classes[cls]] = cls
     return _classes[cls]
 
 

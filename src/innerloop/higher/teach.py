@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 from torch import Tensor
@@ -67,7 +67,7 @@ class Teacher:
 
 def _depth_of_the_user() -> int:
     """The ``stacklevel`` of the first frame that is neither ours nor PyTorch's: the one that called ``backward``."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+    level, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
-    return level
+    return level  # this frame is the 0th, the one that warns the first

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.higher import utils
+from innerloop.higher.nested import flatten, is_container, recursive_map
 from innerloop.optim.base import Rule
 
 
@@ -36,9 +36,9 @@ def get_trainable_opt_params(
     known = _real_valued(opt)
     for group in opt.param_groups:
         for name, value in group.items():
-            leaves = utils.flatten(value)
+            leaves = flatten(value)
             if name != "params" and (known is None or name in known) and leaves and all(map(_is_real, leaves)):
-                override[name].append(utils._recursive_map(value, lambda leaf: _learnable(leaf, device)))
+                override[name].append(recursive_map(value, lambda leaf: _learnable(leaf, device)))
     return {name: values for name, values in override.items() if len(values) == len(opt.param_groups)}
 
 
@@ -107,7 +107,7 @@ def _applied(new: Any, old: Any, name: str) -> Any:
         if not isinstance(new, (list, tuple)) or len(new) != len(old):
             raise InvalidInputError(f"{name!r} is a {type(old).__name__} of {len(old)}, got {new!r}")
         return type(old)([_applied(n, o, name) for n, o in zip(new, old, strict=True)])
-    if utils._is_container(new) or (isinstance(new, Tensor) and new.numel() != 1):
+    if is_container(new) or (isinstance(new, Tensor) and new.numel() != 1):
         raise InvalidInputError(f"{name!r} is one number, got {new!r}")
     value = new.item() if isinstance(new, Tensor) else new
     if isinstance(old, bool):
