@@ -116,6 +116,11 @@ class PatchedModule(nn.Module):
         return self._innerloop_fast.root
 
     @property
+    def direct_submodule_call(self) -> bool:
+        """Always True: each part can be called alone (in ``higher`` a mark of its own bookkeeping)."""
+        return True
+
+    @property
     def track_higher_grads(self) -> bool:
         """Whether parameters of earlier times are kept; switched off (``higher`` then goes on with outdated ones), only the newest are."""
         return self._innerloop_fast.track

@@ -135,9 +135,8 @@ class DifferentiableRule(DifferentiableOptimizer):
             ) from error
 
     def _check_setting(self, name: str) -> None:
-        own_rule = any(
-            "_update" in vars(cls) for cls in type(self).__mro__[: type(self).__mro__.index(DifferentiableRule)]
-        )
+        more = type(self).__mro__[: type(self).__mro__.index(DifferentiableRule)]
+        own_rule = any("_update" in vars(cls) for cls in more)
         if not own_rule and not any(name in group for group in self.param_groups):
             raise InvalidInputError(
                 f"override has {name!r}, but {type(self._other).__name__} has no such setting; it has "
