@@ -10,20 +10,103 @@ never kept. The derivation of what a block computes is in ``docs/devnotes/attent
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from innerloop import _private
 from innerloop.nn import twice
 
-BLOCK = 2**17
+BLOCK = 2**18
 """Elements of one quadratic block: a few of them stay in the cache of a core."""
 
-ROWS = 32
+ROWS = 64
 """At least so many rows a block, however long they are: fewer would not feed a matrix product."""
+
+CAUSAL_ROWS = 128
+"""At most so many, or a quarter of all: keys that none of a block's rows sees are left out. Measured on a CPU, like the others."""
+
+TAKES_BLOCKS = {"cpu": 2**20, "cuda": 2**28}
+"""From how many scores on (heads x queries x keys, over the whole batch) blocks are taken, by the kind of device.
+
+On the CPU that is where a second-order step becomes faster by blocks than by plain operations (docs/benchmarks.md), and it takes less
+memory from there on. On a GPU nothing has been measured: there blocks are for what would hardly fit otherwise, a gigabyte for each of the
+about twelve matrices of scores in float32.
+"""
+
+
+def takes_blocks(query: Tensor, key: Tensor) -> bool:
+    """Whether attention of these goes by blocks (`Blockwise`) or by plain operations (`composite`)."""
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    return scores >= TAKES_BLOCKS.get(query.device.type, TAKES_BLOCKS["cuda"]) and not torch.compiler.is_compiling()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    blocks: bool,
+) -> Tensor:
+    """Attention by blocks or by plain operations; leading dimensions broadcast. Half precision is computed in float32.
+
+    The value does not depend on whether anything is differentiated, and neither do the random numbers.
+    """
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    scale = (query.shape[-1] or 1) ** -0.5 if scale is None else scale
+    if not blocks:
+        drop = (lambda w: torch.dropout(w, dropout_p, True)) if dropout_p else (lambda w: w)
+        return composite(query, key, value, mask, scale, is_causal, drop).to(dtype)
+    batch = torch.broadcast_shapes(
+        query.shape[:-2], key.shape[:-2], value.shape[:-2], mask.shape[:-2] if mask is not None else ()
+    )
+    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    if mask is not None:
+        mask = mask[(None,) * (len(batch) + 2 - mask.ndim)]
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p else 0
+    kernel = Blockwise(float(scale), is_causal, float(dropout_p), seed)
+    if mask is not None and _private.has_derivative(mask):
+        (out,) = twice.evaluate(kernel, (query, key, value, mask))
+    else:
+        (out,) = twice.evaluate(kernel, (query, key, value), (mask,))
+    return out.to(dtype)
+
+
+def composite(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    drop: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Attention by plain operations, which have derivatives of any order. A row that sees nothing gives 0, with a derivative of 0."""
+    scores = (query * scale) @ key.mT
+    dead = None
+    if is_causal:
+        hidden = _above_diagonal(scores.shape[-2], scores.shape[-1], query.device)
+        scores = scores + torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -math.inf)
+    if mask is not None:
+        dead = _dead(mask)  # such a row's scores are left as they are, or made finite, and its result is replaced
+        if mask.dtype == torch.bool:  # added: the derivative of a sum moves no memory
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~(mask | dead), -math.inf)
+        else:
+            mask = mask.masked_fill(dead, 0.0)
+        scores = scores + mask
+    out = drop(scores.softmax(-1)) @ value
+    return out if dead is None else out.masked_fill(dead, 0.0)
 
 
 @dataclass(frozen=True)
@@ -120,20 +203,9 @@ class Blockwise(twice.Kernel):
         return gradients, (pushed.view(*at.batch, *pushed.shape[1:]),)
 
     def plain(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
+        drop = self._all_drops(inputs, constants) if self.dropout_p > 0 else None
         q, k, v, mask = _four(inputs, constants)
-        scores = (q * self.scale) @ k.mT
-        if self.is_causal:
-            scores = scores.masked_fill(_above_diagonal(q.shape[-2], k.shape[-2], 0, q.device), -math.inf)
-        dead = None if mask is None else _dead(mask)
-        if mask is not None and dead is not None:
-            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-            scores = scores.masked_fill(dead, 0.0)
-        weights = scores.softmax(-1)
-        if dead is not None:
-            weights = weights.masked_fill(dead, 0.0)
-        if self.dropout_p > 0:
-            weights = weights * self._all_drops(inputs, constants)
-        return (weights @ v,)
+        return (composite(q, k, v, mask, self.scale, self.is_causal, lambda w: w if drop is None else w * drop),)
 
     # -- one block -----------------------------------------------------------------------------------------------------
 
@@ -141,24 +213,26 @@ class Blockwise(twice.Kernel):
         """The same partition for every method: dropout draws by block."""
         (heads, length), keys = at.q.shape[:2], at.k.shape[1]
         rows = min(length, max(ROWS, BLOCK // max(1, keys)))
+        if self.is_causal:
+            rows = min(rows, max(CAUSAL_ROWS, length // 4))
         group = max(1, BLOCK // max(1, length * keys)) if rows == length else 1
         memory = at.q.new_empty(spaces, group * rows * keys)
-        index = 0
+        number = 0
         for n in range(0, heads, group):
             for i in range(0, length, rows):
                 count, end = min(group, heads - n), min(i + rows, length)
                 seen = min(end, keys) if self.is_causal else keys
                 shape = (count, end - i, seen)
                 views = [space[: math.prod(shape)].view(shape) for space in memory]
-                yield _Block(index, slice(n, n + count), slice(i, end), slice(0, seen), views)
-                index += 1
+                yield _Block(number, slice(n, n + count), slice(i, end), slice(0, seen), views)
+                number += 1
 
     def _weights(self, b: _Block, q: Tensor, at: _Flat) -> Tensor:
         """P of a block, in its first space; ``q`` is scaled."""
         scores = torch.bmm(q[b.n, b.i], at.k[b.n, b.j].mT, out=b.spaces[0])
         if self.is_causal and b.i.start < b.j.stop:
             late = slice(b.i.start, b.j.stop)
-            above = _above_diagonal(b.i.stop - b.i.start, late.stop - late.start, 0, q.device)
+            above = _above_diagonal(b.i.stop - b.i.start, late.stop - late.start, q.device)
             scores[..., late].masked_fill_(above, -math.inf)
         mask = at.mask_of(b)
         if mask is not None:
@@ -169,8 +243,9 @@ class Blockwise(twice.Kernel):
     def _moved(self, b: _Block, qq: Tensor, kk: Tensor, along: _Flat, weights: Tensor) -> Tensor:
         """The tangent of P, in the second space."""
         moved = torch.bmm(qq[b.n, b.i], kk[b.n, b.j].mT, out=b.spaces[1])
-        if along.differentiates_mask:
-            moved.add_(along.mask_of(b))
+        mask = along.mask_of(b) if along.differentiates_mask else None
+        if mask is not None:
+            moved.add_(mask)
         moved.mul_(weights)
         return moved.addcmul_(weights, moved.sum(-1, keepdim=True), value=-1)
 
@@ -180,7 +255,7 @@ class Blockwise(twice.Kernel):
             return None
         if self.dropout_p == 1:
             return torch.zeros_like(b.spaces[0])
-        generator = torch.Generator(b.spaces[0].device).manual_seed(self.seed + b.index)
+        generator = torch.Generator(b.spaces[0].device).manual_seed(self.seed + b.number)
         kept = torch.empty_like(b.spaces[0]).bernoulli_(1 - self.dropout_p, generator=generator)
         return kept.div_(1 - self.dropout_p)
 
@@ -203,7 +278,7 @@ class Blockwise(twice.Kernel):
 class _Block(NamedTuple):
     """Heads ``n``, rows ``i`` and keys ``j`` of the flattened tensors, and room for some matrices of that size."""
 
-    index: int
+    number: int
     n: slice
     i: slice
     j: slice
@@ -236,7 +311,9 @@ class _Flat(NamedTuple):
         """What of the mask concerns a block; broadcast dimensions stay 1."""
         if self.mask is None or self.user is None:
             return None
-        part = self.mask[:, b.i if self.mask.shape[1] > 1 else slice(None), b.j if self.mask.shape[2] > 1 else slice(None)]
+        part = self.mask[
+            :, b.i if self.mask.shape[1] > 1 else slice(None), b.j if self.mask.shape[2] > 1 else slice(None)
+        ]
         return part[self.user[b.n]] if self.mask.shape[0] > 1 else part
 
     def zeros(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -280,8 +357,8 @@ def _times_(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x.mul_(factor)
 
 
-def _above_diagonal(rows: int, columns: int, diagonal: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(diagonal + 1)
+def _above_diagonal(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
 
 
 def _dead(mask: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class _Derivative(torch.autograd.Function):
         ctx.save_for_forward(*args)
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: Any, kernel: Kernel, sizes: Any, *args: Tensor | None) -> Any:  # type: ignore[override]
+    def vmap(cls, info: Any, in_dims: Any, kernel: Kernel, sizes: Any, *args: Tensor | None) -> Any:
         moved = [_in_front(x, dim, info.batch_size) for x, dim in zip(args, in_dims[2:], strict=True)]
         if kernel.draws:  # by position: each must see the numbers of its own forward pass
             rows = [
