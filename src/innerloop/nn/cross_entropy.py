@@ -33,7 +33,7 @@ from innerloop.nn import twice
 CHUNK = 2**18
 """Elements of the logits that are worked on at a time: they stay in the cache of a core."""
 
-TAKES_CHUNKS = 2**16
+TAKES_CHUNKS = 2**20
 """From how many logits on `innerloop.nn.functional.cross_entropy` takes its own form: there it is not slower (docs/benchmarks.md)."""
 
 
@@ -211,7 +211,7 @@ class _Rows(NamedTuple):
         return tuple(x.view(self.shape) for x in losses)
 
     def cotangents(self, given: twice.Tensors) -> tuple[Tensor | None, Tensor | None]:
-        """g and h, each None where there is no such loss."""
+        """The two, each None where there is no such loss."""
         shape = (self.z.shape[0], *self.z.shape[2:])
         return (
             None if self.y is None else given[0].reshape(shape),
@@ -240,7 +240,7 @@ class _Rows(NamedTuple):
 
 
 def _factor(c: _Chunk, g: Tensor | None, h: Tensor | None) -> Tensor:
-    """g + h τ, with room for the classes."""
+    """The factor g + h τ, with room for the classes."""
     total = torch.zeros_like(c.z[:, :1])
     if g is not None:
         total = total + g[c.rows].unsqueeze(1)
