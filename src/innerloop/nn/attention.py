@@ -1,33 +1,19 @@
-r"""Attention with first, second and forward-mode derivatives, in memory that grows with the sequence and not with its square.
-
-.. math::
-    S = s\, Q K^\top + M, \qquad P = \mathrm{softmax}(S), \qquad O = (P \circ D)\, V
-
-with the scale s, a mask M and the dropout factors D (0 or 1/(1-p)). The quadratic matrices are made for one block of rows at a time and
-never kept. The derivation of what a block computes is in ``docs/devnotes/attention.md``.
-"""
+"""``F.scaled_dot_product_attention`` with derivatives of any order: the choice between plain operations and blocks of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from innerloop import _private
+from innerloop.errors import InvalidInputError
 from innerloop.nn import twice
-
-BLOCK = 2**18
-"""Elements of one quadratic block: a few of them stay in the cache of a core."""
-
-ROWS = 64
-"""At least so many rows a block, however long they are: fewer would not feed a matrix product."""
-
-CAUSAL_ROWS = 128
-"""At most so many, or a quarter of all: keys that none of a block's rows sees are left out. Measured on a CPU, like the others."""
+from innerloop.nn.blockwise import Blockwise
+from innerloop.nn.composite_attention import composite
 
 TAKES_BLOCKS = {"cpu": 2**20, "cuda": 2**28}
 """From how many scores on (heads x queries x keys, over the whole batch) blocks are taken, by the kind of device.
@@ -42,6 +28,82 @@ def takes_blocks(query: Tensor, key: Tensor) -> bool:
     """Whether attention of these goes by blocks (`Blockwise`) or by plain operations (`composite`)."""
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     return scores >= TAKES_BLOCKS.get(query.device.type, TAKES_BLOCKS["cuda"]) and not torch.compiler.is_compiling()
+
+
+def scaled_dot_product_attention(
+    query: Float[Tensor, "... l e"],
+    key: Float[Tensor, "... s e"],
+    value: Float[Tensor, "... s f"],
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "... l f"]:
+    r"""Attention as `torch.nn.functional.scaled_dot_product_attention` computes it, with derivatives of any order and forward mode.
+
+    .. math::
+        O = \mathrm{dropout}\bigl(\mathrm{softmax}(s\, Q K^\top + M)\bigr)\, V, \qquad s = 1/\sqrt{e} \text{ unless given}
+
+    Args:
+        query: queries, any number of leading dimensions.
+        key: keys.
+        value: values.
+        attn_mask: broadcastable to (..., l, s). Boolean: True takes part; else it is added to the scores, and may be differentiated.
+        dropout_p: the chance of a weight to be dropped.
+        is_causal: position i sees the positions up to i; not together with a mask.
+        scale: s.
+        enable_gqa: each head of ``key`` and ``value`` serves a number of heads of ``query`` (dimension -3).
+
+    Returns:
+        The attention. A row whose mask lets it see nothing is 0, and so is its derivative.
+
+    Raises:
+        InvalidInputError: shapes, dtypes, devices or settings do not go together.
+
+    Where nothing is differentiated this is torch's own function. Otherwise short sequences take plain operations, and long ones blocks
+    of rows (`innerloop.nn.blockwise`), whose memory grows with the length and not with its square; `innerloop.nn.attention.TAKES_BLOCKS`
+    says from where on. Third derivatives of the latter are taken of plain operations again.
+    With dropout, plain operations draw the same random numbers as torch's math kernel, and blocks draw one number, from which all
+    others follow; both only depend on torch's random state.
+
+    Example:
+        With one key, attention is the identity of the value: no derivative with respect to the query.
+
+        >>> q, k, v = (
+        ...     torch.ones(1, 1, 4, requires_grad=True),
+        ...     torch.ones(1, 1, 4),
+        ...     torch.tensor([[[3.0, 5.0]]], requires_grad=True),
+        ... )
+        >>> out = scaled_dot_product_attention(q, k, v)
+        >>> out.tolist()
+        [[[3.0, 5.0]]]
+        >>> (g,) = torch.autograd.grad((out**2).sum(), v, create_graph=True)
+        >>> torch.autograd.grad(g.sum(), v)[0].tolist()
+        [[[2.0, 2.0]]]
+    """
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    if query.is_nested or not (dropout_p or twice.wanted(query, key, value, attn_mask)):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    device = query.device.type
+    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if lower is not None:  # what autocast does to torch's own
+        query, key, value = query.to(lower), key.to(lower), value.to(lower)
+    if enable_gqa:
+        key, value = (_one_per_head(x, query.shape[-3]) for x in (key, value))
+    with torch.autocast(device, enabled=False):
+        return attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            scale=scale,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            blocks=_by_blocks(query, key, dropout_p),
+        )
 
 
 def attend(
@@ -83,284 +145,75 @@ def attend(
     return out.to(dtype)
 
 
-def composite(
+def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
+    """Blocks know no tangent of a tangent, and draw their own random numbers where ``vmap`` has rules for them."""
+    if torch.compiler.is_compiling() or not takes_blocks(query, key):
+        return False
+    return _private.jvp_levels() < 2 and not (dropout_p and _private.inside_vmap())
+
+
+def _one_per_head(x: Tensor, heads: int) -> Tensor:
+    """Each head as often as there are query heads for it."""
+    return x.unsqueeze(-3).expand(*x.shape[:-2], heads // x.shape[-3], *x.shape[-2:]).flatten(-4, -3)
+
+
+def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scale: float,
+    dropout_p: float,
     is_causal: bool,
-    drop: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Attention by plain operations, which have derivatives of any order. A row that sees nothing gives 0, with a derivative of 0."""
-    scores = (query * scale) @ key.mT
-    dead = None
+    enable_gqa: bool,
+) -> None:
+    """Refuse what torch refuses, and what it would fail on later."""
+    if query.is_nested:
+        return
+    q, k, v = (tuple(x.shape) for x in (query, key, value))
+    shapes = f"query {q}, key {k}, value {v}"
+    if min(map(len, (q, k, v))) < 2:
+        raise InvalidInputError(
+            f"{shapes}: each needs two dimensions at least, (length, features); write x[None] for one position"
+        )
+    if q[-1] != k[-1]:
+        raise InvalidInputError(
+            f"{shapes}: query and key have {q[-1]} and {k[-1]} features; their last dimensions must be equal"
+        )
+    if k[-2] != v[-2]:
+        raise InvalidInputError(f"{shapes}: {k[-2]} keys and {v[-2]} values; there must be one value for each key")
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if not query.is_floating_point() or (len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type)):
+        raise InvalidInputError(
+            f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}; pass one floating-point dtype, as in key.to(query.dtype)"
+        )
+    if not 0 <= dropout_p <= 1:
+        raise InvalidInputError(f"dropout_p={dropout_p} is not a probability; pass a number from 0 to 1")
+    if enable_gqa:
+        if min(map(len, (q, k, v))) < 3 or q[-3] % k[-3] or q[-3] % v[-3]:
+            raise InvalidInputError(
+                f"{shapes}: with enable_gqa the number of heads of key and value (dimension -3) must divide that of the query"
+            )
+        k, v = (*k[:-3], q[-3], *k[-2:]), (*v[:-3], q[-3], *v[-2:])
+    batch = _broadcast(shapes, q[:-2], k[:-2], v[:-2])
+    if mask is None:
+        return
     if is_causal:
-        hidden = _above_diagonal(scores.shape[-2], scores.shape[-1], query.device)
-        scores = scores + torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(hidden, -math.inf)
-    if mask is not None:
-        dead = _dead(mask)  # such a row's scores are left as they are, or made finite, and its result is replaced
-        if mask.dtype == torch.bool:  # added: the derivative of a sum moves no memory
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~(mask | dead), -math.inf)
-        else:
-            mask = mask.masked_fill(dead, 0.0)
-        scores = scores + mask
-    out = drop(scores.softmax(-1)) @ value
-    return out if dead is None else out.masked_fill(dead, 0.0)
+        raise InvalidInputError(
+            "attn_mask and is_causal=True were both given; pass one mask: attn_mask & torch.ones(l, s, dtype=torch.bool).tril()"
+        )
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        raise InvalidInputError(
+            f"attn_mask is {mask.dtype}; pass a boolean mask (True takes part) or one to add, as in attn_mask.to(query.dtype)"
+        )
+    scores = (*batch, q[-2], k[-2])
+    if _broadcast(f"attn_mask {tuple(mask.shape)}, scores {scores}", tuple(mask.shape), scores) != scores:
+        raise InvalidInputError(
+            f"attn_mask {tuple(mask.shape)} has more dimensions than the scores {scores}; it must broadcast to them"
+        )
 
 
-@dataclass(frozen=True)
-class Blockwise(twice.Kernel):
-    """Attention of queries (..., L, E), keys (..., S, E) and values (..., S, F) with the same leading dimensions.
-
-    The mask, (..., L, S), has the same number of dimensions; any of them may be 1. It is the fourth input if it is differentiated
-    and the only constant if it is not (or None there). Boolean: True takes part; else it is added to the scores.
-
-    Attributes:
-        scale: s.
-        is_causal: position i sees the positions up to i.
-        dropout_p: the chance of a weight to be dropped.
-        seed: of the numbers that decide which.
-    """
-
-    scale: float
-    is_causal: bool = False
-    dropout_p: float = 0.0
-    seed: int = 0
-
-    @property
-    def draws(self) -> bool:  # type: ignore[override]
-        return self.dropout_p > 0
-
-    def value(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
-        at = _Flat.of(inputs, constants)
-        q, out = at.q * self.scale, at.v.new_empty(*at.q.shape[:2], at.v.shape[-1])
-        for b in self._blocks(at, spaces=2):
-            weights, drop = self._weights(b, q, at), self._drop(b)
-            torch.bmm(_times(weights, drop, b.spaces[1]), at.v[b.n, b.j], out=out[b.n, b.i])
-        return (out.view(*at.batch, *out.shape[1:]),)
-
-    def pull(
-        self, inputs: twice.Tensors, constants: twice.Constants, value: twice.Constants, cotangents: twice.Tensors
-    ) -> twice.Tensors:
-        at = _Flat.of(inputs, constants)
-        q, do = at.q * self.scale, _flat(cotangents[0])
-        out = self._output(inputs, constants, value)
-        delta = (do * out).sum(-1, keepdim=True)
-        dq, dk, dv, dm = at.zeros()
-        for b in self._blocks(at, spaces=2):
-            weights, drop = self._weights(b, q, at), self._drop(b)
-            dv[b.n, b.j].baddbmm_(_times(weights, drop, b.spaces[1]).mT, do[b.n, b.i])
-            ds = _times_(torch.bmm(do[b.n, b.i], at.v[b.n, b.j].mT, out=b.spaces[1]), drop)
-            ds.sub_(delta[b.n, b.i]).mul_(weights)
-            torch.bmm(ds, at.k[b.n, b.j], out=dq[b.n, b.i])
-            dk[b.n, b.j].baddbmm_(ds.mT, q[b.n, b.i])
-            at.add_to_mask(dm, b, ds)
-        return at.shaped(inputs, dq.mul_(self.scale), dk, dv, dm)
-
-    def push(self, inputs: twice.Tensors, constants: twice.Constants, tangents: twice.Tensors) -> twice.Tensors:
-        at, along = _Flat.of(inputs, constants), _Flat.of(tangents, constants)
-        q, qq, kk = at.q * self.scale, *_side_by_side(self.scale, at, along)
-        pushed = at.v.new_empty(*at.q.shape[:2], at.v.shape[-1])
-        for b in self._blocks(at, spaces=3):
-            weights, drop = self._weights(b, q, at), self._drop(b)
-            moved = self._moved(b, qq, kk, along, weights)
-            torch.bmm(_times(moved, drop, b.spaces[2]), at.v[b.n, b.j], out=pushed[b.n, b.i])
-            pushed[b.n, b.i].baddbmm_(_times(weights, drop, b.spaces[2]), along.v[b.n, b.j])
-        return (pushed.view(*at.batch, *pushed.shape[1:]),)
-
-    def second(
-        self,
-        inputs: twice.Tensors,
-        constants: twice.Constants,
-        value: twice.Constants,
-        cotangents: twice.Tensors,
-        tangents: twice.Tensors,
-    ) -> tuple[twice.Tensors, twice.Tensors]:
-        at, along = _Flat.of(inputs, constants), _Flat.of(tangents, constants)
-        qq, kk = _side_by_side(self.scale, at, along)
-        along_q, q = qq.chunk(2, -1)
-        do = _flat(cotangents[0])
-        delta = (do * self._output(inputs, constants, value)).sum(-1, keepdim=True)
-        pushed = torch.empty_like(do)
-        dq, dk, dv, dm = at.zeros()
-        for b in self._blocks(at, spaces=4):
-            n, i, j = b.n, b.i, b.j
-            weights, drop = self._weights(b, q, at), self._drop(b)
-            moved = self._moved(b, qq, kk, along, weights)
-            dropped = _times(moved, drop, b.spaces[2])
-            torch.bmm(dropped, at.v[n, j], out=pushed[n, i])
-            dv[n, j].baddbmm_(dropped.mT, do[n, i])
-            pushed[n, i].baddbmm_(_times(weights, drop, b.spaces[2]), along.v[n, j])
-            dp = _times_(torch.bmm(do[n, i], at.v[n, j].mT, out=b.spaces[2]), drop).sub_(delta[n, i])
-            x = _times_(torch.bmm(do[n, i], along.v[n, j].mT, out=b.spaces[3]), drop)
-            x.sub_((do[n, i] * pushed[n, i]).sum(-1, keepdim=True)).mul_(weights).addcmul_(moved, dp)
-            ds = dp.mul_(weights)
-            torch.bmm(x, at.k[n, j], out=dq[n, i]).baddbmm_(ds, along.k[n, j])
-            dk[n, j].baddbmm_(x.mT, q[n, i]).baddbmm_(ds.mT, along_q[n, i])
-            at.add_to_mask(dm, b, x)
-        gradients = at.shaped(inputs, dq.mul_(self.scale), dk, dv, dm)
-        return gradients, (pushed.view(*at.batch, *pushed.shape[1:]),)
-
-    def plain(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
-        drop = self._all_drops(inputs, constants) if self.dropout_p > 0 else None
-        q, k, v, mask = _four(inputs, constants)
-        return (composite(q, k, v, mask, self.scale, self.is_causal, lambda w: w if drop is None else w * drop),)
-
-    # -- one block -----------------------------------------------------------------------------------------------------
-
-    def _blocks(self, at: _Flat, spaces: int) -> Iterator[_Block]:
-        """The same partition for every method: dropout draws by block."""
-        (heads, length), keys = at.q.shape[:2], at.k.shape[1]
-        rows = min(length, max(ROWS, BLOCK // max(1, keys)))
-        if self.is_causal:
-            rows = min(rows, max(CAUSAL_ROWS, length // 4))
-        group = max(1, BLOCK // max(1, length * keys)) if rows == length else 1
-        memory = at.q.new_empty(spaces, group * rows * keys)
-        number = 0
-        for n in range(0, heads, group):
-            for i in range(0, length, rows):
-                count, end = min(group, heads - n), min(i + rows, length)
-                seen = min(end, keys) if self.is_causal else keys
-                shape = (count, end - i, seen)
-                views = [space[: math.prod(shape)].view(shape) for space in memory]
-                yield _Block(number, slice(n, n + count), slice(i, end), slice(0, seen), views)
-                number += 1
-
-    def _weights(self, b: _Block, q: Tensor, at: _Flat) -> Tensor:
-        """P of a block, in its first space; ``q`` is scaled."""
-        scores = torch.bmm(q[b.n, b.i], at.k[b.n, b.j].mT, out=b.spaces[0])
-        if self.is_causal and b.i.start < b.j.stop:
-            late = slice(b.i.start, b.j.stop)
-            above = _above_diagonal(b.i.stop - b.i.start, late.stop - late.start, q.device)
-            scores[..., late].masked_fill_(above, -math.inf)
-        mask = at.mask_of(b)
-        if mask is not None:
-            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-        torch.softmax(scores, -1, out=scores)
-        return scores if mask is None else scores.masked_fill_(_dead(mask), 0.0)
-
-    def _moved(self, b: _Block, qq: Tensor, kk: Tensor, along: _Flat, weights: Tensor) -> Tensor:
-        """The tangent of P, in the second space."""
-        moved = torch.bmm(qq[b.n, b.i], kk[b.n, b.j].mT, out=b.spaces[1])
-        mask = along.mask_of(b) if along.differentiates_mask else None
-        if mask is not None:
-            moved.add_(mask)
-        moved.mul_(weights)
-        return moved.addcmul_(weights, moved.sum(-1, keepdim=True), value=-1)
-
-    def _drop(self, b: _Block) -> Tensor | None:
-        """D of a block: the same whenever it is asked for."""
-        if self.dropout_p == 0:
-            return None
-        if self.dropout_p == 1:
-            return torch.zeros_like(b.spaces[0])
-        generator = torch.Generator(b.spaces[0].device).manual_seed(self.seed + b.number)
-        kept = torch.empty_like(b.spaces[0]).bernoulli_(1 - self.dropout_p, generator=generator)
-        return kept.div_(1 - self.dropout_p)
-
-    def _all_drops(self, inputs: twice.Tensors, constants: twice.Constants) -> Tensor:
-        """D as a whole, for `plain`."""
-        q, k = inputs[0], inputs[1]
-        shape = (*q.shape[:-1], k.shape[-2])
-        like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3]]
-        whole = torch.zeros(math.prod(shape[:-2]), *shape[-2:], dtype=q.dtype, device=q.device)
-        for b in self._blocks(_Flat.of(tuple(like), (None,)), spaces=1):
-            drop = self._drop(b)
-            assert drop is not None
-            whole[b.n, b.i, b.j] = drop
-        return whole.view(shape)
-
-    def _output(self, inputs: twice.Tensors, constants: twice.Constants, value: twice.Constants) -> Tensor:
-        return _flat(self.value(inputs, constants)[0] if value[0] is None else value[0])
-
-
-class _Block(NamedTuple):
-    """Heads ``n``, rows ``i`` and keys ``j`` of the flattened tensors, and room for some matrices of that size."""
-
-    number: int
-    n: slice
-    i: slice
-    j: slice
-    spaces: list[Tensor]
-
-
-class _Flat(NamedTuple):
-    """Queries, keys, values with one leading dimension; the mask with its own, and which of it each head uses."""
-
-    batch: tuple[int, ...]
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    user: Tensor | None
-    differentiates_mask: bool
-
-    @classmethod
-    def of(cls, inputs: twice.Tensors, constants: twice.Constants) -> _Flat:
-        q, k, v, mask = _four(inputs, constants)
-        batch = tuple(q.shape[:-2])
-        user = None
-        if mask is not None:
-            own = mask.shape[:-2]
-            user = torch.arange(math.prod(own), device=mask.device).view(own).expand(batch).reshape(-1)
-            mask = _flat(mask)
-        return cls(batch, _flat(q), _flat(k), _flat(v), mask, user, len(inputs) == 4)
-
-    def mask_of(self, b: _Block) -> Tensor | None:
-        """What of the mask concerns a block; broadcast dimensions stay 1."""
-        if self.mask is None or self.user is None:
-            return None
-        part = self.mask[
-            :, b.i if self.mask.shape[1] > 1 else slice(None), b.j if self.mask.shape[2] > 1 else slice(None)
-        ]
-        return part[self.user[b.n]] if self.mask.shape[0] > 1 else part
-
-    def zeros(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Where the gradients are put or added up."""
-        mask = torch.zeros_like(self.mask) if self.differentiates_mask and self.mask is not None else None
-        return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), mask
-
-    def add_to_mask(self, total: Tensor | None, b: _Block, gradient: Tensor) -> None:
-        """Add a block's gradient of the scores to that of the mask, summed over broadcast dimensions."""
-        if total is None or self.user is None:
-            return
-        broadcast = [d for d in (1, 2) if total.shape[d] == 1 and gradient.shape[d] != 1]
-        found = gradient.sum(broadcast, keepdim=True) if broadcast else gradient
-        part = total[:, b.i if total.shape[1] > 1 else slice(None), b.j if total.shape[2] > 1 else slice(None)]
-        part.index_add_(0, self.user[b.n], found)
-
-    def shaped(self, inputs: twice.Tensors, *gradients: Tensor | None) -> twice.Tensors:
-        """In the shapes of the inputs."""
-        return tuple(g.view(x.shape) for g, x in zip(gradients, inputs, strict=False) if g is not None)
-
-
-def _four(inputs: twice.Tensors, constants: twice.Constants) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    q, k, v, *mask = inputs
-    return q, k, v, mask[0] if mask else constants[0]
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def _side_by_side(scale: float, at: _Flat, along: _Flat) -> tuple[Tensor, Tensor]:
-    """The tangent of the scores is one product: [Q', Q] [K, K']^T."""
-    return torch.cat([along.q, at.q], -1).mul_(scale), torch.cat([at.k, along.k], -1)
-
-
-def _times(x: Tensor, factor: Tensor | None, out: Tensor) -> Tensor:
-    return x if factor is None else torch.mul(x, factor, out=out)
-
-
-def _times_(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x.mul_(factor)
-
-
-def _above_diagonal(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
-
-
-def _dead(mask: Tensor) -> Tensor:
-    """Rows that see nothing: their result is 0."""
-    return (~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1, keepdim=True)
+def _broadcast(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError as error:
+        raise InvalidInputError(f"{what}: these do not broadcast; make the sizes equal, or 1") from error

@@ -1,40 +1,136 @@
-r"""Softmax cross-entropy whose first two derivatives keep nothing of the size of the logits but the logits and their gradient.
-
-For logits :math:`z` of C classes, a label y or target weights :math:`t_c`, :math:`p = \mathrm{softmax}(z)`,
-:math:`\ell = \log\sum_c e^{z_c}` and :math:`\tau = \sum_c t_c`:
-
-.. math::
-    L_y = \ell - z_y, \qquad L_t = \sum_c t_c\,(\ell - z_c) .
-
-With their cotangents g and h, a direction u of z and r of t, :math:`\bar u = \sum_c p_c u_c`, :math:`\rho = \sum_c r_c`:
-
-.. math::
-    \nabla_z &= (g + h\tau)\, p - g\, 1_y - h\, t, & \nabla_t &= h\,(\ell - z), \\
-    \dot L_y &= \bar u - u_y, & \dot L_t &= \tau \bar u - t^\top u + r^\top(\ell - z), \\
-    \nabla_z \langle (g, h), \dot L\rangle &= (g + h\tau)\, p \circ (u - \bar u) + h\,(\rho\, p - r), &
-    \nabla_t \langle (g, h), \dot L\rangle &= h\,(\bar u - u) .
-
-The probabilities are computed again wherever they occur, a few rows at a time.
-"""
+"""``F.cross_entropy`` with a second derivative that keeps little, for many logits."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from innerloop import _private
+from innerloop.errors import InvalidInputError
 from innerloop.nn import twice
-
-CHUNK = 2**18
-"""Elements of the logits that are worked on at a time: they stay in the cache of a core."""
+from innerloop.nn.softmax_loss import SoftmaxLoss, precise
 
 TAKES_CHUNKS = 2**20
 """From how many logits on `innerloop.nn.functional.cross_entropy` takes its own form: there it is not slower (docs/benchmarks.md)."""
+
+
+def cross_entropy(
+    input: Float[Tensor, "..."],
+    target: Shaped[Tensor, "..."],
+    weight: Float[Tensor, "classes"] | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, "..."]:
+    r"""Cross-entropy as `torch.nn.functional.cross_entropy` computes it, with a second derivative that keeps little.
+
+    .. math::
+        L_n = -\sum_c t_{nc} \log \mathrm{softmax}(z_n)_c, \qquad
+        t_{nc} = w_c \bigl[(1-\varepsilon)\, q_{nc} + \varepsilon / C\bigr]
+
+    Args:
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices, without the dimension of the classes, or probabilities q in the shape of ``input``; the latter may be
+            differentiated.
+        weight: w, one per class.
+        size_average: deprecated, as in torch.
+        ignore_index: a target that counts for nothing (class indices only).
+        reduce: deprecated, as in torch.
+        reduction: ``"mean"`` (with class indices: divided by the sum of the weights of the targets), ``"sum"`` or ``"none"``.
+        label_smoothing: ε.
+
+    Returns:
+        The loss: a number, or one per target.
+
+    Raises:
+        InvalidInputError: shapes, dtypes, devices or settings do not go together.
+
+    Memory: between an inner gradient and the outer backward pass the graph keeps the logits and their gradient, and for
+    probabilities the targets; the probabilities are computed again, some rows at a time. From `innerloop.nn.cross_entropy.TAKES_CHUNKS`
+    logits on; fewer are left to torch's own function, which is the same to rounding.
+
+    Example:
+        For two equal logits the loss is log 2, the gradient p - 1 and the second derivative p (1 - p).
+
+        >>> z = torch.zeros(1, 2, requires_grad=True)
+        >>> loss = cross_entropy(z, torch.tensor([0]))
+        >>> round(loss.item(), 4)
+        0.6931
+        >>> (g,) = torch.autograd.grad(loss, z, create_graph=True)
+        >>> g.tolist()
+        [[-0.5, 0.5]]
+        >>> torch.autograd.grad(g[0, 0], z)[0].tolist()
+        [[0.25, -0.25]]
+    """
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    probabilities = input.shape == target.shape and target.is_floating_point()
+    _check_loss(input, target, weight, ignore_index, reduction, label_smoothing, probabilities)
+    if input.numel() < TAKES_CHUNKS or not _by_chunks(input, target, weight):
+        return F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    autocast = torch.is_autocast_enabled(input.device.type)
+    with torch.autocast(input.device.type, enabled=False):
+        loss = total(input, target, weight, ignore_index, reduction, label_smoothing)
+    dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
+    return loss if autocast else loss.to(dtype)
+
+
+def _by_chunks(*tensors: Tensor | None) -> bool:
+    """Chunks know no tangent of a tangent."""
+    if torch.compiler.is_compiling() or not twice.wanted(*tensors):
+        return False
+    return _private.jvp_levels() < 2
+
+
+def _check_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    probabilities: bool,
+) -> None:
+    """Refuse what torch refuses, and labels that are none of the classes."""
+    shapes = f"input {tuple(logits.shape)}, target {tuple(target.shape)}"
+    if not logits.is_floating_point() or logits.ndim == 0:
+        raise InvalidInputError(
+            f"input is {logits.dtype} {tuple(logits.shape)}; pass floating-point logits, (C,) or (N, C, ...)"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise InvalidInputError(f"reduction={reduction!r}; choose from 'mean', 'sum', 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise InvalidInputError(f"label_smoothing={label_smoothing}; pass a number from 0 to 1")
+    if target.device != logits.device:
+        raise InvalidInputError(
+            f"input is on {logits.device}, target on {target.device}; write target.to(input.device)"
+        )
+    classes = logits.shape[min(1, logits.ndim - 1)]
+    if weight is not None and tuple(weight.shape) != (classes,):
+        raise InvalidInputError(f"weight {tuple(weight.shape)} is not one number for each of {classes} classes")
+    if probabilities:
+        if ignore_index >= 0:
+            raise InvalidInputError(
+                f"ignore_index={ignore_index} goes with class indices only, and target holds probabilities; leave it out"
+            )
+        return
+    without = tuple(logits.shape[:1] + logits.shape[2:] if logits.ndim > 1 else ())
+    if tuple(target.shape) != without:
+        raise InvalidInputError(
+            f"{shapes}: class indices have the shape {without}, the input's without its classes; probabilities have the input's shape"
+        )
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise InvalidInputError(f"target is {target.dtype}; class indices must be torch.int64: write target.long()")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and not _private.inside_vmap():
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if outside.any():
+            raise InvalidInputError(f"target has the label {int(target[outside][0])}, and input has {classes} classes")
 
 
 def total(
@@ -52,9 +148,9 @@ def total(
     shape, classes = logits.shape, logits.shape[1]
     z = logits.reshape(*shape[:2], -1)
     smooth = label_smoothing / classes
-    weights = None if weight is None else _precise(weight).view(1, -1, 1)
+    weights = None if weight is None else precise(weight).view(1, -1, 1)
     if target.is_floating_point():
-        t = _precise(target).reshape(z.shape).to(_precise(z[:0]).dtype)
+        t = precise(target).reshape(z.shape).to(precise(z[:0]).dtype)
         t = t * (1 - label_smoothing) + smooth if label_smoothing else t
         (losses,) = _losses(z, None, t if weights is None else t * weights)
         count: Tensor | int = losses.numel()
@@ -63,10 +159,10 @@ def total(
         y = target.reshape(ignored.shape).long().masked_fill(ignored, 0)
         t = None
         if label_smoothing:
-            t = _precise(z[:0]).new_full((1, classes, 1), smooth)
+            t = precise(z[:0]).new_full((1, classes, 1), smooth)
             t = t if weights is None else t * weights
         losses, *smoothed = _losses(z, y, t)
-        of_target = torch.ones_like(losses) if weight is None else _precise(weight)[y]
+        of_target = torch.ones_like(losses) if weight is None else precise(weight)[y]
         losses = losses * of_target * (1 - label_smoothing) + (smoothed[0] if smoothed else 0)
         losses = losses.masked_fill(ignored, 0.0)
         count = of_target.masked_fill(ignored, 0.0).sum()
@@ -79,179 +175,3 @@ def _losses(z: Tensor, y: Tensor | None, t: Tensor | None) -> twice.Tensors:
     if t is not None and _private.has_derivative(t):
         return twice.evaluate(SoftmaxLoss(), (z, t), (y,))
     return twice.evaluate(SoftmaxLoss(), (z,), (y, t))
-
-
-@dataclass(frozen=True)
-class SoftmaxLoss(twice.Kernel):
-    """The losses of logits (..., C, D): L_y with labels (..., D), then L_t with target weights (... or 1, C, D or 1), each (..., D).
-
-    The target weights are the second input if they are differentiated, else the second constant; the labels are the first constant.
-    Either may be None. Logits in half precision are computed with in float32, which is then the dtype of the losses.
-    """
-
-    def value(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
-        at = _Rows.of(inputs, constants)
-        losses = at.empty_losses()
-        for c in at.chunks():
-            log_p = c.z.log_softmax(1)
-            if c.y is not None:
-                losses[0][c.rows] = -_at(log_p, c.y)
-            if c.t is not None:
-                losses[-1][c.rows] = -log_p.mul_(c.t).sum(1)
-        return at.shaped(losses)
-
-    def pull(
-        self, inputs: twice.Tensors, constants: twice.Constants, value: twice.Constants, cotangents: twice.Tensors
-    ) -> twice.Tensors:
-        at = _Rows.of(inputs, constants)
-        g, h = at.cotangents(cotangents)
-        found = at.zeros()
-        for c in at.chunks():
-            p = c.z.softmax(1).mul_(_factor(c, g, h))
-            if g is not None and c.y is not None:
-                p.scatter_add_(1, c.y.unsqueeze(1), -g[c.rows].unsqueeze(1))
-            if h is not None and c.t is not None:
-                p.addcmul_(c.t, h[c.rows].unsqueeze(1), value=-1)
-                if at.differentiates_t:
-                    at.add_to_t(found, c, -c.z.log_softmax(1) * h[c.rows].unsqueeze(1))
-            found[0][c.rows] = p
-        return at.like(inputs, found)
-
-    def push(self, inputs: twice.Tensors, constants: twice.Constants, tangents: twice.Tensors) -> twice.Tensors:
-        at, along = _Rows.of(inputs, constants), _Rows.of(tangents, constants)
-        pushed = at.empty_losses()
-        for c, d in zip(at.chunks(), along.chunks(), strict=True):
-            self._pushed(at, c, d, (c.z.softmax(1) * d.z).sum(1, keepdim=True), pushed)
-        return at.shaped(pushed)
-
-    def second(
-        self,
-        inputs: twice.Tensors,
-        constants: twice.Constants,
-        value: twice.Constants,
-        cotangents: twice.Tensors,
-        tangents: twice.Tensors,
-    ) -> tuple[twice.Tensors, twice.Tensors]:
-        at, along = _Rows.of(inputs, constants), _Rows.of(tangents, constants)
-        g, h = at.cotangents(cotangents)
-        pushed, found = at.empty_losses(), at.zeros()
-        for c, d in zip(at.chunks(), along.chunks(), strict=True):
-            p = c.z.softmax(1)
-            mean = (p * d.z).sum(1, keepdim=True)
-            self._pushed(at, c, d, mean, pushed)
-            x = (d.z - mean).mul_(p).mul_(_factor(c, g, h))
-            if h is not None and at.differentiates_t and d.t is not None:
-                over = h[c.rows].unsqueeze(1)
-                x.addcmul_(p.mul_(d.t.sum(1, keepdim=True)).sub_(d.t), over)
-                at.add_to_t(found, c, (mean - d.z).mul_(over))
-            found[0][c.rows] = x
-        return at.like(inputs, found), at.shaped(pushed)
-
-    def plain(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
-        z, t, y = inputs[0], inputs[1] if len(inputs) == 2 else constants[1], constants[0]
-        log_p = _precise(z).log_softmax(-2)
-        losses = [] if y is None else [-log_p.gather(-2, y.unsqueeze(-2)).squeeze(-2)]
-        return (*losses, *(() if t is None else (-(log_p * t).sum(-2),)))
-
-    @staticmethod
-    def _pushed(at: _Rows, c: _Chunk, d: _Chunk, mean: Tensor, pushed: list[Tensor]) -> None:
-        """The tangents of the losses of a chunk; ``mean`` is that of the logits' tangent."""
-        if c.y is not None:
-            pushed[0][c.rows] = mean.squeeze(1) - _at(d.z, c.y)
-        if c.t is not None:
-            pushed[-1][c.rows] = ((mean - d.z) * c.t).sum(1)
-            if at.differentiates_t and d.t is not None:
-                pushed[-1][c.rows] -= (c.z.log_softmax(1) * d.t).sum(1)
-
-
-class _Chunk(NamedTuple):
-    """Some rows: logits, labels, target weights."""
-
-    rows: slice
-    z: Tensor
-    y: Tensor | None
-    t: Tensor | None
-
-
-class _Rows(NamedTuple):
-    """Logits as (rows, C, D), or (rows, C) where D is 1; the rest alike."""
-
-    shape: tuple[int, ...]
-    z: Tensor
-    y: Tensor | None
-    t: Tensor | None
-    differentiates_t: bool
-
-    @classmethod
-    def of(cls, inputs: twice.Tensors, constants: twice.Constants) -> _Rows:
-        z, y, t = inputs[0], constants[0], inputs[1] if len(inputs) == 2 else constants[1]
-        batch = z.shape[:-2]
-        if t is not None and math.prod(t.shape[:-2]) != 1:
-            t = t.expand(*batch, *t.shape[-2:])
-        flat = [None if x is None else x.reshape(-1, *x.shape[-2:]) for x in (z, t)]
-        labels = None if y is None else y.reshape(-1, y.shape[-1])
-        if z.shape[-1] == 1:
-            flat, labels = [None if x is None else x.squeeze(-1) for x in flat], None if y is None else y.reshape(-1)
-        assert flat[0] is not None
-        return cls((*batch, z.shape[-1]), flat[0], labels, flat[1], len(inputs) == 2)
-
-    def chunks(self) -> Iterator[_Chunk]:
-        size = max(1, CHUNK // max(1, math.prod(self.z.shape[1:])))
-        for start in range(0, len(self.z), size):
-            rows = slice(start, start + size)
-            t = self.t if self.t is None or len(self.t) == 1 else self.t[rows]
-            yield _Chunk(rows, _precise(self.z[rows]), None if self.y is None else self.y[rows], t)
-
-    def empty_losses(self) -> list[Tensor]:
-        shape = (self.z.shape[0], *self.z.shape[2:])
-        like = _precise(self.z[:0])
-        return [like.new_empty(shape) for x in (self.y, self.t) if x is not None]
-
-    def shaped(self, losses: list[Tensor]) -> twice.Tensors:
-        return tuple(x.view(self.shape) for x in losses)
-
-    def cotangents(self, given: twice.Tensors) -> tuple[Tensor | None, Tensor | None]:
-        """The two, each None where there is no such loss."""
-        shape = (self.z.shape[0], *self.z.shape[2:])
-        return (
-            None if self.y is None else given[0].reshape(shape),
-            None if self.t is None else given[-1].reshape(shape),
-        )
-
-    def zeros(self) -> list[Tensor]:
-        return [
-            torch.empty_like(self.z),
-            *([torch.zeros_like(self.t)] if self.differentiates_t and self.t is not None else []),
-        ]
-
-    def add_to_t(self, found: list[Tensor], c: _Chunk, gradient: Tensor) -> None:
-        """Add to what was found for the target weights, summed over the dimensions that are broadcast."""
-        total = found[1] if len(found[1]) == 1 else found[1][c.rows]
-        total += gradient.sum_to_size(total.shape)
-
-    def like(self, inputs: twice.Tensors, found: list[Tensor]) -> twice.Tensors:
-        """In the shapes of the inputs; target weights that were broadcast over some of several leading dimensions are summed up."""
-        batch = inputs[0].shape[:-2]
-        gradients = []
-        for x, g in zip(inputs, found, strict=True):
-            whole = math.prod(x.shape[:-2]) in (1, math.prod(batch))
-            gradients.append(g.view(x.shape) if whole else g.view(*batch, *x.shape[-2:]).sum_to_size(x.shape))
-        return tuple(gradients)
-
-
-def _factor(c: _Chunk, g: Tensor | None, h: Tensor | None) -> Tensor:
-    """The factor g + h τ, with room for the classes."""
-    total = torch.zeros_like(c.z[:, :1])
-    if g is not None:
-        total = total + g[c.rows].unsqueeze(1)
-    if h is not None and c.t is not None:
-        total = total + h[c.rows].unsqueeze(1) * c.t.sum(1, keepdim=True)
-    return total
-
-
-def _at(x: Tensor, y: Tensor) -> Tensor:
-    return x.gather(1, y.unsqueeze(1)).squeeze(1)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

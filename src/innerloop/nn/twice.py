@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop import _private
 from innerloop.errors import NotDifferentiableError
 
 Tensors = tuple[Tensor, ...]
@@ -68,6 +69,15 @@ def evaluate(kernel: Kernel, inputs: Tensors, constants: Constants = ()) -> Tens
     """f(x), differentiable as often as one likes, in forward mode once."""
     out: Tensors = _Value.apply(kernel, (len(inputs), len(constants)), *inputs, *constants)
     return out
+
+
+def wanted(*tensors: Tensor | None) -> bool:
+    """Whether a derivative with respect to one of them may be asked for, of whatever order: that cannot be seen here."""
+    if torch.compiler.is_compiling():
+        return True
+    if not torch.is_grad_enabled() and not _private.inside_transform():
+        return False
+    return any(x is not None and _private.has_derivative(x) for x in tensors)
 
 
 class _Derivative(torch.autograd.Function):
