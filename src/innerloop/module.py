@@ -160,6 +160,11 @@ class ModuleView:
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
+    def hand_over(self) -> Any:
+        """The copy, which the view lets go: it can then be kept inside the copy without a cycle, to `read` and to `write`."""
+        module, self.module, self._modes = self.module, None, []
+        return module
+
     @property
     def modules(self) -> list[nn.Module]:
         """All modules of the copy."""

@@ -1,5 +1,7 @@
 """Operations with all their derivatives, under the names and with the arguments that they have in PyTorch."""
 
+from innerloop.nn.attention import scaled_dot_product_attention
+from innerloop.nn.cross_entropy import cross_entropy
 from innerloop.nn.ctc_loss import ctc_loss
 from innerloop.nn.distance import cdist, pdist
 from innerloop.nn.elementary import cholesky_inverse, hardsigmoid
@@ -13,6 +15,7 @@ __all__ = [
     "batch_norm",
     "cdist",
     "cholesky_inverse",
+    "cross_entropy",
     "ctc_loss",
     "embedding_bag",
     "grid_sample",
@@ -24,6 +27,7 @@ __all__ = [
     "multi_margin_loss",
     "multilabel_margin_loss",
     "pdist",
+    "scaled_dot_product_attention",
     "soft_margin_loss",
     "weight_norm",
 ]

@@ -239,6 +239,10 @@ class Block:
         """Switch off for a while."""
         return self._off() if self._inside and _private.function_mode() is self._mode else nullcontext()
 
+    def back(self) -> AbstractContextManager[Any]:
+        """Inside `off`: the user's own code again, on as before."""
+        return self._mode if self._inside and _private.function_mode() is not self._mode else nullcontext()
+
     @contextmanager
     def _off(self) -> Iterator[None]:
         self._mode.__exit__(None, None, None)

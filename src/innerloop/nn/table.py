@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop import _private
-from innerloop.nn import ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, norm, recurrent
+from innerloop.nn import attention, cross_entropy, ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, norm, recurrent
 from innerloop.nn.replace import open_up, register, third_order
 from innerloop.nn.weight_norm import weight_norm
 
@@ -32,6 +32,12 @@ NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
 def forward_mode(args: Any, kwargs: Any) -> bool:
     """Whether a forward-mode derivative is being taken; otherwise PyTorch's kernel has all that is needed."""
     return _private.forward_mode()
+
+
+def many_logits(args: Any, kwargs: Any) -> bool:
+    """Whether the form takes so many logits on itself."""
+    logits = args[0] if args else kwargs["input"]
+    return isinstance(logits, Tensor) and logits.numel() >= cross_entropy.TAKES_CHUNKS
 
 
 def differentiated(args: Any, kwargs: Any) -> bool:
@@ -169,5 +175,18 @@ register(
     reason="its forward-mode derivative is wrong without an error: refused",
     silent=True,
     when=forward_mode,
+)
+register(
+    attention.scaled_dot_product_attention,
+    F.scaled_dot_product_attention,
+    name="F.scaled_dot_product_attention",
+    reason="the fused kernels have neither a second derivative nor forward mode",
+)
+register(
+    cross_entropy.cross_entropy,
+    F.cross_entropy,
+    name="F.cross_entropy",
+    reason="its second derivative keeps eleven tensors of the size of the logits",
+    when=many_logits,
 )
 open_up(F.multi_head_attention_forward)
