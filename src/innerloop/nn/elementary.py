@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from innerloop.errors import NotDifferentiableError
 
@@ -34,12 +33,6 @@ def normalize(
     """``F.normalize`` with ``out``, as the power iteration of spectral norm calls it: constants, which forward mode refuses to write."""
     values = F.normalize(input.detach(), p, dim, eps)
     return values if out is None else out.copy_(values)
-
-
-def attention_by_matrix_products(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
-    """``F.scaled_dot_product_attention`` by the one kernel of PyTorch's that has a second derivative and forward mode."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **kwargs)
 
 
 def refused(name: str, why: str) -> Callable[..., Any]:

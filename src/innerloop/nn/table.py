@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop import _private
-from innerloop.nn import attention, cross_entropy, ctc_loss, distance, elementary, embedding_bag, grid_sample, loss, norm, recurrent
+from innerloop.nn import (
+    attention,
+    cross_entropy,
+    ctc_loss,
+    distance,
+    elementary,
+    embedding_bag,
+    grid_sample,
+    loss,
+    norm,
+    recurrent,
+)
 from innerloop.nn.replace import open_up, register, third_order
 from innerloop.nn.weight_norm import weight_norm
 
@@ -125,12 +136,6 @@ for form, original in (
         silent=True,
         when=third_order,
     )
-register(
-    elementary.attention_by_matrix_products,
-    F.scaled_dot_product_attention,
-    name="F.scaled_dot_product_attention",
-    reason=NO_SECOND,
-)
 register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
 register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
