@@ -131,7 +131,8 @@ class DifferentiableRule(DifferentiableOptimizer):
         except RuntimeError as error:
             raise InvalidInputError(
                 f"{name} is a tensor of shape {tuple(value.shape)}, the parameters of its group have "
-                f"{[tuple(s) for s in shapes.values()]}: write one number, or give each parameter a group of its own and a tensor of its shape"
+                f"{[tuple(s) for s in shapes.values()]}: write one number, or give each parameter a group of its own and a tensor of "
+                "its shape"
             ) from error
 
     def _check_setting(self, name: str) -> None:
