@@ -57,10 +57,9 @@ def test_tracking_switched_off() -> None:
 @pytest.mark.parametrize("options", [{}, {"copy_initial_weights": False, "track_higher_grads": False}])
 def test_it_is_said_once_for_each_episode(options: dict[str, Any]) -> None:
     _, outer = episode(nn.Linear(2, 1), **options)
-    with pytest.warns(UnreachedGradientWarning) as caught:
-        for _ in range(3):
-            outer.backward(retain_graph=True)
-    assert len(caught) == 1
+    with pytest.warns(UnreachedGradientWarning):
+        outer.backward(retain_graph=True)
+    outer.backward(retain_graph=True)
 
 
 def test_by_hand_too() -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 Make = Callable[[Any], torch.optim.Optimizer]
 START = (1.0, -2.0, 0.5)
 STEPS = 5
-X = torch.ones(1, 2)
+X = torch.ones(1, 2, dtype=torch.float64)
 
 
 def model_at_start() -> nn.Linear:
@@ -49,12 +49,12 @@ def by_torch(make: Make, scheduled: bool = False) -> float:
     """The outer loss after plain training."""
     model = model_at_start()
     optimizer = make(model.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled else None
     for t in range(STEPS):
         optimizer.zero_grad()
         (model(data(t)) - 1).square().sum().backward()
         optimizer.step()
-        if scheduled:
+        if scheduler is not None:
             scheduler.step()
     return float(outer_of(model).detach())
 
@@ -65,7 +65,7 @@ def by(
     """``(model, outer loss)``, differentiable."""
     model = model_at_start()
     optimizer = make(model.parameters())
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # higher warns of some of its rules
         with library.innerloop_ctx(model, optimizer, copy_initial_weights=False, override=override) as (
@@ -74,7 +74,7 @@ def by(
         ):
             for t in range(STEPS):
                 diffopt.step((fmodel(data(t, masked)) - 1).square().sum())
-                if scheduled:
+                if scheduler is not None:
                     scheduler.step()
             return model, outer_of(fmodel)
 
