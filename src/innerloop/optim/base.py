@@ -90,7 +90,13 @@ class Rule(Optimizer):
     """The name of the function, where that is not the class's in lower case."""
 
     torch_counts: ClassVar[bool] = True
-    """Whether torch keeps the step count in ``state[p]["step"]``."""
+    """Whether torch keeps the step count in ``state[p]``."""
+
+    torch_count: ClassVar[str] = "step"
+    """Under which key."""
+
+    torch_shares_state: ClassVar[bool] = False
+    """Whether torch keeps one state for all parameters, with the first of them."""
 
     torch_step: ClassVar[type] = Tensor
     """As what: a 0-dim tensor, or an int."""
@@ -111,7 +117,7 @@ class Rule(Optimizer):
 
     @abc.abstractmethod
     def restored(self, slot: str, named: Mapping[str, Any], params: Params) -> Any:
-        """A state field from what torch keeps for each parameter (None where it keeps nothing yet)."""
+        """A state field from what torch keeps for each parameter (None where it keeps nothing yet); from one entry, if it is shared."""
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
