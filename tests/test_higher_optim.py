@@ -326,8 +326,6 @@ def test_losses_that_are_none() -> None:
         ):
             with pytest.raises(innerloop.InvalidInputError, match=message):
                 diffopt.step(loss)
-        with pytest.raises(innerloop.InvalidInputError, match="not a function"):
-            diffopt.step(lambda: fmodel(x).sum())
         diffopt.step(fmodel(x[:1]).square().reshape(1))  # as in higher, a single number of any shape will do
 
 
@@ -497,6 +495,49 @@ def test_optimizers_that_higher_never_had(rule: str) -> None:
     cls, settings = RULES[rule]
     model = nn.Linear(2, 1)
     assert type(higher.get_diff_optim(cls(model.parameters(), **settings), model.parameters())) is DifferentiableRule
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_takes_a_function(search: str | None) -> None:
+    """Trajectory and meta-gradient along one direction, against torch.optim.LBFGS."""
+    inputs = batches(0, 3, 10, 4)
+    settings = {"lr": 0.2, "max_iter": 3, "line_search_fn": search}
+    model = seeded(0, plain)
+
+    def trained(h: float) -> nn.Module:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.add_(h)
+        optimizer = torch.optim.LBFGS(moved.parameters(), **settings)
+        for x in inputs[:-1]:
+
+            def closure(x: Tensor = x) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(moved(x))
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        return moved
+
+    optimizer = torch.optim.LBFGS(model.parameters(), **settings)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+        for x in inputs[:-1]:
+            diffopt.step(lambda x=x: loss_of(fmodel(x)))
+        loss_of(fmodel(inputs[-1])).backward()
+    assert_close(fmodel.parameters(), trained(0.0).parameters(), 1e-10)
+    slope = sum(float(p.grad.sum()) for p in model.parameters())
+    assert slope == pytest.approx(four_point(lambda h: float(loss_of(trained(h)(inputs[-1])).detach()), 1e-4), rel=1e-5)
+    with pytest.raises(innerloop.InvalidInputError, match="a function"):
+        diffopt.step(loss_of(fmodel(inputs[0])))
+
+
+def test_a_function_will_do_for_other_rules() -> None:
+    model, x = nn.Linear(2, 1), torch.ones(1, 2)
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (fmodel, diffopt):
+        diffopt.step(lambda: fmodel(x).sum())
+    assert torch.equal(fmodel.weight, model.weight - 0.5)
 
 
 @pytest.mark.usefixtures("registry")
