@@ -401,6 +401,7 @@ def test_modes_are_independent() -> None:
     assert not model[1].training
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
 def test_what_wraps_a_module() -> None:
     model, x = nn.Sequential(nn.Linear(2, 1)), torch.ones(3, 2)
     assert torch.equal(higher.monkeypatch(nn.DataParallel(model))(x), model(x))

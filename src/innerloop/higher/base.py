@@ -99,8 +99,8 @@ class DifferentiableOptimizer(abc.ABC):
         """One differentiable step: instead of ``opt.zero_grad(); loss.backward(); opt.step()``.
 
         Args:
-            loss: scalar, computed with the patched module at its newest parameters. For a rule that evaluates the loss itself (LBFGS)
-                a function without arguments that computes it.
+            loss: scalar, computed with the patched module at its newest parameters; or a function without arguments that computes it,
+                which a rule that evaluates the loss itself (LBFGS) needs, and calls as often as ``torch.optim`` does.
             params: the parameters that the loss was computed with; default: the patched module's.
             override: as in the constructor, from this step on.
             grad_callback: as in the constructor, for this step.
@@ -118,9 +118,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._apply_override(override)
         self._fill(before)
         callback = grad_callback or self._grad_callback
-        grads = (
-            self._closure(loss) if callable(loss) else self._gradients(check_loss(loss, "the loss"), before, callback)
-        )
+        grads = self._evaluated(loss, before, callback)
         with torch.set_grad_enabled(self._track_higher_grads):
             self._update([[grads[i] for i in members] for members in self._group_to_param_list], **kwargs)
         after = list(before)
@@ -191,8 +189,10 @@ class DifferentiableOptimizer(abc.ABC):
         for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
             group["params"] = [params[i] for i in members]
 
-    def _closure(self, loss: Callable[[], Tensor]) -> Grads:
-        raise InvalidInputError(f"{type(self).__name__} takes the loss itself, not a function: diffopt.step(loss)")
+    def _evaluated(
+        self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
+    ) -> Grads:
+        return self._gradients(check_loss(loss() if callable(loss) else loss, "the loss"), params, callback)
 
     def _gradients(self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None) -> Grads:
         used = set(range(len(params))) if callback else {i for members in self._group_to_param_list for i in members}

@@ -29,7 +29,7 @@ from innerloop.optim.adapted import Adapted, AdaptedState
 from innerloop.optim.adapted.frozen import freeze, thaw
 from innerloop.optim.base import Rule
 from innerloop.optim.from_torch import FromTorch, from_torch
-from innerloop.problem import check_loss
+from innerloop.problem import Evaluations, check_loss
 
 
 class DifferentiableRule(DifferentiableOptimizer):
@@ -52,7 +52,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(other, reference_params, fmodel, device, override, grad_callback, track_higher_grads, **kwargs)
-        self._value_and_grad: Any = None
+        self._evaluations: Evaluations | None = None
         self._begin()
         self._shown: dict[tuple[int, int, str], Any] = {}
         self._stale = True
@@ -106,7 +106,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         pure = cast("FromTorch", self._pure)
         shaped = self._write_settings()
         pure.refresh()
-        closure = {} if self._value_and_grad is None else {"value_and_grad": self._value_and_grad}
+        closure: Any = {} if self._evaluations is None else {"value_and_grad": self._evaluations}
         new, self._pure_state = pure.update(grads, self._pure_state, params, shaped, **closure)
         return new
 
@@ -131,7 +131,8 @@ class DifferentiableRule(DifferentiableOptimizer):
         except RuntimeError as error:
             raise InvalidInputError(
                 f"{name} is a tensor of shape {tuple(value.shape)}, the parameters of its group have "
-                f"{[tuple(s) for s in shapes.values()]}: write one number, or give each parameter a group of its own and a tensor of its shape"
+                f"{[tuple(s) for s in shapes.values()]}: write one number, or give each parameter a group of its own and a tensor of "
+                "its shape"
             ) from error
 
     def _check_setting(self, name: str) -> None:
@@ -176,30 +177,30 @@ class DifferentiableRule(DifferentiableOptimizer):
                 "the loop, or write the rule's _update yourself (derive from DifferentiableOptimizer)"
             )
 
-    def _closure(self, loss: Callable[[], Tensor]) -> Grads:
-        fmodel = self._fmodel
+    def _evaluated(
+        self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
+    ) -> Grads:
         if not self._pure.needs_closure:
-            return super()._closure(loss)
-        if fmodel is None:
+            return super()._evaluated(loss, params, callback)
+        if not callable(loss) or self._fmodel is None:
             raise InvalidInputError(
-                f"{type(self._other).__name__} evaluates the loss anew: it needs a patched module, fmodel="
+                f"{type(self._other).__name__} evaluates the loss itself: give it a patched module, fmodel=, and a function, "
+                "diffopt.step(lambda: loss_fn(fmodel(x), y))"
             )
+        fast = fast_weights(self._fmodel)
 
-        def value_and_grad(params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
-            point = fast_weights(fmodel).newest
-            wanted = {i: p if p.requires_grad else p.detach().requires_grad_() for i, p in params.items()}
-            with torch.enable_grad(), fast_weights(fmodel).at([wanted.get(str(i), p) for i, p in enumerate(point)]):
-                value = check_loss(loss(), "the loss")
-                found = self._differentiate(value, list(wanted.values()))
-            return value, dict(zip(wanted, found, strict=True))
+        def evaluate(trial: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+            with torch.enable_grad():
+                at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
+                with fast.at(at):
+                    value = check_loss(loss(), "the loss")
+                    grads = self._gradients(value, at, callback)
+            return value if self._track_higher_grads else value.detach(), {name: grads[int(name)] for name in trial}
 
-        self._value_and_grad = value_and_grad
-        grads: Grads = [None] * len(self._reference)
-        start = fast_weights(fmodel).newest
-        found = value_and_grad({name: start[int(name)] for name in self._pure.names})[1]  # type: ignore[union-attr]
-        for name, g in found.items():
-            grads[int(name)] = g
-        return grads
+        start = {str(i): params[i] for members in self._group_to_param_list for i in members}
+        first = evaluate(start)
+        self._evaluations = Evaluations(evaluate, start, *first)
+        return [first[1].get(str(i)) for i in range(len(params))]
 
 
 class DifferentiableAdapted(DifferentiableRule):
@@ -274,3 +275,8 @@ def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[rule.torch_state[field]] = value
     return found
+
+
+def _alias(p: Tensor) -> Tensor:
+    """The same values to differentiate with respect to: where a line search looks, not where the step started."""
+    return p.view_as(p) if p.requires_grad else p.detach().requires_grad_()

@@ -60,14 +60,13 @@ class Teacher:
         self._say(UNTRACKED)
 
     def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, UnreachedGradientWarning, stacklevel=_depth_of_the_user())
-
-
-def _depth_of_the_user() -> int:
-    """The ``stacklevel`` of the first frame that is neither ours nor PyTorch's: the one that called ``backward``."""
-    level, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
-        level, frame = level + 1, frame.f_back
-    return level  # this frame is the 0th, the one that warns the first
+        if message in self._said:
+            return
+        self._said.add(message)
+        level, frame = (
+            1,
+            inspect.currentframe(),
+        )  # of this function; the one that called backward() is neither ours nor PyTorch's
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, UnreachedGradientWarning, stacklevel=max(level, 1))
