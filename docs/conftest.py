@@ -17,10 +17,12 @@ WARNINGS = {
     "migration-from-higher.md": "ignore:Converting a tensor with requires_grad=True to a scalar",
     # JAXopt says at its import that it is no longer maintained; so does the page
     "migration-from-jax.md": "ignore:JAXopt is no longer maintained",
+    "migration-from-torchopt.md": "ignore:We.ve integrated functorch into PyTorch",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the pages, wherever the session was started."""
     for item in items:
         page = item.path.name
         missing = [peer for peer in PEERS.get(page, []) if find_spec(peer) is None]
