@@ -220,13 +220,16 @@ OTHERS: dict[str, Make] = {
     ),
     "sam, with a closure": lambda params: pytorch_optimizer.SAM(params, torch.optim.SGD, lr=0.1),
     "alig, with a closure": lambda params: load("alig")(params, max_lr=0.05),
+    "bsam, with a closure and num_data": lambda params: load("bsam")(params, num_data=7, lr=0.05),
+    "lbfgs, with a closure": lambda params: load("lbfgs")(params, lr=0.1, max_iter=3),
     "ranger21, with num_iterations": lambda params: load("ranger21")(params, lr=1e-2, num_iterations=STEPS),
 }
 
 
 REFUSED = {
     # Newton-Schulz in bfloat16, where a difference quotient means nothing; `innerloop.optim.muon` says which derivative it has.
-    "muon, with groups": "finite differences of the class",
+    "muon, with groups": "finite differences of the class.*half precision",
+    "lbfgs, with a closure": r"float\(orig_loss\)`: it turns a tracked tensor into a float",
 }
 
 

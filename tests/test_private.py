@@ -31,6 +31,8 @@ EXERCISED = {
     "has_derivative",
     "innermost",
     "is_tracked",
+    "add_lists",
+    "multiply_list",
     "version",
     "gradient_hooks",
     "step_hooks",
@@ -257,6 +259,25 @@ def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
         assert not packed
         x.exp()
         assert len(packed) == 1
+
+
+def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
+    xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
+    ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
+    for found, expected in (
+        (_private.add_lists(xs, ys, 0.3), [torch.add(x, y, alpha=0.3) for x, y in zip(xs, ys, strict=True)]),
+        (_private.multiply_list(xs, 0.3), [x * 0.3 for x in xs]),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for used in (slice(None), slice(1, 2)):  # all results, and one of them alone
+            slopes = []
+            for results in (found, expected):
+                total = torch.stack([(r**3).sum() for r in results[used]]).sum()
+                slopes.append(torch.autograd.grad(total, [*xs, *ys], create_graph=True, allow_unused=True))
+            for a, b in zip(*slopes, strict=True):
+                assert (a is None or not a.any()) if b is None else torch.equal(a, b)
+            second = [torch.autograd.grad(s[1].square().sum(), xs[1], retain_graph=True)[0] for s in slopes]
+            assert torch.equal(*second)
 
 
 def test_a_derivative_is_seen_at_any_level():

@@ -110,6 +110,16 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
+    """``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each: one call and one node of the graph for all of them."""
+    return list(torch._foreach_add(xs, ys, alpha=alpha))
+
+
+def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
+    """``x * factor`` for each, likewise."""
+    return list(torch._foreach_mul(xs, factor))
+
+
 def version(tensor: Tensor) -> int:
     """How often ``tensor`` has been written in place: tells whether a buffer changed without comparing its values."""
     return tensor._version

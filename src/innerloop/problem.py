@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, module, tree
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.optim.base import Optimizer, ValueAndGrad
+from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad
 from innerloop.random_state import RandomState
 
 _same = (
@@ -234,22 +234,50 @@ class Problem:
         """Raise if the optimizer cannot be compiled."""
         if not self.optimizer.compiles:
             raise InvalidInputError(
-                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, or decides by values. Write compile=False, or use "
-                "another rule of innerloop.optim"
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides by values, or works on sparse tensors. "
+                "Write compile=False, or use another rule of innerloop.optim"
             )
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
+        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        held = dict(buffers)
 
-        def value_and_grad(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
-            grads, loss, _, _ = self.gradient(params, carry.buffers, hyper, batch)
+        def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
+            grads, loss, _, buffers = self.gradient(params, held, hyper, batch)
+            held.update(buffers)
             return loss, grads
 
-        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
-        return self.update(carry, grads, buffers, hyper, t, value_and_grad), loss, aux
+        closure = Evaluations(evaluate, carry.params, loss, grads) if self.optimizer.needs_closure else None
+        new = self.update(carry, grads, held, hyper, t, closure)
+        return new._replace(buffers=held), loss, aux
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
+
+
+class Evaluations:
+    """The loss and its gradient at the parameters that a rule asks for.
+
+    The first evaluation, at the parameters before the step, is known already. It is handed out once, so that random numbers
+    are drawn, and running statistics written, as often as ``torch.optim`` calls its closure.
+
+    Args:
+        evaluate: params -> (loss, gradients).
+        params: where the step starts.
+        loss, grads: the evaluation there.
+    """
+
+    def __init__(self, evaluate: ValueAndGrad, params: Named, loss: Tensor, grads: Grads) -> None:
+        self._evaluate = evaluate
+        self._params = params
+        self._known: tuple[Tensor, Grads] | None = (loss, grads)
+
+    def __call__(self, params: Params) -> tuple[Tensor, Grads]:
+        known, self._known = self._known, None
+        if known is not None and all(params[name] is p for name, p in self._params.items()):
+            return known
+        return self._evaluate(params)
 
 
 def distinct(params: Named, before: Named) -> dict[str, Tensor]:

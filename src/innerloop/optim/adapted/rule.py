@@ -32,6 +32,14 @@ _IN_TRANSFORM = (
 _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no derivative
 
 
+def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
+    """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
+    for (cls, shown, needs_closure), keys in _VERIFIED.items():
+        names = sorted({name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)})
+        if any(key[0] != "step" for key in keys):
+            yield cls, shown, needs_closure, tuple(names)
+
+
 class AdaptedState(NamedTuple):
     """Steps taken, the tensors that the optimizer keeps, and everything else that it keeps."""
 
@@ -143,10 +151,15 @@ class Adapted(Optimizer):
                 values.grads.update((id(p), None) for p in working.values())
                 values.grads.update((id(working[n]), enter(g)) for n, g in grads.items() if g is not None)
 
+            written = [_private.version(p) for p in working.values()]
+
             def closure() -> Any:
                 assert value_and_grad is not None
+                # At the start of the step the evaluation is known already: it is not made, nor random numbers drawn, a second time.
+                unchanged = written == [_private.version(p) for p in working.values()]
                 with values.paused(), _private.no_saved_tensors_hooks():
-                    loss, found = value_and_grad({name: p.clone() for name, p in working.items()})
+                    at = params if unchanged else {name: p.clone() for name, p in working.items()}
+                    loss, found = value_and_grad(at)
                 arrive(found)
                 return loss.clone()
 

@@ -178,7 +178,7 @@ def _differentiate(adapted: Steps, task: _Task, index: int) -> None:
     if not abs(slope - truth) <= GRADIENT * size:
         raise NotDifferentiableError(
             f"{adapted!r}: {what} is {slope:.9g} by autograd and {truth:.9g} by finite differences of the class (known to "
-            f"{apart:.1e}): something in its step leaves the graph without a trace"
+            f"{apart:.1e}): something in its step leaves the graph without a trace, or is rounded to half precision"
         )
 
 
