@@ -236,7 +236,6 @@ class Problem:
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
-
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
         held = dict(buffers)
 

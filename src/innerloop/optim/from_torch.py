@@ -26,8 +26,8 @@ class FromTorch(Optimizer):
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...] = ()
         self.refresh()
-        self.compiles = all(rule.compiles for rule in self.members)
-        self.needs_closure = any(rule.needs_closure for rule in self.members)
+        self.compiles = all(member.compiles for member in self.members)
+        self.needs_closure = any(member.needs_closure for member in self.members)
         if self.needs_closure and len(self.members) > 1:
             raise InvalidInputError(
                 f"from_torch({list(self.members)}): one of them evaluates the loss itself, and moves its parameters while the others wait. "
@@ -91,7 +91,9 @@ class FromTorch(Optimizer):
             owners, self.members, state.members, self._groups(), self._names, strict=True
         ):
             for name, parameter in _holding(rule, dict(zip(ns, group["params"], strict=True))).items():
-                exported = _export_shared(rule, member) if rule.torch_shares_state else _export(rule, member, name, group)
+                exported = (
+                    _export_shared(rule, member) if rule.torch_shares_state else _export(rule, member, name, group)
+                )
                 if exported:
                     owner.state[parameter] = {**owner.state.get(parameter, {}), **exported}
 

@@ -72,8 +72,8 @@ class Groups(Optimizer):
         for pattern, opt in members.items():
             if opt.needs_closure:
                 raise InvalidInputError(
-                    f"groups({{{pattern!r}: {opt!r}}}): this optimizer evaluates the loss itself, and moves its parameters while the others "
-                    "wait. Use it for all parameters, or a rule that is handed one gradient"
+                    f"groups({{{pattern!r}: {opt!r}}}): this optimizer evaluates the loss itself, and moves its parameters while the "
+                    "others wait. Use it for all parameters, or a rule that is handed one gradient"
                 )
         self.members = dict(members)
         self.compiles = all(opt.compiles for opt in members.values())

@@ -36,7 +36,7 @@ class LBFGSState(NamedTuple):
     All vectors are flat: the parameters in their order, one behind the other.
     """
 
-    count: int
+    count: Any
     func_evals: int
     d: Any
     t: Any
@@ -89,7 +89,8 @@ class LBFGS(Rule):
 
         >>> import torch, innerloop
         >>> problem = innerloop.Problem(
-        ...     lambda params, hyper, batch: (params["w"] - hyper) ** 2, innerloop.optim.lbfgs(line_search_fn="strong_wolfe")
+        ...     lambda params, hyper, batch: (params["w"] - hyper) ** 2,
+        ...     innerloop.optim.lbfgs(line_search_fn="strong_wolfe"),
         ... )
         >>> w, target = torch.tensor([2.0, 3.0], dtype=torch.float64).requires_grad_().unbind()
         >>> traj = innerloop.unroll(problem, {"w": w}, None, steps=1, hyper=target)
@@ -218,7 +219,10 @@ class LBFGS(Rule):
             evaluated += used
             if last or evaluated >= self.evaluations or self._is_flat(gradient):
                 break
-            if largest(state.d * state.t) <= self.tolerance_change or abs(number(loss) - before) < self.tolerance_change:
+            if (
+                largest(state.d * state.t) <= self.tolerance_change
+                or abs(number(loss) - before) < self.tolerance_change
+            ):
                 break
         return x, state._replace(func_evals=state.func_evals + evaluated)
 
@@ -283,7 +287,7 @@ def moved(params: Params, t: Scalar, d: Flat) -> dict[str, Tensor]:
 
 
 def _plus(x: Tensor, y: Tensor, a: Scalar) -> Tensor:
-    """x + a y by the kernel of ``torch.optim``, whose bits a search would magnify; the derivative in a is that of a term which is 0."""
+    """The sum x + a y by the kernel of ``torch.optim``: a line search magnifies the last bit. The derivative in a is that of a term 0."""
     total = torch.add(x, y, alpha=number(a))
     return total + (a - a.detach()) * y if isinstance(a, Tensor) and _private.has_derivative(a) else total
 

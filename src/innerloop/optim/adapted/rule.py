@@ -140,10 +140,15 @@ class Adapted(Optimizer):
                 values.grads.update((id(p), None) for p in working.values())
                 values.grads.update((id(working[n]), enter(g)) for n, g in grads.items() if g is not None)
 
+            written = [_private.version(p) for p in working.values()]
+
             def closure() -> Any:
                 assert value_and_grad is not None
+                # At the start of the step the evaluation is known already: it is not made, nor random numbers drawn, a second time.
+                unchanged = written == [_private.version(p) for p in working.values()]
                 with values.paused(), _private.no_saved_tensors_hooks():
-                    loss, found = value_and_grad({name: p.clone() for name, p in working.items()})
+                    at = params if unchanged else {name: p.clone() for name, p in working.items()}
+                    loss, found = value_and_grad(at)
                 arrive(found)
                 return loss.clone()
 
