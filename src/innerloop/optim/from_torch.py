@@ -24,7 +24,7 @@ class FromTorch(Optimizer):
         self._optimizers = tuple(optimizers)
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
-        self.members: tuple[Rule, ...] = ()
+        self.members: tuple[Rule, ...]
         self.refresh()
         self.compiles = all(member.compiles for member in self.members)
         self.needs_closure = any(member.needs_closure for member in self.members)
