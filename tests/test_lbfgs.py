@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import innerloop
-from innerloop import InnerLoopError, InvalidInputError, NotDifferentiableError, PrecisionWarning
+from innerloop import InvalidInputError, PrecisionWarning
 from innerloop.optim import from_torch, lbfgs
 from tests.oracles import (
     Params,
     Settings,
     Task,
-    accepts,
     assert_derivative,
     assert_params,
     directional,
@@ -467,10 +466,6 @@ def test_settings_on_which_torch_fails(message: str):
         plain(chosen, {"w": torch.tensor([0.4, -0.3])}, loss=lambda params, t: ((params["w"] - t) ** 4).sum())
 
 
-def test_torch_accepts_what_we_accept():
-    assert all(chosen.get("line_search_fn") or accepts(torch.optim.SGD, {"lr": chosen.get("lr", 1)}) for chosen in GRID)
-
-
 def test_a_nan_that_torch_stumbles_over():
     start = {"w": torch.tensor([0.4, -0.3])}
 
@@ -480,7 +475,7 @@ def test_a_nan_that_torch_stumbles_over():
     chosen = {"lr": 30.0, "max_iter": 2, "line_search_fn": WOLFE}
     with pytest.raises(IndexError):
         plain(chosen, start, loss=loss)
-    with pytest.raises(InvalidInputError, match="loss is NaN at the step length .*Lower lr"):
+    with pytest.raises(InvalidInputError, match=r"loss is NaN at the step length .*Lower lr"):
         trained(lbfgs(**chosen), start, loss=loss)
 
 
@@ -498,9 +493,9 @@ def test_it_is_refused_where_it_cannot_work():
         innerloop.optim.in_float32(rule)
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     both = [torch.optim.LBFGS(layers[0].parameters()), torch.optim.SGD(layers[1].parameters(), lr=0.1)]
-    with pytest.raises(InvalidInputError, match="evaluates the loss itself.*one optimizer for all"):
+    with pytest.raises(InvalidInputError, match=r"evaluates the loss itself.*one optimizer for all"):
         from_torch(both, layers)
-    with pytest.raises(InvalidInputError, match="cannot be compiled.*compile=False"):
+    with pytest.raises(InvalidInputError, match=r"cannot be compiled.*compile=False"):
         innerloop.metagradient(
             lambda traj, _: TASK.outer(traj.params), problem(rule), params, [0], wrt="params", compile=True
         )
@@ -520,7 +515,7 @@ def test_vmap_over_tasks_is_refused_and_over_what_it_does_not_depend_on_is_not()
         start = {name: p * scale for name, p in params.items()}
         return TASK.outer(trained(lbfgs(max_iter=2), start))
 
-    with pytest.raises(InvalidInputError, match="vmap over tasks.*Python loop"):
+    with pytest.raises(InvalidInputError, match=r"vmap over tasks.*Python loop"):
         torch.func.vmap(outer)(torch.tensor([1.0, 0.9]))
     final = trained(lbfgs(max_iter=2), params)
     both = torch.func.vmap(lambda x: x * TASK.outer(trained(lbfgs(max_iter=2), params)))(torch.ones(2))
@@ -610,8 +605,9 @@ each_closure_rule = pytest.mark.parametrize("rule", list(CLOSURE_RULES))
 def test_track_draws_and_writes_as_often_as_torch(rule: str, learn: Any):
     """Dropout and batch norm, in every evaluation: parameters, running statistics and the random state end up the same."""
     of_torch, of_ours = CLOSURE_RULES[rule]
+    plainly = network(noisy=True)
     torch.manual_seed(1)
-    truth = named(torch_on_model(of_torch, network(noisy=True)))
+    truth = named(torch_on_model(of_torch, plainly))
     random_state = torch.get_rng_state()
     model = network(noisy=True)
     torch.manual_seed(1)
@@ -630,8 +626,9 @@ def test_track_draws_and_writes_as_often_as_torch(rule: str, learn: Any):
 @each_closure_rule
 def test_unroll_draws_and_writes_as_often_as_torch(rule: str):
     of_torch, of_ours = CLOSURE_RULES[rule]
+    plainly = network(noisy=True)
     torch.manual_seed(1)
-    truth = named(torch_on_model(of_torch, network(noisy=True)))
+    truth = named(torch_on_model(of_torch, plainly))
     found = []
     for strategy in (innerloop.StoreAll(), innerloop.Checkpointed(slots=1, product="reverse")):
         model = network(noisy=True)
@@ -825,7 +822,7 @@ def test_zero_grad_alone_costs_no_outer_gradient(model: nn.Sequential):
 
         loop.step(closure)
         assert model[0].weight.grad is gathered
-        with pytest.raises(InvalidInputError, match="changes .grad.*zero_grad"):
+        with pytest.raises(InvalidInputError, match=r"changes \.grad.*zero_grad"):
             loop.step(lambda: closure(set_to_none=False))
 
 
@@ -848,7 +845,7 @@ def test_a_closure_that_does_not_evaluate_the_model(model: nn.Sequential):
         value = model_loss(loop.model)
         with pytest.raises(InvalidInputError, match="depends on none"):
             loop.step(lambda: value)
-        with pytest.raises(InvalidInputError, match="nan.*diverged"):
+        with pytest.raises(InvalidInputError, match=r"nan.*diverged"):
             loop.step(lambda: model_loss(loop.model) * torch.nan)
         with pytest.raises(InvalidInputError, match="does not depend on any parameter"):
             loop.step(lambda: model_loss(loop.model).detach())
