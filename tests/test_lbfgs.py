@@ -5,6 +5,7 @@ And closures in ``track``, for all rules that evaluate the loss themselves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -850,6 +851,9 @@ def test_a_closure_that_does_not_evaluate_the_model(model: nn.Sequential):
             loop.step(lambda: model_loss(loop.model) * torch.nan)
         with pytest.raises(InvalidInputError, match="does not depend on any parameter"):
             loop.step(lambda: model_loss(loop.model).detach())
+        with pytest.raises(InvalidInputError, match=r"must return a scalar tensor.*NoneType"):
+            loop.step(lambda: None)
+        loop.step(functools.partial(model_loss, loop.model))  # nothing was left behind
 
 
 def test_a_loop_under_no_grad_evaluates_with_gradients_as_torch_does(model: nn.Sequential):

@@ -64,8 +64,9 @@ def inside_reverse_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-set_grad_enabled = torch._C._set_grad_enabled
-"""What ``torch.no_grad`` and its kind call: a ``TorchFunctionMode`` sees the call, and can only tell it by this object."""
+def switches_gradients(function: Any) -> bool:
+    """Whether ``function``, as a ``TorchFunctionMode`` sees it, is the one by which ``torch.no_grad`` and its kind do their work."""
+    return function is torch._C._set_grad_enabled
 
 
 @contextmanager
@@ -107,6 +108,16 @@ def innermost(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
+    """``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each: one call and one node of the graph for all of them."""
+    return list(torch._foreach_add(xs, ys, alpha=alpha))
+
+
+def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
+    """``x * factor`` for each, likewise."""
+    return list(torch._foreach_mul(xs, factor))
 
 
 def version(tensor: Tensor) -> int:

@@ -14,6 +14,10 @@ from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiabl
 from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad
 from innerloop.random_state import RandomState
 
+_same = (
+    torch.ops.aten.alias.default
+)  # the identity; unlike the derivative of a view, its own takes a sparse gradient too
+
 Loss = Callable[[Any, Any, Any], Any]
 Named = Mapping[str, Tensor]
 INDEPENDENT = "the loss does not depend on params: compute it from the `params` (or `model`) that it is given"
@@ -169,7 +173,7 @@ class Problem:
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was computed from params.
-            alias = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+            alias = {n: _same(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
             with module.refusing_recomputation():
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             if not loss.requires_grad:
@@ -230,8 +234,8 @@ class Problem:
         """Raise if the optimizer cannot be compiled."""
         if not self.optimizer.compiles:
             raise InvalidInputError(
-                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, or decides by values. Write compile=False, or use "
-                "another rule of innerloop.optim"
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides by values, or works on sparse tensors. "
+                "Write compile=False, or use another rule of innerloop.optim"
             )
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
@@ -278,7 +282,7 @@ class Evaluations:
 
 def distinct(params: Named, before: Named) -> dict[str, Tensor]:
     """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
-    return {n: p.view_as(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
+    return {n: _same(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
 
 
 def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:

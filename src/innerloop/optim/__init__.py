@@ -30,6 +30,7 @@ from innerloop.optim.rprop import Rprop, RpropState, rprop
 from innerloop.optim.scale import scale
 from innerloop.optim.sgd import SGD, SGDState, sgd
 from innerloop.optim.sparse_adam import SparseAdam, SparseAdamState, sparse_adam
+from innerloop.optim.supported import Supported, SupportedList, supported
 from innerloop.optim.transform import ChainState, Transform, chain
 
 __all__ = [
@@ -75,6 +76,8 @@ __all__ = [
     "SGDState",
     "SparseAdam",
     "SparseAdamState",
+    "Supported",
+    "SupportedList",
     "Transform",
     "accumulate",
     "adadelta",
@@ -105,4 +108,5 @@ __all__ = [
     "scale",
     "sgd",
     "sparse_adam",
+    "supported",
 ]

@@ -30,7 +30,7 @@ class Optimizer(abc.ABC):
     """
 
     compiles: bool = True
-    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, or runs foreign code."""
+    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
 
     needs_closure: bool = False
     """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
@@ -85,6 +85,9 @@ class Rule(Optimizer):
 
     torch_state: ClassVar[Mapping[str, str]] = {}
     """State field -> key in ``torch.optim``'s ``state[p]``."""
+
+    called: ClassVar[str] = ""
+    """The name of the function, where that is not the class's in lower case."""
 
     torch_counts: ClassVar[bool] = True
     """Whether torch keeps the step count in ``state[p]``."""
@@ -148,7 +151,7 @@ class Rule(Optimizer):
             value = getattr(self, field.name)
             if field.repr and (field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default):
                 shown.append(f"{field.name}={_shown(value)}")
-        return f"{type(self).__name__.lower()}({', '.join(shown)})"
+        return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
 
 
 def is_used(value: Hyper) -> bool:

@@ -212,7 +212,8 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     known = ", ".join(cls.__name__ for cls in Rule.by_torch_class)
     raise InvalidInputError(
         f"{type(optimizer).__module__}.{type(optimizer).__name__} has an update rule of its own that innerloop does not know. "
-        f"Known: {known}, and their subclasses that do not override step(). Write the rule as an innerloop.optim.Elementwise"
+        f"Known: {known}, and their subclasses that do not override step(). Write "
+        f"innerloop.optim.adapt({type(optimizer).__name__}, lr=...), which differentiates the class's own step (from a cold state)"
     )
 
 
