@@ -24,11 +24,10 @@ class FromTorch(Optimizer):
         self._optimizers = tuple(optimizers)
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
-        self.members: tuple[Rule, ...] = ()
+        self.members: tuple[Rule, ...]
         self.refresh()
-        members: Sequence[Rule] = self.members
-        self.compiles = all(member.compiles for member in members)
-        self.needs_closure = any(member.needs_closure for member in members)
+        self.compiles = all(member.compiles for member in self.members)
+        self.needs_closure = any(member.needs_closure for member in self.members)
         if self.needs_closure and len(self.members) > 1:
             raise InvalidInputError(
                 f"from_torch({list(self.members)}): one of them evaluates the loss itself, and moves its parameters while the others wait. "

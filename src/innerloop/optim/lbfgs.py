@@ -36,7 +36,7 @@ class LBFGSState(NamedTuple):
     All vectors are flat: the parameters in their order, one behind the other.
     """
 
-    count: int  # type: ignore[assignment]
+    count: Any
     func_evals: int
     d: Any
     t: Any
@@ -62,10 +62,9 @@ class LBFGS(Rule):
 
     **Derivative**: that of the iterations that were taken. Directions, pairs, and the step lengths of the line search (minima of cubic
     polynomials through values and slopes) are differentiated; how many iterations and evaluations there are, which pairs are kept, and
-    which branch the line search takes are constants, as a step function's value is. Where a decision flips, the loop as a
-    function of its inputs jumps and has no derivative. An iteration that is stopped by ``tolerance_change`` near the minimum is such a
-    place less often than it seems: what the last iteration adds is as small as the tolerance. A rejected trial point has a derivative too,
-    in so far as the next one is found from it.
+    which branch the line search takes are constants, as a step function's value is. Where a
+    decision flips, the result as a function of the inputs jumps (or bends), and has no derivative. It jumps least where
+    ``tolerance_change`` stops the iteration near a minimum: by about that tolerance.
 
     The rule evaluates the loss itself (``needs_closure``): `innerloop.unroll` takes it with `StoreAll`, `ForwardMode`, `Truncated` and
     ``Checkpointed(product="reverse", save="params")``, `innerloop.track` with ``loop.step(closure)``. It decides by values, so

@@ -6,6 +6,7 @@ that were met on the way, as long as the decisions stay the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ def _bracket(at: At, start: Trial, t: Scalar, budget: int) -> tuple[Trial | Brac
         if _too_high(trial, start) or (used > 1 and number(trial.f) >= number(previous.f)):
             return (previous, trial), used
         if _level(trial, start):
+            _check(trial)
             return trial, used
         if number(trial.slope) >= 0:
             return (previous, trial), used
@@ -87,6 +89,15 @@ def _zoom(at: At, start: Trial, bracket: Bracket, used: int, budget: int, longes
             ends[high] = ends[low]
         ends[low] = trial
     return ends[low], used
+
+
+def _check(trial: Trial) -> None:
+    """Raise where ``torch.optim.LBFGS`` fails with an IndexError: every comparison with NaN is false, and so none is refused."""
+    if math.isnan(number(trial.f)):
+        raise InvalidInputError(
+            f"LBFGS: the loss is NaN at the step length {number(trial.t):.3g}, while its slope there is finite: the line search cannot "
+            "tell that it went too far. Lower lr, or let the loss be inf outside of its domain"
+        )
 
 
 def _lower(ends: list[Trial]) -> int:
@@ -123,7 +134,9 @@ def _minimum_of_cubic(one: Trial, other: Trial, bounds: tuple[Scalar, Scalar] | 
     """
     left, right = (one, other) if number(one.t) <= number(other.t) else (other, one)
     lower, upper = bounds or (left.t, right.t)
-    inner = one.slope + other.slope - 3 * (one.f - other.f) / (one.t - other.t)
+    rise, run = 3 * (one.f - other.f), one.t - other.t
+    # As torch divides a number by a tensor: one rounding more, which has to be the same one.
+    inner = one.slope + other.slope - (rise * run.reciprocal() if isinstance(run, Tensor) else rise / run)
     square = inner**2 - one.slope * other.slope
     if not number(square) >= 0:
         return (lower + upper) / 2.0
