@@ -51,7 +51,7 @@ class Adafactor(PerTensor):
         maximize: ascend instead of descend.
 
     Example:
-        The first step is relative: -lr · |p| against the sign of the gradient, so that d p₁/d p₀ = 1 - lr.
+        The first step is relative: -lr · ``|p|`` against the sign of the gradient, so that d p₁/d p₀ = 1 - lr.
 
         >>> import torch, innerloop
         >>> opt = innerloop.optim.adafactor(lr=0.25)
