@@ -16,8 +16,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Build isolation is off below, so that the build backend is pinned like everything else.
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# Peers that the benchmarks and the bridge's tests compare with. Without their dependencies: they must not move torch.
-PEERS := higher torchopt
+# Peers that the benchmarks, the bridge's tests and the migration pages compare with. Without their dependencies: they must
+# not move torch.
+PEERS := higher jaxopt torchopt
+# pip 24.1 and later refuses the metadata of this one; its migration page is skipped where it is missing.
+OLD_PEERS := betty-ml
 RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
@@ -42,6 +45,7 @@ $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV_READY): $(RUN_READY)
 	$(PIP) --no-build-isolation --editable '.[dev,bench]'
 	$(PIP) --no-deps $(PEERS)
+	$(PIP) --no-deps $(OLD_PEERS) || echo "$(OLD_PEERS) needs pip < 24.1: going on without"
 	@touch $@
 
 setup: $(DEV_READY)  ## create .venv with everything in it

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, figures, forecast, imports, long, machine, products, report, results, timing
+from benchmarks import attention, figures, forecast, imports, long, machine, products, report, results, timing, updates
 from benchmarks.workloads import WORKLOADS
 
-SECTIONS = (*WORKLOADS, "long", "forecast", "products", "attention", "import")
+SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "attention", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "products":
             reached = []
             section = report.products_section(products.measure(), machine.describe())
+        elif name == "updates":
+            found = updates.measure(arguments.repeats, arguments.clock)
+            reached = figures.read_updates(found)
+            section = report.updates_section(found, machine.describe())
         else:
             times = imports.measure()
             reached = figures.read_import(times)

@@ -16,6 +16,8 @@ from benchmarks.forecast import Forecast
 from benchmarks.imports import ImportTimes
 from benchmarks.long import GB, PEAK, TIMES_HIGHER, LongTimes
 from benchmarks.results import Result, Row, ratio
+from benchmarks.updates import LIMIT as UPDATE_LIMIT
+from benchmarks.updates import Update
 
 EAGER_PEERS = ("higher", "TorchOpt", "hand-written loop")
 NOISE = 1.03
@@ -162,4 +164,17 @@ def read_attention(steps: Sequence[Measured]) -> list[Reading]:
             for m in steps
             if m.case.long
         ),
+    ]
+
+
+def read_updates(updates: Sequence[Update]) -> list[Reading]:
+    """Each rule's worst shape, backward pass included."""
+    return [
+        Reading(
+            "updates",
+            f"{rule}, 100 tensors: time per step / higher",
+            UPDATE_LIMIT,
+            max(u.with_backward.median for u in updates if u.rule == rule),
+        )
+        for rule in dict.fromkeys(u.rule for u in updates)
     ]

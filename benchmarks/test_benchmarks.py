@@ -14,7 +14,7 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from benchmarks import __main__, check, figures, long, memory, report, results, timing
+from benchmarks import __main__, check, figures, long, memory, optimizers, report, results, timing
 from benchmarks.contenders import CONTENDERS, Contender, handwritten
 from benchmarks.imports import ImportTimes
 from benchmarks.spread import Spread
@@ -224,3 +224,41 @@ def test_the_longest_loop_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         __main__.parse(arguments)
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_optimizers_tells_right_from_wrong() -> None:
+    """SGD with momentum, by hand: differentiable=True says .90 where .72 is right; higher ignores `maximize`."""
+    rules = [rule for rule in optimizers.ROWS if rule.title in ("SGD (momentum)", "SGD (maximize)")]
+    lines = {(line.rule.title, line.contender): line.cells for line in optimizers.measure(rules)}
+    for (_, who), cells in lines.items():
+        if who == "innerloop":
+            assert {cell.verdict for cell in cells.values()} == {"right"}
+    assert lines["SGD (momentum)", "torch, differentiable=True"]["forward"].verdict == "right"
+    assert lines["SGD (momentum)", "torch, differentiable=True"]["start"].verdict == "wrong"
+    assert lines["SGD (maximize)", "higher"]["forward"].verdict == "wrong"
+    assert lines["SGD (momentum)", "higher"]["weight_decay = 0"].verdict == "missing"
+    text = optimizers.section(
+        [optimizers.Line(rule, who, cells) for rule in rules for (t, who), cells in lines.items() if t == rule.title]
+    )
+    assert "| SGD (momentum) | all 8 right |" in text
+
+
+def test_the_page_of_optimizers_has_its_marks_and_no_wrong_cell_of_ours() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    table = page[page.index(optimizers.BEGIN) : page.index(optimizers.END)]
+    listed = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ") and " right" in line]
+    assert {name.strip() for name, _ in listed} == {rule.title for rule in optimizers.ROWS}
+    assert all(ours.strip().startswith("all ") for _, ours in listed)
+
+
+def test_updates_are_those_of_higher_where_it_is_right() -> None:
+    from benchmarks import updates
+
+    params, grads = ([torch.linspace(-1, 1, 6) * (i + 1) for i in range(3)] for _ in range(2))
+    for rule in ("SGD", "SGD, momentum"):
+        pairs = zip(updates._ours(rule, params, grads)(), updates._theirs(rule, params, grads)(), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs)

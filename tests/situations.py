@@ -457,7 +457,7 @@ SITUATIONS = (
     Situation("dropout", dropout),
     Situation("dropout-then-evaluated", dropout, outer=evaluated, optimizer=adam),
     Situation("spectral-norm", spectral, forward_only="its backward holds the singular vectors constant"),
-    Situation("weight-norm-legacy", weight_norm, forward_only="the double backward of torch._weight_norm is wrong"),
+    Situation("weight-norm-legacy", weight_norm),
     Situation("orthogonal", orthogonal),
     Situation("unusual-tensors", UnusualTensors),
     Situation("integer-weights-large-buffer", Quantised, optimizer=only_trainable),

@@ -32,14 +32,14 @@ class Base(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.one(p, group, self.state[p])
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
 class ThroughData(Base):
     """``.data`` is read, written in place and assigned."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.data.mul_(1 - group["lr"] * group["decay"])
         p.data = p.data - group["lr"] * p.grad.data.detach().sin()
 
@@ -52,7 +52,7 @@ class StateOfAnyKind(Base):
         self.seen: list[Tensor] = []
         self.anchor = {id_: p.clone() for id_, p in enumerate(self.param_groups[0]["params"])}
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         group["calls"] = group.get("calls", 0) + 1
         if not state:
             state.update(step=torch.zeros(()), history=[], nested={"mean": torch.zeros_like(p)})
@@ -71,7 +71,7 @@ class StateOfAnyKind(Base):
 class NumbersFromTensors(Base):
     """``.item()`` in arithmetic, in the group, in comparisons, as ``alpha``; tensors as ``alpha`` and ``value``."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         size = p.grad.pow(2).mean().item() if p.numel() else 0.0
         group["largest"] = max(group.get("largest", 0.0), size)
         scale = group["lr"] / (1.0 + math.sqrt(group["largest"]))
@@ -87,7 +87,7 @@ class NumbersFromTensors(Base):
 class InPlaceTwiceDifferentiated(Base):
     """Memory that autograd would need again is overwritten; ``out=``; views; a root in place."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         second = state.setdefault("second", torch.zeros_like(p))
         second.mul_(0.9).addcmul_(p.grad, p.grad, value=0.1)
         denominator = second.clone().sqrt_().add_(0.5)
@@ -124,7 +124,7 @@ class Wrapping(torch.optim.Optimizer):
 class Noisy(Base):
     """Random numbers of torch's own generator, which a strategy replays."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.add_(p.grad * (1 + 0.1 * torch.randn_like(p)), alpha=-group["lr"])
         p.mul_(1 - group["decay"] * torch.rand(()))
 
@@ -170,7 +170,7 @@ def tracked(values: Params) -> Params:
 def test_steps_and_gradients_are_those_of_the_class(cls: Any):
     task, settings = Task(), {"lr": 0.1, "decay": 0.05}
     start, hyper = tracked(task.params()), tracked({k: torch.tensor(v) for k, v in settings.items()})
-    final = adapted_run(adapt(cls, **settings), start, task, hyper)
+    final = adapted_run(adapt(cls, lr=0.1, decay=0.05), start, task, hyper)
     assert_params(final, plain_run(cls, settings, start, task), 1e-12)
     found = gradients(task.outer(final), start, hyper)
     along = [directions(task.params(), 1)[0], {"lr": torch.tensor(0.02), "decay": torch.tensor(0.03)}]
@@ -266,13 +266,12 @@ def test_zero_gradients_have_a_finite_derivative():
 def test_own_rules_agree_with_adapted_classes():
     """Two implementations of ours that share nothing but `safe_sqrt`."""
     task = Task()
-    for rule, cls in (
-        (innerloop.optim.adam(lr=0.05), torch.optim.Adam),
-        (innerloop.optim.sgd(lr=0.1, momentum=0.9), torch.optim.SGD),
+    for rule, adapted in (
+        (innerloop.optim.adam(lr=0.05), adapt(torch.optim.Adam, lr=0.05)),
+        (innerloop.optim.sgd(lr=0.1, momentum=0.9), adapt(torch.optim.SGD, lr=0.1, momentum=0.9)),
     ):
-        settings = {"lr": 0.05} if cls is torch.optim.Adam else {"lr": 0.1, "momentum": 0.9}
         found = []
-        for optimizer in (rule, adapt(cls, **settings)):
+        for optimizer in (rule, adapted):
             start = tracked(task.params())
             found.append(gradients(task.outer(adapted_run(optimizer, start, task)), start)[0])
         assert_params(found[1], found[0], 1e-10)
@@ -288,7 +287,7 @@ class SharpnessAware(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "rho": rho})
 
     @torch.no_grad()
-    def step(self, closure: Any) -> Any:
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
         closure = torch.enable_grad()(closure)
         loss = closure()
         pairs = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -371,24 +370,24 @@ def test_a_constructor_that_needs_groups():
 
 
 class TakesAFloat(Base):
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.sub_(p.grad, alpha=group["lr"] / float(1.0 + p.grad.norm()))
 
 
 class TakesAnInteger(Base):
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.sub_(p.grad, alpha=group["lr"] * int(10 * p.grad.norm()))
 
 
 class TakesAnArray(Base):
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.sub_(torch.from_numpy(p.grad.numpy()), alpha=group["lr"])
 
 
 class KeepsIdentities(Base):
     """``id(p)`` as a key: the parameters of the next step are others, so what was kept under it is not found again."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         kept = self.__dict__.setdefault("kept", {})
         kept[id(p)] = kept.get(id(p), 0.0) + p.grad
         p.sub_(kept[id(p)], alpha=group["lr"])
@@ -397,17 +396,17 @@ class KeepsIdentities(Base):
 class Rounds(Base):
     """Half precision in the middle: a derivative that finite differences do not confirm."""
 
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.sub_((p.grad.to(torch.bfloat16) ** 3).to(p.dtype), alpha=group["lr"])
 
 
 class LeavesWithoutATrace(Base):
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.sub_(Tensor._make_subclass(Tensor, p.grad), alpha=group["lr"])
 
 
 class Crashes(Base):
-    def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         raise KeyError("nothing here")
 
 
@@ -433,8 +432,9 @@ def test_a_class_that_fails_itself():
         adapt(Crashes)
     with pytest.raises(InvalidInputError, match="closure=True"):
         adapt(SharpnessAware)
+    makes_a_list: Any = lambda named: list(named)  # noqa: E731
     with pytest.raises(InvalidInputError, match=r"not a torch\.optim\.Optimizer"):
-        adapt(lambda named: list(named), verify=False).init({"w": torch.ones(2)})
+        adapt(makes_a_list, verify=False).init({"w": torch.ones(2)})
 
 
 def test_verification_is_done_once_and_can_be_left_out():
@@ -498,7 +498,7 @@ def test_the_first_step_on_other_shapes_is_compared_with_the_class():
     class LargeOnly(KeepsIdentities):
         """Right on the small problem, wrong on a large tensor."""
 
-        def one(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
             p.sub_(p.grad, alpha=group["lr"] * (1 + (type(p) is not nn.Parameter and p.numel() > 50)))
 
     optimizer = adapt(LargeOnly)

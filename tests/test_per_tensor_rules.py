@@ -317,6 +317,16 @@ def test_sparse_adam_refuses_a_dense_gradient():
         optimizer.update(params, optimizer.init(params), params)
 
 
+def test_sparse_adam_cannot_be_compiled_and_says_so():
+    problem = innerloop.Problem(lambda params, hyper, t: sparse_loss(params["w"], 0), innerloop.optim.sparse_adam())
+    with pytest.raises(
+        innerloop.InnerLoopError, match=r"sparse_adam.* cannot be compiled.*sparse tensors.*compile=False"
+    ):
+        innerloop.metagradient(
+            lambda traj, hyper: outer(traj.params), problem, {"w": smooth_noise(6, 3)}, None, steps=1, compile=True
+        )
+
+
 # -- all of them --------------------------------------------------------------------------------------------------------
 
 EACH: dict[str, tuple[Any, dict[str, Any], Params, Any]] = {
@@ -446,17 +456,38 @@ def test_a_rate_per_element_and_a_skipped_parameter(name: str):
     assert all(g.isfinite().all() and g.abs().min() > 0 for g in found)
 
 
-@pytest.mark.compiled
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
-def test_compiled_meta_gradient_is_the_eager_one(name: str):
-    _, settings, at, _ = EACH[name]
+def check_compiled(name: str, settings: dict[str, Any], backend: str, tolerance: float) -> None:
+    """The whole meta-gradient, inner gradients and all, is one graph."""
     exact = {"ns_dtype": torch.float64} if name == "muon" else {}
     optimizer = getattr(innerloop.optim, name)(**settings, **exact)
-    at = {n: at[n] for n in list(at)[:2]}
+    at = {n: EACH[name][2][n] for n in list(EACH[name][2])[:2]}
     value = lambda params, lr: outer(train(optimizer, params, {"lr": lr}, last=2))  # noqa: E731
     meta = lambda params, lr: torch.func.grad(value, argnums=(0, 1))(params, lr)  # noqa: E731
     torch.compiler.reset()
-    ours = torch.compile(meta, fullgraph=True, backend="aot_eager")(at, torch.tensor(0.05))
+    ours = torch.compile(meta, fullgraph=True, backend=backend)(at, torch.tensor(0.05))
     eager = meta(at, torch.tensor(0.05))
-    assert_params(ours[0], eager[0], 1e-12)
-    torch.testing.assert_close(ours[1], eager[1], rtol=1e-12, atol=1e-12)
+    assert_params(ours[0], eager[0], tolerance)
+    torch.testing.assert_close(ours[1], eager[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_compiled_meta_gradient_is_the_eager_one(name: str):
+    check_compiled(name, EACH[name][1], "aot_eager", 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("name", "settings"), [*(("adafactor", s) for s in ADAFACTOR), *(("muon", s) for s in MUON)], ids=str
+)
+def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(name: str, settings: dict[str, Any]):
+    check_compiled(name, settings, "aot_eager", 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inside inductor
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_meta_gradient_compiled_by_inductor_is_the_eager_one(name: str):
+    check_compiled(name, EACH[name][1], "inductor", 1e-10)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from innerloop import _private
 
@@ -20,6 +21,9 @@ EXERCISED = {
     "register_tree_node",
     "inside_transform",
     "inside_vmap",
+    "inside_reverse_transform",
+    "switches_gradients",
+    "no_saved_tensors_hooks",
     "inside_dual_level",
     "jvp_levels",
     "storage_weakref",
@@ -27,17 +31,27 @@ EXERCISED = {
     "has_derivative",
     "innermost",
     "is_tracked",
+    "add_lists",
+    "multiply_list",
     "version",
     "gradient_hooks",
     "step_hooks",
     "mark_stepped",
     "backward_pass",
+    "weight_norm",
+    "function_mode",
+    "forward_mode",
+    "derivative_levels",
 }
 
 
 def test_every_name_is_exercised_here():
     names = {name for name, value in vars(_private).items() if callable(value) and not name.startswith("_")}
-    own = {name for name in names if getattr(_private, name) not in (Tensor, Callable, Any, AbstractContextManager)}
+    own = {
+        name
+        for name in names
+        if getattr(_private, name) not in (Tensor, Callable, Iterator, Any, AbstractContextManager, contextmanager)
+    }
     assert own == EXERCISED
     source = Path(__file__).read_text()
     assert all(f"_private.{name}(" in source for name in EXERCISED)
@@ -203,6 +217,73 @@ def test_a_dual_level_is_told_from_a_transform():
     assert seen == [False]
 
 
+def test_a_reverse_transform_is_told_from_the_others():
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_private.inside_reverse_transform())
+        return x.sum()
+
+    look(torch.ones(1))
+    torch.func.jvp(look, (torch.ones(1),), (torch.ones(1),))
+    torch.func.vmap(look)(torch.ones(2, 1))
+    torch.func.grad(look)(torch.ones(1))
+    torch.func.vmap(torch.func.grad(look))(torch.ones(2, 1))
+    assert seen == [False, False, False, True, True]
+
+
+def test_a_mode_sees_that_gradients_are_switched_off():
+    seen: list[Any] = []
+
+    class See(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with See(), torch.no_grad():
+        pass
+    assert seen
+    assert all(_private.switches_gradients(func) for func in seen)
+    assert not _private.switches_gradients(torch.add)
+
+
+def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
+    packed: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    with _private.no_saved_tensors_hooks():
+        assert x.exp().requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with _private.no_saved_tensors_hooks():
+            x.exp()
+        assert not packed
+        x.exp()
+        assert len(packed) == 1
+
+
+def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
+    xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
+    ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
+    for found, expected in (
+        (_private.add_lists(xs, ys, 0.3), [torch.add(x, y, alpha=0.3) for x, y in zip(xs, ys, strict=True)]),
+        (_private.multiply_list(xs, 0.3), [x * 0.3 for x in xs]),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for used in (slice(None), slice(1, 2)):  # all results, and one of them alone
+            slopes = []
+            for results in (found, expected):
+                total = torch.stack([(r**3).sum() for r in results[used]]).sum()
+                slopes.append(torch.autograd.grad(total, [*xs, *ys], create_graph=True, allow_unused=True))
+            for a, b in zip(*slopes, strict=True):
+                assert (a is None or not a.any()) if b is None else torch.equal(a, b)
+            second = [torch.autograd.grad(s[1].square().sum(), xs[1], retain_graph=True)[0] for s in slopes]
+            assert torch.equal(*second)
+
+
 def test_a_derivative_is_seen_at_any_level():
     constant, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
     assert not _private.has_derivative(constant)
@@ -271,3 +352,45 @@ def test_operations_are_observed_in_backward_passes_and_below_transforms():
     del shapes[:]
     torch.ones(2) * 2
     assert not shapes
+
+
+def test_weight_norm_is_what_the_parametrization_calls():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 3))
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        layer(torch.ones(2))
+    assert _private.weight_norm() in seen
+    torch.testing.assert_close(
+        _private.weight_norm()(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)), torch.tensor([[0.6, 0.8]])
+    )
+
+
+def test_the_innermost_function_mode_is_known():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert _private.function_mode() is None
+    with Mode(), Mode() as inner:
+        assert _private.function_mode() is inner
+
+
+def test_forward_mode_and_the_number_of_derivatives_are_known():
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append((_private.forward_mode(), _private.derivative_levels()))
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.vmap(torch.func.grad(look))(torch.ones(2, 2))
+    torch.func.jvp(torch.func.grad(look), (torch.ones(2),), (torch.ones(2),))
+    with forward_ad.dual_level():
+        look(torch.ones(2))
+    assert seen == [(False, 0), (False, 1), (True, 2), (True, 0)]

@@ -212,7 +212,11 @@ LOSSES: dict[str, tuple[Callable[[Any, Any], Any], list[str]]] = {
     "not a scalar": (lambda inner, own: inner(features(0)), ["(6, 1)", "scalar", ".mean()"]),
     "a number": (lambda inner, own: regression(inner, 0).item(), ["scalar tensor", "float"]),
     "None": (lambda inner, own: None, ["scalar tensor", "NoneType"]),
-    "a function": (lambda inner, own: lambda: regression(inner, 0), ["scalar tensor", "function"]),
+    "a function that returns a number": (lambda inner, own: lambda: 3, ["scalar tensor", "int"]),
+    "a function that returns what it found": (
+        lambda inner, own: (lambda found: lambda: found)(regression(inner, 0)),
+        ["depends on none", "loop.model"],
+    ),
     "complex": (lambda inner, own: regression(inner, 0) * 1j, ["complex128", "real"]),
     "an integer": (lambda inner, own: torch.tensor(3), ["int64", "floating point"]),
     "detached": (lambda inner, own: regression(inner, 0).detach(), ["detached", "loop.model"]),

@@ -1,6 +1,6 @@
 """Differentiate through training: the exact derivative of anything after an optimisation loop with respect to anything before it."""
 
-from innerloop import higher, inspect, optim, strategy
+from innerloop import higher, inspect, nn, optim, strategy
 from innerloop.check import check_metagradient
 from innerloop.errors import (
     CapturedTensorError,
@@ -43,6 +43,7 @@ __all__ = [
     "higher",
     "inspect",
     "metagradient",
+    "nn",
     "optim",
     "plan",
     "strategy",

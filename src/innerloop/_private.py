@@ -52,6 +52,13 @@ def jvp_levels() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
+def derivative_levels() -> int:
+    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = torch._C._functorch.TransformType
+    return sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+
+
 def inside_vmap() -> bool:
     """Whether one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -64,8 +71,9 @@ def inside_reverse_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-set_grad_enabled = torch._C._set_grad_enabled
-"""What ``torch.no_grad`` and its kind call: a ``TorchFunctionMode`` sees the call, and can only tell it by this object."""
+def switches_gradients(function: Any) -> bool:
+    """Whether ``function``, as a ``TorchFunctionMode`` sees it, is the one by which ``torch.no_grad`` and its kind do their work."""
+    return function is torch._C._set_grad_enabled
 
 
 @contextmanager
@@ -107,6 +115,16 @@ def innermost(tensor: Tensor) -> Tensor:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
+    """``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each: one call and one node of the graph for all of them."""
+    return list(torch._foreach_add(xs, ys, alpha=alpha))
+
+
+def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
+    """``x * factor`` for each, likewise."""
+    return list(torch._foreach_mul(xs, factor))
 
 
 def version(tensor: Tensor) -> int:
@@ -155,3 +173,20 @@ class _Observer(_TorchDispatchMode):
 def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     """Call ``seen`` with every tensor that an operation returns inside the block, in backward passes and below ``torch.func`` too."""
     return _Observer(seen)
+
+
+def weight_norm() -> Callable[..., Tensor]:
+    """What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+    operation: Callable[..., Tensor] = torch._weight_norm
+    return operation
+
+
+def function_mode() -> Any:
+    """The innermost ``TorchFunctionMode``: only that one can be left, and which one it is cannot be asked publicly."""
+    count = torch._C._len_torch_function_stack()
+    return torch._C._get_function_stack_at(count - 1) if count else None
+
+
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, by ``torch.func.jvp`` or by dual numbers. No public query exists."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0

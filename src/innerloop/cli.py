@@ -1,4 +1,4 @@
-"""The command line: ``innerloop walkthrough``, ``innerloop --version``."""
+"""The command line: ``innerloop walkthrough``, ``innerloop doctor``, ``innerloop --version``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     _print_what_the_terminal_can()
+    if options.command == "doctor":
+        return doctor(options.device, markdown=options.markdown)
     return walkthrough(picture=options.picture, draw=not options.no_picture)
 
 
@@ -38,6 +40,23 @@ def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
     print(to_text(result))
     drawn = _write_picture(result, picture) if draw else OK
     return drawn if result.agrees else DISAGREES
+
+
+def doctor(device: str = "cpu", *, markdown: bool = False) -> int:
+    """Print what the audit of the installed PyTorch finds.
+
+    Args:
+        device: where the operations run.
+        markdown: print a table for a page instead of one for the terminal.
+
+    Returns:
+        `DISAGREES` if a derivative is wrong without an error and innerloop lets it pass, else `OK`.
+    """
+    from innerloop import doctor as audit  # builds some hundred modules: only when asked for
+
+    findings = tuple(audit.examine_all(device))
+    print((audit.to_markdown if markdown else audit.to_text)(findings))
+    return DISAGREES if any(finding.silent for finding in findings) else OK
 
 
 def _write_picture(result: Walkthrough, file: Path | None) -> int:
@@ -67,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     choice = command.add_mutually_exclusive_group()
     choice.add_argument("--picture", type=Path, metavar="FILE", help=f"where to write the picture (default: {PICTURE})")
     choice.add_argument("--no-picture", action="store_true", help="print the tables only")
+    command = commands.add_parser(
+        "doctor",
+        help="which derivatives of which operations the installed PyTorch lacks or gets wrong, and what innerloop does about it",
+        description="Probe the derivatives of the operations of torch.nn and others against finite differences, in float64; takes about "
+        "half a minute. Exits with 1 if a derivative is wrong without an error and innerloop lets it pass.",
+    )
+    command.add_argument("--device", default="cpu", help="where the operations run (default: cpu)")
+    command.add_argument("--markdown", action="store_true", help="print the table for a page")
     return parser
 
 

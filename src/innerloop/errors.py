@@ -27,6 +27,10 @@ class PrecisionWarning(UserWarning):
     """A derivative is computed in a precision in which it may come out wrong."""
 
 
+class UnreachedGradientWarning(UserWarning):
+    """A gradient does not go where it is usually wanted: ``backward()`` leaves ``.grad`` of the model's own parameters as it was."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,48 @@ COMPILED = (
     "second-order term, in part without an error): call the uncompiled function inside the loop. A compiled model needs no change: "
     "loop.model runs its uncompiled form. For compiled meta-gradients use innerloop.metagradient(..., compile=True)"
 )
+
+
+ATTENTION = "F.scaled_dot_product_attention"
+KERNELS = {
+    "WeightNormInterfaceBackward0": "torch._weight_norm",
+    "CrossMapLRN2dBackward": "nn.CrossMapLRN2d",
+    "CdistBackward0": "torch.cdist",
+    "PdistBackward0": "F.pdist",
+    "CtcLossBackward0": "F.ctc_loss",
+    "CudnnCtcLossBackward0": "F.ctc_loss",
+    "EmbeddingBagBackward0": "F.embedding_bag",
+    "MultiMarginLossBackward0": "F.multi_margin_loss",
+    "MultilabelMarginLossBackward0": "F.multilabel_margin_loss",
+    "HardsigmoidBackward0": "F.hardsigmoid",
+    "SegmentReduceBackward0": "torch.segment_reduce",
+    "StandardGammaBackward0": "torch.distributions.Gamma.rsample",
+    "CudnnRnnBackward0": "a recurrent layer in cuDNN",
+    "MiopenRnnBackward0": "a recurrent layer in MIOpen",
+    "ScaledDotProductFlashAttentionForCpuBackward0": ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": ATTENTION,
+    "ScaledDotProductFusedAttentionOverrideableBackward0": ATTENTION,
+}
+"""Nodes of the autograd graph whose second derivative is missing, or wrong without an error: what a user called to get them."""
+WRONG = frozenset({"WeightNormInterfaceBackward0"})
+"""Those of them where it is wrong without an error."""
+CURES = {
+    "nn.CrossMapLRN2d": "Its gradient is not that of its forward either. Write nn.LocalResponseNorm",
+    "torch.segment_reduce": "Write torch.scatter_reduce, or index_add",
+    "torch.distributions.Gamma.rsample": "Draw by another reparametrisation, or hold the sample constant",
+}
+"""What to write instead of an operation that innerloop does not replace."""
+
+
+WRONG_THIRD = {
+    "NativeLayerNormBackward0": "layer_norm",
+    "NativeBatchNormBackward0": "batch_norm (or instance_norm)",
+    "CudnnBatchNormBackward0": "batch_norm (or instance_norm)",
+    "MiopenBatchNormBackward0": "batch_norm (or instance_norm)",
+}
+"""Nodes whose second derivative is right, and whose third is wrong without an error."""
 
 
 class _Raise(torch.autograd.Function):
@@ -101,7 +143,8 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
     Returns:
         The leaves outside of the loop.
     """
-    ends = list(ends)
+    ends, current = list(ends), list(current)
+    kernels = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
@@ -115,13 +158,63 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
+        elif second_order and kind in KERNELS:
+            kernels.append(node)
+        elif second_order and kind in WRONG_THIRD:
+            node.register_hook(_watch_second)
         elif second_order and _once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: PyTorch would drop its second derivative without a word. "
                 "Write its backward out of differentiable operations, or use strategy=innerloop.FirstOrder() (track: first_order=True)"
             )
         stack.extend([child for child, _ in node.next_functions])
+    for node in kernels:
+        if _reaches(node, current):
+            raise NotDifferentiableError(_without_second(type(node).__name__))
     return leaves
+
+
+def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
+    """A hook on a node that has just computed ``gradients``: let the nodes that differentiate them look out for a third derivative."""
+    for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
+        node.register_prehook(_refuse_third)
+
+
+def _refuse_third(_: Any) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph
+        raise NotDifferentiableError(
+            "a meta-gradient through layer, batch or instance norm is about to be differentiated once more (create_graph=True), and the "
+            "third derivative that PyTorch has of these is wrong without an error. Run the inner loop in `with innerloop.nn.any_order():`, "
+            "or write create_graph=False"
+        )
+
+
+def _reaches(start: Any, current: list[Tensor]) -> bool:
+    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+    ends = {p.grad_fn for p in current if p.grad_fn is not None}
+    leaves = {id(p) for p in current if p.grad_fn is None}
+    seen, stack = set(), [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+    return False
+
+
+def _without_second(kind: str) -> str:
+    has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
+    name = KERNELS[kind]
+    if name in CURES:
+        return f"{name} has {has} in PyTorch ({kind}). {CURES[name]}. Or take no second derivative: first_order=True, FirstOrder()"
+    return (
+        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop: compute the loss "
+        "there, from the first step on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not use it, write "
+        "`with innerloop.nn.replacing():`. Or take no second derivative: first_order=True, strategy=innerloop.FirstOrder()"
+    )
 
 
 def _once_differentiable(node: Any) -> bool:

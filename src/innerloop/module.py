@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn.replace import replacing
 
 
 def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -47,7 +48,8 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
 
     def evaluate(params: Mapping[str, Tensor], args: Any, buffers: Mapping[str, Tensor] | None, kwargs: Any) -> Any:
         kept = view.source_buffers if buffers is None else buffers
-        output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
+        with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():
+            output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
         return output if buffers is None else (output, new_buffers)
 
     params = {name: p.detach().clone() for name, p in view.source.items()}
@@ -157,6 +159,11 @@ class ModuleView:
                 )
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
+
+    def hand_over(self) -> Any:
+        """The copy, which the view lets go: it can then be kept inside the copy without a cycle, to `read` and to `write`."""
+        module, self.module, self._modes = self.module, None, []
+        return module
 
     @property
     def modules(self) -> list[nn.Module]:

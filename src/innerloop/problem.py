@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 
 from innerloop import _private, graph, module, tree
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.optim.base import Optimizer, ValueAndGrad
+from innerloop.nn.replace import replacing
+from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad
 from innerloop.random_state import RandomState
+
+_same = (
+    torch.ops.aten.alias.default
+)  # the identity; unlike the derivative of a view, its own takes a sparse gradient too
 
 Loss = Callable[[Any, Any, Any], Any]
 Named = Mapping[str, Tensor]
@@ -126,15 +132,22 @@ class Problem:
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def evaluate(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], hyper: Any, batch: Any
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        hyper: Any,
+        batch: Any,
+        *,
+        second_order: bool = True,
     ) -> tuple[Float[Tensor, ""], Any]:
-        """``(loss, (aux, new_buffers))``."""
-        if self.view is None:
-            result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
-        else:
-            result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
-            if not torch.compiler.is_compiling():
-                self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
+        """``(loss, (aux, new_buffers))``, by operations whose gradient can be differentiated again, if that is to be done."""
+        with replacing() if second_order else nullcontext():
+            if self.view is None:
+                result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+            else:
+                result, new_buffers = self.view.run(params, buffers, self.loss, self.view.module, hyper, batch)
+        if self.view is not None and not torch.compiler.is_compiling():
+            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(loss, "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))"), (
             aux,
@@ -169,7 +182,7 @@ class Problem:
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was computed from params.
-            alias = {n: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+            alias = {n: _same(p) if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
             with module.refusing_recomputation():
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             if not loss.requires_grad:
@@ -230,27 +243,55 @@ class Problem:
         """Raise if the optimizer cannot be compiled."""
         if not self.optimizer.compiles:
             raise InvalidInputError(
-                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, or decides by values. Write compile=False, or use "
-                "another rule of innerloop.optim"
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides by values, or works on sparse tensors. "
+                "Write compile=False, or use another rule of innerloop.optim"
             )
 
     def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Float[Tensor, ""], Any]:
         """One step of training: ``(new_carry, loss, aux)``."""
+        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        held = dict(buffers)
 
-        def value_and_grad(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
-            grads, loss, _, _ = self.gradient(params, carry.buffers, hyper, batch)
+        def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
+            grads, loss, _, buffers = self.gradient(params, held, hyper, batch)
+            held.update(buffers)
             return loss, grads
 
-        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
-        return self.update(carry, grads, buffers, hyper, t, value_and_grad), loss, aux
+        closure = Evaluations(evaluate, carry.params, loss, grads) if self.optimizer.needs_closure else None
+        new = self.update(carry, grads, held, hyper, t, closure)
+        return new._replace(buffers=held), loss, aux
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
 
 
+class Evaluations:
+    """The loss and its gradient at the parameters that a rule asks for.
+
+    The first evaluation, at the parameters before the step, is known already. It is handed out once, so that random numbers
+    are drawn, and running statistics written, as often as ``torch.optim`` calls its closure.
+
+    Args:
+        evaluate: params -> (loss, gradients).
+        params: where the step starts.
+        loss, grads: the evaluation there.
+    """
+
+    def __init__(self, evaluate: ValueAndGrad, params: Named, loss: Tensor, grads: Grads) -> None:
+        self._evaluate = evaluate
+        self._params = params
+        self._known: tuple[Tensor, Grads] | None = (loss, grads)
+
+    def __call__(self, params: Params) -> tuple[Tensor, Grads]:
+        known, self._known = self._known, None
+        if known is not None and all(params[name] is p for name, p in self._params.items()):
+            return known
+        return self._evaluate(params)
+
+
 def distinct(params: Named, before: Named) -> dict[str, Tensor]:
     """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
-    return {n: p.view_as(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
+    return {n: _same(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
 
 
 def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
@@ -284,6 +325,7 @@ def explained(error: RuntimeError) -> RuntimeError:
         "vmap: inplace": BATCHED,
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
+        "Cannot access data pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside of vmap, or pad',
         "in-place": "a module writes a tensor in place that is not an argument: use Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it (attention: SDPBackend.MATH)",
         "does not require grad": INDEPENDENT,

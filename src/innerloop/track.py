@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.module import Gate, ModuleView, check_names, keep_running_statistics
+from innerloop.nn import replace
 from innerloop.optim.base import Optimizer
 from innerloop.optim.from_torch import FromTorch, from_torch
-from innerloop.problem import Carry, check_loss, distinct, explained
+from innerloop.problem import Carry, Evaluations, check_loss, distinct, explained
 from innerloop.trajectory import Trajectory
 
 Learn = Literal["init", "outer", "nothing"]
 Model = nn.Module | Mapping[str, nn.Module]
 TorchOptimizer = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 GradCallback = Callable[[dict[str, Tensor | None]], Mapping[str, Tensor | None]]
+Gradients = dict[str, Tensor | None]
+Closure = Callable[[], Any]
 
 
 def track(
@@ -112,6 +116,7 @@ class Loop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self.hyper = dict(hyper or {})
+        self._kernels = replace.Block() if self._second_order else None
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -151,57 +156,77 @@ class Loop:
         return self._view.module
 
     def __enter__(self) -> Loop:
+        if self._kernels is not None:
+            self._kernels.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._kernels is not None:
+            self._kernels.leave()
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
 
     def step(
-        self, loss: Tensor, hyper: Mapping[str, Any] | None = None, grad_callback: GradCallback | None = None
+        self, loss: Tensor | Closure, hyper: Mapping[str, Any] | None = None, grad_callback: GradCallback | None = None
     ) -> Float[Tensor, ""]:
         """One differentiable step of the optimizer.
 
         Args:
-            loss: scalar, computed with ``loop.model``.
+            loss: scalar, computed with ``loop.model``; or a closure, a function without arguments that computes it and returns it, and
+                takes no gradient itself. A rule that evaluates the loss (LBFGS, ``adapt(..., closure=True)``) needs a closure and calls it
+                several times, each time with other parameters in ``loop.model``; random numbers are drawn and running statistics written
+                as often as under ``torch.optim``. Other rules call it once.
             hyper: overrides for this step, as in `track`.
             grad_callback: receives the gradients by name (None where the loss does not depend on a parameter) and returns those to
-                use.
+                use; at every evaluation of a closure.
 
         Returns:
-            The loss, detached.
+            The loss, detached; of a closure, that of the first evaluation.
 
         Raises:
-            InvalidInputError: the loss is not a finite scalar, or does not depend on ``loop.model``.
+            InvalidInputError: the loss is not a finite scalar, or does not depend on ``loop.model``; a loss where a closure is needed; a
+                closure that calls ``backward()``.
             NotDifferentiableError: the loss was computed by compiled code, which has no second derivative.
         """
-        loss = self._checked(loss)
         current = self._current()
-        leaves = graph.inspect([loss], current.values(), self._second_order)
-        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        grads = self._gradients(loss, wanted)
-        self._check_gradients(grads, leaves)
-        for name, hook in self._hooks:
-            g = grads.get(name)
-            if g is not None and (changed := hook(g)) is not None:
-                grads[name] = changed
-        if grad_callback is not None:
-            grads = self._called_back(grad_callback, grads)
+        closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
+        if closure is None and self._optimizer.needs_closure:
+            raise InvalidInputError(
+                f"{self._optimizer!r} evaluates the loss itself, and was given a {type(loss).__name__}: write a function that computes it, "
+                "loop.step(lambda: loss_fn(loop.model(x), y))"
+            )
+        if closure is None:
+            loss = self._checked(loss)
+            grads = self._with_hooks(self._gradient_of(loss, current), grad_callback)
+        else:
+            loss, grads = self._evaluated(closure, current, grad_callback, self._checked)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
         overrides = {**self.hyper, **(hyper or {})}
-        with torch.set_grad_enabled(self.learn != "nothing"):
+        with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
             params = {name: current[name] for name in self._names}
-            updated, state = self._optimizer.update(grads, self._states[self._steps].optimizer_state, params, overrides)
+            more: Any = {}
+            if closure is not None and self._optimizer.needs_closure:
+
+                def evaluate(trial: Mapping[str, Tensor]) -> tuple[Tensor, Gradients]:
+                    with self._users_code():
+                        found, grads = self._evaluated(closure, {**current, **trial}, grad_callback, self._as_loss)
+                    return self._as_seen(found), grads
+
+                more["value_and_grad"] = Evaluations(evaluate, params, self._as_seen(loss), grads)
+            before = self._states[self._steps].optimizer_state
+            updated, state = self._optimizer.update(grads, before, params, overrides, **more)
         if not self._guard.reached:
             self._guard.follow(updated.values(), current.values())
         number = (
             loss.detach().clone()
         )  # a clone, because a fused loss owns a storage of the size of the whole batch's output
         self._advance({**current, **updated}, state, loss, number)
+        if self._kernels is not None and self._steps == 1:
+            self._kernels.settle()
         return number
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
@@ -282,6 +307,13 @@ class Loop:
         if len(self._losses) == 256 and not self._second_order:  # a number per step, not a tensor per step
             self._losses = [self._stacked_losses()]
 
+    def _own_code(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._kernels is None else self._kernels.off()
+
+    def _users_code(self) -> AbstractContextManager[Any]:
+        """Inside `_own_code`: what a closure runs."""
+        return nullcontext() if self._kernels is None else self._kernels.back()
+
     def _now(self) -> Carry:
         """The newest state, with the user's edits in it."""
         return self._states[self._steps]._replace(params=self._view.read(), buffers=self._buffers.take())
@@ -290,7 +322,7 @@ class Loop:
         like = next(iter(self._view.read().values()))
         return torch.cat([loss.reshape(-1) for loss in self._losses]) if self._losses else like.new_zeros(0)
 
-    def _checked(self, loss: Any) -> Tensor:
+    def _as_loss(self, loss: Any) -> Tensor:
         loss = check_loss(loss, "the loss given to loop.step")
         if not self._trained:
             raise InvalidInputError(
@@ -305,6 +337,11 @@ class Loop:
             raise InvalidInputError(
                 f"the loss does not depend on any parameter through the graph ({why}): compute it as loss_fn(loop.model(x), y)"
             )
+        return loss
+
+    def _checked(self, loss: Any) -> Tensor:
+        """`_as_loss`, and finite; a trial of a line search need not be."""
+        loss = self._as_loss(loss)
         if loss.device.type == "cpu":  # elsewhere a check per step would wait for the device: done on leaving the block
             self._check_finite(loss.detach())
         return loss
@@ -319,6 +356,46 @@ class Loop:
             raise InvalidInputError(
                 f"the loss of step {first} is {losses[first].item()}: the inner loop diverged (lower the lr?)"
             )
+
+    def _gradient_of(self, loss: Tensor, current: Mapping[str, Tensor]) -> Gradients:
+        leaves = graph.inspect([loss], current.values(), self._second_order)
+        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+        with self._own_code():
+            grads = self._gradients(loss, wanted)
+        self._check_gradients(grads, leaves)
+        return grads
+
+    def _with_hooks(self, grads: Gradients, grad_callback: GradCallback | None) -> Gradients:
+        """What the hooks on the user's parameters, and then the callback, make of the gradients."""
+        for name, hook in self._hooks:
+            g = grads.get(name)
+            if g is not None and (changed := hook(g)) is not None:
+                grads[name] = changed
+        return grads if grad_callback is None else self._called_back(grad_callback, grads)
+
+    def _as_seen(self, loss: Tensor) -> Tensor:
+        """The loss as a rule sees it: like the gradients, a constant where no second derivative is taken."""
+        return loss if self._second_order else loss.detach()
+
+    def _evaluated(
+        self,
+        closure: Closure,
+        at: Mapping[str, Tensor],
+        grad_callback: GradCallback | None,
+        check: Callable[[Any], Tensor],
+    ) -> tuple[Tensor, Gradients]:
+        """``(loss, gradients)`` of a closure, with these parameters in ``loop.model`` while it runs."""
+        own = self._view.read()
+        with torch.enable_grad():
+            trial = {n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in self._trained}
+            alias = {n: p.view_as(p) for n, p in trial.items()}
+            self._view.write(alias)
+            try:
+                with _refusing_backward(trial.values(), self._view.source.values()):
+                    loss = check(closure())
+                return loss, self._with_hooks(self._gradient_of(loss, {**at, **alias}), grad_callback)
+            finally:
+                self._view.write({n: own[n] for n in alias})
 
     def _gradients(self, loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         self._gate.closed = False
@@ -368,6 +445,32 @@ class Loop:
                 raise NotDifferentiableError(
                     f"the gradient of {name!r} is sparse, which has no second derivative: build nn.Embedding with sparse=False"
                 )
+
+
+@contextmanager
+def _refusing_backward(trial: Iterable[Tensor], own: Iterable[Tensor]) -> Iterator[None]:
+    """Raise where a closure calls ``backward()``; a ``zero_grad()`` before it must not cost the outer gradients gathered so far."""
+
+    def refuse(_: Tensor) -> None:
+        raise InvalidInputError(
+            "the closure given to loop.step calls backward(): the loop takes the gradient itself, and differentiates it. Leave zero_grad() "
+            "and backward() away and only return the loss: loop.step(lambda: loss_fn(loop.model(x), y))"
+        )
+
+    gathered = [(p, p.grad, _private.version(p.grad)) for p in own if p.is_leaf and p.grad is not None]
+    handles = [p.register_hook(refuse) for p in trial]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad, _ in gathered:
+            p.grad = grad
+    if any(_private.version(grad) != version for _, grad, version in gathered):
+        raise InvalidInputError(
+            "the closure given to loop.step changes .grad of the user's own parameters, where the outer gradients are gathered: leave "
+            "zero_grad(set_to_none=False) away and only return the loss"
+        )
 
 
 class _Snapshots:

@@ -8,33 +8,37 @@
         diffopt.step(loss_fn(fmodel(x), y))
         loss_fn(fmodel(xq), yq).backward()  # model.parameters() receive .grad
 
-This is the first part of the bridge: `innerloop_ctx`, `optim.DifferentiableSGD`, ``DifferentiableAdam``, ``DifferentiableAdamW`` and
-`register_optim`. It stands on innerloop's own optimizers and module view. What differs from ``higher`` 0.2.1: hooks fire, submodules
-can be called alone, ``maximize`` and a tensor learning rate are honoured, a hyper-parameter of value 0 gets its gradient, and Adam's
-``eps`` stands where PyTorch has it (after the bias correction).
+Every public name of ``higher`` 0.2.1 and of its git head is here and in the modules `optim`, `patch` and `utils`. It stands on
+innerloop's own optimizers and module view, and is right where ``higher`` was wrong: hooks fire, submodules can be called alone,
+patched modules can be copied and pickled, ``maximize``, ``decoupled_weight_decay``, a tensor learning rate and schedulers are honoured, a
+hyper-parameter of value 0 gets its gradient, the derivatives in Adam's beta2 and ASGD's lr are right, and Adam's ``eps`` stands where
+PyTorch has it (after the bias correction). Optimizers that ``higher`` never had work too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from innerloop.higher import optim, patch
-from innerloop.higher.optim import DifferentiableOptimizer, get_diff_optim, register_optim
-from innerloop.higher.patch import monkeypatch
+from innerloop.higher import optim, patch, utils
+from innerloop.higher.optim import DifferentiableOptimizer, create_diff_optim, get_diff_optim, register_optim
+from innerloop.higher.patch import PatchedModule, monkeypatch
 
 __all__ = [
     "DifferentiableOptimizer",
+    "PatchedModule",
+    "create_diff_optim",
     "get_diff_optim",
     "innerloop_ctx",
     "monkeypatch",
     "optim",
     "patch",
     "register_optim",
+    "utils",
 ]
 
 
@@ -44,9 +48,9 @@ def innerloop_ctx(
     opt: torch.optim.Optimizer,
     device: torch.device | str | None = None,
     copy_initial_weights: bool = True,
-    override: Mapping[str, list[Any]] | None = None,
+    override: Mapping[str, Sequence[Any]] | None = None,
     track_higher_grads: bool = True,
-) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
+) -> Iterator[tuple[PatchedModule, DifferentiableOptimizer]]:
     """A functional copy of ``model`` and a differentiable form of ``opt``.
 
     Args:

@@ -2,58 +2,317 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from innerloop.errors import InvalidInputError
-from innerloop.module import Gate, ModuleView
+from innerloop.higher.nested import copy_tensor
+from innerloop.higher.teach import Teacher
+from innerloop.module import Gate, ModuleView, keep_running_statistics, plain
+
+__all__ = ["PatchedModule", "buffer_sync", "make_functional", "monkeypatch"]
+
+Encapsulator = Callable[["PatchedModule", nn.Module], None]
 
 
-class PatchedModule:
-    """What `monkeypatch` adds to the class of a module: parameters by time.
+class FastWeights:
+    """The parameters of a patched module by time; one object for the module and all its submodules.
 
-    The module's own forward runs on the newest parameters.
+    Attributes:
+        gate: tells when a backward pass must not read the parameters.
+        teacher: says where gradients went.
+        history: the parameters of each time; only the newest while ``track`` is off; empty before there are any.
+        track: whether times are told apart.
     """
 
-    _view: ModuleView
-    gate: Gate
-    _history: list[list[Tensor]]
-    track_higher_grads: bool
-
-    def parameters(self, recurse: bool = True, time: int = -1) -> Iterator[Tensor]:
-        """The parameters after ``time`` steps, in the order of ``nn.Module.parameters``; -1 is the newest."""
-        if time == -1:
-            return nn.Module.parameters(self, recurse)  # type: ignore[arg-type]
-        if not recurse:
-            raise InvalidInputError("parameters(recurse=False) knows only time=-1")
-        known = len(self._history) - 1
-        if not -known - 1 <= time <= known:
-            kept = "" if self.track_higher_grads else " (track_higher_grads=False keeps no history)"
-            raise InvalidInputError(f"time={time}, but this module has parameters of times 0 to {known}{kept}")
-        return iter(self._history[time])
+    def __init__(self, view: ModuleView, gate: Gate, root: PatchedModule) -> None:
+        self.gate = gate
+        self.teacher = Teacher()
+        self.history: list[list[Tensor]] = []
+        self.track = True
+        self.shapes = {name: p.shape for name, p in view.source.items()}
+        self._view = view
+        self._root = weakref.ref(root)
 
     @property
-    def fast_params(self) -> list[Tensor]:
-        """The newest parameters."""
+    def root(self) -> PatchedModule:
+        root = self._root()
+        if root is None:
+            raise InvalidInputError("the patched module that this is a part of does not exist any more: keep it")
+        return root
+
+    @property
+    def newest(self) -> list[Tensor]:
+        """The parameters as they stand in the module."""
         return list(self._view.read().values())
 
-    def update_params(self, params: Iterable[Tensor]) -> None:
-        """Take these as the newest parameters."""
+    def move_buffers(self, device: torch.device | str) -> None:
+        self._view.write_buffers({name: buffer.to(device) for name, buffer in self._view.read_buffers().items()})
+
+    def take(self, params: Iterable[Tensor]) -> None:
+        """These are the parameters from now on."""
         new = list(params)
-        if len(new) != len(self._view.parameters):
-            raise InvalidInputError(
-                f"update_params got {len(new)} tensors, the module has {len(self._view.parameters)} parameters"
-            )
+        self._check(new)
         self._view.write(dict(zip(self._view.parameters, new, strict=True)))
+        if self.history:
+            self.teacher.steps += 1
+            self.gate.closed = self.track
+        if not self.track:
+            self.history.clear()
+            if self.teacher.steps:
+                self.teacher.watch_newest(new)
+        self.history.append(new)
+
+    @contextmanager
+    def at(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """For a while these are the parameters; time does not go on."""
+        before = self._view.read()
+        self._view.write(dict(zip(self._view.parameters, params, strict=True)))
+        try:
+            yield
+        finally:
+            self._view.write(before)
+
+    def _check(self, new: list[Any]) -> None:
+        shapes = self.shapes
+        if len(new) != len(shapes):
+            raise InvalidInputError(
+                f"got {len(new)} tensors, the module has {len(shapes)} parameters: pass one for each of {list(shapes)[:8]}, in this order"
+            )
+        for (name, shape), tensor in zip(shapes.items(), new, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise InvalidInputError(
+                    f"the parameter {name!r} has shape {tuple(shape)}, but got a tensor of shape {tuple(tensor.shape)}: the order is "
+                    "that of model.parameters()"
+                )
+
+
+class PatchedModule(nn.Module):
+    """What patching adds to the class of a module, and to the classes of its submodules.
+
+    The module's own code runs on the newest parameters: hooks fire, submodules can be called alone, tied weights stay tied (in
+    ``higher`` hooks are lost). ``copy.deepcopy`` and ``pickle`` give a patched module of its own, which starts at detached copies of
+    the newest parameters (in ``higher`` both fail); of a submodule they give a plain module.
+    """
+
+    _innerloop_fast: FastWeights
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this is the module that was patched, not a part of it."""
+        return self._innerloop_fast.root is self
+
+    @property
+    def root(self) -> PatchedModule:
+        """The module that was patched."""
+        return self._innerloop_fast.root
+
+    @property
+    def direct_submodule_call(self) -> bool:
+        """Always True: each part can be called alone (in ``higher`` a mark of its own bookkeeping)."""
+        return True
+
+    @property
+    def track_higher_grads(self) -> bool:
+        """Whether parameters of earlier times are kept; switched off (``higher`` then goes on with outdated ones), only the newest are."""
+        return self._innerloop_fast.track
+
+    @track_higher_grads.setter
+    def track_higher_grads(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"track_higher_grads={value!r}: write True or False")
+        fast = self._innerloop_fast
+        fast.track = value
+        if not value:
+            fast.gate.closed = False
+            del fast.history[:-1]
+
+    @property
+    def fast_params(self) -> list[Tensor] | None:
+        """The newest parameters of the whole module; assigning a list is `update_params`. None before there are any."""
+        return self._innerloop_fast.newest if self._innerloop_fast.history else None
+
+    @fast_params.setter
+    def fast_params(self, value: Iterable[Tensor]) -> None:
+        self._innerloop_fast.take(value)
+
+    @property
+    def init_fast_params(self) -> list[Tensor]:
+        """The parameters at time 0.
+
+        Raises:
+            InvalidInputError: they are not kept (``track_higher_grads=False``).
+        """
         if not self.track_higher_grads:
-            self._history.clear()
-        self._history.append(new)
+            raise InvalidInputError(
+                "init_fast_params: with track_higher_grads=False only the newest parameters are kept"
+            )
+        return self._at(0)
+
+    def update_params(self, params: Iterable[Tensor]) -> None:
+        """Take these as the newest parameters: one tensor for each of ``model.parameters()``, in this order; time goes on by one."""
+        self._innerloop_fast.take(params)
+
+    def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
+        """The parameters after ``time`` updates, in the order of ``nn.Module.parameters``; of a submodule those that belong to it.
+
+        Args:
+            recurse: False: without those of submodules (in ``higher`` it has no effect).
+            time: 0 is the start, -1 or None the newest. Each `update_params` counts, and so does each call with ``params=``.
+
+        Raises:
+            InvalidInputError: there are no parameters yet, or not of this time.
+        """
+        self._ready(None)
+        newest = self._innerloop_fast.newest
+        params = newest if time is None or time == -1 else self._at(time)
+        if recurse and self.is_root:
+            return iter(params)
+        index = {id(p): i for i, p in enumerate(newest)}
+        return iter([params[index[id(p)]] for p in nn.Module.parameters(self, recurse)])
+
+    def boxed_forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+        """The module's own ``forward`` at the newest parameters; as `forward`."""
+        return self.forward(*args, params=params, **kwargs)
+
+    def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+        """The module's own ``forward``; with ``params`` (all those of the root) after `update_params`."""
+        self._ready(params)
+        return super().forward(*args, **kwargs)
+
+    def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+        self._ready(params)  # here and not in forward: hooks that run before it compute with the parameters
+        return super().__call__(*args, **kwargs)
+
+    def _ready(self, params: Iterable[Tensor] | None) -> None:
+        if params is not None:
+            self._innerloop_fast.take(params)
+        elif not self._innerloop_fast.history:
+            raise InvalidInputError(
+                "this module has no parameters of its own: call it with params=, a list with a tensor for each parameter, for example "
+                "higher.utils.get_func_params(model)"
+            )
+
+    def _at(self, time: int) -> list[Tensor]:
+        fast = self._innerloop_fast
+        if not fast.track and time in (-1, 0):
+            return fast.newest
+        known = len(fast.history) - 1
+        if not -known - 1 <= time <= known:
+            kept = "" if fast.track else " (track_higher_grads=False keeps no history)"
+            raise InvalidInputError(f"time={time}, but this module has parameters of times 0 to {known}{kept}")
+        fast.teacher.aware |= time in (0, -known - 1)
+        return fast.history[time]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        table = vars(self).get("_parameters")
+        if table is None or table.get(name) is None or "_innerloop_fast" not in vars(self):
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, Tensor):
+            raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(value).__name__}")
+        fast = self._innerloop_fast
+        self._ready(None)
+        fast.take([value if p is table[name] else p for p in fast.newest])
+
+    def _plain(self) -> nn.Module:
+        """A copy that is no part of a patched module."""
+        view = ModuleView(self)
+        module, parts = view.module, view.modules
+        view.write({n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()})
+        for part in parts:
+            del vars(part)["_innerloop_fast"]
+            object.__setattr__(part, "__class__", _original[type(part)])
+        return copy.deepcopy(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        rebuild, arguments = self.__reduce_ex__(2)
+        return rebuild(*arguments)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        fast = self._innerloop_fast
+        return _rebuild, (self._plain(), self.is_root, bool(fast.history), fast.track)
 
 
-_patched: dict[type[nn.Module], type[Any]] = {}
+def fast_weights(fmodel: PatchedModule) -> FastWeights:
+    """What a patched module and its parts share."""
+    return vars(fmodel)["_innerloop_fast"]
+
+
+_MonkeyPatchBase = PatchedModule
+"""The name that code written against ``higher`` has in its annotations."""
+
+
+def _rebuild(plain: nn.Module, is_root: bool, has_parameters: bool, track: bool) -> nn.Module:
+    """What deepcopy and pickle make of the plain copy of a patched module."""
+    if not is_root:
+        return plain
+    return monkeypatch(plain, track_higher_grads=track) if has_parameters else make_functional(plain)
+
+
+def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | str | None = None) -> None:
+    """Give ``fmodule`` copies of the buffers of ``module``.
+
+    Args:
+        module: the module to copy from.
+        fmodule: a patched form of it.
+        device: where the copies go; default: where the buffers are.
+
+    Raises:
+        InvalidInputError: ``fmodule`` lacks one of the submodules.
+    """
+    module = plain(module)
+    for name, buffer in vars(module)["_buffers"].items():
+        copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
+        vars(fmodule)["_buffers"][name] = copied.to(device) if device is not None and copied is not None else copied
+    theirs = vars(fmodule)["_modules"]
+    for name, child in vars(module)["_modules"].items():
+        if name not in theirs:
+            raise InvalidInputError(
+                f"{type(fmodule).__name__} has no submodule {name!r}: pass the module that it is a patched form of"
+            )
+        if child is not None:
+            buffer_sync(child, theirs[name], device)
+
+
+def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None) -> PatchedModule:
+    """A copy of ``module`` without parameters of its own: they are given at each call, ``fmodel(x, params=params)``.
+
+    Args:
+        module: any module; it is not changed. (One that is patched already will do, for a loop inside a loop.)
+        encapsulator: called once with the patched module and ``module``, to give it parameters.
+
+    Returns:
+        An instance of a subclass of the module's own class and of `PatchedModule`. Buffers are copied.
+
+    Example:
+        >>> import torch, innerloop.higher as higher
+        >>> fmodel = higher.patch.make_functional(torch.nn.Linear(2, 1, bias=False))
+        >>> fmodel(torch.tensor([1.0, 10.0]), params=[torch.tensor([[3.0, 4.0]])])
+        tensor([43.])
+    """
+    gate = Gate()
+    view = ModuleView(module, gate)
+    keep_running_statistics(view)
+    parts = view.modules
+    view.write({name: torch.empty_like(p, device="meta", requires_grad=False) for name, p in view.source.items()})
+    view.write_buffers({name: buffer.detach().clone() for name, buffer in view.source_buffers.items()})
+    new = view.hand_over()
+    fast = FastWeights(view, gate, new)
+    for part in parts:
+        object.__setattr__(part, "__class__", _patched_class(type(part)))
+        vars(part)["_innerloop_fast"] = fast
+    if encapsulator is not None:
+        encapsulator(new, module)
+    return new
 
 
 def monkeypatch(
@@ -61,35 +320,67 @@ def monkeypatch(
     device: torch.device | str | None = None,
     copy_initial_weights: bool = True,
     track_higher_grads: bool = True,
-) -> Any:
+) -> PatchedModule:
     """A copy of ``module`` whose parameters are plain tensors that can be replaced.
 
     Args:
         module: any module; it is not changed.
         device: where the copy lives; default: where the module is.
         copy_initial_weights: start from detached copies; False connects them to ``module.parameters()``.
-        track_higher_grads: keep the history of parameters.
+        track_higher_grads: keep the parameters of each time.
 
     Returns:
         An instance of a subclass of the module's own class and of `PatchedModule`.
+
+    Raises:
+        InvalidInputError: not a module, or one that cannot run at other parameters (DistributedDataParallel, a ScriptModule).
+
+    Warns:
+        UnreachedGradientWarning: once, when ``backward()`` leaves its gradient in copies that nobody asked for.
+
+    Example:
+        >>> import torch, innerloop.higher as higher
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> fmodel = higher.monkeypatch(model, copy_initial_weights=False)
+        >>> fmodel.update_params([3 * p for p in fmodel.parameters()])
+        >>> torch.autograd.grad(sum(fmodel.parameters()), model.weight)
+        (tensor([[3.]]),)
     """
-    gate = Gate()
-    view = ModuleView(module, gate)
-    new = view.module
-    view.module = None  # the copy holds the view; a reference back would be a cycle
-    with torch.enable_grad():
-        start = {
-            name: (p.detach().clone().requires_grad_(p.requires_grad) if copy_initial_weights else p.clone())
-            for name, p in module.named_parameters()
-        }
+
+    def begin(fmodel: PatchedModule, module: nn.Module) -> None:
+        fast = fast_weights(fmodel)
+        sources = [p for _, p in nn.Module.named_parameters(module)]
+        with torch.enable_grad():
+            if copy_initial_weights:
+                start = [copy_tensor(p, True, device) for p in sources]
+                fast.teacher.watch_copies(start)
+            else:
+                start = [p.clone() if device is None else p.clone().to(device) for p in sources]
+                fast.teacher.outside = True
         if device is not None:
-            start = {name: p.to(device) for name, p in start.items()}
-    view.write(start)
-    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    view.write_buffers(buffers if device is None else {name: buffer.to(device) for name, buffer in buffers.items()})
-    cls = type(new)
-    if cls not in _patched:
-        _patched[cls] = type(f"Patched{cls.__name__}", (PatchedModule, cls), {"__module__": cls.__module__})
-    new.__class__ = _patched[cls]
-    vars(new).update(_view=view, gate=gate, _history=[list(start.values())], track_higher_grads=track_higher_grads)
-    return new
+            fast.move_buffers(device)
+        fmodel.update_params(start)
+
+    fmodel = make_functional(module, begin)
+    fmodel.track_higher_grads = track_higher_grads
+    return fmodel
+
+
+_classes: dict[type[nn.Module], type[PatchedModule]] = {}
+_original: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _patched_class(cls: type[nn.Module]) -> type[PatchedModule]:
+    if issubclass(cls, PatchedModule):
+        return cls
+    if cls not in _classes:
+        body: dict[str, Any] = {"__module__": cls.__module__}
+        if hasattr(cls, "flatten_parameters"):  # it would move the weights of RNNs into one block, in place
+            body["flatten_parameters"] = _keep_as_they_are
+        _classes[cls] = type(f"Functional{cls.__name__}", (PatchedModule, cls), body)
+        _original[_classes[cls]] = cls
+    return _classes[cls]
+
+
+def _keep_as_they_are(self: nn.Module) -> None:
+    """Nothing: the weights are not this module's to move."""

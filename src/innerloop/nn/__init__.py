@@ -1,5 +1,6 @@
-"""Modules and functions of ``torch.nn`` with the derivatives that differentiating through training needs."""
+"""Forms of PyTorch's operations that have the derivatives which PyTorch's own lack, and their automatic choice."""
 
-from innerloop.nn import functional
+from innerloop.nn import functional, table
+from innerloop.nn.replace import any_order, keep_kernels, replaced, replacing
 
-__all__ = ["functional"]
+__all__ = ["any_order", "functional", "keep_kernels", "replaced", "replacing", "table"]

@@ -2,5 +2,32 @@
 
 from innerloop.nn.attention import scaled_dot_product_attention
 from innerloop.nn.cross_entropy import cross_entropy
+from innerloop.nn.ctc_loss import ctc_loss
+from innerloop.nn.distance import cdist, pdist
+from innerloop.nn.elementary import cholesky_inverse, hardsigmoid
+from innerloop.nn.embedding_bag import embedding_bag
+from innerloop.nn.grid_sample import grid_sample
+from innerloop.nn.loss import huber_loss, mse_loss, multi_margin_loss, multilabel_margin_loss, soft_margin_loss
+from innerloop.nn.norm import batch_norm, instance_norm, layer_norm
+from innerloop.nn.weight_norm import weight_norm
 
-__all__ = ["cross_entropy", "scaled_dot_product_attention"]
+__all__ = [
+    "batch_norm",
+    "cdist",
+    "cholesky_inverse",
+    "cross_entropy",
+    "ctc_loss",
+    "embedding_bag",
+    "grid_sample",
+    "hardsigmoid",
+    "huber_loss",
+    "instance_norm",
+    "layer_norm",
+    "mse_loss",
+    "multi_margin_loss",
+    "multilabel_margin_loss",
+    "pdist",
+    "scaled_dot_product_attention",
+    "soft_margin_loss",
+    "weight_norm",
+]

@@ -17,6 +17,7 @@ from innerloop.optim.from_torch import from_torch
 from innerloop.optim.grad_callback import grad_callback
 from innerloop.optim.groups import groups
 from innerloop.optim.in_float32 import InFloat32State, in_float32
+from innerloop.optim.lbfgs import LBFGS, LBFGSState, lbfgs
 from innerloop.optim.learned import LearnedState, learned
 from innerloop.optim.muon import Muon, MuonState, muon
 from innerloop.optim.nadam import NAdam, NAdamState, nadam
@@ -29,10 +30,12 @@ from innerloop.optim.rprop import Rprop, RpropState, rprop
 from innerloop.optim.scale import scale
 from innerloop.optim.sgd import SGD, SGDState, sgd
 from innerloop.optim.sparse_adam import SparseAdam, SparseAdamState, sparse_adam
+from innerloop.optim.supported import Supported, SupportedList, supported
 from innerloop.optim.transform import ChainState, Transform, chain
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "ASGDState",
     "AccumulateState",
@@ -54,6 +57,7 @@ __all__ = [
     "Elementwise",
     "Hyper",
     "InFloat32State",
+    "LBFGSState",
     "LearnedState",
     "Muon",
     "MuonState",
@@ -72,6 +76,8 @@ __all__ = [
     "SGDState",
     "SparseAdam",
     "SparseAdamState",
+    "Supported",
+    "SupportedList",
     "Transform",
     "accumulate",
     "adadelta",
@@ -92,6 +98,7 @@ __all__ = [
     "grad_callback",
     "groups",
     "in_float32",
+    "lbfgs",
     "learned",
     "muon",
     "nadam",
@@ -101,4 +108,5 @@ __all__ = [
     "scale",
     "sgd",
     "sparse_adam",
+    "supported",
 ]

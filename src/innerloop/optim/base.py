@@ -30,7 +30,7 @@ class Optimizer(abc.ABC):
     """
 
     compiles: bool = True
-    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, or runs foreign code."""
+    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
 
     needs_closure: bool = False
     """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
@@ -86,8 +86,17 @@ class Rule(Optimizer):
     torch_state: ClassVar[Mapping[str, str]] = {}
     """State field -> key in ``torch.optim``'s ``state[p]``."""
 
+    called: ClassVar[str] = ""
+    """The name of the function, where that is not the class's in lower case."""
+
     torch_counts: ClassVar[bool] = True
-    """Whether torch keeps the step count in ``state[p]["step"]``."""
+    """Whether torch keeps the step count in ``state[p]``."""
+
+    torch_count: ClassVar[str] = "step"
+    """Under which key."""
+
+    torch_shares_state: ClassVar[bool] = False
+    """Whether torch keeps one state for all parameters, with the first of them."""
 
     torch_step: ClassVar[type] = Tensor
     """As what: a 0-dim tensor, or an int."""
@@ -108,7 +117,7 @@ class Rule(Optimizer):
 
     @abc.abstractmethod
     def restored(self, slot: str, named: Mapping[str, Any], params: Params) -> Any:
-        """A state field from what torch keeps for each parameter (None where it keeps nothing yet)."""
+        """A state field from what torch keeps for each parameter (None where it keeps nothing yet); from one entry, if it is shared."""
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
@@ -142,7 +151,7 @@ class Rule(Optimizer):
             value = getattr(self, field.name)
             if field.repr and (field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default):
                 shown.append(f"{field.name}={_shown(value)}")
-        return f"{type(self).__name__.lower()}({', '.join(shown)})"
+        return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
 
 
 def is_used(value: Hyper) -> bool:

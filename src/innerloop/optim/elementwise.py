@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError
 from innerloop.optim.base import Grads, Params, Rule, active_ones, ages_of
-from innerloop.optim.packing import Bucket, Layout, Packed, layout_of, pack, real_dtype, unpack, zeros
+from innerloop.optim.packing import FLAT_LIMIT, Bucket, Layout, Packed, layout_of, pack, real_dtype, unpack, zeros
 from innerloop.optim.precision import warn_of_half
 
 
@@ -25,6 +26,9 @@ class Elementwise(Rule):
     scalars: ClassVar[tuple[str, ...]] = ()
     """State fields that hold one number per parameter (1 at the start), not a tensor of its shape: numbers as long as the
     hyper-parameters are, 0-dim tensors when those are tensors, and of the parameter's shape when those have it."""
+
+    flat_limit: ClassVar[int] = FLAT_LIMIT
+    """Elements; a larger parameter is updated alone and never copied."""
 
     def packs(self, hyper: Mapping[str, Any]) -> bool:
         """Whether small parameters are updated as one flat tensor; below about four operations per tensor that costs more than it saves."""
@@ -46,10 +50,16 @@ class Elementwise(Rule):
             hyper: each of ``hyper_names``: a number, a 0-dim tensor, or a tensor of the shape of ``param``.
         """
 
+    def step_lists(
+        self, grads: list[Tensor], params: list[Tensor], state: Any, hyper: Mapping[str, float]
+    ) -> tuple[list[Tensor], Any] | None:
+        """`step` for several tensors in fewer calls, with state fields that are lists; None: one by one. Optional, for speed."""
+        return None
+
     def init(self, params: Params) -> Any:
         resolved = self.resolve(None)
         used = self.fields(resolved)
-        layout = layout_of(params, None, None, self.packs(resolved))
+        layout = self._layout(params, resolved)
         return self.state_type(
             0, *(self._start(name, layout, params) if name in used else None for name in self.slots())
         )
@@ -62,14 +72,22 @@ class Elementwise(Rule):
     ) -> tuple[dict[str, Tensor], Any]:
         resolved = self.resolve(hyper)
         active = active_ones(grads, params)
+        lists = self._takes_lists(resolved)
+        if lists and active is None and params and isinstance(state.count, int) and not self.fields(resolved):
+            done = self._without_state(grads, state, params, resolved)
+            if done is not None:
+                return done
         ages, counts = ages_of(state.count, params)
-        layout = layout_of(params, active, ages, self.packs(resolved))
+        layout = self._layout(params, resolved, active, ages)
         old = {n: self._laid_out(n, s, layout, params) for n, s in zip(self.slots(), state[1:], strict=True)}
         new: dict[str, list[Any]] = {name: [] for name in old}
         new_params = dict(params)
+        together = self._in_lists(layout, grads, params, counts, old, resolved) if lists else {}
         for i, bucket in enumerate(layout):
             local = {name: None if packed is None else packed.flats[i] for name, packed in old.items()}
-            if bucket.active:
+            if i in together:
+                new_params[bucket.names[0]], local = together[i]
+            elif bucket.active:
                 moves = len(bucket.names) > 1 and self.translates(resolved)
                 param = _real(bucket, params) if moves else pack(bucket, params)
                 values = _for_bucket(resolved, bucket, param)
@@ -90,6 +108,80 @@ class Elementwise(Rule):
                 new[name].append(tensor)
         slots = (_repack(layout, flats, params) for flats in new.values())
         return new_params, self.state_type(_advance(state.count, layout, active), *slots)
+
+    def _layout(
+        self,
+        params: Params,
+        hyper: Mapping[str, Any],
+        active: Mapping[str, bool] | None = None,
+        ages: Mapping[str, int] | None = None,
+    ) -> Layout:
+        return layout_of(params, active, ages, self.flat_limit if self.packs(hyper) else 0)
+
+    def _takes_lists(self, hyper: Mapping[str, Any]) -> bool:
+        """Whether `step_lists` is there, and nothing looks closer than autograd does."""
+        own = type(self).step_lists is not Elementwise.step_lists
+        plain = own and not torch.compiler.is_compiling() and not _private.inside_transform()
+        return plain and all(isinstance(value, (int, float)) for value in hyper.values())
+
+    def _without_state(
+        self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], Any] | None:
+        """A step of a rule that keeps nothing, for which no layout is needed; None where `step_lists` does not take the tensors."""
+        before = list(params.values())
+        given: list[Any] = [grads[name] for name in params]
+        if any(p.is_complex() or p.dtype != g.dtype for p, g in zip(before, given, strict=True)):
+            return None
+        state = state._replace(count=state.count + 1)
+        stepped = self.step_lists(given, before, state, hyper)
+        if stepped is None:
+            return None
+        for p in stepped[0]:
+            warn_of_half(p)
+        return dict(zip(params, stepped[0], strict=True)), state
+
+    def _in_lists(
+        self,
+        layout: Layout,
+        grads: Grads,
+        params: Params,
+        counts: list[Any],
+        old: Mapping[str, Packed | None],
+        hyper: Mapping[str, Any],
+    ) -> dict[int, tuple[Tensor, dict[str, Any]]]:
+        """What `step_lists` makes of the parameters that stand alone, by the index of their bucket: parameter and state fields."""
+        by_age: dict[int, list[int]] = {}
+        for i, bucket in enumerate(layout):
+            if (
+                bucket.active
+                and len(bucket.names) == 1
+                and not bucket.is_complex
+                and isinstance(counts[bucket.age], int)
+            ):
+                by_age.setdefault(bucket.age, []).append(i)
+        found: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        for age, members in by_age.items():
+            names = [layout[i].names[0] for i in members]
+            given = [grads[name] for name in names]
+            if any(
+                g is None or g.dtype != params[n].dtype or g.layout != torch.strided
+                for n, g in zip(names, given, strict=True)
+            ):
+                continue
+            state = self.state_type(
+                counts[age] + 1,
+                *(None if packed is None else [packed.flats[i] for i in members] for packed in old.values()),
+            )
+            stepped = self.step_lists(given, [params[name] for name in names], state, hyper)  # type: ignore[arg-type]
+            if stepped is None:
+                continue
+            warn_of_half(stepped[0][0])
+            for k, i in enumerate(members):
+                fields = {
+                    name: None if held is None else held[k] for name, held in zip(old, stepped[1][1:], strict=True)
+                }
+                found[i] = stepped[0][k], fields
+        return found
 
     def restored(self, slot: str, named: Mapping[str, Any], params: Params) -> Packed:
         layout = layout_of(params, None, None)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop import _private
+from innerloop import _private, tree
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Optimizer, Params, Rule
-from innerloop.optim.groups import GroupsState, PerGroup
+from innerloop.optim.base import Grads, Optimizer, Params, Rule, ValueAndGrad
+from innerloop.optim.groups import GroupsState, PerGroup, split_hyper
 
 _NAMES = ("params", "param_names")  # what a param group holds besides settings
 
@@ -24,8 +24,15 @@ class FromTorch(Optimizer):
         self._optimizers = tuple(optimizers)
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
-        self.members: tuple[Rule, ...] = ()
+        self.members: tuple[Rule, ...]
         self.refresh()
+        self.compiles = all(member.compiles for member in self.members)
+        self.needs_closure = any(member.needs_closure for member in self.members)
+        if self.needs_closure and len(self.members) > 1:
+            raise InvalidInputError(
+                f"from_torch({list(self.members)}): one of them evaluates the loss itself, and moves its parameters while the others wait. "
+                "Use one optimizer for all parameters"
+            )
         ids = [id(p) for group in self._groups() for p in group["params"]]
         twice = {i for i in ids if ids.count(i) > 1} if len(ids) != len(set(ids)) else set()
         if twice:
@@ -52,9 +59,23 @@ class FromTorch(Optimizer):
         return GroupsState(tuple(members))
 
     def update(
-        self, grads: Grads, state: GroupsState, params: Params, hyper: Mapping[str, Any] | None = None
+        self,
+        grads: Grads,
+        state: GroupsState,
+        params: Params,
+        hyper: Mapping[str, Any] | None = None,
+        value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], GroupsState]:
-        return PerGroup.update(self.members, self._resolved(params), grads, state, params, hyper)
+        names = self._resolved(params)
+        if not self.needs_closure:
+            return PerGroup.update(self.members, names, grads, state, params, hyper)
+        (rule,), (own,), (values,) = self.members, names, split_hyper(hyper, self.members, names)
+        closure: Any = {}
+        if value_and_grad is not None:
+            closure["value_and_grad"] = lambda part: value_and_grad({**params, **part})
+        part, of_part = {n: params[n] for n in own}, {n: grads.get(n) for n in own}
+        updated, new_state = rule.update(of_part, state.members[0], part, values, **closure)
+        return {**params, **updated}, GroupsState((new_state,))
 
     def mark_stepped(self) -> None:
         """Let schedulers know that the optimizers took a step."""
@@ -69,8 +90,10 @@ class FromTorch(Optimizer):
         for owner, rule, member, group, ns in zip(
             owners, self.members, state.members, self._groups(), self._names, strict=True
         ):
-            for name, parameter in zip(ns, group["params"], strict=True):
-                exported = _export(rule, member, name, group)
+            for name, parameter in _holding(rule, dict(zip(ns, group["params"], strict=True))).items():
+                exported = (
+                    _export_shared(rule, member) if rule.torch_shares_state else _export(rule, member, name, group)
+                )
                 if exported:
                     owner.state[parameter] = {**owner.state.get(parameter, {}), **exported}
 
@@ -113,6 +136,7 @@ class FromTorch(Optimizer):
 
     def _warm(self, rule: Rule, state: Any, tensors: Mapping[str, Tensor], params: Params) -> Any:
         """``state`` with the torch optimizer's own state in it."""
+        tensors = _holding(rule, tensors)
         saved = {name: self._saved(p) for name, p in tensors.items()}
         if not any(saved.values()) or not tensors:
             return state
@@ -188,7 +212,8 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     known = ", ".join(cls.__name__ for cls in Rule.by_torch_class)
     raise InvalidInputError(
         f"{type(optimizer).__module__}.{type(optimizer).__name__} has an update rule of its own that innerloop does not know. "
-        f"Known: {known}, and their subclasses that do not override step(). Write the rule as an innerloop.optim.Elementwise"
+        f"Known: {known}, and their subclasses that do not override step(). Write "
+        f"innerloop.optim.adapt({type(optimizer).__name__}, lr=...), which differentiates the class's own step (from a cold state)"
     )
 
 
@@ -211,10 +236,15 @@ def _has_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value))
 
 
+def _holding(rule: Rule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters with which torch keeps the state of this rule."""
+    return dict(list(tensors.items())[: 1 if rule.torch_shares_state else None])
+
+
 def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int:
     """The number of steps taken; a rule whose torch form keeps none has taken one as soon as it has any state."""
     if rule.torch_counts:
-        return int(saved.get("step", 0))
+        return int(saved.get(rule.torch_count, 0))
     return int(any(saved.get(key) is not None for key in keys.values()))
 
 
@@ -234,7 +264,17 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
         elif value is not None:
             exported[rule.torch_state[field]] = _scalar(value, device)
     if rule.torch_counts:
-        exported["step"] = int(count) if rule.torch_step is int else _scalar(count, device)
+        exported[rule.torch_count] = int(count) if rule.torch_step is int else _scalar(count, device)
+    return exported
+
+
+def _export_shared(rule: Rule, state: Any) -> dict[str, Any]:
+    """What torch keeps in ``state[p]`` of the first parameter."""
+    exported = {rule.torch_count: state.count}
+    for field in rule.slots():
+        held = tree.map_tensors(lambda x: x.detach().clone(), getattr(state, field))
+        if held is not None:
+            exported[rule.torch_state[field]] = list(held) if isinstance(held, tuple) else held
     return exported
 
 

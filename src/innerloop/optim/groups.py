@@ -69,7 +69,14 @@ class Groups(Optimizer):
                 f"groups({members!r}): write a mapping from name patterns to innerloop optimizers, "
                 'groups({"head.*": innerloop.optim.adam(), "*": innerloop.optim.sgd(lr=0.1)})'
             )
+        for pattern, opt in members.items():
+            if opt.needs_closure:
+                raise InvalidInputError(
+                    f"groups({{{pattern!r}: {opt!r}}}): this optimizer evaluates the loss itself, and moves its parameters while the "
+                    "others wait. Use it for all parameters, or a rule that is handed one gradient"
+                )
         self.members = dict(members)
+        self.compiles = all(opt.compiles for opt in members.values())
 
     def init(self, params: Params) -> GroupsState:
         return PerGroup.init(tuple(self.members.values()), self._names(params), params)

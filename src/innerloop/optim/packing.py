@@ -42,7 +42,7 @@ def layout_of(
     params: Mapping[str, Tensor],
     active: Mapping[str, bool] | None = None,
     ages: Mapping[str, int] | None = None,
-    packs: bool = True,
+    limit: int = FLAT_LIMIT,
 ) -> Layout:
     """Partition ``params`` into buckets of equal dtype, device, activity and age.
 
@@ -50,27 +50,27 @@ def layout_of(
         params: the named parameters.
         active: which of them take part in this step; None means all.
         ages: equal for parameters with equal step counts; None means that all are equal.
-        packs: False gives each parameter a bucket of its own.
+        limit: a parameter of more elements gets a bucket of its own; 0 gives each one of its own.
     """
     key = tuple(
         (name, p.shape, p.dtype, p.device, active is None or active[name], 0 if ages is None else ages[name])
         for name, p in params.items()
     )
     if torch.compiler.is_compiling():
-        return _build(key, packs)
-    layout = _cache.get((key, packs))
+        return _build(key, limit)
+    layout = _cache.get((key, limit))
     if layout is None:
         if len(_cache) > 512:
             _cache.clear()
-        layout = _cache[key, packs] = _build(key, packs)
+        layout = _cache[key, limit] = _build(key, limit)
     return layout
 
 
-def _build(key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...], packs: bool) -> Layout:
+def _build(key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...], limit: int) -> Layout:
     members: dict[object, list[int]] = {}
     for i, (name, shape, dtype, device, active, age) in enumerate(key):
         # Half precision rounds differently in the vectorised part and the tail of a kernel: alone, it has the bits of torch.optim.
-        alone = name if not packs or shape.numel() > FLAT_LIMIT or dtype.itemsize < 4 else None
+        alone = name if not limit or shape.numel() > limit or dtype.itemsize < 4 else None
         members.setdefault((alone, dtype, device, active, age), []).append(i)
     return tuple(
         Bucket(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError
 from innerloop.optim.base import Hyper, add_scaled, check_nonnegative, is_used
 from innerloop.optim.elementwise import Elementwise
@@ -73,6 +74,7 @@ class SGD(Elementwise):
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
     torch_state: ClassVar = {"momentum_buffer": "momentum_buffer"}
     torch_counts: ClassVar = False
+    flat_limit: ClassVar = 1_024  # with three operations a tensor, copying larger ones costs more than it saves
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))
@@ -102,6 +104,23 @@ class SGD(Elementwise):
             grad = add_scaled(grad, buffer, momentum) if self.nesterov else buffer
             state = state._replace(momentum_buffer=buffer)
         return add_scaled(param, grad, -lr), state
+
+    def step_lists(
+        self, grads: list[Tensor], params: list[Tensor], state: SGDState, hyper: Mapping[str, float]
+    ) -> tuple[list[Tensor], SGDState]:
+        momentum = hyper["momentum"]
+        if self.maximize:
+            grads = [-g for g in grads]
+        if is_used(hyper["weight_decay"]):
+            grads = _private.add_lists(grads, params, hyper["weight_decay"])
+        if is_used(momentum):
+            buffers = grads
+            if state.momentum_buffer is not None and state.count > 1:
+                old = _private.multiply_list(state.momentum_buffer, momentum)
+                buffers = _private.add_lists(old, grads, 1 - hyper["dampening"])
+            grads = _private.add_lists(grads, buffers, momentum) if self.nesterov else buffers
+            state = state._replace(momentum_buffer=buffers)
+        return _private.add_lists(params, grads, -hyper["lr"]), state
 
     def _buffer(self, grad: Tensor, state: SGDState, momentum: Any, weight: Any) -> Tensor:
         """b_t; the first one is the gradient itself, undampened."""

@@ -61,6 +61,7 @@ class SparseAdam(PerTensor):
     eps: Hyper = 1e-8
     maximize: bool = False
 
+    called: ClassVar = "sparse_adam"
     shaped: ClassVar = ()
     hyper_names: ClassVar = ("lr", "betas", "eps")
     state_type: ClassVar = SparseAdamState
@@ -69,6 +70,7 @@ class SparseAdam(PerTensor):
     torch_step: ClassVar = int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compiles", False)  # torch.compile takes no sparse tensors
         object.__setattr__(self, "betas", check_betas(self.betas))
         self.validate(self.resolve(None))
 

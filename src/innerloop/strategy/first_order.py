@@ -84,7 +84,7 @@ def _constant_gradient(
 
     def evaluate(params: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, Any]:
         filled = tree.with_leaves(hyper, tree.put(leaves, places, values))
-        loss, (aux, new_buffers) = problem.evaluate(params, buffers, filled, batch)
+        loss, (aux, new_buffers) = problem.evaluate(params, buffers, filled, batch, second_order=False)
         found = {
             id(x): x for x in graph.inspect([loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False)
         }

@@ -87,7 +87,7 @@ def _compact(value: Any) -> Any:
     tensors, template = tree.split(value)
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(tensors):
-        if x.is_floating_point() and 0 < x.numel() * x.element_size() <= SMALL:
+        if x.layout is torch.strided and x.is_floating_point() and 0 < x.numel() * x.element_size() <= SMALL:
             groups.setdefault((x.dtype, x.device), []).append(i)
     for (dtype, device), members in groups.items():
         step = _ALIGNMENT // dtype.itemsize
@@ -102,5 +102,7 @@ def _compact(value: Any) -> Any:
 def _to_host(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return x
+    if x.layout is not torch.strided:  # pinned memory is for dense tensors
+        return x.cpu()
     host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     return host.copy_(x, non_blocking=True)

@@ -32,6 +32,14 @@ _IN_TRANSFORM = (
 _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no derivative
 
 
+def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
+    """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
+    for (cls, shown, needs_closure), keys in _VERIFIED.items():
+        names = sorted({name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)})
+        if any(key[0] != "step" for key in keys):
+            yield cls, shown, needs_closure, tuple(names)
+
+
 class AdaptedState(NamedTuple):
     """Steps taken, the tensors that the optimizer keeps, and everything else that it keeps."""
 
@@ -128,22 +136,30 @@ class Adapted(Optimizer):
         params: Params,
         hyper: Mapping[str, Any] | None = None,
         value_and_grad: ValueAndGrad | None = None,
+        hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], AdaptedState]:
-        """`update` without looking whether it is right."""
+        """`update` without looking whether it is right; ``hold`` takes the parameters that the class saw."""
         overrides = dict(hyper or {})
         given = [*params.values(), *grads.values(), *state.tensors, *_tensors_in(overrides.values())]
         with _running(self, [t for t in given if isinstance(t, Tensor)]) as (values, enter, leave):
             working = {name: enter(p) for name, p in params.items()}
             values.own(working.values())
+            if hold is not None:
+                hold.extend(working.values())
 
             def arrive(grads: Grads) -> None:
                 values.grads.update((id(p), None) for p in working.values())
                 values.grads.update((id(working[n]), enter(g)) for n, g in grads.items() if g is not None)
 
+            written = [_private.version(p) for p in working.values()]
+
             def closure() -> Any:
                 assert value_and_grad is not None
+                # At the start of the step the evaluation is known already: it is not made, nor random numbers drawn, a second time.
+                unchanged = written == [_private.version(p) for p in working.values()]
                 with values.paused(), _private.no_saved_tensors_hooks():
-                    loss, found = value_and_grad({name: p.clone() for name, p in working.items()})
+                    at = params if unchanged else {name: p.clone() for name, p in working.items()}
+                    loss, found = value_and_grad(at)
                 arrive(found)
                 return loss.clone()
 
@@ -332,7 +348,8 @@ def adapt(
     Args:
         optimizer: the class; or a function from named parameters to an optimizer, for constructors that need more than a list:
             ``adapt(lambda named: Muon([{"params": [named["w"]], "use_muon": True}, ...]))``.
-        closure: whether ``step`` is given a closure that evaluates the loss (again).
+        closure: whether ``step`` is given a closure that evaluates the loss (again); the gradient where the step starts is in
+            ``.grad`` when it is called, as after ``loss.backward(); optimizer.step(closure)``.
         verify: False skips every comparison; a wrong gradient is then silent.
         settings: keyword arguments of the class.
 

@@ -34,6 +34,7 @@ _TO_NUMBER = {"item", "__float__", "__int__", "__index__", "__complex__", "__arr
 _FACTORIES = {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
 _FILLED = {"full", "full_like", "new_full"}
 _SCALED = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
+_RANDOM = {"normal"}
 _ROOTS = {"sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__"}
 
 
@@ -72,7 +73,7 @@ class Values(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):
             return self._attribute(func, name, *args)
-        if func is _private.set_grad_enabled:
+        if _private.switches_gradients(func):
             return None
         if name in _IDENTITIES:
             return args[0]
@@ -378,12 +379,27 @@ def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     return func(*zero, **{k: 0.0 if x is number else x for k, x in kwargs.items()}) + number.tensor
 
 
+def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
+    """``torch.normal(mean, std)``, whose derivative autograd takes for zero; the same random numbers."""
+    mean, std = _tensors(
+        (args[0] if args else kwargs.get("mean"), args[1] if len(args) > 1 else kwargs.get("std", 1.0))
+    )
+    tensors = [x for x in (mean, std) if isinstance(x, Tensor)]
+    if not any(_private.has_derivative(x) for x in tensors):
+        return func(*args, **kwargs)
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    like, generator = tensors[0], kwargs.get("generator")
+    noise = torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
+    return noise * std + mean
+
+
 _REPLACED: tuple[tuple[Callable[..., Any], set[str]], ...] = (
     (_scaled, _SCALED),
     (_clamped, {"clamp", "clamp_", "clip", "clip_"}),
     (_root, _ROOTS),
     (_built, _FACTORIES),
     (_filled, _FILLED),
+    (_drawn, _RANDOM),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from innerloop import tree
 from innerloop.differences import four_point
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
-if TYPE_CHECKING:
-    from innerloop.optim.adapted.rule import Adapted
-
 STEPS = 6  # enough for what only starts at the second, third or fifth step
 FORWARD = 1e-9
 GRADIENT = 1e-5
@@ -23,7 +20,29 @@ Named = Mapping[str, Tensor]
 At = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def verify(adapted: Adapted, shapes: Mapping[str, Sequence[int]], hyper: Mapping[str, Any] | None = None) -> None:
+@runtime_checkable
+class Steps(Protocol):
+    """What is verified: an adapted class, without the comparisons that it makes itself."""
+
+    make: Callable[[dict[str, Tensor]], torch.optim.Optimizer]
+    needs_closure: bool
+
+    def start(self, params: Named) -> Any:
+        """The state before the first step."""
+
+    def run(
+        self,
+        grads: Named,
+        state: Any,
+        params: Named,
+        hyper: Mapping[str, Any] | None = None,
+        value_and_grad: Any = None,
+        hold: list[Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """One step."""
+
+
+def verify(adapted: Steps, shapes: Mapping[str, Sequence[int]], hyper: Mapping[str, Any] | None = None) -> None:
     """Six steps on a smooth problem with parameters of these shapes, in float64.
 
     Args:
@@ -49,7 +68,7 @@ def verify(adapted: Adapted, shapes: Mapping[str, Sequence[int]], hyper: Mapping
 class _Task:
     r"""Losses :math:`\sum_i \sin(\theta_i + s + t/10) + 1.5\,\theta_i`, with s coupling all: gradients between .3 and 2.8 in size."""
 
-    def __init__(self, adapted: Adapted, shapes: Mapping[str, Sequence[int]], hyper: dict[str, Any]) -> None:
+    def __init__(self, adapted: Steps, shapes: Mapping[str, Sequence[int]], hyper: dict[str, Any]) -> None:
         self.adapted = adapted
         self.shapes = shapes
         self.hyper = hyper
@@ -86,10 +105,10 @@ class _Task:
                         loss.backward()
                     return loss
 
+                closure()  # an adapted optimizer always has the gradient where it starts, whatever its closure does
                 if self.adapted.needs_closure:
-                    optimizer.step(closure)
+                    optimizer.step(closure)  # type: ignore[arg-type]
                 else:
-                    closure()
                     optimizer.step()
         except Exception as error:
             raise InvalidInputError(
@@ -104,6 +123,9 @@ class _Task:
         """By the adapted class; differentiable in both arguments."""
         torch.manual_seed(0)
         now, state = dict(params), self.adapted.start(params)
+        seen: list[
+            Tensor
+        ] = []  # kept alive, so that no step meets the identity of an earlier one's parameter by chance
         for t in range(STEPS):
 
             def value_and_grad(params: Named, t: int = t) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,11 +135,11 @@ class _Task:
                     found = torch.autograd.grad(loss, list(params.values()), create_graph=True)
                 return loss, dict(zip(params, found, strict=True))
 
-            now, state = self.adapted.run(value_and_grad(now)[1], state, now, hyper, value_and_grad)
+            now, state = self.adapted.run(value_and_grad(now)[1], state, now, hyper, value_and_grad, seen)
         return now
 
 
-def _compare(adapted: Adapted, theirs: Named, ours: Named) -> None:
+def _compare(adapted: Steps, theirs: Named, ours: Named) -> None:
     filled = {n: p for n, p in theirs.items() if p.numel()}
     worst = max(float((ours[n].detach() - p).abs().max()) / max(1.0, float(p.abs().max())) for n, p in filled.items())
     if not worst <= FORWARD:
@@ -127,7 +149,7 @@ def _compare(adapted: Adapted, theirs: Named, ours: Named) -> None:
         )
 
 
-def _differentiate(adapted: Adapted, task: _Task, index: int) -> None:
+def _differentiate(adapted: Steps, task: _Task, index: int) -> None:
     along, in_hyper = task.direction(index)
     params = {name: p.requires_grad_() for name, p in task.params().items()}
     hyper = tree.map_tensors(lambda value: value.clone().requires_grad_(), task.hyper)
@@ -156,7 +178,7 @@ def _differentiate(adapted: Adapted, task: _Task, index: int) -> None:
     if not abs(slope - truth) <= GRADIENT * size:
         raise NotDifferentiableError(
             f"{adapted!r}: {what} is {slope:.9g} by autograd and {truth:.9g} by finite differences of the class (known to "
-            f"{apart:.1e}): something in its step leaves the graph without a trace"
+            f"{apart:.1e}): something in its step leaves the graph without a trace, or is rounded to half precision"
         )
 
 
@@ -166,7 +188,7 @@ def _settled(f: Callable[[float], float], enough: float) -> tuple[float, float]:
     Three, because where something is rounded to float32 two neighbours may well agree by chance.
     """
     found = []
-    for h in (4e-4, 2e-5, 1e-6):
+    for h in (4e-3, 4e-4, 2e-5, 1e-6):  # a large one where the class calculates in float32, a small one near a kink
         estimates = sorted(four_point(f, h / 2**k) for k in range(3))
         found.append((estimates[1], estimates[2] - estimates[0]))
         if found[-1][1] <= enough:

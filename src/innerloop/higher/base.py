@@ -1,0 +1,326 @@
+"""What all differentiable optimizers with the interface of ``higher.optim`` have in common: a step without the rule."""
+
+from __future__ import annotations
+
+import abc
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop import _private, graph, tree
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.higher.nested import copy_and_cast, detach, recursive_map
+from innerloop.higher.patch import PatchedModule, fast_weights
+from innerloop.problem import check_loss, distinct, explained
+
+GroupedGrads = Sequence[Sequence[Tensor | None]]
+Grads = list[Tensor | None]
+GradCallback = Callable[[Grads], Sequence[Tensor | None]]
+Override = Mapping[str, Sequence[Any]]
+State = list[collections.defaultdict[int, Any]]
+
+_NAMES = ("params", "param_names")  # what a param group holds besides settings
+
+
+class DifferentiableOptimizer(abc.ABC):
+    """The differentiable form of a torch optimizer: what is common to all rules.
+
+    To write a rule of your own derive from this class, define `_update` and `register_optim` it; to change or to watch a
+    rule derive from its class.
+
+    Args:
+        other: the torch optimizer: groups, settings and current state are taken over. A tensor among its settings keeps its gradient, and
+            a scheduler may change them between steps (in ``higher`` both are lost).
+        reference_params: the parameters of the model that ``other`` steps, in the model's order.
+        fmodel: the patched module whose parameters each step replaces.
+        device: where the optimizer's state goes; default: where it is.
+        override: settings as ``{"lr": [tensor]}``, one entry for all param groups or one per group, from now on; a tensor may also
+            have the shape of the parameters of its group.
+        grad_callback: receives the list of gradients at each step, in the order of ``reference_params`` (None where there is none), and
+            returns those to use.
+        track_higher_grads: False detaches each step.
+        kwargs: accepted and ignored, as in ``higher``.
+
+    Attributes:
+        param_groups: as in ``torch.optim``; settings may be changed between steps. ``"params"`` are the newest parameters.
+        state: for each group what is kept for each of its parameters, by its position.
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        reference_params: Iterable[Tensor],
+        fmodel: PatchedModule | None = None,
+        device: torch.device | str | None = None,
+        override: Override | None = None,
+        grad_callback: GradCallback | None = None,
+        track_higher_grads: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if _private.step_hooks(other):
+            raise InvalidInputError(
+                "the optimizer has step hooks (register_step_pre_hook or _post_hook), which diffopt.step does not run: change gradients "
+                "with grad_callback"
+            )
+        self._reference = list(reference_params)
+        self._other = other
+        self._group_to_param_list = [self._positions(group["params"]) for group in other.param_groups]
+        self.param_groups = [{**g, "params": [None] * len(g["params"])} for g in other.param_groups]
+        self._seen = [settings_of(group) for group in other.param_groups]
+        self._overridden: set[str] = set()
+        self._states = self._initial_state(device)
+        self._apply_override(override)
+        self._hooks = [(i, hook) for i, p in enumerate(self._reference) for hook in _private.gradient_hooks(p)]
+        self._fmodel = fmodel
+        self._device = device
+        self._grad_callback = grad_callback
+        self._track_higher_grads = track_higher_grads
+
+    @property
+    def state(self) -> State:
+        """For each group what is kept for each of its parameters, by its position."""
+        return self._states
+
+    @state.setter
+    def state(self, value: State) -> None:
+        self._states = value
+
+    def step(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        params: Iterable[Tensor] | None = None,
+        override: Override | None = None,
+        grad_callback: GradCallback | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """One differentiable step: instead of ``opt.zero_grad(); loss.backward(); opt.step()``.
+
+        Args:
+            loss: scalar, computed with the patched module at its newest parameters; or a function without arguments that computes it,
+                which a rule that evaluates the loss itself (LBFGS) needs, and calls as often as ``torch.optim`` does.
+            params: the parameters that the loss was computed with; default: the patched module's.
+            override: as in the constructor, from this step on.
+            grad_callback: as in the constructor, for this step.
+            kwargs: handed on to `_update`.
+
+        Returns:
+            The new parameters, which the patched module (if any) uses from now on.
+
+        Raises:
+            InvalidInputError: no parameters, a loss that is not a scalar or does not depend on them.
+            NotDifferentiableError: the loss has no second derivative (compiled code, for example), and it would be needed.
+        """
+        before = self._current(params)
+        self._follow_schedulers()
+        self._apply_override(override)
+        self._fill(before)
+        callback = grad_callback or self._grad_callback
+        grads = self._evaluated(loss, before, callback)
+        with torch.set_grad_enabled(self._track_higher_grads):
+            self._update([[grads[i] for i in members] for members in self._group_to_param_list], **kwargs)
+        after = list(before)
+        for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
+            for i, p in zip(members, group["params"], strict=True):
+                after[i] = p if self._track_higher_grads else p.detach().requires_grad_(before[i].requires_grad)
+        if self._track_higher_grads:  # times are told apart by the identity of their tensors
+            named = distinct(dict(numbered(after)), dict(numbered(before)))
+            after = [named[name] for name, _ in numbered(after)]
+        self._fill(after)
+        self._look_for_goals(after, before)
+        if self._fmodel is not None:
+            self._fmodel.update_params(after)
+        _private.mark_stepped(self._other)
+        return after
+
+    @abc.abstractmethod
+    def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:
+        """Replace ``self.param_groups[i]["params"]`` by the parameters after a step with ``grouped_grads[i]``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``torch.optim.Optimizer.load_state_dict`` reads: state and settings, detached."""
+        twin = twin_of(self._other)
+        twin.param_groups = [
+            {name: _as_before(mine.get(name), value) for name, value in theirs.items() if name not in _NAMES}
+            | {name: theirs[name] for name in _NAMES if name in theirs}
+            for mine, theirs in zip(self.param_groups, self._other.param_groups, strict=True)
+        ]
+        twin.state = collections.defaultdict(dict)
+        for held, group in zip(self.state, self._other.param_groups, strict=True):
+            kept = {p: held[i] for i, p in enumerate(group["params"]) if held.get(i)}
+            twin.state.update({p: tree.map_tensors(lambda t: t.detach().clone(), kept[p]) for p in kept})
+        return torch.optim.Optimizer.state_dict(twin)
+
+    def _initial_state(self, device: torch.device | str | None) -> State:
+        """Copies of what the torch optimizer keeps."""
+        state: State = [collections.defaultdict(dict) for _ in self.param_groups]
+        for held, group in zip(state, self._other.param_groups, strict=True):
+            for i, p in enumerate(group["params"]):
+                if p in self._other.state:
+                    held[i] = copy_and_cast(self._other.state[p], device)
+        return state
+
+    def _positions(self, params: Iterable[Tensor]) -> list[int]:
+        index = {id(p): i for i, p in enumerate(self._reference)}
+        unknown = [tuple(p.shape) for p in params if id(p) not in index]
+        if unknown:
+            raise InvalidInputError(
+                f"the optimizer steps {len(unknown)} tensor(s), of shapes {unknown[:4]}, that are not among reference_params: pass "
+                "model.parameters() of the model whose parameters it was built from"
+            )
+        return [index[id(p)] for p in params]
+
+    def _current(self, params: Iterable[Tensor] | None) -> list[Tensor]:
+        current = list(params) if params is not None else self._fmodel.fast_params if self._fmodel is not None else None
+        if current is None:
+            raise InvalidInputError(
+                "step(loss) without a patched module that has parameters needs them: step(loss, params=params)"
+            )
+        if len(current) != len(self._reference):
+            raise InvalidInputError(
+                f"step got {len(current)} parameters, the optimizer was made for {len(self._reference)}: pass one for each of "
+                "reference_params, in their order"
+            )
+        return current
+
+    def _fill(self, params: Sequence[Tensor]) -> None:
+        for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
+            group["params"] = [params[i] for i in members]
+
+    def _evaluated(
+        self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
+    ) -> Grads:
+        return self._gradients(check_loss(loss() if callable(loss) else loss, "the loss"), params, callback)
+
+    def _gradients(self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None) -> Grads:
+        used = set(range(len(params))) if callback else {i for members in self._group_to_param_list for i in members}
+        wanted = [i for i in sorted(used) if params[i].requires_grad]
+        if not loss.requires_grad:
+            why = (
+                "torch.no_grad() is on"
+                if not torch.is_grad_enabled()
+                else "it was detached, or computed without fmodel"
+            )
+            raise InvalidInputError(
+                f"the loss does not depend on any parameter through the graph ({why}): compute it as loss_fn(fmodel(x), y)"
+            )
+        leaves = graph.inspect([loss], params, self._track_higher_grads)
+        found = self._differentiate(loss, [params[i] for i in wanted])
+        if wanted and all(g is None for g in found):
+            raise InvalidInputError(
+                "the loss depends on none of the parameters: compute it with the patched module, after the last step"
+            )
+        self._note(leaves, params)
+        grads: Grads = [None] * len(params)
+        for i, g in zip(wanted, found, strict=True):
+            if self._track_higher_grads and g is not None and g.layout != torch.strided:
+                raise NotDifferentiableError(
+                    f"the gradient of parameter {i} is sparse, which has no second derivative: build nn.Embedding with sparse=False"
+                )
+            grads[i] = g
+        for i, hook in self._hooks:
+            if grads[i] is not None and (changed := hook(grads[i])) is not None:  # type: ignore[arg-type]
+                grads[i] = changed
+        return grads if callback is None else self._called_back(callback, grads)
+
+    def _differentiate(self, loss: Tensor, wanted: list[Tensor]) -> Sequence[Tensor | None]:
+        gate = None if self._fmodel is None else fast_weights(self._fmodel).gate
+        closed = gate is not None and gate.closed
+        if gate is not None:
+            gate.closed = False
+        try:
+            return (
+                torch.autograd.grad(loss, wanted, create_graph=self._track_higher_grads, allow_unused=True)
+                if wanted
+                else []
+            )
+        except RuntimeError as error:
+            raise explained(error) from error
+        finally:
+            if gate is not None:
+                gate.closed = closed
+
+    @staticmethod
+    def _called_back(callback: GradCallback, grads: Grads) -> Grads:
+        changed = callback(grads)
+        if not isinstance(changed, Sequence) or len(changed) != len(grads):
+            got = len(changed) if isinstance(changed, Sequence) else type(changed).__name__
+            raise InvalidInputError(
+                f"grad_callback must return a list with a gradient, or None, for each of the {len(grads)} parameters; got {got}"
+            )
+        return list(changed)
+
+    def _apply_override(self, override: Override | None) -> None:
+        for name, values in (override or {}).items():
+            if not isinstance(values, Sequence) or len(values) not in (1, len(self.param_groups)):
+                raise InvalidInputError(
+                    f"override[{name!r}] must be a list with one entry, or one for each of the {len(self.param_groups)} param groups: "
+                    f"override={{{name!r}: [tensor]}}"
+                )
+            self._check_setting(name)
+            self._overridden.add(name)
+            for i, group in enumerate(self.param_groups):
+                value = values[i % len(values)]
+                group[name] = tuple(value) if isinstance(value, list) and isinstance(group.get(name), tuple) else value
+
+    def _check_setting(self, name: str) -> None:
+        """Raise if there is no such setting; a rule of the user's own may have more than its torch form, so here all will do."""
+        return
+
+    def _follow_schedulers(self) -> None:
+        """Take over what was changed in the torch optimizer since the last step."""
+        if len(self._other.param_groups) != len(self.param_groups):
+            raise InvalidInputError("the torch optimizer got another param group inside the loop: make a new diffopt")
+        for group, theirs, seen in zip(self.param_groups, self._other.param_groups, self._seen, strict=True):
+            for name, value in settings_of(theirs).items():
+                old = seen.get(name)
+                if value is not old and (has_tensor(value) or has_tensor(old) or value != old):
+                    seen[name] = value
+                    if name not in self._overridden:
+                        group[name] = value
+
+    def _look_for_goals(self, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """At the first step, which leaves it depends on (a learned rule, a setting); later ones the loss alone can bring in."""
+        if self._fmodel is not None and self._track_higher_grads:
+            teacher = fast_weights(self._fmodel).teacher
+            if not teacher.outside and teacher.steps == 0:
+                self._note(graph.inspect(after, before, second_order=False), before)
+            teacher.outside |= any(
+                t.requires_grad for group in self.param_groups for t in tree.tensors(settings_of(group))
+            )
+
+    def _note(self, leaves: Iterable[Tensor], params: Sequence[Tensor]) -> None:
+        if self._fmodel is not None and not fast_weights(self._fmodel).teacher.outside:
+            own = {id(p) for p in params}
+            fast_weights(self._fmodel).teacher.outside = any(id(leaf) not in own for leaf in leaves)
+
+
+def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer of the same class, for its groups and state to be replaced."""
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer))
+    return twin
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    """A setting without its graph, and as a number if it was one."""
+    if isinstance(old, Tensor):
+        return detach(new)
+    return recursive_map(new, lambda v: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v)
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a param group holds besides parameters."""
+    return {name: value for name, value in group.items() if name not in _NAMES}
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a setting is a tensor, or a pair with one in it: it is then compared by identity."""
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value))
+
+
+def numbered(params: Iterable[Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """Parameters by the names that the rules know them under: their positions."""
+    return ((str(i), p) for i, p in enumerate(params))

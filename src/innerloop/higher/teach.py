@@ -1,0 +1,72 @@
+"""Warnings at the moment when a gradient goes where nobody looks for it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+from torch import Tensor
+
+from innerloop.errors import UnreachedGradientWarning
+
+COPIED = (
+    "backward() left its gradient in the copies that fmodel.parameters(time=0) gives, and the .grad of your model's own parameters is "
+    "what it was before: copy_initial_weights=True (the default, as in higher) starts the loop from detached copies. Write "
+    "innerloop_ctx(model, opt, copy_initial_weights=False) for the gradient of model.parameters() (MAML). If you do want the copies' "
+    "gradients, read them by torch.autograd.grad(outer, fmodel.parameters(time=0))"
+)
+UNTRACKED = (
+    "backward() left its gradient in the newest inner parameters, fmodel.parameters(), and the .grad of your model's own parameters is "
+    "what it was before: with track_higher_grads=False each step is cut off from the one before. Write track_higher_grads=True for "
+    "the gradient through the steps; innerloop.track(model, opt, first_order=True) for that of first-order MAML; or "
+    "torch.autograd.grad(outer, list(fmodel.parameters())) if the gradient at the newest parameters is what you want"
+)
+
+_NOT_THE_USER = ("torch", "innerloop", "beartype", "jaxtyping")
+
+
+class Teacher:
+    """Watches where ``backward()`` leaves gradients, for one patched module; ``torch.autograd.grad`` never disturbs it.
+
+    Attributes:
+        steps: how many updates the parameters have had.
+        aware: the user asked for the parameters at time 0, where the gradients of copies are.
+        outside: a step depended on a leaf outside of the module (a hyper-parameter, another network): the outer gradient has a goal.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.aware = False
+        self.outside = False
+        self._said: set[str] = set()
+
+    def watch_copies(self, leaves: list[Tensor]) -> None:
+        """The parameters at time 0, if they are copies."""
+        for leaf in leaves:
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(self._copy_reached)
+
+    def watch_newest(self, leaves: list[Tensor]) -> None:
+        """The parameters after a step that was cut off from the one before."""
+        for leaf in leaves:
+            if leaf.requires_grad and leaf.is_leaf:
+                leaf.register_post_accumulate_grad_hook(self._newest_reached)
+
+    def _copy_reached(self, _: Tensor) -> None:
+        if self.steps and not self.aware and not self.outside:
+            self._say(COPIED)
+
+    def _newest_reached(self, _: Tensor) -> None:
+        self._say(UNTRACKED)
+
+    def _say(self, message: str) -> None:
+        if message in self._said:
+            return
+        self._said.add(message)
+        level, frame = (
+            1,
+            inspect.currentframe(),
+        )  # of this function; the one that called backward() is neither ours nor PyTorch's
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+            level, frame = level + 1, frame.f_back
+        warnings.warn(message, UnreachedGradientWarning, stacklevel=max(level, 1))

@@ -1,0 +1,197 @@
+"""The operations that are replaced, and why: the one list.
+
+**To enrol an operation**: write its form, and register it here under every function of PyTorch by which users and modules reach it.
+`innerloop doctor` then shows what the form makes of the derivatives, and ``tests/test_audit_contract.py`` trains through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from innerloop import _private
+from innerloop.nn import (
+    attention,
+    cross_entropy,
+    ctc_loss,
+    distance,
+    elementary,
+    embedding_bag,
+    grid_sample,
+    loss,
+    norm,
+    recurrent,
+)
+from innerloop.nn.replace import open_up, register, third_order
+from innerloop.nn.weight_norm import weight_norm
+
+CONSTANT = """
+    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1
+    scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0 hermite_polynomial_h hermite_polynomial_he
+    laguerre_polynomial_l legendre_polynomial_p chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+    chebyshev_polynomial_w shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+    shifted_chebyshev_polynomial_w
+""".split()
+"""Functions of ``torch.special`` whose result does not require grad, whatever they are given."""
+NO_SECOND = "it has no second derivative"
+NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
+
+
+def forward_mode(args: Any, kwargs: Any) -> bool:
+    """Whether a forward-mode derivative is being taken; otherwise PyTorch's kernel has all that is needed."""
+    return _private.forward_mode()
+
+
+def many_logits(args: Any, kwargs: Any) -> bool:
+    """Whether the form takes so many logits on itself."""
+    logits = args[0] if args else kwargs["input"]
+    return isinstance(logits, Tensor) and logits.numel() >= cross_entropy.TAKES_CHUNKS
+
+
+def differentiated(args: Any, kwargs: Any) -> bool:
+    """Whether anything differentiates an argument."""
+    return not torch.compiler.is_compiling() and any(
+        isinstance(x, Tensor) and _private.has_derivative(x) for x in (*args, *kwargs.values())
+    )
+
+
+def by_frequency(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.embedding`` was asked to divide gradients by counts."""
+    return bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+
+
+def loses_its_weight(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.l1_loss`` was called with a weight."""
+    return not torch.compiler.is_compiling() and "weight" not in kwargs and loss.weight_of_l1_loss() is not None
+
+
+def into_out(args: Any, kwargs: Any) -> bool:
+    """Whether a result is to be written into a given tensor while a forward-mode derivative is taken."""
+    return kwargs.get("out") is not None and _private.forward_mode()
+
+
+def product_in_forward_mode(args: Any, kwargs: Any) -> bool:
+    """Whether ``scatter_reduce`` multiplies while a forward-mode derivative is taken."""
+    return kwargs.get("reduce", args[4] if len(args) > 4 else None) == "prod" and _private.forward_mode()
+
+
+register(
+    weight_norm,
+    _private.weight_norm(),
+    name="torch._weight_norm",
+    reason="its second derivative is wrong without an error",
+    silent=True,
+)
+register(
+    elementary.refused("F.embedding(scale_grad_by_freq=True)", embedding_bag.BY_FREQUENCY),
+    F.embedding,
+    name="F.embedding(scale_grad_by_freq=True)",
+    reason="its gradient is no derivative, and the second derivative is wrong without an error: refused",
+    silent=True,
+    when=by_frequency,
+)
+register(
+    elementary.cholesky_inverse,
+    torch.cholesky_inverse,
+    Tensor.cholesky_inverse,
+    name="torch.cholesky_inverse",
+    reason="its forward-mode derivative, and for a full matrix its gradient, are wrong without an error",
+    silent=True,
+)
+register(
+    elementary.refused(
+        "scatter_reduce(reduce='prod')",
+        'has a forward-mode derivative that PyTorch gets wrong without an error (it is zero). Write product="reverse", or multiply by '
+        "other means",
+    ),
+    torch.scatter_reduce,
+    Tensor.scatter_reduce,
+    Tensor.scatter_reduce_,
+    name="torch.scatter_reduce(reduce='prod')",
+    reason="its forward-mode derivative is zero without an error: refused",
+    silent=True,
+    when=product_in_forward_mode,
+)
+register(
+    loss.l1_loss,
+    F.l1_loss,
+    name="F.l1_loss(weight=...)",
+    reason="under a torch function mode PyTorch ignores the weight without an error",
+    silent=True,
+    when=loses_its_weight,
+)
+for form, original in (
+    (norm.layer_norm, F.layer_norm),
+    (norm.batch_norm, F.batch_norm),
+    (norm.instance_norm, F.instance_norm),
+):
+    register(
+        form,
+        original,
+        name=f"F.{original.__name__} in loops inside of loops",
+        reason="its third derivative is wrong without an error",
+        silent=True,
+        when=third_order,
+    )
+register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
+register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
+register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
+register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND)
+register(loss.multi_margin_loss, F.multi_margin_loss, name="F.multi_margin_loss", reason=NO_SECOND)
+register(loss.multilabel_margin_loss, F.multilabel_margin_loss, name="F.multilabel_margin_loss", reason=NO_SECOND)
+register(elementary.hardsigmoid, F.hardsigmoid, name="F.hardsigmoid", reason=NO_SECOND)
+register(loss.huber_loss, F.huber_loss, name="F.huber_loss", reason=NO_FORWARD, when=forward_mode)
+register(loss.mse_loss, F.mse_loss, name="F.mse_loss", reason=NO_FORWARD, when=forward_mode)
+register(loss.soft_margin_loss, F.soft_margin_loss, name="F.soft_margin_loss", reason=NO_FORWARD, when=forward_mode)
+register(grid_sample.grid_sample, F.grid_sample, name="F.grid_sample", reason=NO_FORWARD, when=forward_mode)
+register(elementary.normalize, F.normalize, name="F.normalize(out=...)", reason=NO_FORWARD, when=into_out)
+for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    register(
+        recurrent.without_cudnn(operation),
+        operation,
+        name=f"torch.{operation.__name__} in cuDNN",
+        reason=NO_SECOND,
+        when=recurrent.on_cuda,
+    )
+for name in CONSTANT:
+    if hasattr(torch.special, name):
+        register(
+            elementary.refused(
+                f"torch.special.{name}",
+                "has no derivative, and PyTorch returns a constant without an error: its gradient would be zero",
+            ),
+            getattr(torch.special, name),
+            name=f"torch.special.{name}",
+            reason="it has no derivative, and its result is a constant without an error: refused",
+            silent=True,
+            when=differentiated,
+        )
+register(
+    elementary.refused(
+        "torch.triangular_solve",
+        "has a forward-mode derivative that PyTorch gets wrong without an error. Write torch.linalg.solve_triangular",
+    ),
+    torch.triangular_solve,
+    Tensor.triangular_solve,
+    name="torch.triangular_solve",
+    reason="its forward-mode derivative is wrong without an error: refused",
+    silent=True,
+    when=forward_mode,
+)
+register(
+    attention.scaled_dot_product_attention,
+    F.scaled_dot_product_attention,
+    name="F.scaled_dot_product_attention",
+    reason="the fused kernels have neither a second derivative nor forward mode",
+)
+register(
+    cross_entropy.cross_entropy,
+    F.cross_entropy,
+    name="F.cross_entropy",
+    reason="its second derivative keeps eleven tensors of the size of the logits",
+    when=many_logits,
+)
+open_up(F.multi_head_attention_forward)

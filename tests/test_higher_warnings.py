@@ -1,0 +1,155 @@
+"""The two questions that users of higher ask are answered when they bite, and only then."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import innerloop.higher as higher
+from innerloop.errors import UnreachedGradientWarning
+
+X = torch.ones(3, 2)
+
+
+def loss(fmodel: Any) -> Tensor:
+    return fmodel(X).square().mean()
+
+
+def episode(model: nn.Module, **options: Any) -> tuple[Any, Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with higher.innerloop_ctx(model, optimizer, **options) as (fmodel, diffopt):
+        for _ in range(2):
+            diffopt.step(loss(fmodel))
+        return fmodel, loss(fmodel)
+
+
+def untouched(model: nn.Module) -> bool:
+    return all(p.grad is None for p in model.parameters())
+
+
+# -- they bite ---------------------------------------------------------------------------------------------------------
+
+
+def test_copied_initial_weights() -> None:
+    model = nn.Linear(2, 1)
+    _, outer = episode(model)
+    with pytest.warns(UnreachedGradientWarning, match="copy_initial_weights=False") as caught:
+        outer.backward()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert untouched(model)
+
+
+def test_tracking_switched_off() -> None:
+    model = nn.Linear(2, 1)
+    _, outer = episode(model, copy_initial_weights=False, track_higher_grads=False)
+    with pytest.warns(UnreachedGradientWarning, match="track_higher_grads=True") as caught:
+        outer.backward()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert untouched(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"copy_initial_weights": False, "track_higher_grads": False}])
+def test_it_is_said_once_for_each_episode(options: dict[str, Any]) -> None:
+    _, outer = episode(nn.Linear(2, 1), **options)
+    with pytest.warns(UnreachedGradientWarning):
+        outer.backward(retain_graph=True)
+    outer.backward(retain_graph=True)
+
+
+def test_by_hand_too() -> None:
+    fmodel = higher.monkeypatch(nn.Linear(2, 1))
+    grads = torch.autograd.grad(loss(fmodel), list(fmodel.parameters()), create_graph=True)
+    fmodel.fast_params = [p - 0.1 * g for p, g in zip(fmodel.parameters(), grads, strict=True)]
+    with pytest.warns(UnreachedGradientWarning, match="copies"):
+        loss(fmodel).backward()
+
+
+# -- right use is silent (a warning in a test is an error) -------------------------------------------------------------
+
+
+def test_the_gradient_of_the_model() -> None:
+    model = nn.Linear(2, 1)
+    episode(model, copy_initial_weights=False)[1].backward()
+    assert not untouched(model)
+
+
+def test_autograd_grad_of_anything() -> None:
+    fmodel, outer = episode(nn.Linear(2, 1))
+    torch.autograd.grad(outer, list(fmodel.parameters(time=0)))
+    for copied in (True, False):
+        fmodel, outer = episode(nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=False)
+        torch.autograd.grad(outer, list(fmodel.parameters()))
+
+
+def test_evaluation() -> None:
+    for copied in (True, False):
+        for tracked in (True, False):
+            _, outer = episode(nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=tracked)
+            assert outer.item() >= 0
+
+
+def test_who_asks_for_the_copies_reads_their_grad() -> None:
+    for ask in (lambda f: list(f.parameters(time=0)), lambda f: f.init_fast_params):
+        fmodel, outer = episode(nn.Linear(2, 1))
+        start = ask(fmodel)
+        outer.backward()
+        assert all(p.grad is not None for p in start)
+
+
+def test_before_the_first_step_the_copies_are_the_parameters() -> None:
+    for tracked in (True, False):
+        fmodel = higher.monkeypatch(nn.Linear(2, 1), track_higher_grads=tracked)
+        loss(fmodel).backward()
+        assert all(p.grad is not None for p in fmodel.parameters())
+
+
+@pytest.mark.parametrize("at_step", [True, False])
+def test_a_learned_setting(at_step: bool) -> None:
+    model, rate = nn.Linear(2, 1), torch.tensor(0.1, requires_grad=True)
+    override = {"lr": [rate]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with higher.innerloop_ctx(model, optimizer, override=None if at_step else override) as (fmodel, diffopt):
+        diffopt.step(loss(fmodel), override=override if at_step else None)
+        loss(fmodel).backward()
+    assert rate.grad is not None
+
+
+def test_a_learned_loss_or_callback() -> None:
+    for where in ("loss", "callback"):
+        model, weight = nn.Linear(2, 1), torch.tensor(2.0, requires_grad=True)
+        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+            if where == "loss":
+                diffopt.step(weight * loss(fmodel))
+            else:
+                diffopt.step(loss(fmodel), grad_callback=lambda grads, weight=weight: [weight * g for g in grads])
+            loss(fmodel).backward()
+        assert weight.grad is not None
+
+
+def test_parameters_from_elsewhere() -> None:
+    """A hypernetwork's output takes the place of the copies: its gradient goes where it should."""
+    source = nn.Linear(2, 1)
+    fmodel = higher.monkeypatch(nn.Linear(2, 1))
+    fmodel(X, params=[2 * p for p in source.parameters()]).sum().backward()
+    assert not untouched(source)
+
+
+def test_ordinary_training_in_between() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    episode(model, track_higher_grads=False)
+    loss(model).backward()
+    optimizer.step()
+
+
+def test_it_can_be_silenced_by_its_class() -> None:
+    _, outer = episode(nn.Linear(2, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreachedGradientWarning)
+        outer.backward()

@@ -1,0 +1,650 @@
+"""The forms that replace PyTorch's operations: when they do, when they must not, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+import innerloop
+from innerloop import _private
+from innerloop.nn import functional as ours
+from innerloop.nn import recurrent, replace
+from tests.oracles import assert_derivative, derivative, smooth_noise
+
+F: Any = functional  # the stubs of torch lag behind its arguments
+pytestmark = pytest.mark.usefixtures("float64")
+STEPS = 3
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(5, 3)
+        self.head = nn.Linear(3, 1)
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(0.7 * smooth_noise(*p.shape, phase=float(i)))
+
+    def forward(self, t: int) -> Tensor:
+        indices = (torch.arange(6).reshape(2, 3) * (t + 2)) % 5
+        return self.head(self.bag(indices).tanh()).square().mean()
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+
+
+def modes() -> int:
+    """How many replacing modes were left on; they are taken off."""
+    count = 0
+    while isinstance(mode := _private.function_mode(), replace.Replacing):
+        mode.__exit__(None, None, None)
+        count += 1
+    return count
+
+
+def node_of(x: Tensor) -> str:
+    return type(x.grad_fn).__name__
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_on() -> Any:
+    yield
+    assert modes() == 0
+    assert replace._thread.loops == 0
+
+
+# -- when ----------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_replaced_inside_the_block_only() -> None:
+    model, weight = Bags(), torch.ones(2, 1, requires_grad=True)
+    look = lambda: node_of(F.embedding_bag(torch.tensor([[0, 1]]), weight))  # noqa: E731
+    assert look() == "EmbeddingBagBackward0"
+    with innerloop.track(model, sgd(model)) as loop:
+        assert look() != "EmbeddingBagBackward0"
+        loop.step(loop.model(0))
+        assert look() != "EmbeddingBagBackward0"
+    assert look() == "EmbeddingBagBackward0"
+
+
+def test_the_mode_ends_with_an_exception() -> None:
+    model = Bags()
+
+    def run() -> None:
+        with innerloop.track(model, sgd(model)) as loop:
+            loop.step(loop.model(0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert modes() == 0
+
+
+def test_blocks_may_end_in_the_order_in_which_they_began() -> None:
+    model = Bags()
+    loops = [innerloop.track(model, sgd(model)) for _ in range(2)]
+    for loop in loops:
+        loop.__enter__()
+    for loop in loops:
+        loop.step(loop.model(0))
+    for loop in loops:
+        loop.__exit__(None, None, None)
+    assert modes() == 0
+
+
+def test_another_mode_may_begin_inside_the_block() -> None:
+    model = Bags()
+    with innerloop.track(model, sgd(model)) as loop, torch.device("cpu"):
+        loop.step(loop.model(0))
+        loop.step(loop.model(1))
+
+
+def test_a_loop_without_such_operations_looks_at_its_first_step_only() -> None:
+    model = nn.Linear(2, 1)
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(loop.model(torch.ones(2)).square().sum())
+        assert _private.function_mode() is None
+
+
+def test_an_operation_of_a_later_step_is_refused_by_name_and_can_be_announced() -> None:
+    model = Bags()
+
+    def run() -> Tensor:
+        with innerloop.track(model, sgd(model)) as loop:
+            loop.step(loop.model.head(torch.ones(3)).square().sum())
+            loop.step(loop.model(0))
+            return loop.model(1)
+
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"F\.embedding_bag.*innerloop\.nn\.replacing"):
+        run()
+    with innerloop.nn.replacing():
+        run().backward()
+
+
+def test_a_loss_computed_before_the_block_is_refused() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
+    loop = innerloop.track(model, sgd(model))
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"torch\._weight_norm.*wrong second derivative"):
+        loop.step(loop.model(torch.ones(2)).square().sum())
+
+
+def test_what_leads_to_outer_tensors_alone_is_differentiated_once_and_not_refused() -> None:
+    """A network outside of the loop gives the targets, through an operation without a second derivative."""
+
+    def run(table: Tensor) -> Tensor:
+        targets = F.embedding_bag(torch.tensor([[0, 1], [1, 2]]), table)  # before the block: PyTorch's own
+        assert not table.requires_grad or node_of(targets) == "EmbeddingBagBackward0"
+        model = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[0.3, -0.2]]))
+        x = torch.tensor([[1.0, 0.5], [-0.3, 0.8]])
+        with innerloop.track(model, sgd(model), learn="outer") as loop:
+            for _ in range(STEPS):
+                loop.step((loop.model(x) - targets).tanh().square().mean())
+            return loop.model(x).sin().sum()
+
+    table = smooth_noise(3, 1).requires_grad_()
+    run(table).backward()
+    direction = smooth_noise(3, 1, phase=1.0)
+    truth = derivative(lambda h: run(table.detach() + h * direction).item())
+    assert table.grad is not None
+    assert_derivative((table.grad * direction).sum().item(), truth, "targets")
+
+
+def test_the_choice_is_logged_once_and_listed(caplog: pytest.LogCaptureFixture) -> None:
+    model = Bags()
+    replace._met.pop("F.embedding_bag", None)
+    with caplog.at_level(logging.INFO, "innerloop"):
+        for _ in range(2):
+            with innerloop.track(model, sgd(model)) as loop:
+                loop.step(loop.model(0))
+    assert [record.message for record in caplog.records if "F.embedding_bag" in record.message] == [
+        "F.embedding_bag is replaced by a form of innerloop's while gradients of gradients are tracked: it has no second derivative"
+    ]
+    assert innerloop.nn.replaced()["F.embedding_bag"] == "it has no second derivative"
+
+
+def test_kernels_can_be_kept_and_their_second_derivative_is_then_refused() -> None:
+    model = Bags()
+    with innerloop.nn.keep_kernels(), innerloop.track(model, sgd(model)) as loop:
+        loss = loop.model(0)
+        with pytest.raises(innerloop.NotDifferentiableError, match="keep_kernels"):
+            loop.step(loss)
+    v = smooth_noise(3, 2)
+    with innerloop.nn.keep_kernels(), innerloop.nn.replacing():  # wrong without an error: not kept
+        assert node_of(torch._weight_norm(v.requires_grad_(), torch.ones(3, 1))) != "WeightNormInterfaceBackward0"
+
+
+@pytest.mark.parametrize("arguments", [{"first_order": True}, {"learn": "nothing"}])
+def test_kernels_stay_where_no_second_derivative_is_taken(arguments: dict[str, Any]) -> None:
+    model = Bags()
+    with innerloop.track(model, sgd(model), **arguments) as loop:
+        assert node_of(loop.model.bag(torch.tensor([[0, 1]]))) == "EmbeddingBagBackward0"
+        loop.step(loop.model(0))
+
+
+def test_first_order_gradients_are_those_of_constant_inner_gradients() -> None:
+    """With SGD the FOMAML gradient is the outer gradient at the adapted parameters, here taken by plain PyTorch."""
+    plain = Bags()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
+    for t in range(STEPS):
+        optimizer.zero_grad()
+        plain(t).backward()
+        optimizer.step()
+    truth = torch.autograd.grad(plain(STEPS), list(plain.parameters()))
+    model = Bags()
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.3), first_order=True) as loop:
+        for t in range(STEPS):
+            loop.step(loop.model(t))
+        loop.model(STEPS).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(truth), rtol=1e-12, atol=1e-14)
+
+    model, seen = Bags(), []
+
+    def loss(m: Any, hyper: Any, t: int) -> Tensor:
+        seen.append(node_of(m.bag(torch.tensor([[0, 1]]))))
+        return m(t)
+
+    problem = innerloop.Problem.from_module(model, loss, innerloop.optim.sgd(lr=0.3))
+    params = dict(model.named_parameters())
+    traj = innerloop.unroll(problem, params, list(range(STEPS)), strategy=innerloop.FirstOrder())
+    assert set(seen) == {"EmbeddingBagBackward0"}
+    call, _, _ = innerloop.functional(model)
+    found = torch.autograd.grad(call(traj.params, STEPS), list(params.values()))
+    torch.testing.assert_close(list(found), list(truth), rtol=1e-12, atol=1e-14)
+
+
+STRATEGIES = (
+    innerloop.StoreAll(),
+    innerloop.Checkpointed(),
+    innerloop.Checkpointed(product="mixed"),
+    innerloop.Checkpointed(product="finite"),
+    innerloop.Truncated(STEPS),
+    innerloop.ForwardMode(),
+)
+
+
+class Normed(nn.Module):
+    """Operations that PyTorch gets wrong, or does not differentiate twice, of which each strategy sees the right forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = parametrizations.weight_norm(nn.Linear(2, 3))
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(0.8 + 0.5 * smooth_noise(*p.shape, phase=float(i)))
+
+    def forward(self, t: Any) -> Tensor:
+        y = self.layer(smooth_noise(4, 2, phase=10.0 + float(t)))
+        return torch.cdist(y, 0.5 * y.flip(1)).tanh().mean() + F.huber_loss(y, y.flip(0).sin(), delta=0.4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
+def test_every_strategy_takes_the_right_forms(strategy: innerloop.strategy.Strategy) -> None:
+    def plain(lr: float) -> float:
+        model = Normed()
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        for t in range(STEPS):
+            optimizer.zero_grad()
+            model(t).backward()
+            optimizer.step()
+        return model(STEPS).item()
+
+    model = Normed()
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, t: m(t), innerloop.optim.sgd(lr=0.0), optimizer_hyper=lambda hyper, t: {"lr": hyper}
+    )
+    lr = torch.tensor(0.2, requires_grad=True)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    traj = innerloop.unroll(problem, params, list(range(STEPS)), hyper=lr, strategy=strategy)
+    call, _, _ = innerloop.functional(model)
+    outer = call(traj.params, STEPS)
+    assert outer.item() == pytest.approx(plain(0.2), rel=1e-10)
+    (found,) = torch.autograd.grad(outer, lr)
+    assert_derivative(
+        found.item(),
+        derivative(lambda h: plain(0.2 + h)),
+        repr(strategy),
+        relative=1e-5 if "finite" in repr(strategy) else 1e-6,
+    )
+
+
+# -- loops inside of loops -----------------------------------------------------------------------------------------------
+
+
+def normalised_net() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 1))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.6 * smooth_noise(*p.shape, phase=float(i)))
+    return model
+
+
+def error(model: Callable[[Tensor], Tensor], t: float) -> Tensor:
+    return (model(smooth_noise(5, 2, phase=t)) - smooth_noise(5, 1, phase=t + 50)).square().mean()
+
+
+def _called(model: nn.Module, params: dict[str, Tensor], x: Tensor) -> Any:
+    return torch.func.functional_call(model, params, (x,))
+
+
+def adapted(model: Any, steps: int = 2) -> Tensor:
+    """An inner loop's outer loss."""
+    with innerloop.track(model, innerloop.optim.sgd(lr=0.2)) as inner:
+        for t in range(steps):
+            inner.step(error(inner.model, float(t)))
+        return error(inner.model, 9.0)
+
+
+def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
+    """The outer loop trains the initialisation of the inner one; truth are plain second derivatives, differenced."""
+    directions = [smooth_noise(*p.shape, phase=80.0 + i) for i, p in enumerate(normalised_net().parameters())]
+
+    def moved(h: float) -> nn.Module:
+        model = normalised_net()
+        with torch.no_grad():
+            for p, v in zip(model.parameters(), directions, strict=True):
+                p.add_(h * v)
+        return model
+
+    def plain(h: float) -> float:
+        """Plain PyTorch whose gradients are taken by autograd up to the second derivative, which is right."""
+        model = moved(h)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            values = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+            fast = dict(values)
+            for t in range(2):
+                loss = error(functools.partial(_called, model, fast), float(t))
+                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+                fast = {n: p - 0.2 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+            outer = error(functools.partial(_called, model, fast), 9.0)
+            for p, g in zip(model.parameters(), torch.autograd.grad(outer, list(values.values())), strict=True):
+                p.grad = g
+            optimizer.step()
+        return error(model, 12.0).item()
+
+    model = normalised_net()
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+        for _ in range(2):
+            loop.step(adapted(loop.model))
+        outer = error(loop.model, 12.0)
+    assert outer.item() == pytest.approx(plain(0.0), rel=1e-10)
+    outer.backward()
+    found = sum(
+        (p.grad * v).sum().item() for p, v in zip(model.parameters(), directions, strict=True) if p.grad is not None
+    )
+    assert_derivative(found, derivative(plain), "nested loops")
+
+
+def test_a_third_derivative_of_layer_norm_is_refused_and_can_be_asked_for() -> None:
+    model = normalised_net()
+    params = list(model.parameters())
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"any_order"):
+        torch.autograd.grad(adapted(model), params, create_graph=True)
+    torch.autograd.grad(adapted(model), params)  # nothing to refuse
+    with innerloop.nn.any_order():
+        outer = adapted(model)
+    slopes = torch.autograd.grad(outer, params, create_graph=True)
+    directions = [smooth_noise(*p.shape, phase=80.0 + i) for i, p in enumerate(params)]
+    along = torch.stack([(g * v).sum() for g, v in zip(slopes, directions, strict=True)]).sum()
+    bends = torch.autograd.grad(along, params)
+
+    def slope(h: float) -> float:
+        moved = normalised_net()
+        with torch.no_grad():
+            for p, v in zip(moved.parameters(), directions, strict=True):
+                p.add_(h * v)
+        found = torch.autograd.grad(adapted(moved), list(moved.parameters()))
+        return sum((g * v).sum().item() for g, v in zip(found, directions, strict=True))
+
+    found = sum((g * v).sum().item() for g, v in zip(bends, directions, strict=True))
+    assert_derivative(found, derivative(slope), "second derivative of the meta-loss")
+
+
+# -- forms against PyTorch -----------------------------------------------------------------------------------------------
+
+X, Y, W = smooth_noise(4, 3), smooth_noise(4, 3, phase=1.0), 1 + smooth_noise(4, 3, phase=2.0) / 2
+LABELS, SIGNS = torch.tensor([0, 2, 1, 2]), torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]).expand(4, 3)
+MANY = torch.tensor([[0, -1, 0], [2, 0, -1], [1, -1, 0], [2, -1, -1]])
+IMAGE, GRID = smooth_noise(2, 3, 5, 6), 1.4 * smooth_noise(2, 3, 4, 2, phase=1.0)
+FLAT, OFFSETS = torch.tensor([1, 2, 4, 5, 4, 3, 2, 2]), torch.tensor([0, 3, 3, 6])
+TABLE = smooth_noise(6, 3)
+LOG_PROBABILITIES = smooth_noise(7, 2, 5)  # not normalised: PyTorch's gradient has a term of its own there
+CTC = (torch.tensor([[1, 2, 2], [3, 1, 0]]), torch.tensor([7, 5]), torch.tensor([3, 2]))
+
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = {}
+
+
+def enrol(name: str, mine: Any, theirs: Any, *args: Any, **options: Any) -> None:
+    CALLS[f"{name} {options}"] = (mine, theirs, args, options)
+
+
+for reduction in ("mean", "sum", "none"):
+    enrol("mse", ours.mse_loss, F.mse_loss, X, Y, reduction=reduction)
+    enrol("mse-weight", ours.mse_loss, F.mse_loss, X, Y, reduction=reduction, weight=W)
+    enrol("huber", ours.huber_loss, F.huber_loss, X, Y, reduction=reduction, delta=0.4)
+    enrol("huber-weight", ours.huber_loss, F.huber_loss, X, Y, reduction=reduction, weight=W)
+    enrol("soft-margin", ours.soft_margin_loss, F.soft_margin_loss, X, SIGNS, reduction=reduction)
+    enrol("multi-margin", ours.multi_margin_loss, F.multi_margin_loss, X, LABELS, reduction=reduction, margin=0.7)
+    enrol(
+        "multi-margin-2", ours.multi_margin_loss, F.multi_margin_loss, X, LABELS, reduction=reduction, p=2, weight=W[0]
+    )
+    enrol("multilabel", ours.multilabel_margin_loss, F.multilabel_margin_loss, X, MANY, reduction=reduction)
+    enrol("ctc", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, *CTC, reduction=reduction)
+    enrol(
+        "ctc-flat",
+        ours.ctc_loss,
+        F.ctc_loss,
+        LOG_PROBABILITIES,
+        torch.tensor([1, 2, 2, 3, 1]),
+        *CTC[1:],
+        reduction=reduction,
+        blank=4,
+    )
+enrol("ctc-one", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES[:, 0], CTC[0][0], torch.tensor(7), torch.tensor(3))
+enrol(
+    "ctc-short", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], torch.tensor([7, 1]), CTC[2], zero_infinity=True
+)
+enrol(
+    "ctc-no-label", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([3, 0]), reduction="none"
+)
+enrol("multi-margin-1d", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1])
+for mode in ("sum", "mean", "max"):
+    enrol("bag", ours.embedding_bag, F.embedding_bag, FLAT, TABLE, OFFSETS, mode=mode)
+    enrol("bag-rows", ours.embedding_bag, F.embedding_bag, FLAT.reshape(2, 4), TABLE, mode=mode, padding_idx=-2)
+    enrol(
+        "bag-last",
+        ours.embedding_bag,
+        F.embedding_bag,
+        FLAT,
+        TABLE,
+        torch.tensor([0, 3, 3, 8]),
+        mode=mode,
+        include_last_offset=True,
+        padding_idx=2,
+    )
+enrol(
+    "bag-weights",
+    ours.embedding_bag,
+    F.embedding_bag,
+    FLAT.reshape(2, 4),
+    TABLE,
+    mode="sum",
+    per_sample_weights=W.flatten()[:8].reshape(2, 4),
+)
+for p in (0.5, 1.0, 2.0, 3.0, float("inf")):
+    enrol("cdist", ours.cdist, torch.cdist, smooth_noise(2, 4, 3), smooth_noise(1, 5, 3, phase=1.0), p=p)
+    enrol("pdist", ours.pdist, F.pdist, X, p=p)
+enrol("cdist-many", ours.cdist, torch.cdist, smooth_noise(30, 3), smooth_noise(31, 3, phase=1.0))
+for padding in ("zeros", "border", "reflection"):
+    for aligned in (True, False):
+        for mode in ("bilinear", "nearest", "bicubic"):
+            enrol(
+                "grid",
+                ours.grid_sample,
+                F.grid_sample,
+                IMAGE,
+                GRID,
+                mode=mode,
+                padding_mode=padding,
+                align_corners=aligned,
+            )
+        for mode in ("bilinear", "nearest"):
+            enrol(
+                "grid-3d",
+                ours.grid_sample,
+                F.grid_sample,
+                smooth_noise(1, 2, 3, 4, 5),
+                1.3 * smooth_noise(1, 2, 3, 2, 3, phase=1.0),
+                mode=mode,
+                padding_mode=padding,
+                align_corners=aligned,
+            )
+enrol(
+    "layer-norm",
+    ours.layer_norm,
+    F.layer_norm,
+    IMAGE,
+    [5, 6],
+    weight=1 + smooth_noise(5, 6) / 2,
+    bias=smooth_noise(5, 6, phase=1.0),
+)
+enrol("batch-norm", ours.batch_norm, F.batch_norm, IMAGE, None, None, weight=W[0], bias=Y[0], training=True)
+enrol("instance-norm", ours.instance_norm, F.instance_norm, IMAGE, weight=W[0], bias=Y[0])
+enrol("hardsigmoid", ours.hardsigmoid, F.hardsigmoid, 4 * X)
+enrol(
+    "cholesky-inverse",
+    lambda x: ours.cholesky_inverse(torch.linalg.cholesky(x @ x.mT + torch.eye(4).double())),
+    lambda x: torch.cholesky_inverse(torch.linalg.cholesky(x @ x.mT + torch.eye(4).double())),
+    X,
+)
+enrol("weight-norm", ours.weight_norm, torch._weight_norm, X, W[:, :1])
+enrol("weight-norm-1", ours.weight_norm, torch._weight_norm, X, W[:1], 1)
+enrol("weight-norm-all", ours.weight_norm, torch._weight_norm, X, W[0, 0], -1)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_form_has_the_values_and_gradients_of_pytorch(name: str) -> None:
+    mine, theirs, args, options = CALLS[name]
+
+    def run(call: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
+        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        output = call(*leaves, **options)
+        chosen = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        if "soft-margin" in name:
+            chosen = chosen[:1]  # PyTorch has no gradient for the target
+        weights = 1 + smooth_noise(*output.shape, phase=9.0) / 2
+        found = torch.autograd.grad((output * weights).sum(), chosen, allow_unused=True)
+        return output.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(found, chosen, strict=True)]
+
+    if "soft-margin" in name:
+        args = (args[0], args[1].detach())
+        theirs_call = theirs
+        theirs = lambda x, y, **options: theirs_call(x, y.detach(), **options)  # noqa: E731
+    expected, expected_grads = run(theirs)
+    found, grads = run(mine)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    # PyTorch's gradient of hardsigmoid multiplies by a sixth in single precision.
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-7 if "hardsigmoid" in name else 1e-10, atol=1e-12)
+
+
+def test_the_old_words_for_reductions_are_understood() -> None:
+    expected = F.multi_margin_loss(X, LABELS, reduction="sum")
+    torch.testing.assert_close(ours.multi_margin_loss(X, LABELS, size_average=False), expected)
+    assert ours.mse_loss(X, Y, reduce=False).shape == X.shape
+
+
+def test_the_weight_of_l1_loss_survives_the_mode() -> None:
+    """PyTorch drops it under any torch function mode."""
+    expected = F.l1_loss(X, Y, weight=W)
+    with innerloop.nn.replacing():
+        assert torch.equal(F.l1_loss(X, Y, weight=W), expected)
+        assert torch.equal(F.l1_loss(X, Y, reduction="sum"), (X - Y).abs().sum())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.BatchNorm2d(3), lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True)]
+)
+def test_running_statistics_follow_as_in_pytorch(make: Callable[[], nn.Module]) -> None:
+    plain, mine = make(), make()
+    for t in range(3):
+        expected = plain(IMAGE + t)
+        with innerloop.nn.any_order(), innerloop.nn.replacing():
+            torch.testing.assert_close(mine(IMAGE + t), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(list(mine.buffers()), list(plain.buffers()), rtol=1e-12, atol=1e-13)
+
+
+def test_in_place_arguments_are_written() -> None:
+    x = 4 * X
+    with innerloop.nn.replacing():
+        F.hardsigmoid(x, inplace=True)
+    torch.testing.assert_close(x, F.hardsigmoid(4 * X))
+
+
+def test_an_impossible_alignment_is_infinite() -> None:
+    short = (CTC[0], torch.tensor([7, 1]), CTC[2])
+    assert ours.ctc_loss(LOG_PROBABILITIES, *short, reduction="none").isinf().tolist() == [False, True]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def refused(operation: Callable[[Tensor], Tensor], match: str, product: str = "reverse") -> None:
+    problem = innerloop.Problem(
+        lambda params, hyper, t: operation(params["x"]).sum() * hyper, innerloop.optim.sgd(lr=0.1)
+    )
+    hyper = torch.tensor(1.0, requires_grad=True)
+
+    def run() -> None:
+        strategy = innerloop.Checkpointed(product=product)
+        traj = innerloop.unroll(problem, {"x": 0.5 + W}, [0, 1], hyper=hyper, strategy=strategy)
+        traj.params["x"].sum().backward()
+
+    with pytest.raises(innerloop.NotDifferentiableError, match=match):
+        run()
+
+
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
+def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
+    refused(torch.special.bessel_j0, r"bessel_j0 has no derivative")
+    refused(lambda x: F.embedding(torch.tensor([0, 0, 1]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
+    refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
+    refused(lambda x: nn.CrossMapLRN2d(3)(x[:, :, None, None]), "CrossMapLRN2d.*LocalResponseNorm")
+    refused(lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3, 1])), "segment_reduce")
+    index = torch.tensor([0, 0, 1, 2])[:, None].expand(4, 3)
+    product = lambda x: torch.ones(3, 3).scatter_reduce(0, index, x, "prod")  # noqa: E731
+    refused(product, r"scatter_reduce", product="mixed")
+    solve = lambda x: torch.triangular_solve(x[:3], x[:3])[0]  # noqa: E731
+    refused(solve, "solve_triangular", product="mixed")
+
+
+def test_constants_may_go_through_functions_without_derivative() -> None:
+    with innerloop.nn.replacing():
+        assert torch.special.bessel_j0(X).shape == X.shape
+
+
+# -- cuDNN ---------------------------------------------------------------------------------------------------------------
+
+
+def test_cudnn_is_off_during_a_recurrent_call_and_only_then() -> None:
+    """What runs where there is a GPU, by the flag that it sets."""
+    before = torch.backends.cudnn.enabled
+    assert recurrent.without_cudnn(lambda: torch.backends.cudnn.enabled)() is False
+    assert torch.backends.cudnn.enabled == before
+    assert not recurrent.on_cuda((X,), {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: cuDNN has no second derivative there")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_run_on_a_gpu_without_flags(kind: Callable[..., nn.RNNBase]) -> None:
+    gradients = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = kind(2, 3).to(device)
+        with innerloop.track(model, sgd(model)) as loop:
+            for t in range(STEPS):
+                loop.step(loop.model(smooth_noise(4, 2, 2, phase=float(t)).to(device))[0].square().mean())
+            loop.model(smooth_noise(4, 2, 2).to(device))[0].square().mean().backward()
+        gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+# -- compiled ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_compiled_meta_gradients_take_the_forms_too() -> None:
+    problem = innerloop.Problem(
+        lambda params, hyper, t: torch.cdist(params["x"], params["x"].flip(1) * hyper).tanh().mean(),
+        innerloop.optim.sgd(lr=0.2),
+    )
+    outer = lambda traj, hyper: traj.params["x"].sin().sum()  # noqa: E731
+    found = [
+        innerloop.metagradient(outer, problem, {"x": X}, [0, 1], hyper=torch.tensor(0.5), compile=compiled)[1]
+        for compiled in (False, True)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_weight_norm_cannot_be_replaced_in_compiled_code_and_is_refused() -> None:
+    model = Normed()
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, t: m(0).square() * hyper, innerloop.optim.sgd(lr=0.2)
+    )
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    outer = lambda traj, hyper: traj.params["layer.bias"].sum()  # noqa: E731
+    with pytest.raises(innerloop.MetaGradientError, match="compile=False"):
+        innerloop.metagradient(outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=True)
