@@ -53,8 +53,8 @@ class _Called(nn.Module):
         return self.call(self.params, *args, **kwargs)
 
 
-def by_hand(model: nn.Module, loss: Loss, batches: list[Any]) -> dict[str, Tensor]:
-    """The same in plain PyTorch, for a model whose operations have all derivatives."""
+def by_hand(model: nn.Module, loss: Loss, batches: list[Any], first_order: bool = False) -> dict[str, Tensor]:
+    """The same in plain PyTorch, for a model whose operations have all derivatives; `first_order` takes inner gradients for constants."""
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     start, momentum = dict(params), dict[str, Tensor]()
 
@@ -65,6 +65,7 @@ def by_hand(model: nn.Module, loss: Loss, batches: list[Any]) -> dict[str, Tenso
         grads = torch.autograd.grad(loss_at(params, batch), list(params.values()), create_graph=True, allow_unused=True)
         for (name, p), g in zip(list(params.items()), grads, strict=True):
             if g is not None:
+                g = g.detach() if first_order else g
                 momentum[name] = g if name not in momentum else 0.9 * momentum[name] + g
                 params[name] = p - LR * momentum[name]
     grads = torch.autograd.grad(loss_at(params, batches[-1]), list(start.values()), allow_unused=True)
