@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, forecast, imports, long, machine, products, report, results, timing, updates
+from benchmarks import attention, figures, forecast, imports, long, machine, products, report, results, timing, updates
 from benchmarks.workloads import WORKLOADS
 
-SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "import")
+SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "attention", "import")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             forecasts = forecast.measure()
             reached = figures.read_forecasts(forecasts)
             section = report.forecast_section(forecasts, machine.describe())
+        elif name == "attention":
+            steps = attention.measure()
+            reached = figures.read_attention(steps)
+            section = report.attention_section(steps, machine.describe())
         elif name == "products":
             reached = []
             section = report.products_section(products.measure(), machine.describe())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.attention import PEER, Measured
 from benchmarks.forecast import LIMIT as FORECAST_LIMIT
 from benchmarks.forecast import Forecast
 from benchmarks.imports import ImportTimes
@@ -56,6 +57,10 @@ IMPORT_LIMIT = 0.3
 
 LONG_LIMITS = {"memory": 1.3, "time": 2.0, "difference": 1e-10, "endless": 1 * GB, "growth": 0.15}
 """P7 (memory over the model, time over `StoreAll`, difference from it) and P9 (MB above import, drift of the time per step)."""
+
+
+ATTENTION_LIMITS = {"time": 1.02, "memory": 0.5}
+"""P11 on a CPU: time over PyTorch's form; memory over it, where the sequence or the vocabulary is long. No limits are set for a GPU yet."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,26 @@ def read_forecasts(forecasts: Sequence[Forecast]) -> list[Reading]:
             max(abs(f.off[i]) for f in forecasts),
         )
         for i, what in enumerate(("time", "memory"))
+    ]
+
+
+def read_attention(steps: Sequence[Measured]) -> list[Reading]:
+    """Time of every case, memory of the long ones."""
+    return [
+        *(
+            Reading("P11", f"{m.case.title}: time / {PEER}'s", ATTENTION_LIMITS["time"], m.ratios["innerloop"].median)
+            for m in steps
+        ),
+        *(
+            Reading(
+                "P11",
+                f"{m.case.title}: memory / {PEER}'s",
+                ATTENTION_LIMITS["memory"],
+                m.peaks["innerloop"] / m.peaks[PEER],
+            )
+            for m in steps
+            if m.case.long
+        ),
     ]
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.attention import PEER, Measured
 from benchmarks.figures import Reading
 from benchmarks.forecast import Forecast, table
 from benchmarks.imports import ImportTimes
@@ -119,6 +120,26 @@ def products_section(products: Sequence[Product], facts: Mapping[str, str]) -> s
         for p in products
     ]
     return f"### Second derivatives of a step\n\n{about}\n\n{_table(head, rows)}"
+
+
+def attention_section(steps: Sequence[Measured], facts: Mapping[str, str]) -> str:
+    """What a second-order step costs in PyTorch's form, recomputed, and in ours."""
+    about = (
+        "An inner gradient with `create_graph=True` and a backward pass through its square: time over that of PyTorch's own form (the math "
+        f"kernel), and peak memory of a fresh process above its peak after a warm-up. {_sentence(facts)}"
+    )
+    head = ["step", "device", "PyTorch", "recomputed", "innerloop", "MB: PyTorch", "recomputed", "innerloop"]
+    rows = [
+        [
+            m.case.title,
+            m.device,
+            f"{1e3 * m.seconds:.3g} ms",
+            *(_spread(m.ratios[form]) if form in m.ratios else "" for form in ("recomputed", "innerloop")),
+            *(_number(m.peaks.get(form)) if form in m.peaks else "" for form in (PEER, "recomputed", "innerloop")),
+        ]
+        for m in steps
+    ]
+    return f"### Attention and cross-entropy\n\n{about}\n\n{_table(head, rows)}"
 
 
 def as_json(results: Sequence[Result], readings: Sequence[Reading], long: LongTimes | None = None) -> str:

@@ -27,7 +27,7 @@ about twelve matrices of scores in float32.
 def takes_blocks(query: Tensor, key: Tensor) -> bool:
     """Whether attention of these goes by blocks (`Blockwise`) or by plain operations (`composite`)."""
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
-    return scores >= TAKES_BLOCKS.get(query.device.type, TAKES_BLOCKS["cuda"]) and not torch.compiler.is_compiling()
+    return 0 < scores >= TAKES_BLOCKS.get(query.device.type, TAKES_BLOCKS["cuda"])
 
 
 def scaled_dot_product_attention(

@@ -262,7 +262,7 @@ def _four(inputs: twice.Tensors, constants: twice.Constants) -> tuple[Tensor, Te
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 def _side_by_side(scale: float, at: _Flat, along: _Flat) -> tuple[Tensor, Tensor]:

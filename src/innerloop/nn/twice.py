@@ -122,7 +122,7 @@ class _Value(_Derivative):
         return (None, None, *pulled, *_nothing(constants))
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor) -> Any:
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> Any:
         inputs, constants = _split(ctx.saved_tensors, *ctx.sizes)
         return _apply(_Push, ctx.kernel, inputs, constants, tangents[: len(inputs)])
 
@@ -142,7 +142,7 @@ class _Pull(_Derivative):
         return (None, None, *gradients, *_nothing(constants), *_nothing(value), *pushed)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor) -> Any:
+    def jvp(ctx: Any, _: Any, __: Any, *tangents: Tensor | None) -> Any:
         inputs, constants, value, cotangents = _split(ctx.saved_tensors, *ctx.sizes)
         along, _, _, moved = _split(tangents, *ctx.sizes)
         found = _apply(_Second, ctx.kernel, inputs, constants, value, cotangents, along)
@@ -189,7 +189,7 @@ class _Second(_Derivative):
         return (None, None, *x, *_nothing(constants), *_nothing(value), *y, *u)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, __: Any, *given: Tensor) -> Any:
+    def jvp(ctx: Any, _: Any, __: Any, *given: Tensor | None) -> Any:
         inputs, constants, _, cotangents, tangents = _split(ctx.saved_tensors, *ctx.sizes)
         x, _, _, y, u = _split(given, *ctx.sizes)
         return _jvp(_plain_second(ctx.kernel, constants), (inputs, cotangents, tangents), (x, y, u))[1]
