@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import innerloop
 import innerloop.higher as bridge
@@ -277,6 +277,19 @@ def test_a_compiled_module() -> None:
     model = torch.compile(nn.Linear(2, 1))
     fails(RecursionError, lambda: peer().monkeypatch(model)(X))
     assert torch.equal(bridge.monkeypatch(model)(X), model._orig_mod(X))
+
+
+@pytest.mark.filterwarnings("ignore")  # DistributedDataParallel warns of many things
+def test_a_distributed_module() -> None:
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        fails(Exception, lambda: peer().monkeypatch(wrapped)(X))
+        with pytest.raises(innerloop.InvalidInputError, match=r"pass model\.module"):
+            bridge.monkeypatch(wrapped)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.slow  # transformers takes its time to import

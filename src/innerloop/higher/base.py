@@ -65,6 +65,10 @@ class DifferentiableOptimizer(abc.ABC):
                 "the optimizer has step hooks (register_step_pre_hook or _post_hook), which diffopt.step does not run: change gradients "
                 "with grad_callback"
             )
+        if fmodel is not None and not isinstance(fmodel, PatchedModule):
+            raise InvalidInputError(
+                f"fmodel is a {type(fmodel).__name__}: pass what innerloop.higher.monkeypatch(model) returns"
+            )
         self._reference = list(reference_params)
         self._other = other
         self._group_to_param_list = [self._positions(group["params"]) for group in other.param_groups]
