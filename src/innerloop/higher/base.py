@@ -18,7 +18,7 @@ from innerloop.problem import check_loss, distinct, explained
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 Grads = list[Tensor | None]
-GradCallback = Callable[[Grads], Sequence[Tensor | None]]
+GradCallback = Callable[[list[Any]], Sequence[Any]]
 Override = Mapping[str, Sequence[Any]]
 State = list[collections.defaultdict[int, Any]]
 
