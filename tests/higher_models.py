@@ -45,20 +45,20 @@ class HalfUsed(nn.Module):
         return (x @ self.used).tanh()
 
 
-def plain() -> nn.Module:
+def plain() -> Any:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 2))
 
 
-def tied_in_sequence() -> nn.Module:
+def tied_in_sequence() -> Any:
     projection = nn.Linear(4, 3)
     return nn.Sequential(projection, nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), projection, nn.Tanh(), nn.Linear(3, 2))
 
 
-def with_batch_norm() -> nn.Module:
+def with_batch_norm() -> Any:
     return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "plain": plain,
     "tied": Tied,
     "tied-in-sequence": tied_in_sequence,
@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, build: Callable[[], Any]) -> Any:
     torch.manual_seed(seed)
     return build()
 

@@ -138,7 +138,7 @@ def test_settings_of_two_groups_are_learned(stepwise: bool) -> None:
         diffopt.step(loss_of(fmodel(x)), override=override if stepwise else None)
     found = torch.autograd.grad(loss_of(fmodel(inputs[-1])), meta)
     for i, g in enumerate(found):
-        slope = four_point(lambda h, i=i: after([v + h * (j == i) for j, v in enumerate(values)]), 1e-5)
+        slope = four_point(lambda h: after([v + h * (j == i) for j, v in enumerate(values)]), 1e-5)  # noqa: B023
         assert g.item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
 
 
@@ -212,16 +212,20 @@ def test_a_callback_at_creation_or_at_the_step() -> None:
 def test_a_callback_gets_one_entry_for_each_parameter_of_the_model() -> None:
     """Also for those that the optimizer does not step; None for frozen ones and for those that the loss does not use."""
     model, seen = MODELS["half-used"](), []
+
+    def look(grads: list[Any]) -> list[Any]:
+        seen.append([None if g is None else g.shape for g in grads])
+        return grads
+
     model.extra = nn.Linear(4, 3)
     model.extra.bias.requires_grad_(False)
     optimizer = torch.optim.SGD([model.used], lr=LR)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
         loss = loss_of(fmodel(torch.ones(2, 4))) + fmodel.extra.weight.square().sum()
-        diffopt.step(
-            loss, grad_callback=lambda grads: seen.append([None if g is None else g.shape for g in grads]) or grads
-        )
+        diffopt.step(loss, grad_callback=look)
     assert seen == [[(4, 3), None, (3, 4), None]]
-    for wrong in (lambda grads: grads[:1], lambda grads: None):
+    wrongs: list[Any] = [lambda grads: grads[:1], lambda grads: None]
+    for wrong in wrongs:
         with pytest.raises(innerloop.InvalidInputError, match="for each of the 4 parameters"):
             diffopt.step(loss_of(fmodel(torch.ones(2, 4))), grad_callback=wrong)
 
@@ -287,7 +291,7 @@ def test_an_optimizer_without_a_torch_optimizer(grouped: bool) -> None:
     tensors = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
     params = [{"params": tensors[:1], "lr": 0.25}, {"params": tensors[1]}] if grouped else tensors
     diffopt = higher.create_diff_optim(torch.optim.SGD, {"lr": 0.5}, params=params)
-    new = diffopt.step(sum(p.square().sum() for p in tensors) / 2, params=tensors)
+    new = diffopt.step((tensors[0].square().sum() + tensors[1].square().sum()) / 2, params=tensors)
     assert torch.equal(new[0], torch.full((2,), 0.75 if grouped else 0.5))
     assert torch.equal(new[1], torch.full((3,), 0.5))
     assert diffopt.param_groups[0]["lr"] == (0.25 if grouped else 0.5)
@@ -403,7 +407,7 @@ class Decayed(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "shrink": shrink})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -469,7 +473,7 @@ class Signs(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(torch.as_tensor(p.grad.tolist()), alpha=group["lr"])
@@ -501,10 +505,10 @@ def test_optimizers_that_higher_never_had(rule: str) -> None:
 def test_lbfgs_takes_a_function(search: str | None) -> None:
     """Trajectory and meta-gradient along one direction, against torch.optim.LBFGS."""
     inputs = batches(0, 3, 10, 4)
-    settings = {"lr": 0.2, "max_iter": 3, "line_search_fn": search}
+    settings: dict[str, Any] = {"lr": 0.2, "max_iter": 3, "line_search_fn": search}
     model = seeded(0, plain)
 
-    def trained(h: float) -> nn.Module:
+    def trained(h: float) -> Any:
         moved = copy.deepcopy(model)
         with torch.no_grad():
             for p in moved.parameters():
@@ -524,7 +528,7 @@ def test_lbfgs_takes_a_function(search: str | None) -> None:
     optimizer = torch.optim.LBFGS(model.parameters(), **settings)
     with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
         for x in inputs[:-1]:
-            diffopt.step(lambda x=x: loss_of(fmodel(x)))
+            diffopt.step(lambda: loss_of(fmodel(x)))  # noqa: B023
         loss_of(fmodel(inputs[-1])).backward()
     assert_close(fmodel.parameters(), trained(0.0).parameters(), 1e-10)
     slope = sum(float(p.grad.sum()) for p in model.parameters())

@@ -8,7 +8,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from tests.higher_models import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 LR = 0.1
-RECURRENT: dict[str, Callable[[], nn.Module]] = {
+RECURRENT: dict[str, Callable[[], Any]] = {
     "rnn": lambda: nn.RNN(4, 5, 2),
     "lstm": lambda: nn.LSTM(4, 5, 2, bidirectional=True),
     "lstm-projected": lambda: nn.LSTM(4, 5, 2, proj_size=3),
@@ -164,7 +164,7 @@ def test_evaluation_reaches_nothing(name: str, seed: int) -> None:
 
 @each_seed
 def test_a_convolutional_net_with_batch_norm_over_ten_steps(seed: int) -> None:
-    def build() -> nn.Module:
+    def build() -> Any:
         parts: list[tuple[str, nn.Module]] = []
         for i, channels in enumerate((3, 8, 8)):
             parts += [
@@ -209,7 +209,7 @@ def test_times_and_what_counts_as_one() -> None:
 
 def test_parameters_of_a_part() -> None:
     """In higher, ``recurse=False`` has no effect, and a part knows no times."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
     fmodel = higher.monkeypatch(model)
     fmodel.update_params([2 * p for p in fmodel.parameters()])
     assert list(fmodel.parameters(recurse=False)) == []
@@ -244,7 +244,7 @@ def test_tracking_switched_off_on_the_way() -> None:
 
 def test_a_weight_may_be_assigned() -> None:
     """d(3·2w)/dw = 6, and each assignment is a time of its own."""
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    model: Any = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
     fmodel = higher.monkeypatch(model, copy_initial_weights=False)
     fmodel[0].weight = 2 * fmodel[0].weight
     fmodel[0].weight = 3 * fmodel[0].weight
@@ -292,9 +292,9 @@ def test_one_tensor_for_two_parameters() -> None:
 
 
 def test_make_functional_has_no_parameters_until_they_are_given() -> None:
-    model = nn.Linear(2, 1, bias=False)
+    model: Any = nn.Linear(2, 1, bias=False)
     fmodel = higher.patch.make_functional(model)
-    assert fmodel.fast_params is None
+    assert not fmodel.fast_params
     for use in (lambda: fmodel(torch.ones(2)), lambda: fmodel.forward(torch.ones(2)), lambda: fmodel.parameters()):
         with pytest.raises(ValueError, match="params="):
             use()
@@ -306,7 +306,8 @@ def test_make_functional_has_no_parameters_until_they_are_given() -> None:
 
 
 def test_make_functional_calls_the_encapsulator_once() -> None:
-    model, seen = nn.Linear(2, 1), []
+    seen: list[Any] = []
+    model: Any = nn.Linear(2, 1)
 
     def encapsulate(fmodel: PatchedModule, module: nn.Module) -> None:
         seen.append((fmodel, module))
@@ -355,7 +356,8 @@ def test_parts_can_be_called_alone_before_during_and_after(seed: int) -> None:
 
 def test_hooks_see_the_newest_parameters() -> None:
     """Each hook fires once per call; the one before the forward already computes with the parameters of the call."""
-    model, seen = nn.Sequential(nn.Linear(1, 1, bias=False)), []
+    seen: list[Any] = []
+    model: Any = nn.Sequential(nn.Linear(1, 1, bias=False))
     model.register_forward_pre_hook(lambda module, args: seen.append(module[0].weight.item()))
     model[0].register_forward_hook(lambda module, args, output: output + 100)
     fmodel = higher.monkeypatch(model)
@@ -376,7 +378,7 @@ def test_flatten_parameters_moves_nothing() -> None:
 
 
 def test_buffers_are_copied_and_synchronised() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    model: Any = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
     fmodel = higher.monkeypatch(model)
     fmodel(torch.randn(8, 2))
     assert not torch.equal(fmodel[0].running_mean, model[0].running_mean)
@@ -393,7 +395,7 @@ def test_buffers_are_copied_and_synchronised() -> None:
 
 
 def test_modes_are_independent() -> None:
-    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)).eval()
+    model: Any = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)).eval()
     fmodel = higher.monkeypatch(model)
     assert not fmodel.training
     fmodel.train()
@@ -405,12 +407,12 @@ def test_modes_are_independent() -> None:
 def test_what_wraps_a_module() -> None:
     model, x = nn.Sequential(nn.Linear(2, 1)), torch.ones(3, 2)
     assert torch.equal(higher.monkeypatch(nn.DataParallel(model))(x), model(x))
-    assert torch.equal(higher.monkeypatch(torch.compile(model))(x), model(x))
+    assert torch.equal(higher.monkeypatch(cast("nn.Module", torch.compile(model)))(x), model(x))
 
 
 def test_a_loop_inside_a_loop() -> None:
     """higher refuses to patch a patched module. On w²/2 each level multiplies w by 1 - lr."""
-    model = nn.Linear(1, 1, bias=False)
+    model: Any = nn.Linear(1, 1, bias=False)
     x = torch.ones(1, 1)
     outer = higher.monkeypatch(model, copy_initial_weights=False)
     outer_opt = higher.create_diff_optim(torch.optim.SGD, {"lr": 0.5}, fmodel=outer)

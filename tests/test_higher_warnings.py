@@ -127,7 +127,7 @@ def test_a_learned_loss_or_callback() -> None:
             if where == "loss":
                 diffopt.step(weight * loss(fmodel))
             else:
-                diffopt.step(loss(fmodel), grad_callback=lambda grads, weight=weight: [weight * g for g in grads])
+                diffopt.step(loss(fmodel), grad_callback=lambda grads: [weight * g for g in grads])  # noqa: B023
             loss(fmodel).backward()
         assert weight.grad is not None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import innerloop
 import innerloop.higher as bridge
@@ -106,7 +106,7 @@ def test_the_trajectory(make: Make, wrong: float) -> None:
 
 def test_a_large_eps_moves_the_trajectory_by_a_fifth() -> None:
     """facts: "eps=1e-2: trajectory off .21"; here on gradients of size 1e-3, for one parameter over 20 steps of rate .1."""
-    found = {}
+    found: dict[str | None, float] = {}
     for library in (peer(), bridge, None):
         model = nn.Linear(1, 1, bias=False)
         nn.init.constant_(model.weight, 1.0)
@@ -169,7 +169,12 @@ def test_the_hyper_gradient(make: Any, name: str, value: float, wrong: float) ->
 @pytest.mark.parametrize("name", ["weight_decay", "momentum"])
 def test_a_learned_setting_of_exactly_zero(name: str) -> None:
     make: Make = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
-    ahead = [by_torch(lambda p, h=h: torch.optim.SGD(p, lr=0.1, **{name: h})) for h in (0.0, 1e-5, 2e-5)]
+
+    def decayed(h: float) -> float:
+        settings: Any = {name: h}
+        return by_torch(lambda p: torch.optim.SGD(p, lr=0.1, **settings))
+
+    ahead = [decayed(h) for h in (0.0, 1e-5, 2e-5)]
     truth = (-3 * ahead[0] + 4 * ahead[1] - ahead[2]) / 2e-5  # a negative setting is refused
     for library, expected in ((peer(), None), (bridge, truth)):
         learned = torch.tensor(0.0, requires_grad=True)
@@ -182,7 +187,7 @@ def test_a_tensor_learning_rate_of_the_torch_optimizer() -> None:
     truth = four_point(lambda h: by_torch(lambda p: torch.optim.SGD(p, lr=0.1 + h)), 1e-5)
     for library in (peer(), bridge):
         rate = torch.tensor(0.1, requires_grad=True)
-        outer = by(library, lambda p, rate=rate: torch.optim.SGD(p, lr=rate))[1]
+        outer = by(library, lambda p: torch.optim.SGD(p, lr=rate))[1]  # noqa: B023
         (found,) = torch.autograd.grad(outer, rate, allow_unused=True)
         if library is bridge:
             assert found.item() == pytest.approx(truth, rel=1e-6)
@@ -251,9 +256,10 @@ def fails(error: type[Exception], use: Callable[[], Any]) -> None:
 
 def test_forward_hooks() -> None:
     for library, expected in ((peer(), 0), (bridge, 2)):
-        model, fired = nn.Sequential(nn.Linear(2, 1)), []
-        model.register_forward_pre_hook(lambda *_, fired=fired: fired.append("before"))
-        model[0].register_forward_hook(lambda *_, fired=fired: fired.append("after"))
+        model = nn.Sequential(nn.Linear(2, 1))
+        fired: list[str] = []
+        model.register_forward_pre_hook(lambda *_: fired.append("before"))  # noqa: B023
+        model[0].register_forward_hook(lambda *_: fired.append("after"))  # noqa: B023
         library.monkeypatch(model)(X)
         assert len(fired) == expected
 
@@ -274,9 +280,22 @@ def test_copies() -> None:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
 def test_a_compiled_module() -> None:
-    model = torch.compile(nn.Linear(2, 1))
+    model: Any = torch.compile(nn.Linear(2, 1))
     fails(RecursionError, lambda: peer().monkeypatch(model)(X))
     assert torch.equal(bridge.monkeypatch(model)(X), model._orig_mod(X))
+
+
+@pytest.mark.filterwarnings("ignore")  # DistributedDataParallel warns of many things
+def test_a_distributed_module() -> None:
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+        fails(Exception, lambda: peer().monkeypatch(wrapped)(X))
+        with pytest.raises(innerloop.InvalidInputError, match=r"pass model\.module"):
+            bridge.monkeypatch(wrapped)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.slow  # transformers takes its time to import
@@ -338,7 +357,7 @@ def test_legacy_weight_norm_over_two_episodes() -> None:
 
 def test_a_frozen_parameter_in_the_optimizer_without_tracking() -> None:
     for library, moves in ((peer(), True), (bridge, False)):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         model[0].requires_grad_(False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with library.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, diffopt):

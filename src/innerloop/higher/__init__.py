@@ -50,7 +50,7 @@ def innerloop_ctx(
     copy_initial_weights: bool = True,
     override: Mapping[str, Sequence[Any]] | None = None,
     track_higher_grads: bool = True,
-) -> Iterator[tuple[PatchedModule, DifferentiableOptimizer]]:
+) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """A functional copy of ``model`` and a differentiable form of ``opt``.
 
     Args:

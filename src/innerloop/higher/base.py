@@ -18,7 +18,7 @@ from innerloop.problem import check_loss, distinct, explained
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 Grads = list[Tensor | None]
-GradCallback = Callable[[Grads], Sequence[Tensor | None]]
+GradCallback = Callable[[list[Any]], Sequence[Any]]
 Override = Mapping[str, Sequence[Any]]
 State = list[collections.defaultdict[int, Any]]
 
@@ -64,6 +64,10 @@ class DifferentiableOptimizer(abc.ABC):
             raise InvalidInputError(
                 "the optimizer has step hooks (register_step_pre_hook or _post_hook), which diffopt.step does not run: change gradients "
                 "with grad_callback"
+            )
+        if fmodel is not None and not isinstance(fmodel, PatchedModule):
+            raise InvalidInputError(
+                f"fmodel is a {type(fmodel).__name__}: pass what innerloop.higher.monkeypatch(model) returns"
             )
         self._reference = list(reference_params)
         self._other = other

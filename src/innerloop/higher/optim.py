@@ -14,7 +14,11 @@ from torch import Tensor
 
 from innerloop.errors import InvalidInputError
 from innerloop.higher import base
-from innerloop.higher.arithmetic import _add, _addcdiv, _addcmul, _get_mask_closure, _maybe_mask
+from innerloop.higher.arithmetic import _add as _add
+from innerloop.higher.arithmetic import _addcdiv as _addcdiv
+from innerloop.higher.arithmetic import _addcmul as _addcmul
+from innerloop.higher.arithmetic import _get_mask_closure as _get_mask_closure
+from innerloop.higher.arithmetic import _maybe_mask as _maybe_mask
 from innerloop.higher.base import DifferentiableOptimizer, Override
 from innerloop.higher.patch import PatchedModule
 from innerloop.higher.rules import DifferentiableAdapted, DifferentiableRule
@@ -40,8 +44,6 @@ __all__ = [
     "get_trainable_opt_params",
     "register_optim",
 ]
-_HELPERS = (_add, _addcdiv, _addcmul, _get_mask_closure, _maybe_mask)  # for rules written against higher
-
 # The names that code written against higher has in its annotations.
 _GroupedGradsType, _OverrideType = base.GroupedGrads, base.Override
 _GradCallbackType, _StateType = base.GradCallback, base.State

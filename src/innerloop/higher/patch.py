@@ -111,7 +111,7 @@ class PatchedModule(nn.Module):
         return self._innerloop_fast.root is self
 
     @property
-    def root(self) -> PatchedModule:
+    def root(self) -> Any:
         """The module that was patched."""
         return self._innerloop_fast.root
 
@@ -283,7 +283,7 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
             buffer_sync(child, theirs[name], device)
 
 
-def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None) -> PatchedModule:
+def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None) -> Any:
     """A copy of ``module`` without parameters of its own: they are given at each call, ``fmodel(x, params=params)``.
 
     Args:
@@ -320,7 +320,7 @@ def monkeypatch(
     device: torch.device | str | None = None,
     copy_initial_weights: bool = True,
     track_higher_grads: bool = True,
-) -> PatchedModule:
+) -> Any:
     """A copy of ``module`` whose parameters are plain tensors that can be replaced.
 
     Args:
