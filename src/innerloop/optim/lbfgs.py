@@ -91,11 +91,11 @@ class LBFGS(Rule):
         ...     lambda params, hyper, batch: (params["w"] - hyper) ** 2,
         ...     innerloop.optim.lbfgs(line_search_fn="strong_wolfe"),
         ... )
-        >>> w, target = torch.tensor([2.0, 3.0], dtype=torch.float64).requires_grad_().unbind()
+        >>> w, target = torch.tensor([2.0, 3.7], dtype=torch.float64).requires_grad_().unbind()
         >>> traj = innerloop.unroll(problem, {"w": w}, None, steps=1, hyper=target)
         >>> found = torch.autograd.grad(traj.params["w"], (w, target))
         >>> print(f"{traj.params['w']:.4f}, {abs(found[0]):.4f}, {found[1]:.4f}")
-        3.0000, 0.0000, 1.0000
+        3.7000, 0.0000, 1.0000
     """
 
     lr: Hyper = 1
