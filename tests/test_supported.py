@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pytest
 import torch
 
 import innerloop
@@ -58,3 +59,71 @@ def test_it_prints_as_a_table():
     assert lines[0].split() == "innerloop.optim. torch class hyper-parameters that may be tensors".split()
     assert any(line.startswith("sgd ") and "momentum" in line for line in lines)
     assert any(line.startswith("sparse_adam ") and line.endswith("not compiled;") for line in lines)
+
+
+def test_one_class_is_answered_by_its_rule():
+    answer = innerloop.optim.supported(torch.optim.AdamW)
+    assert answer
+    assert (answer.how, answer.write) == ("rule", "innerloop.optim.adamw(...)")
+    assert innerloop.optim.supported(torch.optim.SparseAdam).write == "innerloop.optim.sparse_adam(...)"
+
+    class Renamed(torch.optim.SGD):
+        """Takes its parent's steps."""
+
+    warm = Renamed([torch.ones(2, requires_grad=True)], lr=0.1, momentum=0.9)
+    assert innerloop.optim.supported(warm).write == "innerloop.optim.from_torch(optimizer)"
+
+
+def test_a_subclass_with_steps_of_its_own_is_verified_with_the_settings_of_the_optimizer():
+    class Halved(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, lr=lr)
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] / 2)
+
+    answer = innerloop.optim.supported(Halved([torch.ones(2, requires_grad=True)], lr=0.3))
+    assert answer
+    assert (answer.how, answer.write) == ("adapt", "innerloop.optim.adapt(Halved, lr=0.3)")
+    assert Halved in {entry.torch_class for entry in innerloop.optim.supported()}
+
+
+def test_one_that_needs_a_closure_is_answered_with_how_to_write_it():
+    class Insists(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure: Any) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            return loss
+
+    answer = innerloop.optim.supported(Insists)
+    assert (answer.how, answer.write) == ("adapt", "innerloop.optim.adapt(Insists, closure=True)")
+
+
+def test_one_that_has_no_derivative_is_refused_with_the_reason_and_counts_as_false():
+    class Counts(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * int(10 * p.grad.norm()))
+
+    answer = innerloop.optim.supported(Rounds)
+    assert not answer
+    assert (answer.how, answer.write) == ("refused", "")
+    assert "Counts" in answer.why
+    assert Counts not in {entry.torch_class for entry in innerloop.optim.supported()}
+
+
+def test_what_is_no_optimizer_raises():
+    with pytest.raises(innerloop.InnerLoopError, match=r"supported\(torch.optim.Adam\)"):
+        innerloop.optim.supported(torch.nn.Linear(1, 1))  # type: ignore[call-overload]

@@ -30,7 +30,7 @@ from innerloop.optim.rprop import Rprop, RpropState, rprop
 from innerloop.optim.scale import scale
 from innerloop.optim.sgd import SGD, SGDState, sgd
 from innerloop.optim.sparse_adam import SparseAdam, SparseAdamState, sparse_adam
-from innerloop.optim.supported import Supported, SupportedList, supported
+from innerloop.optim.supported import Support, Supported, SupportedList, supported
 from innerloop.optim.transform import ChainState, Transform, chain
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "SGDState",
     "SparseAdam",
     "SparseAdamState",
+    "Support",
     "Supported",
     "SupportedList",
     "Transform",

@@ -201,14 +201,22 @@ def from_torch(
     return FromTorch(optimizers, names)
 
 
+def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
+    """The rule whose steps a class takes: its own, or its parent's as long as it does not override ``step``."""
+    for ancestor in cls.__mro__:
+        if ancestor in Rule.by_torch_class:
+            return Rule.by_torch_class[ancestor]
+        if "step" in vars(ancestor):
+            break
+    return None
+
+
 def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidInputError(f"{optimizer!r} is not a torch.optim.Optimizer")
-    for cls in type(optimizer).__mro__:
-        if cls in Rule.by_torch_class:
-            return Rule.by_torch_class[cls]
-        if "step" in vars(cls) and cls is not torch.optim.Optimizer:
-            break
+    found = rule_of(type(optimizer))
+    if found is not None:
+        return found
     known = ", ".join(cls.__name__ for cls in Rule.by_torch_class)
     raise InvalidInputError(
         f"{type(optimizer).__module__}.{type(optimizer).__name__} has an update rule of its own that innerloop does not know. "
