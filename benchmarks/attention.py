@@ -143,8 +143,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [x.view_as(x) for x in ctx.saved_tensors]
-            out = _math(*inputs, ctx.causal)
+            inputs = q, k, v = [x.view_as(x) for x in ctx.saved_tensors]
+            out = _math(q, k, v, ctx.causal)
             return (*torch.autograd.grad(out, inputs, cotangent, create_graph=again), None)
 
 

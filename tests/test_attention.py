@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -127,7 +128,7 @@ def assert_same(ours: dict[str, list[Tensor]], truth: dict[str, list[Tensor]], t
         assert len(ours[name]) == len(expected), name
         for a, b in zip(ours[name], expected, strict=True):
             scale = 1 + b.abs().max().item()
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
 
 
 # -- against the definition --------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_value_and_two_derivatives_are_those_of_the_math_kernel(mask: str, form:
     def twice_differentiated(attend: Attention) -> list[Tensor]:
         x = [t.clone().requires_grad_() for t in inputs]
         first = torch.autograd.grad(curved(attend, *x, m), x, create_graph=True)
-        return [*first, *torch.autograd.grad(sum((g**3).sum() for g in first), x)]
+        return [*first, *torch.autograd.grad(torch.stack([(g**3).sum() for g in first]).sum(), x)]
 
     with sdpa_kernel(SDPBackend.MATH):
         truth = twice_differentiated(F.scaled_dot_product_attention)
@@ -252,7 +253,7 @@ def test_lower_precision_is_as_accurate_as_the_math_kernel(dtype: torch.dtype, d
         out = attend(*x)
         assert out.dtype == given[0].dtype
         first = torch.autograd.grad((out.double().sin()).sum(), x, create_graph=True)
-        second = torch.autograd.grad(sum((g.double() ** 2).sum() for g in first), x)
+        second = torch.autograd.grad(torch.stack([(g.double() ** 2).sum() for g in first]).sum(), x)
         return [t.detach().double() for t in (out, *first, *second)]
 
     errors = torch.zeros(
@@ -272,12 +273,18 @@ def test_lower_precision_is_as_accurate_as_the_math_kernel(dtype: torch.dtype, d
 
 def test_what_is_not_differentiated_takes_the_fused_kernel(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    inputs = [x.requires_grad_() for x in tensors()]
-    original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(1) or original(*a, **k))
+    inputs: Any = [x.requires_grad_() for x in tensors()]
+    original: Any = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     with torch.no_grad():
         assert torch.equal(scaled_dot_product_attention(*inputs), original(*inputs))
-    scaled_dot_product_attention(*(x.detach() for x in inputs))
+    constants: Any = [x.detach() for x in inputs]
+    scaled_dot_product_attention(*constants)
     assert len(seen) == 2
     scaled_dot_product_attention(*inputs)
     torch.func.grad(lambda q: scaled_dot_product_attention(q, *inputs[1:]).sum())(inputs[0].detach())
@@ -321,7 +328,7 @@ def test_jacobians_and_hessians(form: str):
         lambda f, argnums: torch.func.jacrev(torch.func.jacfwd(f, argnums), argnums),
     ):
         for argnums in (0, 1):
-            a, b = (transform(f, argnums)(q, mask) for f in (ours, truth))  # type: ignore[operator]
+            a, b = (transform(f, argnums)(q, mask) for f in (ours, truth))
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
@@ -412,7 +419,8 @@ def test_cotangents_of_one_forward_pass_see_one_draw(blocks: None):
     """``vmap`` over a pullback: as many rows, but not as many draws."""
     q, k, v = tensors()
     torch.manual_seed(5)
-    out, pull = torch.func.vjp(lambda q: scaled_dot_product_attention(q, k, v, dropout_p=0.4), q)
+    pair: Any = torch.func.vjp(lambda q: scaled_dot_product_attention(q, k, v, dropout_p=0.4), q)
+    out, pull = pair
     cotangents = torch.stack([torch.randn_like(out) for _ in range(3)])
     found = torch.func.vmap(pull)(cotangents)[0]
     for i in range(3):
@@ -461,7 +469,10 @@ def test_autocast_lowers_it_as_it_lowers_torchs(device: str, form: str):
     assert ours.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
     first = torch.autograd.grad(ours.float().sin().sum(), (q, k, v), create_graph=True)
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(sum((g**2).sum() for g in first), (q, k, v)))
+    assert all(
+        g.dtype == torch.float32
+        for g in torch.autograd.grad(torch.stack([(g**2).sum() for g in first]).sum(), (q, k, v))
+    )
 
 
 def largest(run: Callable[[], Any]) -> int:
@@ -482,9 +493,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(settings: dict[str, Any],
         q, k, v = (torch.randn(2, length, 4, requires_grad=True) for _ in range(3))
         out = scaled_dot_product_attention(q, k, v, **settings)
         first = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
-        torch.autograd.grad(sum((g**2).sum() for g in first), (q, k, v))
+        torch.autograd.grad(torch.stack([(g**2).sum() for g in first]).sum(), (q, k, v))
 
-    short, long = (largest(lambda n=n: step(n)) for n in (64, 256))
+    short, long = (largest(functools.partial(step, n)) for n in (64, 256))
     assert long <= 4 * short
     assert long <= 256 * 256 / 8
 

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         return out
 
 
-def layer(**settings: Any) -> nn.Module:
+def layer(**settings: Any) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 12, dropout=0.0, batch_first=True, **settings)
 
 
@@ -108,7 +108,7 @@ def test_the_meta_gradient_is_that_of_the_math_kernel(name: str, train: bool, me
 def test_dropout_is_drawn_as_training_draws_it(meta_gradient: Meta):
     """The same random numbers in the same order as the math kernel: the trained networks are equal."""
     model, loss, data = prepared("TransformerEncoderLayer", train=True)
-    model.dropout.p = model.dropout1.p = model.dropout2.p = model.self_attn.dropout = 0.3  # type: ignore[union-attr,assignment]
+    model.dropout.p = model.dropout1.p = model.dropout2.p = model.self_attn.dropout = 0.3  # type: ignore[union-attr]
     torch.manual_seed(3)
     with sdpa_kernel(SDPBackend.MATH):
         truth = sdpa.by_hand(model, loss, data)

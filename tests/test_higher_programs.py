@@ -28,9 +28,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.abs().max() > 0, name
-        torch.testing.assert_close(
-            value, theirs[name], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(value, theirs[name], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # -- few-shot learning with a small convolutional net ------------------------------------------------------------------

@@ -118,7 +118,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_two_steps_give_the_meta_gradient_of_eager_attention(
     name: str, padded: bool, train: bool, meta_gradient: Callable[..., dict[str, Tensor]]
 ):
-    model = build(name, None, train)
+    model: Any = build(name, None, train)
     assert model.config._attn_implementation == "sdpa"
     data = batches(name, padded)
     truth = sdpa.by_hand(build(name, "eager", train), loss, data)

@@ -96,7 +96,7 @@ def test_one_that_needs_a_closure_is_answered_with_how_to_write_it():
             super().__init__(params, {"lr": lr})
 
         @torch.no_grad()
-        def step(self, closure: Any) -> Any:
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
             with torch.enable_grad():
                 loss = closure()
             for p in self.param_groups[0]["params"]:
@@ -117,7 +117,7 @@ def test_one_that_has_no_derivative_is_refused_with_the_reason_and_counts_as_fal
             for p in self.param_groups[0]["params"]:
                 p.sub_(p.grad, alpha=self.param_groups[0]["lr"] * int(10 * p.grad.norm()))
 
-    answer = innerloop.optim.supported(Rounds)
+    answer = innerloop.optim.supported(Counts)
     assert not answer
     assert (answer.how, answer.write) == ("refused", "")
     assert "Counts" in answer.why

@@ -53,6 +53,7 @@ class FastWeights:
         return list(self._view.read().values())
 
     def move_buffers(self, device: torch.device | str) -> None:
+        """Put copies of the buffers on ``device``."""
         self._view.write_buffers({name: buffer.to(device) for name, buffer in self._view.read_buffers().items()})
 
     def take(self, params: Iterable[Tensor]) -> None:
