@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import innerloop
+from innerloop import higher
 
 Loss = Callable[[nn.Module, Any], Tensor]
 LR = 0.1
@@ -39,6 +40,17 @@ def unrolled(model: nn.Module, loss: Loss, batches: list[Any]) -> dict[str, Tens
     view = _Called(model, call, trajectory.params)
     grads = torch.autograd.grad(loss(view, batches[-1]), list(params.values()), allow_unused=True)
     return {name: g for name, g in zip(params, grads, strict=True) if g is not None}
+
+
+def bridged(model: nn.Module, loss: Loss, batches: list[Any]) -> dict[str, Tensor]:
+    """The same through `innerloop.higher`."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+        for batch in batches[:-1]:
+            diffopt.step(loss(fmodel, batch))
+        loss(fmodel, batches[-1]).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 class _Called(nn.Module):

@@ -94,7 +94,7 @@ def prepared(name: str, train: bool) -> tuple[nn.Module, sdpa.Loss, list[Tensor]
     return model, loss, [torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64) for _ in range(sdpa.STEPS + 1)]
 
 
-@pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled])
+@pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled, sdpa.bridged])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_meta_gradient_is_that_of_the_math_kernel(name: str, train: bool, meta_gradient: Meta):

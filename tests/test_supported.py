@@ -124,6 +124,7 @@ def test_one_that_has_no_derivative_is_refused_with_the_reason_and_counts_as_fal
     assert Counts not in {entry.torch_class for entry in innerloop.optim.supported()}
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_what_is_no_optimizer_raises():
     with pytest.raises(innerloop.InnerLoopError, match=r"supported\(torch.optim.Adam\)"):
         innerloop.optim.supported(torch.nn.Linear(1, 1))  # type: ignore[call-overload]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError
 from innerloop.higher.nested import copy_tensor
 from innerloop.higher.teach import Teacher
 from innerloop.module import Gate, ModuleView, keep_running_statistics, plain
+from innerloop.nn.replace import Replacing, replacing
 
 __all__ = ["PatchedModule", "buffer_sync", "make_functional", "monkeypatch"]
 
@@ -191,7 +193,13 @@ class PatchedModule(nn.Module):
 
     def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         self._ready(params)  # here and not in forward: hooks that run before it compute with the parameters
-        return super().__call__(*args, **kwargs)
+        with self._kernels():
+            return super().__call__(*args, **kwargs)
+
+    def _kernels(self) -> AbstractContextManager[Any]:
+        """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
+        inside = isinstance(_private.function_mode(), Replacing)
+        return replacing() if self._innerloop_fast.track and not inside else nullcontext()
 
     def _ready(self, params: Iterable[Tensor] | None) -> None:
         if params is not None:
