@@ -314,7 +314,7 @@ def _by_lists(self: Any, params: Any) -> None:
 
 
 def test_steps_over_lists_of_tensors():
-    """``adapt`` itself compares with the class and with finite differences; torch alone fails at the second derivative."""
+    """``adapt`` itself compares with the class and with finite differences; torch alone fails at the division by a tensor."""
     optimizer = adapt(a_class(_by_lists))
     p = torch.zeros(3, requires_grad=True)
     new, _ = optimizer.update({"p": p * 1.0}, optimizer.init({"p": p}), {"p": p})

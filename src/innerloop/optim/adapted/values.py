@@ -314,7 +314,7 @@ def _into(out: Any, results: Any) -> Any:
 
 
 def _one_of(name: str) -> Any:
-    """What ``torch._foreach_NAME`` does to each tensor: some of these functions have no derivative, the single ones all have."""
+    """What ``torch._foreach_NAME`` does to each tensor: some of these functions lack a derivative that the single ones have."""
     if name == "norm":
         return torch.linalg.vector_norm
     stem = name.removesuffix("_")
