@@ -231,7 +231,7 @@ class DifferentiableAdapted(DifferentiableRule):
         self._pure = Adapted(shown, make, needs_closure=False, verifies=True, cls=cls)
         self._pure.verify(stepped)
         if self._other.state:  # it has taken steps: what it keeps is a constant
-            tensors, rest = freeze(self._other, list(stepped.values()))
+            tensors, rest = freeze(self._other, stepped)
             self._pure_state: Any = AdaptedState(0, tuple(t.detach().clone() for t in tensors), rest)
         else:
             self._pure_state = self._pure.start(stepped)

@@ -71,6 +71,8 @@ class Accumulate(Transform):
                 "accumulate in steps that are compiled one by one: whether the rule runs depends on a count, which is a tensor there. "
                 "Write Checkpointed(compile=False), or metagradient(..., compile=True), which compiles the whole loop"
             )
+        if missing := [name for name in params if name not in state.total]:
+            raise InvalidInputError(f"the state knows no parameter {missing}: it belongs to other parameters")
         if all(g is None for g in grads.values()):
             return dict(grads), state
         total = {n: _plus(s, grads[n]) for n, s in state.total.items()}

@@ -153,7 +153,8 @@ def _rms(x: Tensor) -> Tensor:
     """Root mean square, as a scalar of double precision."""
     if x.numel() == 0:  # torch divides zero by zero; there is no element that could see it
         return precise(x.new_zeros(()), x)
-    return safe_sqrt(precise((x * x).sum(), x)) / x.numel() ** 0.5
+    wide = x.float() if x.dtype.itemsize < 4 else x  # the square of 300 does not fit into float16
+    return safe_sqrt(precise((wide * wide).sum(), x)) / x.numel() ** 0.5
 
 
 adafactor = Adafactor

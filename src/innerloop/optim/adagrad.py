@@ -71,6 +71,7 @@ class Adagrad(Elementwise):
     state_type: ClassVar = AdagradState
     torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adagrad
     torch_state: ClassVar = {"sum": "sum"}
+    torch_from_constructor: ClassVar = ("initial_accumulator_value",)
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))

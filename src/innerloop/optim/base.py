@@ -101,6 +101,9 @@ class Rule(Optimizer):
     torch_step: ClassVar[type] = Tensor
     """As what: a 0-dim tensor, or an int."""
 
+    torch_from_constructor: ClassVar[tuple[str, ...]] = ()
+    """Settings that torch takes from its constructor for all parameters, whatever their param group says."""
+
     by_torch_class: ClassVar[dict[type[torch.optim.Optimizer], type[Rule]]] = {}
     """Every rule that says its ``torch_class``."""
 
@@ -127,8 +130,9 @@ class Rule(Optimizer):
     def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
         """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
         values = {name: getattr(self, name) for name in self.hyper_names}
-        if not hyper:
+        if not any_given(hyper):
             return values  # the constructor has looked at them
+        assert hyper is not None
         for name, value in hyper.items():
             if name not in values:
                 raise InvalidInputError(
@@ -214,6 +218,24 @@ def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
     for name in names:
         for value in numbers(hyper[name]):
             require(value >= 0, f"{name}={value} is negative (or NaN); {name} must be >= 0")
+
+
+def any_given(hyper: Any) -> bool:
+    """Whether there are overrides of hyper-parameters; raise if they are not a mapping."""
+    if hyper is None:
+        return False
+    if not isinstance(hyper, Mapping):
+        raise InvalidInputError(f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}')
+    return bool(hyper)
+
+
+def check_state(owner: Any, state: Any, kind: type) -> None:
+    """Raise if ``state`` is that of another kind of optimizer."""
+    if not isinstance(state, kind):
+        raise InvalidInputError(
+            f"{owner!r} was given a state of type {type(state).__name__}, not {kind.__name__}: pass what init(params) or the last "
+            "update returned"
+        )
 
 
 def _shown(value: Any) -> str:

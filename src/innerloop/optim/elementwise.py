@@ -11,9 +11,11 @@ from torch import Tensor
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Params, Rule, active_ones, ages_of
+from innerloop.optim.base import Grads, Params, Rule, active_ones, ages_of, check_state
 from innerloop.optim.packing import FLAT_LIMIT, Bucket, Layout, Packed, layout_of, pack, real_dtype, unpack, zeros
 from innerloop.optim.precision import warn_of_half
+
+_A_STATE = "a state"
 
 
 class Elementwise(Rule):
@@ -70,6 +72,7 @@ class Elementwise(Rule):
     def update(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], Any]:
+        check_state(self, state, self.state_type)
         resolved = self.resolve(hyper)
         active = active_ones(grads, params)
         lists = self._takes_lists(resolved)
@@ -243,6 +246,12 @@ def _value(value: Any, name: str, bucket: Bucket, param: Tensor) -> Any:
             raise InvalidInputError(
                 f"hyper-parameter {name!r} is given per parameter, but has no entry for {missing}; it has {list(value)}"
             )
+        if len(bucket.names) == 1:
+            alone = value[bucket.names[0]]
+            if isinstance(alone, (int, float)):
+                return alone  # as in a param group of its own: in bfloat16, .999 would be 1
+            if isinstance(alone, Tensor) and alone.numel() == 1:
+                return alone.reshape(())
         return pack(_as_real(bucket), {n: _expanded(value[n], name, n, s, bucket, param) for n, s in _shapes(bucket)})
     raise InvalidInputError(
         f"hyper-parameter {name!r} is {value!r}: write a number, a 0-dim tensor, or a mapping from parameter names to tensors"
@@ -260,6 +269,8 @@ def _as_real(bucket: Bucket) -> Bucket:
 def _expanded(value: Any, hyper: str, name: str, shape: torch.Size, bucket: Bucket, param: Tensor) -> Tensor:
     """One parameter's value of a hyper-parameter, as a tensor of the parameter's (real) shape and dtype."""
     tensor = torch.as_tensor(value, dtype=param.dtype, device=param.device)
+    if hyper == _A_STATE and bucket.is_complex and tensor.shape == (*shape, 2):
+        return tensor
     if tensor.numel() == 1:
         tensor = tensor.reshape(())
     elif tensor.shape != shape:
@@ -298,13 +309,18 @@ def _scalars(layout: Layout, held: Mapping[str, Any], params: Params) -> Packed:
         return held
     flats = []
     for bucket in layout:
-        values = [held[name] for name in bucket.names]
+        values = [_both_parts(held[name]) for name in bucket.names]
         first = values[0]
         if all(v is first or (isinstance(v, float) and isinstance(first, float) and v == first) for v in values):
             flats.append(first)
         else:
-            flats.append(_value(dict(zip(bucket.names, values, strict=True)), "a state", bucket, _real(bucket, params)))
+            flats.append(_value(dict(zip(bucket.names, values, strict=True)), _A_STATE, bucket, _real(bucket, params)))
     return Packed(layout, tuple(flats))
+
+
+def _both_parts(value: Any) -> Any:
+    """What a complex parameter keeps for its real and its imaginary part, as two numbers again."""
+    return torch.view_as_real(value) if isinstance(value, Tensor) and value.is_complex() else value
 
 
 def _real(bucket: Bucket, params: Params) -> Tensor:

@@ -48,7 +48,8 @@ class FromTorch(Optimizer):
         if len(groups) == len(self._settings) and all(map(_same, groups, self._settings)):
             return
         self._settings = [{k: v for k, v in group.items() if k not in _NAMES} for group in groups]
-        self.members = tuple(_build(rule, group) for rule, group in zip(self._rules, self._settings, strict=True))
+        defaults = [opt.defaults for opt in self._optimizers for _ in opt.param_groups]
+        self.members = tuple(map(_build, self._rules, self._settings, defaults))
 
     def init(self, params: Params) -> GroupsState:
         names = self._resolved(params)
@@ -225,9 +226,10 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     )
 
 
-def _build(rule: type[Rule], group: Mapping[str, Any]) -> Rule:
+def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
     names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
-    return rule(**{k: v for k, v in group.items() if k in names})
+    shared = {k: defaults[k] for k in rule.torch_from_constructor if k in defaults}
+    return rule(**{k: v for k, v in (dict(group) | shared).items() if k in names})
 
 
 def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

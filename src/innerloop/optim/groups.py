@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Optimizer, Params
+from innerloop.optim.base import Grads, Optimizer, Params, any_given, check_state
 
 
 class GroupsState(NamedTuple):
@@ -34,6 +34,9 @@ class PerGroup:
         params: Params,
         hyper: Mapping[str, Any] | None,
     ) -> tuple[dict[str, Tensor], GroupsState]:
+        check_state(members, state, GroupsState)
+        if unknown := [name for name in grads if name not in params]:
+            raise InvalidInputError(f"gradients for {unknown} but the parameters are {list(params)}")
         new_params, states = dict(params), []
         for opt, ns, member, values in zip(
             members, names, state.members, split_hyper(hyper, members, names), strict=True
@@ -64,7 +67,11 @@ class Groups(Optimizer):
     """
 
     def __init__(self, members: Mapping[str, Optimizer]) -> None:
-        if not members or not all(isinstance(opt, Optimizer) for opt in members.values()):
+        if (
+            not isinstance(members, Mapping)
+            or not members
+            or not all(isinstance(opt, Optimizer) for opt in members.values())
+        ):
             raise InvalidInputError(
                 f"groups({members!r}): write a mapping from name patterns to innerloop optimizers, "
                 'groups({"head.*": innerloop.optim.adam(), "*": innerloop.optim.sgd(lr=0.1)})'
@@ -117,8 +124,9 @@ def split_hyper(
     hyper: Mapping[str, Any] | None, members: Sequence[Optimizer], names: Sequence[Sequence[str]]
 ) -> list[dict[str, Any] | None]:
     """One mapping of overrides per group."""
-    if not hyper:
+    if not any_given(hyper):
         return [None] * len(members)
+    assert hyper is not None
     split: list[dict[str, Any]] = [{} for _ in members]
     for key, value in hyper.items():
         if isinstance(value, list):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Optimizer, Params
+from innerloop.optim.base import Grads, Optimizer, Params, check_state
 from innerloop.optim.precision import warn_of_half
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -84,6 +84,7 @@ class InFloat32(Optimizer):
     def update(
         self, grads: Grads, state: InFloat32State, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], InFloat32State]:
+        check_state(self, state, InFloat32State)
         copies = state.master or {}
         given = {n: _followed(copies[n], p) if n in copies else _wide(p) for n, p in params.items()}
         wide_grads = {name: None if g is None else _wide(g) for name, g in grads.items()}

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Optimizer, Params
+from innerloop.optim.base import Grads, Optimizer, Params, any_given, check_state
+from innerloop.optim.precision import warn_of_half
 
 
 class LearnedState(NamedTuple):
@@ -77,6 +78,8 @@ class Learned(Optimizer):
     def update(
         self, grads: Grads, state: LearnedState, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], LearnedState]:
+        check_state(self, state, LearnedState)
+        any_given(hyper)
         unknown = [f"gradient {name!r}" for name in grads if name not in params]
         unknown += [f"hyper-parameter {key!r}" for key in hyper or {} if key not in self.hyper_names]
         if unknown:
@@ -85,6 +88,8 @@ class Learned(Optimizer):
             )
         weights = (hyper or {}).get("weights", self.weights)
         _check_weights(weights)
+        if missing := [name for name in params if name not in state.kept]:
+            raise InvalidInputError(f"the state knows no parameter {missing}: it belongs to other parameters")
         new_params, kept = dict(params), dict(state.kept)
         for name, param in params.items():
             g = grads.get(name)
@@ -108,7 +113,9 @@ class Learned(Optimizer):
             raise InvalidInputError(
                 f"learned: fn returned a change of shape {tuple(change.shape)} for {name!r}, which has {tuple(param.shape)}"
             )
-        return param + change.to(param.dtype), after
+        new = param + change.to(param.dtype)
+        warn_of_half(new)
+        return new, after
 
     def __repr__(self) -> str:
         return f"learned({getattr(self.fn, '__name__', repr(self.fn))})"

@@ -36,7 +36,8 @@ class Muon(PerTensor):
 
     ``torch.optim.Muon`` computes NS in bfloat16, where a difference quotient is noise. Here the value is that one, and the
     derivative is that of the same iteration in the parameter's dtype; it costs a second iteration. ``ns_dtype`` computes value
-    and derivative in that dtype instead.
+    and derivative in that dtype instead. One difference is meant: for bfloat16 parameters with ``nesterov=False``, torch 2.13 normalises
+    the running average itself (its ``bfloat16()`` is no copy there); here the average stays what the equation says.
 
     Args:
         lr: :math:`\eta`.
@@ -84,7 +85,8 @@ class Muon(PerTensor):
         right = isinstance(given, (tuple, list)) and len(given) == 3
         require(right, f"ns_coefficients={given!r}: write three numbers, ns_coefficients=(3.4445, -4.775, 2.0315)")
         object.__setattr__(self, "ns_coefficients", tuple(given))
-        require(0 <= self.ns_steps < 100, f"ns_steps={self.ns_steps} must be between 0 and 99")
+        right = type(self.ns_steps) is int and 0 <= self.ns_steps < 100
+        require(right, f"ns_steps={self.ns_steps!r} must be an integer between 0 and 99")
         require(
             self.adjust_lr_fn in (None, "original", "match_rms_adamw"),
             f"adjust_lr_fn={self.adjust_lr_fn!r}: write None, 'original' or 'match_rms_adamw'",
@@ -110,6 +112,8 @@ class Muon(PerTensor):
         update = _between(grad, buffer, momentum) if self.nesterov else buffer
         direction = self._direction(update, hyper["ns_coefficients"], hyper["eps"]).to(param.dtype)
         param = param * (1 - lr * hyper["weight_decay"])
+        if param.dtype == torch.float16:
+            direction = direction.float()  # torch adds a bfloat16 direction, and the two meet in float32
         return add_scaled(param, direction, -lr * self._ratio(param)), MuonState(state.count, buffer)
 
     def _direction(self, update: Tensor, coefficients: tuple[Any, Any, Any], eps: Any) -> Tensor:

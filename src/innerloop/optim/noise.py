@@ -45,7 +45,8 @@ class AddNoise(Transform):
     Neelakantan et al., "Adding gradient noise improves learning for very deep networks", 2015. The noise is a function of ``seed``, the
     step and the place of the entry alone, made by arithmetic: torch's random state is neither read nor moved, a replayed step has the same
     noise whatever replays it, and it works under ``vmap``, ``jvp`` and compilation. Under ``vmap`` all tasks see the same noise, unless
-    ``seed`` is a tensor with one number for each.
+    ``seed`` is a tensor with one number for each. Two of the same seed, in one chain or in two groups,
+    add the same noise: give each its own.
 
     Args:
         eta: :math:`\eta`; may be a tensor (at the value 0, where :math:`\sigma` has no derivative, its gradient is 0).

@@ -181,7 +181,9 @@ class Packed(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         for bucket, flat in zip(self.layout, self.flats, strict=True):
             if name in bucket.names:
-                one_for_all = not isinstance(flat, Tensor) or (flat.ndim == 0 and len(bucket.names) > 1)
+                one_for_all = not isinstance(flat, Tensor) or (
+                    flat.ndim == 0 and (len(bucket.names) > 1 or bucket.is_complex)
+                )
                 return flat if one_for_all else unpack(bucket, flat)[name]
         raise KeyError(name)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Params, Rule, active_ones
+from innerloop.optim.base import Grads, Params, Rule, active_ones, check_state
 from innerloop.optim.precision import warn_of_half
 
 
@@ -58,6 +58,7 @@ class PerTensor(Rule):
     def update(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], Any]:
+        check_state(self, state, self.state_type)
         resolved = self.resolve(hyper)
         active = active_ones(grads, params)
         counts = state.count if isinstance(state.count, Mapping) else dict.fromkeys(params, state.count)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.optim.base import Grads, Optimizer, Params, Scalar, numbers, require
+from innerloop.optim.base import Grads, Optimizer, Params, Scalar, any_given, check_state, numbers, require
 
 
 class Transform(abc.ABC):
@@ -138,6 +138,7 @@ class Chain(Optimizer):
     def update(
         self, grads: Grads, state: ChainState, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], ChainState]:
+        check_state(self, state, ChainState)
         of_transforms, of_rule = self._split(hyper)
         grads, states = _checked(grads, params), []
         for (name, transform), before in zip(self.transforms.items(), state.transforms, strict=True):
@@ -151,8 +152,9 @@ class Chain(Optimizer):
 
     def _split(self, hyper: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """The overrides of each transform, and those of the rule."""
-        if not hyper:
+        if not any_given(hyper):
             return {}, None
+        assert hyper is not None
         own, of_transforms, of_rule = set(self._own_names()), {}, {}  # type: ignore[var-annotated]
         known = getattr(self, "hyper_names", None)
         for key, value in hyper.items():

@@ -26,12 +26,16 @@ class Rest:
     """What an optimizer keeps besides tensors: step counts, flags, settings, with marks where the tensors go.
 
     Attributes:
+        names: of the parameters, in the optimizer's order.
         tracked: for each tensor, whether it was computed from the parameters or their gradients.
     """
 
-    def __init__(self, pickled: bytes, references: tuple[Any, ...], tracked: tuple[bool, ...]) -> None:
+    def __init__(
+        self, pickled: bytes, references: tuple[Any, ...], names: tuple[str, ...], tracked: tuple[bool, ...]
+    ) -> None:
         self.pickled = pickled
         self.references = references
+        self.names = names
         self.tracked = tracked
 
     def __repr__(self) -> str:
@@ -41,10 +45,10 @@ class Rest:
 tree.register(Rest, lambda rest: [], lambda rest, children: rest)
 
 
-def freeze(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Rest]:
+def freeze(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Rest]:
     """``(tensors, rest)`` of an optimizer that steps ``params``."""
     file = io.BytesIO()
-    freezer = _Freezer(file, optimizer, params)
+    freezer = _Freezer(file, optimizer, list(params.values()))
     try:
         freezer.dump(vars(optimizer))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -54,7 +58,7 @@ def freeze(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> tuple[
         ) from error
     tensors = tuple(freezer.tensors)
     references = (type(optimizer), *freezer.references)
-    return tensors, Rest(file.getvalue(), references, tuple(t.requires_grad for t in tensors))
+    return tensors, Rest(file.getvalue(), references, tuple(params), tuple(t.requires_grad for t in tensors))
 
 
 def thaw(

@@ -14,7 +14,8 @@ from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiabl
 from innerloop.optim.adapted.frozen import Rest, freeze, thaw
 from innerloop.optim.adapted.values import Number, Tracked, Values, copy_of, math_on_numbers, same
 from innerloop.optim.adapted.verify import verify
-from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad
+from innerloop.optim.base import Grads, Optimizer, Params, ValueAndGrad, active_ones, any_given, check_state
+from innerloop.optim.precision import warn_of_half
 from innerloop.random_state import RandomState
 
 Make = Callable[[dict[str, Tensor]], torch.optim.Optimizer]
@@ -60,14 +61,20 @@ class Adapted(Optimizer):
     compiles = False
 
     def __init__(
-        self, shown: str, make: Make, needs_closure: bool, verifies: bool, cls: type[torch.optim.Optimizer] | None
+        self,
+        shown: str,
+        make: Make,
+        needs_closure: bool,
+        verifies: bool,
+        cls: type[torch.optim.Optimizer] | None,
+        key: Any = None,
     ) -> None:
         self.make = make
         self.needs_closure = needs_closure
         self.cls = cls
         self._shown = shown
         self._verifies = verifies
-        self._verified = _VERIFIED.setdefault((cls, shown, needs_closure), set()) if cls else set()
+        self._verified: set[Any] = set() if key is None else _VERIFIED.setdefault(key, set())
 
     def init(self, params: Params) -> AdaptedState:
         self.verify(params)
@@ -81,8 +88,9 @@ class Adapted(Optimizer):
             optimizer = self.make(dict(working))
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise InvalidInputError(f"{self!r} made a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-            tensors, rest = freeze(optimizer, list(working.values()))
-        return AdaptedState(0, tuple(map(leave, tensors)), rest)
+            tensors, rest = freeze(optimizer, working)
+        # What is not `Tracked` was not computed from the parameters: a setting of the user's, whose graph is its own.
+        return AdaptedState(0, tuple(leave(t) if isinstance(t, Tracked) else t for t in tensors), rest)
 
     def verify(self, params: Params, hyper: Mapping[str, Any] | None = None) -> None:
         """Compare values and gradient with the class itself, on a small problem whose parameters have as many axes as these.
@@ -121,10 +129,12 @@ class Adapted(Optimizer):
             raise InvalidInputError(
                 f"{self!r} evaluates the loss itself: pass value_and_grad=, params -> (loss, grads)"
             )
-        if _check_tensors(hyper or {}):
+        if any_given(hyper) and _check_tensors(hyper or {}):
             self.verify(params, hyper)
         random_state = RandomState.now()
         new, new_state = self.run(grads, state, params, hyper, value_and_grad)
+        for p in new.values():
+            warn_of_half(p)
         if state.count == 0 and self._verifies and not self.needs_closure and not _private.inside_transform():
             self._compare(new, grads, state, params, hyper or {}, random_state)
         return new, new_state
@@ -139,6 +149,13 @@ class Adapted(Optimizer):
         hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], AdaptedState]:
         """`update` without looking whether it is right; ``hold`` takes the parameters that the class saw."""
+        check_state(self, state, AdaptedState)
+        active_ones(grads, params)
+        if set(state.rest.names) != set(params):
+            raise InvalidInputError(
+                f"{self!r}: the state is that of the parameters {list(state.rest.names)}, but these are {list(params)}"
+            )
+        params = {name: params[name] for name in state.rest.names}  # the class knows them by their places
         overrides = dict(hyper or {})
         given = [*params.values(), *grads.values(), *state.tensors, *_tensors_in(overrides.values())]
         with _running(self, [t for t in given if isinstance(t, Tensor)]) as (values, enter, leave):
@@ -151,7 +168,8 @@ class Adapted(Optimizer):
                 values.grads.update((id(p), None) for p in working.values())
                 values.grads.update((id(working[n]), enter(g)) for n, g in grads.items() if g is not None)
 
-            written = [_private.version(p) for p in working.values()]
+            # Under torch.inference_mode, where no closure can be differentiated, tensors have no version.
+            written = [_private.version(p) for p in working.values()] if self.needs_closure else []
 
             def closure() -> Any:
                 assert value_and_grad is not None
@@ -170,7 +188,7 @@ class Adapted(Optimizer):
             optimizer = thaw(state.rest, kept, list(working.values()))
             with self._hyper(optimizer, overrides, enter):
                 self._step(optimizer, closure if self.needs_closure else None)
-            tensors, rest = freeze(optimizer, list(working.values()))
+            tensors, rest = freeze(optimizer, working)
         new = {name: leave(p) for name, p in working.items()}
         return new, AdaptedState(state.count + 1, tuple(map(leave, tensors)), rest)
 
@@ -187,7 +205,7 @@ class Adapted(Optimizer):
         key = ("step", *(tuple(p.shape) for p in params.values()))
         if key in self._verified:
             return
-        leaves = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
+        leaves = {name: nn.Parameter(params[name].detach().clone()) for name in state.rest.names}
         optimizer = thaw(state.rest, [t.detach().clone() for t in state.tensors], list(leaves.values()), float)
         for name, g in grads.items():
             leaves[name].grad = None if g is None else g.detach().clone()
@@ -201,7 +219,8 @@ class Adapted(Optimizer):
             if after is not None:
                 after.restore()
         for name, p in leaves.items():
-            error = (ours[name].detach() - p.detach()).abs().max() if p.numel() else p.new_zeros(())
+            same_value = torch.isclose(ours[name].detach(), p.detach(), rtol=0, atol=0, equal_nan=True)
+            error = (ours[name].detach() - p.detach()).abs().masked_fill(same_value, 0).max() if p.numel() else 0.0
             if not error <= 1e3 * torch.finfo(p.dtype).eps * max(
                 1.0, float(p.detach().abs().max()) if p.numel() else 1.0
             ):
@@ -300,6 +319,15 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
+def _is_plain(settings: Any) -> bool:
+    """Whether what is shown of the settings tells them apart; functions, tensors and other objects may look alike and differ."""
+    if isinstance(settings, dict):
+        return all(map(_is_plain, settings.values()))
+    if isinstance(settings, (tuple, list)):
+        return all(map(_is_plain, settings))
+    return settings is None or type(settings) in (bool, int, float, complex, str, torch.dtype)
+
+
 def _check_tensors(hyper: Mapping[str, Any]) -> bool:
     """Whether there are tensors among the hyper-parameters; raise if one has several entries."""
     found = [(key, t) for key, value in hyper.items() for t in _tensors_in([value])]
@@ -343,7 +371,9 @@ def adapt(
     Before its first use, a class is verified once with these settings on a small smooth problem in float64, with parameters of as many
     axes as yours: six steps equal to the class's own (1e-9), and the derivative of an outer loss equal to finite differences of
     the class (1e-5). A hyper-parameter is verified so when it first is a tensor. The first step on parameters of new shapes
-    is compared with the class's own, too. What a small problem cannot show (a branch taken at step 1000) is not verified.
+    is compared with the class's own, too. Settings that are functions, tensors or other objects are verified at each ``adapt``: two of them
+    may look alike. Steps that change something outside of the optimizer (a global, a counter inside a function) are refused.
+    What a small problem cannot show (a branch taken at step 1000) is not verified.
 
     Args:
         optimizer: the class; or a function from named parameters to an optimizer, for constructors that need more than a list:
@@ -388,7 +418,8 @@ def adapt(
     if isinstance(optimizer, type):
         cls = optimizer
         shown = ", ".join([cls.__name__, *(f"{k}={v!r}" for k, v in settings.items())])
-        adapted = Adapted(shown, lambda named: cls(list(named.values()), **settings), closure, verify, cls)
+        key = (cls, shown, closure) if _is_plain(settings) else None
+        adapted = Adapted(shown, lambda named: cls(list(named.values()), **settings), closure, verify, cls, key)
         if verify:
             adapted.verify({"matrix": torch.empty(1, 1), "vector": torch.empty(1)})
         return adapted

@@ -84,7 +84,10 @@ class Values(TorchFunctionMode):
                 return Number(args[0].reshape(()).double())
             raise NotDifferentiableError(_leaves_the_graph(name))
         if kwargs.get("out") is not None:
-            return _into(kwargs["out"], func, args, {k: v for k, v in kwargs.items() if k != "out"})
+            results = self.__torch_function__(func, types, args, {k: v for k, v in kwargs.items() if k != "out"})
+            return _into(kwargs["out"], results)
+        if name.startswith("_foreach_") and (one := _one_of(name.removeprefix("_foreach_"))) is not None:
+            return [self.__torch_function__(one, types, *each) for each in _each(one.__name__, args, kwargs)]
         for own, names in _REPLACED:
             if name in names:
                 return own(func, name, args, kwargs)
@@ -155,6 +158,10 @@ class Number(torch.SymFloat):
         return bool(self.tensor == self.tensor.round())
 
 
+_OTHER_MATH = {"ceil", "floor", "trunc", "remainder", "isclose"}
+"""Functions of ``math`` that make an integer, or that mean something else in torch."""
+
+
 class _Math:
     """The module ``math`` that also takes a `Number`."""
 
@@ -165,11 +172,7 @@ class _Math:
         def function(*arguments: Any) -> Any:
             if not any(isinstance(x, (Number, Tensor)) for x in arguments):
                 return own(*arguments)
-            if with_tensors is None or name in (
-                "ceil",
-                "floor",
-                "trunc",
-            ):  # the others are those of torch under the same name
+            if with_tensors is None or name in _OTHER_MATH:  # the others are those of torch under the same name
                 raise NotDifferentiableError(_leaves_the_graph("__float__"))
             wrapped = [Number(x.reshape(()).double()) if isinstance(x, Tensor) else x for x in arguments]
             result = with_tensors(*[x.tensor if isinstance(x, Number) else x for x in wrapped])
@@ -298,10 +301,8 @@ def _weak(number: Tensor, others: list[Tensor]) -> Tensor:
     return number.to(dtypes[0]) if dtypes else number
 
 
-def _into(out: Any, func: Any, args: Any, kwargs: Any) -> Any:
+def _into(out: Any, results: Any) -> Any:
     """``func(..., out=out)``, which autograd refuses."""
-    args, kwargs = _tensors((args, kwargs))
-    results = func(*args, **kwargs)
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
         if target.shape != result.shape:
@@ -310,6 +311,27 @@ def _into(out: Any, func: Any, args: Any, kwargs: Any) -> Any:
             )
         target.copy_(result)
     return out
+
+
+def _one_of(name: str) -> Any:
+    """What ``torch._foreach_NAME`` does to each tensor: some of these functions lack a derivative that the single ones have."""
+    if name == "norm":
+        return torch.linalg.vector_norm
+    stem = name.removesuffix("_")
+    name = {"maximum": "clamp_min", "minimum": "clamp_max"}.get(stem, stem) + ("_" if name.endswith("_") else "")
+    return torch.pow if name == "pow" else getattr(Tensor, name, None)
+
+
+def _each(name: str, args: Any, kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments for each tensor of the lists."""
+    given = {("value" if k == "scalars" else k): v for k, v in kwargs.items()}
+    if name.startswith("addc") and len(args) == 4:
+        *args, given["value"] = args
+    given = {k: list(v) if k == "value" and isinstance(v, Tensor) and v.ndim else v for k, v in given.items()}
+    lists = [x for x in (*args, *given.values()) if isinstance(x, (tuple, list))]
+    for i in range(len(lists[0])):
+        pick = [x[i] if isinstance(x, (tuple, list)) else x for x in args]
+        yield tuple(pick), {k: v[i] if isinstance(v, (tuple, list)) else v for k, v in given.items()}
 
 
 def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -54,15 +54,21 @@ def verify(adapted: Steps, shapes: Mapping[str, Sequence[int]], hyper: Mapping[s
         InvalidInputError: the class itself fails on this problem.
         NotDifferentiableError: its steps or its gradient come out differently; with the numbers.
     """
-    with _float64():
-        numbers = tree.map_tensors(lambda t: t.detach().double().cpu().reshape(()), dict(hyper or {}))
+    with (
+        _float64(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.autograd.set_detect_anomaly(False),
+    ):
+        numbers = tree.map_tensors(lambda t: t.detach().double().cpu().reshape(()).clone(), dict(hyper or {}))
         task = _Task(adapted, shapes, numbers)
         start = (task.params(), tree.map_tensors(float, numbers))
-        with torch.random.fork_rng(devices=[]), torch.autograd.set_detect_anomaly(False):
-            theirs, ours = task.plain(*start), task.tracked(*start)
-            _compare(adapted, theirs, ours)
-            for index in range(2):
-                _differentiate(adapted, task, index)
+        theirs, ours = task.plain(*start), task.tracked(*start)
+        _compare(adapted, theirs, ours)
+        _repeat(adapted, task)
+        for index in range(2):
+            _differentiate(adapted, task, index)
 
 
 class _Task:
@@ -90,7 +96,7 @@ class _Task:
 
     def plain(self, params: Named, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
         """By the class itself, as its users run it."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the user's other devices, too
         leaves = {name: nn.Parameter(p.detach().clone()) for name, p in params.items()}
         try:
             optimizer = self.adapted.make(dict(leaves))
@@ -119,10 +125,11 @@ class _Task:
             ) from error
         return {name: p.detach() for name, p in leaves.items()}
 
-    def tracked(self, params: Named, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
-        """By the adapted class; differentiable in both arguments."""
-        torch.manual_seed(0)
-        now, state = dict(params), self.adapted.start(params)
+    def tracked(self, params: Named, hyper: Mapping[str, Any], state: Any = None) -> dict[str, Tensor]:
+        """By the adapted class, differentiable in both arguments; from ``state``, if there is one."""
+        torch.default_generator.manual_seed(0)
+        made = self.adapted.start(params)  # always, for the random numbers that it may draw
+        now, state = dict(params), made if state is None else state
         seen: list[
             Tensor
         ] = []  # kept alive, so that no step meets the identity of an earlier one's parameter by chance
@@ -146,6 +153,18 @@ def _compare(adapted: Steps, theirs: Named, ours: Named) -> None:
         raise NotDifferentiableError(
             f"{adapted!r}: after {STEPS} steps its parameters are off those of the class itself by {worst:.1e} (allowed {FORWARD:.0e}): it "
             "does something to tensors that adapt does not follow. Write its rule as an innerloop.optim.base.Rule"
+        )
+
+
+def _repeat(adapted: Steps, task: _Task) -> None:
+    """The same steps twice from one state: what else changes between steps would not be rewound where steps are replayed."""
+    params, state = task.params(), adapted.start(task.params())
+    first, again = (task.tracked(params, task.hyper, state) for _ in range(2))
+    if not all(torch.allclose(p, again[name], rtol=0, atol=FORWARD) for name, p in first.items()):
+        raise NotDifferentiableError(
+            f"{adapted!r}: the same {STEPS} steps from the same state end elsewhere the second time: something that its step changes is "
+            "neither in the optimizer's state, groups nor attributes (a function that counts its calls, a generator of random numbers, a "
+            "global). Keep it on the optimizer, as a number or a tensor"
         )
 
 
