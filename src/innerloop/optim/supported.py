@@ -95,10 +95,10 @@ def supported(
 
     Example:
         >>> import torch, innerloop
-        >>> rules = {s.torch_class.__name__: s for s in innerloop.optim.supported()}
-        >>> rules["SGD"].hyper
+        >>> rules = {s.write: s for s in innerloop.optim.supported()}
+        >>> rules["sgd"].hyper
         ('lr', 'momentum', 'dampening', 'weight_decay')
-        >>> rules["SGD"].flags
+        >>> rules["sgd"].flags
         ('nesterov', 'maximize')
         >>> innerloop.optim.supported(torch.optim.Adam).write
         'innerloop.optim.adam(...)'
