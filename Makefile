@@ -67,7 +67,7 @@ types: $(DEV_READY)  ## type checker
 	$(BIN)/mypy
 
 pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "compiled and not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled and not slow" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each

@@ -81,6 +81,7 @@ def scaled(factor: int) -> Callable[..., Tensor]:
     return lambda p, h, b: (p["x"] * factor).square().sum() / 2
 
 
+@pytest.mark.slow
 def test_many_problems_in_one_process():
     """More than the eight recompilations that torch.compile allows one function."""
     for i in range(10):
