@@ -233,10 +233,17 @@ def label(settings: Settings) -> str:
     return ",".join(shown) or "default"
 
 
-def cases(choose: Callable[[Rule], list[dict[str, Any]]]) -> pytest.MarkDecorator:
-    """Parametrize a test by ``rule`` and ``settings``."""
+def cases(choose: Callable[[Rule], list[dict[str, Any]]], always: int | None = None) -> pytest.MarkDecorator:
+    """Parametrize a test by ``rule`` and ``settings``; what comes after the first ``always`` settings of a rule is slow."""
     chosen = [
-        pytest.param(rule, settings, id=f"{rule.name}-{label(settings)}") for rule in RULES for settings in choose(rule)
+        pytest.param(
+            rule,
+            settings,
+            id=f"{rule.name}-{label(settings)}",
+            marks=pytest.mark.slow if always is not None and i >= always else (),
+        )
+        for rule in RULES
+        for i, settings in enumerate(choose(rule))
     ]
     return pytest.mark.parametrize(("rule", "settings"), chosen)
 
