@@ -328,9 +328,9 @@ class DifferentiableOptimizer(abc.ABC):
         if self._fmodel is None:
             return
         fast = fast_weights(self._fmodel)
-        known = {id(p) for p in (*params, *fast.history[0])} if fast.history else {id(p) for p in params}
-        outside = {id(leaf) for leaf in leaves} - known
+        outside = {id(leaf) for leaf in leaves}
         if outside:
+            outside -= {id(p) for start in (params, *fast.history[:1]) for p in start}
             i = next((i for i, p in enumerate(self._reference) if id(p) in outside), None)
             if i is not None:
                 fast.teacher.captured(self._name_of(i))
