@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop import _private, graph, tree
-from innerloop.errors import InvalidInputError
+from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher.nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule, fast_weights
 from innerloop.problem import check_loss, distinct, explained
@@ -83,7 +83,6 @@ class DifferentiableOptimizer(abc.ABC):
         self._fmodel = fmodel
         self._device = device
         self._grad_callback = grad_callback
-        self._takes_sparse = isinstance(other, torch.optim.SparseAdam)
         self._track_higher_grads = track_higher_grads
 
     @property
@@ -203,7 +202,7 @@ class DifferentiableOptimizer(abc.ABC):
     def _evaluated(
         self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
     ) -> Grads:
-        return self._gradients(check_loss(loss() if callable(loss) else loss, "the loss"), params, callback)
+        return self._gradients(scalar(loss() if callable(loss) else loss), params, callback)
 
     def _gradients(self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None) -> Grads:
         used = set(range(len(params))) if callback else {i for members in self._group_to_param_list for i in members}
@@ -221,13 +220,19 @@ class DifferentiableOptimizer(abc.ABC):
         found = self._differentiate(loss, [params[i] for i in wanted])
         if wanted and all(g is None for g in found):
             raise InvalidInputError(
-                "the loss depends on none of the parameters: compute it with the patched module, after the last step"
+                "the loss depends on none of the parameters: compute it with the patched module, after the last step (a function that "
+                "is kept in the model, and has taken hold of the model itself, computes with the model's own)"
             )
         self._note(leaves, params)
-        self._look_for_captured(leaves, params)
+        self._look_for_captured(loss, leaves)
         grads: Grads = [None] * len(params)
         for i, g in zip(wanted, found, strict=True):
-            if self._track_higher_grads and g is not None and g.is_sparse and not self._takes_sparse:
+            if self._track_higher_grads and g is not None and g.is_sparse:
+                if isinstance(self._other, torch.optim.SparseAdam):
+                    raise NotDifferentiableError(
+                        "SparseAdam needs sparse gradients, which have no second derivative: build nn.Embedding with sparse=False and use "
+                        "Adam, or write track_higher_grads=False"
+                    )
                 g = g.to_dense()  # most operations on sparse tensors have no derivative; this one has
             grads[i] = g
         for i, hook in self._hooks:
@@ -261,9 +266,9 @@ class DifferentiableOptimizer(abc.ABC):
             )
         for i, g in enumerate(changed):
             if g is not None and not (isinstance(g, Tensor) and g.shape == self._reference[i].shape):
-                got = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else repr(g)
+                found = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else repr(g)
                 raise InvalidInputError(
-                    f"grad_callback returned {got} for the parameter {self._name_of(i)}: it must be a tensor of the parameter's shape "
+                    f"grad_callback returned {found} for the parameter {self._name_of(i)}: it must be a tensor of the parameter's shape "
                     f"{tuple(self._reference[i].shape)}, or None"
                 )
         return list(changed)
@@ -276,7 +281,9 @@ class DifferentiableOptimizer(abc.ABC):
     def _apply_override(self, override: Override | None) -> None:
         """Let these settings hold from now on: all of them, or none if one of them is wrong."""
         if override is not None and not isinstance(override, Mapping):
-            raise InvalidInputError(f"override is a {type(override).__name__}: write a dict, override={{'lr': [tensor]}}")
+            raise InvalidInputError(
+                f"override is a {type(override).__name__}: write a dict, override={{'lr': [tensor]}}"
+            )
         checked = {name: self._entries(name, values) for name, values in (override or {}).items()}
         for name, values in checked.items():
             self._overridden.add(name)
@@ -323,17 +330,17 @@ class DifferentiableOptimizer(abc.ABC):
                 t.requires_grad for group in self.param_groups for t in tree.tensors(settings_of(group))
             )
 
-    def _look_for_captured(self, leaves: Iterable[Tensor], params: Sequence[Tensor]) -> None:
+    def _look_for_captured(self, loss: Tensor, leaves: Iterable[Tensor]) -> None:
         """A function kept in the model may close over the model itself, and compute with parameters that no step moves."""
-        if self._fmodel is None:
+        own = {id(p): i for i, p in enumerate(self._reference)}
+        if self._fmodel is None or not any(id(leaf) in own for leaf in leaves):
             return
         fast = fast_weights(self._fmodel)
-        outside = {id(leaf) for leaf in leaves}
-        if outside:
-            outside -= {id(p) for start in (params, *fast.history[:1]) for p in start}
-            i = next((i for i, p in enumerate(self._reference) if id(p) in outside), None)
-            if i is not None:
-                fast.teacher.captured(self._name_of(i))
+        times = [p for params in fast.history for p in params]  # a loss may use them; they lead back to the model
+        known = {id(p) for p in times}
+        for leaf in graph.inspect([loss], times, second_order=False):
+            if id(leaf) in own and id(leaf) not in known:
+                fast.teacher.captured(self._name_of(own[id(leaf)]))
 
     def _note(self, leaves: Iterable[Tensor], params: Sequence[Tensor]) -> None:
         if self._fmodel is not None and not fast_weights(self._fmodel).teacher.outside:
@@ -351,6 +358,15 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
+def scalar(loss: Any) -> Tensor:
+    """The loss of a step; raise unless it is one number."""
+    if not isinstance(loss, Tensor):
+        raise InvalidInputError(
+            f"the loss is a {type(loss).__name__}: step takes the loss alone, a tensor with one number, diffopt.step(loss_fn(fmodel(x), y))"
+        )
+    return check_loss(loss, "the loss")
+
+
 def _check_callback(callback: Any) -> None:
     if callback is not None and not callable(callback):
         raise InvalidInputError(f"grad_callback is {callback!r}: pass a function of the list of gradients")
@@ -359,7 +375,9 @@ def _check_callback(callback: Any) -> None:
 def listed(params: Any, name: str) -> list[Tensor]:
     """``params`` as a list; an error if there is anything but tensors in it."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise InvalidInputError(f"{name} is a {type(params).__name__}: pass a list of tensors, list(fmodel.parameters())")
+        raise InvalidInputError(
+            f"{name} is a {type(params).__name__}: pass a list of tensors, list(fmodel.parameters())"
+        )
     found = list(params)
     wrong = next((p for p in found if not isinstance(p, Tensor)), found)
     if wrong is not found:

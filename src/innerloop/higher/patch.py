@@ -252,7 +252,7 @@ class PatchedModule(nn.Module):
         with fast.kernels():
             return super().forward(*args, **kwargs)
 
-    def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, params: Any = None, **kwargs: Any) -> Any:
         fast = fast_weights(self)
         if self._innerloop_takes_params and params is not None:  # the word is the module's own
             kwargs["params"], params = params, None
@@ -385,7 +385,9 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
     """
     for which, given in (("module", module), ("fmodule", fmodule)):
         if not isinstance(given, nn.Module):
-            raise InvalidInputError(f"buffer_sync got {type(given).__name__} as {which}: pass a model and its patched form")
+            raise InvalidInputError(
+                f"buffer_sync got {type(given).__name__} as {which}: pass a model and its patched form"
+            )
     module = plain(module)
     for name, buffer in vars(module)["_buffers"].items():
         copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
@@ -430,6 +432,10 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
     new = view.hand_over()
     fast = FastWeights(view, gate, new)
     for part in parts:
+        if any("_innerloop_fast" in vars(part)[table] for table in _TABLES):
+            raise InvalidInputError(
+                f"{type(part).__name__} has an attribute '_innerloop_fast', which is ours: rename it"
+            )
         object.__setattr__(part, "__class__", _patched_class(type(part), part is new))
         vars(part)["_innerloop_fast"] = fast
     if encapsulator is not None:

@@ -21,6 +21,7 @@ from innerloop.higher.base import (
     State,
     has_tensor,
     numbered,
+    scalar,
     settings_of,
     twin_of,
 )
@@ -31,8 +32,7 @@ from innerloop.optim.adapted.frozen import freeze, thaw
 from innerloop.optim.adapted.values import Number
 from innerloop.optim.base import Rule
 from innerloop.optim.from_torch import FromTorch, from_torch
-from innerloop.problem import Evaluations, check_loss
-
+from innerloop.problem import Evaluations
 
 Place = tuple[int, int, str]  # group, position in it, name
 _GONE = object()
@@ -83,14 +83,16 @@ class DifferentiableRule(DifferentiableOptimizer):
         return self._states
 
     @state.setter
-    def state(self, value: State) -> None:
+    def state(self, value: Any) -> None:
         if not isinstance(value, Sequence) or len(value) != len(self.param_groups):
             raise InvalidInputError(
                 f"state must be a list with a dict for each of the {len(self.param_groups)} param groups, as diffopt.state gives it; got "
                 f"{type(value).__name__}"
             )
         if not all(isinstance(held, Mapping) and all(isinstance(k, Mapping) for k in held.values()) for held in value):
-            raise InvalidInputError("state must hold, for each param group, a dict from a position to a dict of what is kept")
+            raise InvalidInputError(
+                "state must hold, for each param group, a dict from a position to a dict of what is kept"
+            )
         _ = self.state  # so that it is known what changes
         self._states = [
             h if isinstance(h, collections.defaultdict) else collections.defaultdict(dict, h) for h in value
@@ -216,7 +218,9 @@ class DifferentiableRule(DifferentiableOptimizer):
         members = []
         for g, (rule, kept) in enumerate(zip(rules, self._pure_state.members, strict=True)):
             names = {str(i): j for j, i in enumerate(self._group_to_param_list[g])}
-            of_group = {name: {key: v for (k, i, key), v in edits.items() if (k, i) == (g, j)} for name, j in names.items()}
+            of_group = {
+                name: {key: v for (k, i, key), v in edits.items() if (k, i) == (g, j)} for name, j in names.items()
+            }
             edited = {name: changes for name, changes in of_group.items() if changes}
             members.append(_edited(rule, kept, edited, {name: params[name] for name in names}) if edited else kept)
         self._pure_state = self._pure_state._replace(members=tuple(members))
@@ -237,7 +241,7 @@ class DifferentiableRule(DifferentiableOptimizer):
             with torch.enable_grad():
                 at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
                 with fast.at(at):
-                    value = check_loss(loss(), "the loss")
+                    value = scalar(loss())
                     grads = self._gradients(value, at, callback)
             return value if self._track_higher_grads else value.detach(), {name: grads[int(name)] for name in trial}
 
@@ -357,16 +361,18 @@ def _edited(rule: Rule, kept: Any, edited: Mapping[str, Mapping[str, Any]], para
         if held is not None:
             changes = {n: c[rule.torch_state[field]] for n, c in edited.items() if rule.torch_state[field] in c}
             fields[field] = {
-                n: (start[n] if changes[n] is _GONE else _slot(rule, field, changes[n], start[n])) if n in changes else held[n]
+                n: (start[n] if changes[n] is _GONE else _slot(rule, field, changes[n], start[n]))
+                if n in changes
+                else held[n]
                 for n in params
             }
     counts = {n: kept.count[n] if isinstance(kept.count, Mapping) else kept.count for n in params}
-    for name, changes in edited.items():
+    for name, new in edited.items():
         if rule.torch_counts:
-            value = changes.get(rule.torch_count, counts[name])
+            value = new.get(rule.torch_count, counts[name])
             counts[name] = 0 if value is _GONE else int(value)
         else:  # it has taken a step if it keeps anything
-            counts[name] = int(any(value is not _GONE for value in changes.values()))
+            counts[name] = int(any(value is not _GONE for value in new.values()))
     same = len(set(counts.values())) == 1
     return kept._replace(count=next(iter(counts.values())) if same else counts, **fields)
 

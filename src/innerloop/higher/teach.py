@@ -25,7 +25,7 @@ UNTRACKED = (
     "fmodel.parameters() before backward(), and read .grad of what it gives)"
 )
 CAPTURED = (
-    "the inner loss was computed with your model's own parameter {name!r}, which the inner loop does not update. If a function kept in "
+    "the inner loss was computed with your model's own parameter {name}, which the inner loop does not update. If a function kept in "
     "the model (a lambda, a hook) has taken hold of the model itself, let it find the module otherwise: by an argument, by a bound method. "
     "If you mean the starting point (a proximal term), write fmodel.parameters(time=0) with copy_initial_weights=False, which is the same; "
     "if you mean a constant, .detach() it"
