@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_a_wrong_override_changes_nothing() -> None:
     with pytest.raises(innerloop.InvalidInputError, match="no such setting"):
         diffopt.step(loss_of(fmodel(torch.ones(1, 2))), override={"lr": [0.5], "rate": [1.0]})
     assert diffopt.param_groups[0]["lr"] == 0.1
-    for wrong in ({"lr": [0.7], "rate": [1.0]}, {"lr": [0.7], "betas": [(0.1,)]}):
+    wrongs: list[Any] = [{"lr": [0.7], "rate": [1.0]}, {"lr": [0.7], "betas": [(0.1,)]}]
+    for wrong in wrongs:
         rate = torch.tensor(0.1)
         optimizer = torch.optim.Adam(model.parameters(), lr=rate)
         with pytest.raises(innerloop.InvalidInputError):
@@ -213,6 +215,7 @@ def test_an_override_may_be_any_list_of_values() -> None:
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim.Adagrad itself
 def test_sparse_gradients(cls: Any) -> None:
     """Against central differences of a plain run, in which PyTorch makes the same sparse gradients."""
     rows = torch.tensor([[0, 1], [1, 3]])
@@ -415,11 +418,9 @@ def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
     fmodel = bridge.monkeypatch(model)
     diffopt = bridge.get_diff_optim(optimizer, model.parameters(), fmodel)
     create, apply = bridge.create_diff_optim, bridge.optim.apply_trainable_opt_params
+    others: list[Any] = [None, torch.optim.SGD, schedule, diffopt, innerloop.optim.sgd(lr=0.1)]
     bad: list[tuple[Callable[[], Any], str]] = [
-        *(
-            (lambda other=other: bridge.innerloop_ctx(model, other).__enter__(), "expected a torch optimizer")
-            for other in (None, torch.optim.SGD, schedule, diffopt, innerloop.optim.sgd(lr=0.1))
-        ),
+        *((bridge.innerloop_ctx(model, other).__enter__, "expected a torch optimizer") for other in others),
         (lambda: bridge.get_diff_optim(optimizer, model.named_parameters()), "holds a tuple"),
         (lambda: bridge.get_diff_optim(optimizer, model.parameters(), grad_callback=3), "pass a function"),
         (lambda: bridge.register_optim(5, 6), "subclass of Optimizer"),
@@ -441,7 +442,7 @@ def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
         (dict(fmodel.named_parameters()), "holds a str"),
         ([None, None], "holds a NoneType"),
     ):
-        bad.append((lambda params=params: diffopt.step(fmodel(torch.ones(2)).sum(), params=params), message))
+        bad.append((functools.partial(diffopt.step, fmodel(torch.ones(2)).sum(), params), message))
     bad.append((lambda: diffopt.step(fmodel(torch.ones(2)).sum(), grad_callback=5), "pass a function"))
     bad.append((lambda: diffopt.step((fmodel(torch.ones(2)).sum(), 1)), "takes the loss alone"))
     for use, message in bad:
@@ -586,7 +587,8 @@ def test_a_state_of_another_form_is_named() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
     with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
         diffopt.step(loss_of(fmodel(torch.ones(1, 2))))
-        for wrong in ([], {}, 3, [3], [{0: 3}]):
+        wrongs: list[Any] = [[], {}, 3, [3], [{0: 3}]]
+        for wrong in wrongs:
             with pytest.raises(innerloop.InvalidInputError, match="state must"):
                 diffopt.state = wrong
         for value in (torch.zeros(7), 3.0):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
@@ -19,7 +19,7 @@ from innerloop.problem import check_loss, distinct, explained
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 Grads = list[Tensor | None]
 GradCallback = Callable[[list[Any]], Sequence[Any]]
-Override = Mapping[str, Sequence[Any]]
+Override = Mapping[str, Sequence[Any] | nn.ParameterList | Tensor]
 State = list[collections.defaultdict[int, Any]]
 
 _NAMES = ("params", "param_names")  # what a param group holds besides settings
@@ -84,6 +84,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._device = device
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
+        self._sparse = False
 
     @property
     def state(self) -> State:
@@ -135,6 +136,10 @@ class DifferentiableOptimizer(abc.ABC):
         if self._track_higher_grads:  # times are told apart by the identity of their tensors
             named = distinct(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
+        if (
+            self._track_higher_grads and self._sparse
+        ):  # the outer gradient is too, and few operations have a derivative for that
+            after = [_Densified.apply(p) for p in after]
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:
@@ -233,6 +238,7 @@ class DifferentiableOptimizer(abc.ABC):
                         "SparseAdam needs sparse gradients, which have no second derivative: build nn.Embedding with sparse=False and use "
                         "Adam, or write track_higher_grads=False"
                     )
+                self._sparse = True
                 g = g.to_dense()  # most operations on sparse tensors have no derivative; this one has
             grads[i] = g
         for i, hook in self._hooks:
@@ -365,6 +371,23 @@ def scalar(loss: Any) -> Tensor:
             f"the loss is a {type(loss).__name__}: step takes the loss alone, a tensor with one number, diffopt.step(loss_fn(fmodel(x), y))"
         )
     return check_loss(loss, "the loss")
+
+
+class _Densified(torch.autograd.Function):
+    """The identity, whose derivative is dense also where the gradient that arrives is sparse."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        return grad.to_dense() if grad.is_sparse else grad
 
 
 def _check_callback(callback: Any) -> None:

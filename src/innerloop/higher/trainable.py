@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.higher.base import check_optimizer, entries
+from innerloop.higher.base import Override, check_optimizer, entries
 from innerloop.higher.nested import flatten, is_container, recursive_map
 from innerloop.optim.base import Rule
 
@@ -44,7 +44,7 @@ def get_trainable_opt_params(
     return {name: values for name, values in override.items() if len(values) == len(opt.param_groups)}
 
 
-def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Mapping[str, Sequence[Any]]) -> None:
+def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
     """Write learned hyper-parameters into the param groups of ``opt``.
 
     A number stays a number: an int only while the learned value is one (``higher`` rounds .37 to 0 where the default is the integer
