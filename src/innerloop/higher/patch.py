@@ -51,6 +51,10 @@ class FastWeights:
             raise InvalidInputError("the patched module that this is a part of does not exist any more: keep it")
         return root
 
+    def is_root(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the one that was patched; a part that has outlived it is not."""
+        return self._root() is module
+
     @property
     def newest(self) -> list[Tensor]:
         """The parameters as they stand in the module."""
@@ -163,7 +167,7 @@ class PatchedModule(nn.Module):
     @property
     def is_root(self) -> bool:
         """Whether this is the module that was patched, not a part of it."""
-        return fast_weights(self).root is self
+        return fast_weights(self).is_root(self)
 
     @property
     def root(self) -> Any:
@@ -229,7 +233,7 @@ class PatchedModule(nn.Module):
         """
         fast = fast_weights(self)
         fast.ready(None)
-        whole = recurse and fast.root is self
+        whole = recurse and fast.is_root(self)
         newest = fast.read_in_hooks() if whole else fast.newest
         params = newest if time is None or time == -1 else fast.of_time(time)
         if whole:
@@ -257,7 +261,7 @@ class PatchedModule(nn.Module):
         if self._innerloop_takes_params and params is not None:  # the word is the module's own
             kwargs["params"], params = params, None
         fast.ready(params)  # here and not in forward: hooks that run before it compute with the parameters
-        if fast.root is self:
+        if fast.is_root(self):
             fast.teacher.look_at_inputs(args, kwargs)
         with fast.kernels():
             return super().__call__(*args, **kwargs)
@@ -284,18 +288,17 @@ class PatchedModule(nn.Module):
         super().__delattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        root = fast_weights(self).root
-        if self is not root and id(root) in memo:  # both are in what is copied: they stay one module
+        if id(self) in memo:  # its root is in what is copied too: they stay one module
             return memo[id(self)]
         rebuild, arguments = self.__reduce_ex__(2)
         new = rebuild(*arguments)
-        if self is root:
+        if fast_weights(self).is_root(self):
             memo.update((id(a), b) for a, b in zip(nn.Module.modules(self), nn.Module.modules(new), strict=True))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         fast = fast_weights(self)
-        return _rebuild, (_plain_copy(self), fast.root is self, bool(fast.history), fast.track)
+        return _rebuild, (_plain_copy(self), fast.is_root(self), bool(fast.history), fast.track)
 
 
 class _Offered:
