@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError, optim
 from innerloop.errors import PrecisionWarning
 from innerloop.optim import adapt
+from innerloop.optim.from_torch import overrides_step
 from innerloop.optim.precision import forget_warning
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -341,3 +345,44 @@ def test_functions_of_math_that_mean_something_else_in_torch_are_refused():
 
         with pytest.raises(NotDifferentiableError, match="float"):
             adapt(a_class(step))
+
+
+# -- subclasses, and the profiler that torch puts around an inherited step ----------------------------------------------
+
+
+def test_a_step_with_the_profiler_around_it_is_still_inherited():
+    class Family(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        def step(self, closure: Any = None) -> Any:
+            """Does nothing."""
+
+    class Child(Family):
+        pass
+
+    @functools.wraps(Family.step)
+    def decorated(self: Any, closure: Any = None) -> Any:
+        self.param_groups[0]["lr"] = 0.0
+        return Family.step(self, closure)
+
+    Decorated: Any = type("Decorated", (Family,), {"step": decorated})
+
+    for cls in (Child, Decorated, Family):  # the first one gets a step of its own
+        cls([torch.ones(1)])
+        assert "step" in vars(cls)
+    assert [overrides_step(cls) for cls in (Child, Decorated, Family)] == [False, True, True]
+    assert not overrides_step(type("Grandchild", (Child,), {}))
+
+
+def test_a_subclass_that_is_the_first_of_its_family():
+    program = """
+import torch, innerloop, innerloop.higher
+class Mine(torch.optim.SGD): pass
+model = torch.nn.Linear(1, 1)
+optimizer = Mine(model.parameters(), lr=0.5)
+print(innerloop.optim.from_torch(optimizer, model))
+print(type(innerloop.higher.get_diff_optim(optimizer, model.parameters())).__name__)
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["from_torch(sgd(lr=0.5))", "DifferentiableSGD"]

@@ -24,6 +24,7 @@ from innerloop.higher.patch import PatchedModule
 from innerloop.higher.rules import DifferentiableAdapted, DifferentiableRule
 from innerloop.higher.trainable import apply_trainable_opt_params, get_trainable_opt_params
 from innerloop.optim.base import Rule
+from innerloop.optim.from_torch import overrides_step
 
 __all__ = [
     "DifferentiableASGD",
@@ -230,7 +231,7 @@ def _class_for(opt_type: type[torch.optim.Optimizer]) -> type[DifferentiableOpti
             return _opt_mapping[cls]
         if cls in Rule.by_torch_class:
             return DifferentiableRule
-        if "step" in vars(cls):
+        if overrides_step(cls):
             break
     return DifferentiableAdapted
 

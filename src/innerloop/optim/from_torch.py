@@ -207,9 +207,27 @@ def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
     for ancestor in cls.__mro__:
         if ancestor in Rule.by_torch_class:
             return Rule.by_torch_class[ancestor]
-        if "step" in vars(ancestor):
+        if overrides_step(ancestor):
             break
     return None
+
+
+def overrides_step(cls: type[torch.optim.Optimizer]) -> bool:
+    """Whether a class has a ``step`` of its own.
+
+    PyTorch gives it to the first class of a family that is instantiated: an inherited step with a profiler around it.
+    """
+    if "step" not in vars(cls):
+        return False
+    inherited = next((vars(parent)["step"] for parent in cls.__mro__[1:] if "step" in vars(parent)), None)
+    return _without_profiler(vars(cls)["step"]) is not _without_profiler(inherited)
+
+
+def _without_profiler(step: Any) -> Any:
+    return step.__wrapped__ if getattr(step, "__code__", None) is _PROFILER else step
+
+
+_PROFILER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
