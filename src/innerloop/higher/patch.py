@@ -288,11 +288,10 @@ class PatchedModule(nn.Module):
         super().__delattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if id(self) in memo:  # its root is in what is copied too: they stay one module
-            return memo[id(self)]
         rebuild, arguments = self.__reduce_ex__(2)
         new = rebuild(*arguments)
         if fast_weights(self).is_root(self):
+            # a part that is in what is copied too, by itself, stays a part
             memo.update((id(a), b) for a, b in zip(nn.Module.modules(self), nn.Module.modules(new), strict=True))
         return new
 
