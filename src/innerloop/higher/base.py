@@ -136,9 +136,8 @@ class DifferentiableOptimizer(abc.ABC):
         if self._track_higher_grads:  # times are told apart by the identity of their tensors
             named = distinct(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
-        if (
-            self._track_higher_grads and self._sparse
-        ):  # the outer gradient is too, and few operations have a derivative for that
+        if self._track_higher_grads and self._sparse:
+            # The outer gradient is sparse too, and few operations have a derivative for that.
             after = [_Densified.apply(p) for p in after]
         self._fill(after)
         self._look_for_goals(after, before)
