@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import innerloop
 import innerloop.higher as higher
 from innerloop.differences import four_point
 from innerloop.higher.optim import DifferentiableOptimizer, DifferentiableRule, DifferentiableSGD
-from tests.higher_models import MODELS, SEEDS, assert_close, batches, loss_of, plain, seeded, zeros_for_none
+from tests.higher_models import MODELS, SEEDS, assert_close, batches, loss_of, peer, plain, seeded, zeros_for_none
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -157,12 +158,96 @@ def test_one_learned_rate_for_each_weight() -> None:
         diffopt.step(sum(p.sum() for p in fmodel.parameters()), override={"lr": [torch.ones(2)]})
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_wrong_overrides_are_named() -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for override, message in (({"lr": [1.0, 2.0]}, "one entry"), ({"learning_rate": [0.1]}, "no such setting")):
+    wrongs: list[tuple[Any, str]] = [
+        ({"lr": [1.0, 2.0]}, "one entry"),
+        ({"learning_rate": [0.1]}, "no such setting"),
+        ({"lr": "a"}, "one entry"),
+        ({"lr": torch.tensor(0.1)}, "one entry"),
+        ({"lr": [torch.tensor(1j)]}, "complex"),
+        ([0.1], "write a dict"),
+    ]
+    for override, message in wrongs:
         with pytest.raises(ValueError, match=message):
             higher.get_diff_optim(optimizer, model.parameters(), override=override)
+
+
+def test_a_wrong_override_changes_nothing() -> None:
+    model = nn.Linear(2, 1)
+    fmodel = higher.monkeypatch(model)
+    diffopt = higher.get_diff_optim(torch.optim.SGD(model.parameters(), lr=0.1), model.parameters(), fmodel)
+    with pytest.raises(innerloop.InvalidInputError, match="no such setting"):
+        diffopt.step(loss_of(fmodel(torch.ones(1, 2))), override={"lr": [0.5], "rate": [1.0]})
+    assert diffopt.param_groups[0]["lr"] == 0.1
+    wrongs: list[Any] = [{"lr": [0.7], "rate": [1.0]}, {"lr": [0.7], "betas": [(0.1,)]}]
+    for wrong in wrongs:
+        rate = torch.tensor(0.1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+        with pytest.raises(innerloop.InvalidInputError):
+            higher.optim.apply_trainable_opt_params(optimizer, wrong)
+        assert rate.item() == 0.1
+
+
+def test_an_override_may_be_any_list_of_values() -> None:
+    """As in higher: a ``ParameterList``, the elements of a tensor."""
+    inputs = batches(0, 2, 10, 4)
+    makes: list[Callable[[], Any]] = [
+        lambda: nn.ParameterList([nn.Parameter(torch.tensor(r)) for r in (0.1, 0.2)]),
+        lambda: torch.tensor([0.1, 0.2], requires_grad=True),
+        lambda: torch.tensor([0.1], requires_grad=True),
+        lambda: (0.1, 0.2),
+    ]
+    for make in makes:
+        found = []
+        for library in (peer(), higher):
+            model, rates = seeded(0, plain), make()
+            optimizer = torch.optim.SGD(grouped(model), lr=LR)
+            with library.innerloop_ctx(model, optimizer, override={"lr": rates}) as (fmodel, diffopt):
+                for x in inputs:
+                    diffopt.step(loss_of(fmodel(x)))
+                outer = loss_of(fmodel(inputs[0]))
+            leaves = [t for t in (rates, *rates) if isinstance(t, Tensor) and t.is_leaf and t.requires_grad]
+            found.append([outer, *(torch.autograd.grad(outer, leaves) if leaves else ())])
+        assert_close(found[1], found[0], 1e-13)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim.Adagrad itself
+def test_sparse_gradients(cls: Any) -> None:
+    """Against central differences of a plain run, in which PyTorch makes the same sparse gradients."""
+    rows = torch.tensor([[0, 1], [1, 3]])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 2, sparse=True)
+
+        def forward(self) -> Tensor:
+            return self.table(rows)
+
+    model = seeded(0, Model)
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.table.weight.add_(h)
+        optimizer = cls(moved.parameters(), lr=LR)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(moved()).backward()
+            optimizer.step()
+        return float(loss_of(moved()).detach())
+
+    with higher.innerloop_ctx(model, cls(model.parameters(), lr=LR), copy_initial_weights=False) as (fmodel, diffopt):
+        for _ in range(2):
+            diffopt.step(loss_of(fmodel()))
+        loss_of(fmodel()).backward()
+    assert model.table.weight.grad.to_dense().sum().item() == pytest.approx(four_point(after, 1e-4), rel=1e-6)
+    with pytest.raises(innerloop.NotDifferentiableError, match="SparseAdam needs"):
+        higher.create_diff_optim(torch.optim.SparseAdam, fmodel=fmodel).step(loss_of(fmodel()))
 
 
 def test_settings_may_be_changed_between_steps() -> None:
@@ -224,9 +309,18 @@ def test_a_callback_gets_one_entry_for_each_parameter_of_the_model() -> None:
         loss = loss_of(fmodel(torch.ones(2, 4))) + fmodel.extra.weight.square().sum()
         diffopt.step(loss, grad_callback=look)
     assert seen == [[(4, 3), None, (3, 4), None]]
-    wrongs: list[Any] = [lambda grads: grads[:1], lambda grads: None]
-    for wrong in wrongs:
-        with pytest.raises(innerloop.InvalidInputError, match="for each of the 4 parameters"):
+    wrongs: list[tuple[Any, str]] = [
+        (lambda grads: grads[:1], "for each of the 4 parameters"),
+        (lambda grads: None, "for each of the 4 parameters"),
+        (lambda grads: "abcd", "for each of the 4 parameters"),
+        (lambda grads: [0.0] * 4, "0.0 for the parameter 'used'"),
+        (
+            lambda grads: [torch.zeros(4, 3), None, torch.zeros(7), None],
+            r"shape \(7,\) for the parameter 'extra.weight'",
+        ),
+    ]
+    for wrong, message in wrongs:
+        with pytest.raises(innerloop.InvalidInputError, match=message):
             diffopt.step(loss_of(fmodel(torch.ones(2, 4))), grad_callback=wrong)
 
 
@@ -315,6 +409,48 @@ def test_an_optimizer_for_a_patched_module_alone() -> None:
         higher.create_diff_optim(torch.optim.SGD, {"lr": 0.1})
 
 
+@pytest.mark.usefixtures("types_unchecked")
+def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
+    bridge: Any = higher
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    fmodel = bridge.monkeypatch(model)
+    diffopt = bridge.get_diff_optim(optimizer, model.parameters(), fmodel)
+    create, apply = bridge.create_diff_optim, bridge.optim.apply_trainable_opt_params
+    others: list[Any] = [None, torch.optim.SGD, schedule, diffopt, innerloop.optim.sgd(lr=0.1)]
+    bad: list[tuple[Callable[[], Any], str]] = [
+        *((bridge.innerloop_ctx(model, other).__enter__, "expected a torch optimizer") for other in others),
+        (lambda: bridge.get_diff_optim(optimizer, model.named_parameters()), "holds a tuple"),
+        (lambda: bridge.get_diff_optim(optimizer, model.parameters(), grad_callback=3), "pass a function"),
+        (lambda: bridge.register_optim(5, 6), "subclass of Optimizer"),
+        (lambda: bridge.register_optim(torch.optim.SGD, 6), "subclass of DifferentiableOptimizer"),
+        (lambda: create("SGD", fmodel=fmodel), "pass a class"),
+        (lambda: create(optimizer, fmodel=fmodel), "pass a class"),
+        (lambda: create(nn.Linear, fmodel=fmodel), "pass a class"),
+        (lambda: create(torch.optim.SGD, params=[1, 2]), "params is a int"),
+        (lambda: create(torch.optim.SGD, params=[]), "no tensors"),
+        (lambda: create(torch.optim.SGD, {"rate": 0.1}, fmodel=fmodel), "cannot be made with"),
+        (lambda: bridge.optim.get_trainable_opt_params(None), "expected a torch optimizer"),
+        (lambda: apply(optimizer, None), "write a dict"),
+        (lambda: apply(optimizer, {"lr": 5}), "has a int"),
+        (lambda: apply(optimizer, {"lr": ["a"]}), "is a number"),
+    ]
+    for params, message in (
+        (5, "params is a int"),
+        (fmodel.named_parameters(), "holds a tuple"),
+        (dict(fmodel.named_parameters()), "holds a str"),
+        ([None, None], "holds a NoneType"),
+    ):
+        bad.append((functools.partial(diffopt.step, fmodel(torch.ones(2)).sum(), params), message))
+    bad.append((lambda: diffopt.step(fmodel(torch.ones(2)).sum(), grad_callback=5), "pass a function"))
+    bad.append((lambda: diffopt.step((fmodel(torch.ones(2)).sum(), 1)), "takes the loss alone"))
+    for use, message in bad:
+        with pytest.raises(innerloop.InvalidInputError, match=message):
+            use()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_parameters_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="reference_params"):
         higher.innerloop_ctx(nn.Linear(2, 1), torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)).__enter__()
@@ -371,10 +507,127 @@ def test_state_has_the_names_of_torch_and_its_graph() -> None:
         buffer = diffopt.state[0][0]["momentum_buffer"]
         assert torch.equal(buffer, model.weight)
         assert torch.autograd.grad(buffer.sum(), model.weight, retain_graph=True)[0].item() == 1.0
-        diffopt.state[0][0]["momentum_buffer"] = torch.zeros(1, 1)
-        with pytest.raises(innerloop.InvalidInputError, match="was changed"):
-            diffopt.step(fmodel(torch.ones(1, 1)).square().sum() / 2)
     assert not optimizer.state
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "assigned": lambda d: setattr(d, "state", higher.utils._recursive_detach(d.state)),
+    "copied": lambda d: setattr(d, "state", [{i: dict(kept) for i, kept in held.items()} for held in d.state]),
+    "replaced": lambda d: [
+        kept.update({k: v.detach() for k, v in kept.items()}) for h in d.state for kept in h.values()
+    ],
+    "cleared": lambda d: [held.clear() for held in d.state],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_state_counts(edit: str) -> None:
+    """As in higher, after each of three steps: momentum without its graph, or none."""
+    inputs = batches(1, 4, 10, 4)
+    found = []
+    for library in (peer(), higher):
+        model = seeded(0, plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+            for x in inputs[:-1]:
+                diffopt.step(loss_of(fmodel(x)))
+                EDITS[edit](diffopt)
+            loss_of(fmodel(inputs[-1])).backward()
+        found.append([*(p.grad for p in model.parameters()), *(p.detach() for p in fmodel.parameters())])
+    assert_close(found[1], found[0], 1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_emptied_state_is_that_of_a_new_optimizer(rule: str) -> None:
+    """The same after each step as with a new torch optimizer for each; an untouched copy changes neither values nor gradients."""
+    cls, settings = RULES[rule]
+    inputs = batches(1, 3, 10, 4)
+
+    def run(between: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor]]:
+        model = seeded(0, plain)
+        with higher.innerloop_ctx(model, cls(model.parameters(), lr=LR, **settings), copy_initial_weights=False) as (
+            fmodel,
+            diffopt,
+        ):
+            for x in inputs:
+                diffopt.step(loss_of(fmodel(x)))
+                between(diffopt)
+            loss_of(fmodel(inputs[0])).backward()
+        return [p.detach() for p in fmodel.parameters()], [p.grad for p in model.parameters()]
+
+    def copied(diffopt: Any) -> None:
+        diffopt.state = higher.utils._recursive_map(diffopt.state, lambda v: 1 * v if isinstance(v, Tensor) else v)
+
+    trained = seeded(0, plain)
+    for x in inputs:
+        train(trained, cls(trained.parameters(), lr=LR, **settings), [x])
+    assert_close(run(EDITS["cleared"])[0], trained.parameters(), 1e-7 if rule == "adafactor" else 1e-12)
+    for a, b in zip(run(copied), run(lambda diffopt: None), strict=True):
+        assert_close(a, b, 0.0)
+
+
+@pytest.mark.parametrize("way", [lambda t: t.zero_(), lambda t: t.data.zero_()])
+def test_the_step_count_may_be_set_back_in_place(way: Any) -> None:
+    """Adam's bias correction starts again: against torch.optim.Adam whose state is edited alike."""
+    model, inputs = seeded(0, plain), batches(0, 3, 10, 4)
+    trained = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=LR)
+    with higher.innerloop_ctx(model, torch.optim.Adam(model.parameters(), lr=LR)) as (fmodel, diffopt):
+        for x in inputs:
+            train(trained, optimizer, [x])
+            diffopt.step(loss_of(fmodel(x)))
+            for kept in (*optimizer.state.values(), *diffopt.state[0].values()):
+                way(kept["step"])
+    assert_close(fmodel.parameters(), trained.parameters(), 1e-14)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_a_state_of_another_form_is_named() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
+        diffopt.step(loss_of(fmodel(torch.ones(1, 2))))
+        wrongs: list[Any] = [[], {}, 3, [3], [{0: 3}]]
+        for wrong in wrongs:
+            with pytest.raises(innerloop.InvalidInputError, match="state must"):
+                diffopt.state = wrong
+        for value in (torch.zeros(7), 3.0):
+            diffopt.state[0][0]["momentum_buffer"] = value
+            with pytest.raises(innerloop.InvalidInputError, match=r"'momentum_buffer' in diffopt\.state"):
+                diffopt.step(loss_of(fmodel(torch.ones(1, 2))))
+
+
+def test_the_state_of_an_adapted_class_may_be_edited() -> None:
+    """Rates 1/2 and 1/4 on w²/2; emptied, the second is 1/2 again."""
+    model = nn.Linear(1, 1, bias=False)
+    with higher.innerloop_ctx(model, Decayed(model.parameters(), lr=0.5), copy_initial_weights=False) as (f, diffopt):
+        for _ in range(2):
+            diffopt.step(f(torch.ones(1, 1)).square().sum() / 2)
+            diffopt.state[0].clear()
+    assert torch.autograd.grad(f.weight.sum(), model.weight)[0].item() == pytest.approx(0.75**2, abs=1e-14)
+
+
+def test_a_cold_adagrad_keeps_what_torch_keeps() -> None:
+    """A rule of the user's own reads it before the first step: the sum starts at 4, so that the first step on w²/2 is w/√(4 + w²)."""
+
+    class Mine(higher.optim.DifferentiableAdagrad):
+        def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+            for group, grads, held in zip(self.param_groups, grouped_grads, self.state, strict=True):
+                for i, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
+                    held[i]["step"] += 1
+                    held[i]["sum"] = held[i]["sum"] + g * g
+                    group["params"][i] = p - group["lr"] * g / held[i]["sum"].sqrt()
+
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1.0, initial_accumulator_value=4.0)
+    fmodel = higher.monkeypatch(model)
+    diffopt = Mine(optimizer, model.parameters(), fmodel)
+    diffopt.step(fmodel(torch.ones(1, 1)).square().sum() / 2)
+    w = model.weight.item()
+    assert fmodel.weight.item() == pytest.approx(w - w / (4 + w * w) ** 0.5, abs=1e-15)
+    assert diffopt.state[0][0]["step"] == 1
+    assert optimizer.state[model.weight]["step"] == 0
+    assert optimizer.state[model.weight]["sum"].item() == 4.0
 
 
 def test_param_groups_hold_the_newest_parameters() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import innerloop
 import innerloop.higher as higher
+from innerloop.differences import four_point
 from innerloop.higher import PatchedModule
 from tests.higher_models import (
     MODELS,
@@ -424,6 +426,239 @@ def test_a_loop_inside_a_loop() -> None:
     assert grad.item() == pytest.approx(1 - 0.5 * 0.75**2, abs=1e-15)
 
 
+# -- names of the user's own -------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A linear layer with something under ``name``, which its forward multiplies by."""
+
+    def __init__(self, **own: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class OwnParameters(Layer):
+    """Decays its weight, but not its bias."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter([self.layer.weight])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + sum(p.square().sum() for p in self.parameters())
+
+
+class OwnMethods(Layer):
+    """Names of the bridge, and of its inside."""
+
+    def update_params(self, factor: float) -> float:
+        return 2 * factor
+
+    def _at(self, time: int) -> int:
+        return time + 1
+
+    @property
+    def fast_params(self) -> float:
+        return 3.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.root = x.sum()
+        return self.layer(x) * self.update_params(0.5) * self._at(1) * self.fast_params * self.root
+
+
+class OwnWord(Layer):
+    """Takes ``params`` itself."""
+
+    def forward(self, x: Tensor, params: Any = None) -> Tensor:
+        return self.layer(x) if params is None else params * self.layer(x)
+
+
+class Holds(nn.Module):
+    def __init__(self, part: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part = part
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.part, x)
+
+
+def attribute(name: str) -> Callable[[Any, Tensor], Tensor]:
+    return lambda part, x: part(x) * (getattr(part, name) if not isinstance(getattr(part, name), nn.Module) else 1)
+
+
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "parameters": lambda: Holds(OwnParameters(), lambda part, x: part(x)),
+    "methods": lambda: Holds(OwnMethods(), lambda part, x: part(x)),
+    "params": lambda: Holds(OwnWord(), lambda part, x: part(x, params=3.0) + part(x)),
+    "is_root": lambda: Holds(Layer(is_root=5.0), attribute("is_root")),
+    "track_higher_grads": lambda: Holds(Layer(track_higher_grads=5.0), attribute("track_higher_grads")),
+    "fast_params": lambda: Holds(Layer(fast_params=5.0), attribute("fast_params")),
+    "_ready": lambda: Holds(Layer(_ready=5.0, _kernels=3.0), attribute("_ready")),
+    "module": lambda: Holds(Layer(update_params=nn.Linear(2, 1)), lambda part, x: part(x) * part.update_params(x)),
+    "module root": lambda: Holds(Layer(root=nn.Linear(2, 1)), lambda part, x: part(x) * part.root(x)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_keeps_names_of_its_own(name: str) -> None:
+    """Gradient of the outer loss against central differences of a plain torch.optim run."""
+    model, (x,) = seeded(0, PARTS[name]), batches(0, 1, 3, 2)
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in nn.Module.parameters(moved):
+                p.add_(h)
+        optimizer = torch.optim.SGD(list(nn.Module.parameters(moved)), lr=LR)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(moved(x)).backward()
+            optimizer.step()
+        return float(loss_of(moved(x)).detach())
+
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        for _ in range(2):
+            diffopt.step(loss_of(fmodel(x)))
+        loss_of(fmodel(x)).backward()
+    slope = sum(float(p.grad.sum()) for p in model.parameters() if p.grad is not None)
+    assert slope == pytest.approx(four_point(after, 1e-4), rel=1e-6)
+
+
+def test_a_part_without_such_names_has_those_of_the_bridge() -> None:
+    fmodel = higher.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
+    doubled = [2 * p for p in fmodel.parameters()]
+    fmodel[0].update_params(doubled)
+    assert all(a is b for a, b in zip(fmodel[0].fast_params, doubled, strict=True))
+    fmodel[0].track_higher_grads = False
+    assert not fmodel.track_higher_grads
+    fmodel[0].is_root = 7
+    assert fmodel[0].is_root == 7
+
+
+class OwnMethodsAtTheRoot(Layer):
+    def update_params(self) -> None:
+        pass
+
+
+def test_the_root_may_not_have_names_of_the_bridge() -> None:
+    x = torch.ones(1, 2)
+    for model, name in (
+        (Layer(is_root=True), "is_root"),
+        (Layer(root=nn.Linear(2, 1)), "root"),
+        (OwnMethodsAtTheRoot(), "update_params"),
+    ):
+        with pytest.raises(innerloop.InvalidInputError, match=f"has an attribute '{name}'"):
+            higher.monkeypatch(model)
+        assert torch.equal(higher.monkeypatch(nn.Sequential(model))(x), model(x))
+    with pytest.raises(innerloop.InvalidInputError, match=r"lists 1 tensors, while its modules hold 2"):
+        higher.monkeypatch(OwnParameters())
+    with pytest.raises(innerloop.InvalidInputError, match="read only"):
+        higher.monkeypatch(Layer()).root = 3
+    with pytest.raises(innerloop.InvalidInputError, match="which is ours"):
+        higher.monkeypatch(nn.Sequential(Layer(_innerloop_fast=nn.Linear(1, 1))))
+
+
+def test_subclasses_that_register_themselves_are_not_told() -> None:
+    told: list[str] = []
+
+    class Base(nn.Linear):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            told.append(tag)
+
+    class Tagged(Base, tag="mine"):
+        pass
+
+    model = Tagged(2, 1)
+    assert torch.equal(
+        higher.monkeypatch(nn.Sequential(model))(torch.ones(2)), higher.monkeypatch(model)(torch.ones(2))
+    )
+    assert told == ["mine"]
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_cannot_be_patched_or_asked_for_is_named() -> None:
+    bridge: Any = higher
+    fmodel: Any = bridge.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
+    bad: list[tuple[Callable[[], Any], str]] = [
+        (lambda: bridge.monkeypatch(nn.Sequential(torch.jit.script(nn.Linear(2, 1)))), "ScriptModule"),
+        (lambda: bridge.monkeypatch(nn.Linear(2, 1), copy_initial_weights="no"), "True or False"),
+        (lambda: bridge.patch.make_functional(nn.Linear(2, 1), 5), "encapsulator"),
+        (lambda: bridge.patch.buffer_sync(None, fmodel), "buffer_sync got NoneType"),
+        (lambda: bridge.utils.get_func_params(None), "get_func_params"),
+        (lambda: fmodel.parameters(time="0"), "write an int"),
+        (lambda: fmodel.parameters(time=[0]), "write an int"),
+        (lambda: setattr(fmodel, "fast_params", None), "NoneType as parameters"),
+        (lambda: fmodel.update_params(fmodel.named_parameters()), "must be a tensor, got tuple"),
+        (lambda: fmodel.update_params([p.long() for p in fmodel.parameters()]), "torch.int64"),
+        (lambda: delattr(fmodel[0], "weight"), "cannot be deleted"),
+    ]
+    for use, message in bad:
+        with pytest.raises(innerloop.InvalidInputError, match=message):
+            use()
+    assert fmodel(torch.ones(1, 2)).shape == (1, 1)
+
+
+# -- inside the outer backward pass ------------------------------------------------------------------------------------
+
+
+def test_a_hook_may_read_the_newest_parameters() -> None:
+    fmodel, seen = higher.monkeypatch(nn.Linear(2, 1), copy_initial_weights=False), []
+    fmodel.update_params([2 * p for p in fmodel.parameters()])
+    loss = loss_of(fmodel(torch.ones(1, 2)))
+    loss.register_hook(lambda _: seen.append(sum(p.sum().item() for p in fmodel.parameters())))
+    loss.backward()
+    assert seen == [sum(p.sum().item() for p in fmodel.parameters())]
+
+
+def test_what_is_computed_again_in_the_backward_pass_is_refused() -> None:
+    """It would be computed with the newest parameters, also where it asks for them by ``parameters()``."""
+    fmodel = higher.monkeypatch(nn.Linear(2, 1), copy_initial_weights=False)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    losses = [
+        loss_of(checkpoint(fmodel, torch.ones(1, 2), use_reentrant=False)),
+        checkpoint(lambda: sum(p.exp().sum() for p in fmodel.parameters()), use_reentrant=False),
+    ]
+    fmodel.update_params([2 * p for p in fmodel.parameters()])
+    for loss in losses:
+        with pytest.raises(innerloop.NotDifferentiableError, match="A hook that runs"):
+            loss.backward()
+
+
+class NormsItself(nn.Module):
+    """Weight norm in the root's own code, whose second derivative is wrong in PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.rand(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, torch._weight_norm(self.v, self.g, 0))
+
+
+@pytest.mark.parametrize("way", ["forward", "boxed_forward"])
+def test_operations_are_replaced_in_every_way_of_calling(way: str) -> None:
+    model, (x,) = seeded(0, NormsItself), batches(0, 1, 4, 3)
+    found = []
+    for name in ("__call__", way):
+        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (fmodel, diffopt):
+            diffopt.step(loss_of(getattr(fmodel, name)(x)))
+            outer = loss_of(getattr(fmodel, name)(x))
+        found.append(torch.autograd.grad(outer, list(fmodel.parameters(time=0))))
+    assert_close(found[1], found[0], 1e-14)
+
+
 # -- copies ------------------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +718,22 @@ def test_a_copy_of_a_part_is_a_plain_module(duplicate: Callable[[Any], Any]) -> 
     assert isinstance(fmodel[0], PatchedModule)
 
 
+def test_a_copy_of_what_holds_a_patched_module_and_its_part() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole = higher.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
+            self.part = self.whole[0]
+
+    holder = Holder()
+    twin = copy.deepcopy(holder)
+    assert twin.part is twin.whole[0]
+    assert twin.part is not holder.part
+    twin.whole.update_params([0 * p for p in twin.whole.parameters()])
+    assert not twin.part.weight.any()
+    assert holder.part.weight.any()
+
+
 def test_state_dict_goes_back_into_the_module() -> None:
     model = MODELS["batch-norm"]()
     fmodel = higher.monkeypatch(model)
@@ -499,6 +750,16 @@ def test_state_dict_goes_back_into_the_module() -> None:
 # -- nothing is left behind --------------------------------------------------------------------------------------------
 
 
+class Slowed(torch.optim.SGD):
+    """A class that has to be adapted: its step is its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"] / 2)
+
+
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     parts = [
         (
@@ -511,7 +772,8 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         )
         for m in model.modules()
     ]
-    return parts, [dict(g) for g in optimizer.param_groups], dict(optimizer.state)
+    state = {p: copy.deepcopy(kept) for p, kept in optimizer.state.items()}
+    return parts, [dict(g) for g in optimizer.param_groups], state, torch.get_rng_state()
 
 
 def same(a: Any, b: Any) -> bool:
@@ -533,11 +795,12 @@ def test_an_exception_in_the_block_leaves_nothing_changed(copied: bool, tracked:
     optimizer.step()
     optimizer.zero_grad()
     before = snapshot(model, optimizer)
+    (x,) = batches(0, 1, 8, 4)
 
     def episode() -> None:
         override = {"lr": [torch.tensor(0.1)]}
         with higher.innerloop_ctx(model, optimizer, None, copied, override, tracked) as (fmodel, diffopt):
-            diffopt.step(loss_of(fmodel(torch.randn(8, 4))))
+            diffopt.step(loss_of(fmodel(x)))
             fmodel.eval()
             raise KeyError
 
@@ -596,6 +859,38 @@ def test_episodes_leave_no_objects_behind(tracked: bool) -> None:
     finally:
         gc.enable()
     assert grown < 40
+
+
+def test_a_class_is_freed_with_what_it_closes_over() -> None:
+    held = []
+    for _ in range(2):
+        big = torch.zeros(1)
+        held.append(weakref.ref(big))
+
+        class Local(nn.Linear):
+            kept = big
+
+        model = nn.Sequential(Local(2, 1), Local(1, 1))
+        assert type(higher.monkeypatch(model)[0]) is type(higher.monkeypatch(model)[1])
+        del big, Local, model
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_random_state_is_left_alone(tracked: bool) -> None:
+    model, (x,) = plain(), batches(0, 1, 8, 4)
+    before = torch.get_rng_state()
+    for make in (torch.optim.Adam, Slowed):
+        with higher.innerloop_ctx(model, make(model.parameters(), lr=LR), track_higher_grads=tracked) as (
+            fmodel,
+            diffopt,
+        ):
+            diffopt.step(loss_of(fmodel(x)))
+            _ = diffopt.state, diffopt.state_dict(), copy.deepcopy(fmodel)
+            with pytest.raises(innerloop.InvalidInputError):
+                diffopt.step(loss_of(model(x)))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_unused_half_is_the_same_at_all_times() -> None:

@@ -136,6 +136,31 @@ def test_patched_modules_and_optimizers_have_all_attributes() -> None:
         assert not theirs - ours
 
 
+def test_what_can_be_assigned_in_higher_can_be_assigned_here() -> None:
+    written = []
+    for library in (peer(), bridge):
+        model = nn.Sequential(nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with library.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
+            diffopt.step(fmodel(torch.ones(1, 3)).sum())
+            names = {name for x in (fmodel, diffopt) for name in dir(x) if not name.startswith("_")}
+            written.append({name for name in names if assigned(fmodel, name) or assigned(diffopt, name)})
+    assert not written[0] - written[1]
+    assert {"state", "param_groups", "fast_params", "track_higher_grads"} <= written[1]
+
+
+def assigned(target: Any, name: str) -> bool:
+    """Whether an attribute, of no method and no module, takes its own value."""
+    value = getattr(target, name, None)
+    if value is None or callable(value):
+        return False
+    try:
+        setattr(target, name, value)
+    except (AttributeError, ValueError):
+        return False
+    return True
+
+
 def test_patched_parameters_take_the_same_arguments() -> None:
     theirs = type(peer().monkeypatch(nn.Linear(1, 1)))
     ours = bridge.PatchedModule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import innerloop.higher as higher
-from innerloop.errors import UnreachedGradientWarning
+from innerloop.errors import CapturedParameterWarning, UnreachedGradientWarning
 
 X = torch.ones(3, 2)
 
@@ -60,6 +60,53 @@ def test_it_is_said_once_for_each_episode(options: dict[str, Any]) -> None:
     with pytest.warns(UnreachedGradientWarning):
         outer.backward(retain_graph=True)
     outer.backward(retain_graph=True)
+
+
+class Closes(nn.Module):
+    """A function kept as an attribute, and a hook, that have taken hold of the model itself."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.function = (lambda x: self.hidden(x)) if way == "function" else None
+        if way == "hook":
+            self.hidden.register_forward_hook(lambda module, args, output: output + self.hidden.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.function or self.hidden)(x))
+
+
+@pytest.mark.parametrize("way", ["function", "hook"])
+def test_weights_of_the_model_itself(way: str) -> None:
+    model = Closes(way)
+    with pytest.warns(CapturedParameterWarning, match=r"own parameter 'hidden\.(weight|bias)'") as caught:
+        episode(model, copy_initial_weights=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_proximal_term() -> None:
+    """Its starting point written in three ways: the model's own parameters (which could be a mistake), time 0, constants."""
+
+    def pulled(start: Any) -> list[Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+            for _ in range(2):
+                pull = sum(
+                    (p - q).square().sum() for p, q in zip(fmodel.parameters(), start(model, fmodel), strict=True)
+                )
+                diffopt.step(loss(fmodel) + pull)
+            loss(fmodel).backward()
+        return [p.grad for p in model.parameters()]
+
+    with pytest.warns(CapturedParameterWarning, match="proximal"):
+        expected = pulled(lambda model, fmodel: model.parameters())
+    found = pulled(lambda model, fmodel: fmodel.parameters(time=0))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    pulled(lambda model, fmodel: [p.detach() for p in model.parameters()])
 
 
 def test_by_hand_too() -> None:
@@ -130,6 +177,23 @@ def test_a_learned_loss_or_callback() -> None:
                 diffopt.step(loss(fmodel), grad_callback=lambda grads: [weight * g for g in grads])  # noqa: B023
             loss(fmodel).backward()
         assert weight.grad is not None
+
+
+def test_what_the_outer_loss_alone_depends_on() -> None:
+    """A generator against a critic that has taken some steps."""
+    generator, critic = nn.Linear(2, 2), nn.Linear(2, 1)
+    with higher.innerloop_ctx(critic, torch.optim.SGD(critic.parameters(), lr=0.1)) as (fcritic, diffopt):
+        diffopt.step(fcritic(generator(X).detach()).square().mean())
+        fcritic(generator(X)).mean().backward()
+    assert not untouched(generator)
+
+
+def test_who_asks_for_the_newest_parameters_reads_their_grad() -> None:
+    """First-order MAML by hand."""
+    fmodel, outer = episode(nn.Linear(2, 1), track_higher_grads=False)
+    newest = list(fmodel.parameters())
+    outer.backward()
+    assert all(p.grad is not None for p in newest)
 
 
 def test_parameters_from_elsewhere() -> None:

@@ -31,6 +31,10 @@ class UnreachedGradientWarning(UserWarning):
     """A gradient does not go where it is usually wanted: ``backward()`` leaves ``.grad`` of the model's own parameters as it was."""
 
 
+class CapturedParameterWarning(UserWarning):
+    """An inner loss uses a parameter of the user's own model, which the inner loop does not update."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

@@ -170,8 +170,9 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             node.register_hook(_watch_second)
         elif second_order and _once_differentiable(node):
             raise NotDifferentiableError(
-                f"{kind.removesuffix('Backward')} is marked once_differentiable: PyTorch would drop its second derivative without a word. "
-                "Write its backward out of differentiable operations, or use strategy=innerloop.FirstOrder() (track: first_order=True)"
+                f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second derivative. Write its backward out of "
+                "differentiable operations, or take no second derivative: strategy=innerloop.FirstOrder() (track: first_order=True; "
+                "innerloop.higher: track_higher_grads=False)"
             )
         stack.extend([child for child, _ in node.next_functions])
     for node in kernels:

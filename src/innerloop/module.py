@@ -294,7 +294,7 @@ class _Parameters(dict[str, Any]):
             raise NotDifferentiableError(
                 f"the parameter {name!r} was read during the outer backward pass, where it has its newest value and not that of the step "
                 "being differentiated. Activation checkpointing does that (torch.utils.checkpoint, gradient_checkpointing_enable): "
-                "switch it off inside the loop"
+                "switch it off inside the loop. A hook that runs in the backward pass does it too: let it read the parameters beforehand"
             )
         return super().__getitem__(name)
 
@@ -345,6 +345,7 @@ class _Copier:
         return self.places[id(tensor)]
 
     def _module(self, module: nn.Module) -> nn.Module:
+        check_module(module)  # a part may be what the whole must not be
         new = object.__new__(type(module))
         self.done[id(module)] = new
         self.keep.append(module)

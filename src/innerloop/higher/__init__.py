@@ -17,7 +17,7 @@ PyTorch has it (after the bias correction). Optimizers that ``higher`` never had
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from innerloop.higher import optim, patch, utils
+from innerloop.higher.base import Override
 from innerloop.higher.optim import DifferentiableOptimizer, create_diff_optim, get_diff_optim, register_optim
 from innerloop.higher.patch import PatchedModule, monkeypatch
 
@@ -48,7 +49,7 @@ def innerloop_ctx(
     opt: torch.optim.Optimizer,
     device: torch.device | str | None = None,
     copy_initial_weights: bool = True,
-    override: Mapping[str, Sequence[Any]] | None = None,
+    override: Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """A functional copy of ``model`` and a differentiable form of ``opt``.

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop import _private, graph, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.higher.nested import copy_and_cast, detach, recursive_map
+from innerloop.higher.nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule, fast_weights
 from innerloop.problem import check_loss, distinct, explained
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 Grads = list[Tensor | None]
 GradCallback = Callable[[list[Any]], Sequence[Any]]
-Override = Mapping[str, Sequence[Any]]
+Override = Mapping[str, Sequence[Any] | nn.ParameterList | Tensor]
 State = list[collections.defaultdict[int, Any]]
 
 _NAMES = ("params", "param_names")  # what a param group holds besides settings
@@ -60,6 +60,7 @@ class DifferentiableOptimizer(abc.ABC):
         track_higher_grads: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_optimizer(other)
         if _private.step_hooks(other):
             raise InvalidInputError(
                 "the optimizer has step hooks (register_step_pre_hook or _post_hook), which diffopt.step does not run: change gradients "
@@ -69,7 +70,7 @@ class DifferentiableOptimizer(abc.ABC):
             raise InvalidInputError(
                 f"fmodel is a {type(fmodel).__name__}: pass what innerloop.higher.monkeypatch(model) returns"
             )
-        self._reference = list(reference_params)
+        self._reference = listed(reference_params, "reference_params")
         self._other = other
         self._group_to_param_list = [self._positions(group["params"]) for group in other.param_groups]
         self.param_groups = [{**g, "params": [None] * len(g["params"])} for g in other.param_groups]
@@ -77,11 +78,13 @@ class DifferentiableOptimizer(abc.ABC):
         self._overridden: set[str] = set()
         self._states = self._initial_state(device)
         self._apply_override(override)
+        _check_callback(grad_callback)
         self._hooks = [(i, hook) for i, p in enumerate(self._reference) for hook in _private.gradient_hooks(p)]
         self._fmodel = fmodel
         self._device = device
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
+        self._sparse = False
 
     @property
     def state(self) -> State:
@@ -118,6 +121,7 @@ class DifferentiableOptimizer(abc.ABC):
             NotDifferentiableError: the loss has no second derivative (compiled code, for example), and it would be needed.
         """
         before = self._current(params)
+        _check_callback(grad_callback)
         self._follow_schedulers()
         self._apply_override(override)
         self._fill(before)
@@ -132,6 +136,9 @@ class DifferentiableOptimizer(abc.ABC):
         if self._track_higher_grads:  # times are told apart by the identity of their tensors
             named = distinct(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
+        if self._track_higher_grads and self._sparse:
+            # The outer gradient is sparse too, and few operations have a derivative for that.
+            after = [_Densified.apply(p) for p in after]
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:
@@ -177,7 +184,10 @@ class DifferentiableOptimizer(abc.ABC):
         return [index[id(p)] for p in params]
 
     def _current(self, params: Iterable[Tensor] | None) -> list[Tensor]:
-        current = list(params) if params is not None else self._fmodel.fast_params if self._fmodel is not None else None
+        if params is not None:
+            current: list[Tensor] | None = listed(params, "params")
+        else:
+            current = fast_weights(self._fmodel).newest_or_none() if self._fmodel is not None else None
         if current is None:
             raise InvalidInputError(
                 "step(loss) without a patched module that has parameters needs them: step(loss, params=params)"
@@ -196,7 +206,7 @@ class DifferentiableOptimizer(abc.ABC):
     def _evaluated(
         self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
     ) -> Grads:
-        return self._gradients(check_loss(loss() if callable(loss) else loss, "the loss"), params, callback)
+        return self._gradients(scalar(loss() if callable(loss) else loss), params, callback)
 
     def _gradients(self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None) -> Grads:
         used = set(range(len(params))) if callback else {i for members in self._group_to_param_list for i in members}
@@ -214,15 +224,21 @@ class DifferentiableOptimizer(abc.ABC):
         found = self._differentiate(loss, [params[i] for i in wanted])
         if wanted and all(g is None for g in found):
             raise InvalidInputError(
-                "the loss depends on none of the parameters: compute it with the patched module, after the last step"
+                "the loss depends on none of the parameters: compute it with the patched module, after the last step (a function that "
+                "is kept in the model, and has taken hold of the model itself, computes with the model's own)"
             )
         self._note(leaves, params)
+        self._look_for_captured(loss, leaves)
         grads: Grads = [None] * len(params)
         for i, g in zip(wanted, found, strict=True):
-            if self._track_higher_grads and g is not None and g.layout != torch.strided:
-                raise NotDifferentiableError(
-                    f"the gradient of parameter {i} is sparse, which has no second derivative: build nn.Embedding with sparse=False"
-                )
+            if self._track_higher_grads and g is not None and g.is_sparse:
+                if isinstance(self._other, torch.optim.SparseAdam):
+                    raise NotDifferentiableError(
+                        "SparseAdam needs sparse gradients, which have no second derivative: build nn.Embedding with sparse=False and use "
+                        "Adam, or write track_higher_grads=False"
+                    )
+                self._sparse = True
+                g = g.to_dense()  # most operations on sparse tensors have no derivative; this one has
             grads[i] = g
         for i, hook in self._hooks:
             if grads[i] is not None and (changed := hook(grads[i])) is not None:  # type: ignore[arg-type]
@@ -246,28 +262,52 @@ class DifferentiableOptimizer(abc.ABC):
             if gate is not None:
                 gate.closed = closed
 
-    @staticmethod
-    def _called_back(callback: GradCallback, grads: Grads) -> Grads:
+    def _called_back(self, callback: GradCallback, grads: Grads) -> Grads:
         changed = callback(grads)
-        if not isinstance(changed, Sequence) or len(changed) != len(grads):
+        if not isinstance(changed, Sequence) or isinstance(changed, str) or len(changed) != len(grads):
             got = len(changed) if isinstance(changed, Sequence) else type(changed).__name__
             raise InvalidInputError(
                 f"grad_callback must return a list with a gradient, or None, for each of the {len(grads)} parameters; got {got}"
             )
+        for i, g in enumerate(changed):
+            if g is not None and not (isinstance(g, Tensor) and g.shape == self._reference[i].shape):
+                found = f"a tensor of shape {tuple(g.shape)}" if isinstance(g, Tensor) else repr(g)
+                raise InvalidInputError(
+                    f"grad_callback returned {found} for the parameter {self._name_of(i)}: it must be a tensor of the parameter's shape "
+                    f"{tuple(self._reference[i].shape)}, or None"
+                )
         return list(changed)
 
+    def _name_of(self, i: int) -> str:
+        """A parameter as an error should call it."""
+        names = [] if self._fmodel is None else list(fast_weights(self._fmodel).shapes)
+        return repr(names[i]) if len(names) == len(self._reference) else f"number {i}"
+
     def _apply_override(self, override: Override | None) -> None:
-        for name, values in (override or {}).items():
-            if not isinstance(values, Sequence) or len(values) not in (1, len(self.param_groups)):
-                raise InvalidInputError(
-                    f"override[{name!r}] must be a list with one entry, or one for each of the {len(self.param_groups)} param groups: "
-                    f"override={{{name!r}: [tensor]}}"
-                )
-            self._check_setting(name)
+        """Let these settings hold from now on: all of them, or none if one of them is wrong."""
+        if override is not None and not isinstance(override, Mapping):
+            raise InvalidInputError(
+                f"override is a {type(override).__name__}: write a dict, override={{'lr': [tensor]}}"
+            )
+        checked = {name: self._entries(name, values) for name, values in (override or {}).items()}
+        for name, values in checked.items():
             self._overridden.add(name)
             for i, group in enumerate(self.param_groups):
                 value = values[i % len(values)]
                 group[name] = tuple(value) if isinstance(value, list) and isinstance(group.get(name), tuple) else value
+
+    def _entries(self, name: str, values: Any) -> list[Any]:
+        """What ``override`` has under ``name``: one entry for all param groups, or one for each."""
+        found = entries(values)
+        if found is None or len(found) not in (1, len(self.param_groups)):
+            raise InvalidInputError(
+                f"override[{name!r}] must be a list with one entry, or one for each of the {len(self.param_groups)} param groups: "
+                f"override={{{name!r}: [tensor]}}"
+            )
+        if any(isinstance(v, Tensor) and v.is_complex() for v in flatten(found)):
+            raise InvalidInputError(f"override[{name!r}] has a complex tensor: settings are real")
+        self._check_setting(name)
+        return found
 
     def _check_setting(self, name: str) -> None:
         """Raise if there is no such setting; a rule of the user's own may have more than its torch form, so here all will do."""
@@ -295,10 +335,87 @@ class DifferentiableOptimizer(abc.ABC):
                 t.requires_grad for group in self.param_groups for t in tree.tensors(settings_of(group))
             )
 
+    def _look_for_captured(self, loss: Tensor, leaves: Iterable[Tensor]) -> None:
+        """A function kept in the model may close over the model itself, and compute with parameters that no step moves."""
+        own = {id(p): i for i, p in enumerate(self._reference)}
+        if self._fmodel is None or not any(id(leaf) in own for leaf in leaves):
+            return
+        fast = fast_weights(self._fmodel)
+        times = [p for params in fast.history for p in params]  # a loss may use them; they lead back to the model
+        known = {id(p) for p in times}
+        for leaf in graph.inspect([loss], times, second_order=False):
+            if id(leaf) in own and id(leaf) not in known:
+                fast.teacher.captured(self._name_of(own[id(leaf)]))
+
     def _note(self, leaves: Iterable[Tensor], params: Sequence[Tensor]) -> None:
         if self._fmodel is not None and not fast_weights(self._fmodel).teacher.outside:
             own = {id(p) for p in params}
             fast_weights(self._fmodel).teacher.outside = any(id(leaf) not in own for leaf in leaves)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise unless this is a torch optimizer."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        got = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+        raise InvalidInputError(
+            f"expected a torch optimizer over the model's parameters, got {got}: write torch.optim.SGD(model.parameters(), lr=...), or "
+            "create_diff_optim(torch.optim.SGD, {'lr': ...}, fmodel=fmodel) for one without a torch optimizer"
+        )
+
+
+def scalar(loss: Any) -> Tensor:
+    """The loss of a step; raise unless it is one number."""
+    if not isinstance(loss, Tensor):
+        raise InvalidInputError(
+            f"the loss is a {type(loss).__name__}: step takes the loss alone, a tensor with one number, diffopt.step(loss_fn(fmodel(x), y))"
+        )
+    return check_loss(loss, "the loss")
+
+
+class _Densified(torch.autograd.Function):
+    """The identity, whose derivative is dense also where the gradient that arrives is sparse."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        return grad.to_dense() if grad.is_sparse else grad
+
+
+def _check_callback(callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise InvalidInputError(f"grad_callback is {callback!r}: pass a function of the list of gradients")
+
+
+def listed(params: Any, name: str) -> list[Tensor]:
+    """``params`` as a list; an error if there is anything but tensors in it."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise InvalidInputError(
+            f"{name} is a {type(params).__name__}: pass a list of tensors, list(fmodel.parameters())"
+        )
+    found = list(params)
+    wrong = next((p for p in found if not isinstance(p, Tensor)), found)
+    if wrong is not found:
+        raise InvalidInputError(
+            f"{name} holds a {type(wrong).__name__}: pass tensors, without names, as list(fmodel.parameters()) gives them"
+        )
+    return found
+
+
+def entries(values: Any) -> list[Any] | None:
+    """One value or one per param group: the elements of a list, an ``nn.ParameterList``, a tensor; None if there are none."""
+    if isinstance(values, (str, Mapping)) or (isinstance(values, Tensor) and values.ndim == 0):
+        return None
+    if not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        return None
+    return [values[i] for i in range(len(values))]
 
 
 def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

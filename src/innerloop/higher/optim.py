@@ -131,6 +131,12 @@ def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: typ
         optim_type: a subclass of ``torch.optim.Optimizer``.
         diff_optim_type: a subclass of `DifferentiableOptimizer` that does the same.
     """
+    for cls, parent, name in (
+        (optim_type, torch.optim.Optimizer, "optim_type"),
+        (diff_optim_type, DifferentiableOptimizer, "diff_optim_type"),
+    ):
+        if not (isinstance(cls, type) and issubclass(cls, parent)):
+            raise InvalidInputError(f"register_optim got {cls!r} as {name}: pass a subclass of {parent.__name__}")
     _opt_mapping[optim_type] = diff_optim_type
 
 
@@ -163,6 +169,7 @@ def get_diff_optim(
         >>> torch.autograd.grad(y, a)
         (tensor(0.9688),)
     """
+    base.check_optimizer(opt)
     cls = _class_for(type(opt))
     return cls(opt, reference_params, fmodel, device, override, track_higher_grads=track_higher_grads, **kwargs)
 
@@ -192,15 +199,29 @@ def create_diff_optim(
     Raises:
         InvalidInputError: neither ``params`` nor ``fmodel``.
     """
+    if not (isinstance(opt_type, type) and issubclass(opt_type, torch.optim.Optimizer)):
+        raise InvalidInputError(
+            f"create_diff_optim got {opt_type!r}: pass a class, torch.optim.SGD; for an optimizer use get_diff_optim(optimizer, params)"
+        )
     given = list(params) if params is not None else None if fmodel is None else list(fmodel.parameters())
     if given is None:
         raise InvalidInputError("create_diff_optim needs params= or fmodel=: the tensors that it will step")
+    held = [group["params"] if isinstance(group, dict) and "params" in group else group for group in given]
+    for group in held:
+        base.listed([group] if isinstance(group, Tensor) else group, "params")
+    if not held:
+        raise InvalidInputError("create_diff_optim got no tensors: pass params=list(fmodel.parameters())")
     groups: Any = [
         {**group, "params": _stand_ins(group["params"])} if isinstance(group, dict) else _stand_ins(group)[0]
         for group in given
     ]
     reference = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
-    opt = opt_type(groups, **(opt_kwargs or {}))
+    try:
+        opt = opt_type(groups, **(opt_kwargs or {}))
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{opt_type.__name__} cannot be made with opt_kwargs={opt_kwargs!r}: {error}"
+        ) from error
     return get_diff_optim(opt, reference, fmodel, device, override, track_higher_grads, **kwargs)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -39,6 +40,7 @@ class FastWeights:
         self.history: list[list[Tensor]] = []
         self.track = True
         self.shapes = {name: p.shape for name, p in view.source.items()}
+        self._numbers = [p.is_floating_point() or p.is_complex() for p in view.source.values()]
         self._view = view
         self._root = weakref.ref(root)
 
@@ -49,10 +51,56 @@ class FastWeights:
             raise InvalidInputError("the patched module that this is a part of does not exist any more: keep it")
         return root
 
+    def is_root(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the one that was patched; a part that has outlived it is not."""
+        return self._root() is module
+
     @property
     def newest(self) -> list[Tensor]:
         """The parameters as they stand in the module."""
         return list(self._view.read().values())
+
+    def newest_or_none(self) -> list[Tensor] | None:
+        """The newest parameters, None before there are any."""
+        return self.newest if self.history else None
+
+    def read_in_hooks(self) -> list[Tensor]:
+        """The same, also from a hook of the outer backward pass; not from a recomputation, which has gradients switched on."""
+        if not self.gate.closed or torch.is_grad_enabled():
+            return self.newest
+        self.gate.closed = False
+        try:
+            return self.newest
+        finally:
+            self.gate.closed = True
+
+    def ready(self, params: Iterable[Tensor] | None) -> None:
+        """Before anything is computed: take ``params`` if there are some, else there must be some."""
+        if params is not None:
+            self.take(params)
+        elif not self.history:
+            raise InvalidInputError(
+                "this module has no parameters of its own: call it with params=, a list with a tensor for each parameter, for example "
+                "higher.utils.get_func_params(model)"
+            )
+
+    def of_time(self, time: int) -> list[Tensor]:
+        """The parameters after ``time`` updates."""
+        if not isinstance(time, int):
+            raise InvalidInputError(f"time={time!r}: write an int, 0 for the start, -1 (or None) for the newest")
+        if not self.track and time in (-1, 0):
+            return self.newest
+        known = len(self.history) - 1
+        if not -known - 1 <= time <= known:
+            kept = "" if self.track else " (track_higher_grads=False keeps no history)"
+            raise InvalidInputError(f"time={time}, but this module has parameters of times 0 to {known}{kept}")
+        self.teacher.aware |= time in (0, -known - 1)
+        return self.history[time]
+
+    def kernels(self) -> AbstractContextManager[Any]:
+        """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
+        inside = isinstance(_private.function_mode(), Replacing)
+        return replacing() if self.track and not inside else nullcontext()
 
     def move_buffers(self, device: torch.device | str) -> None:
         """Put copies of the buffers on ``device``."""
@@ -60,11 +108,14 @@ class FastWeights:
 
     def take(self, params: Iterable[Tensor]) -> None:
         """These are the parameters from now on."""
+        if not isinstance(params, Iterable) or isinstance(params, Mapping):
+            raise InvalidInputError(f"got {type(params).__name__} as parameters: pass a list with a tensor for each")
         new = list(params)
         self._check(new)
         self._view.write(dict(zip(self._view.parameters, new, strict=True)))
         if self.history:
             self.teacher.steps += 1
+            self.teacher.asked = False
             self.gate.closed = self.track
         if not self.track:
             self.history.clear()
@@ -88,9 +139,11 @@ class FastWeights:
             raise InvalidInputError(
                 f"got {len(new)} tensors, the module has {len(shapes)} parameters: pass one for each of {list(shapes)[:8]}, in this order"
             )
-        for (name, shape), tensor in zip(shapes.items(), new, strict=True):
+        for (name, shape), tensor, is_real in zip(shapes.items(), new, self._numbers, strict=True):
             if not isinstance(tensor, Tensor):
                 raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(tensor).__name__}")
+            if (tensor.is_floating_point() or tensor.is_complex()) is not is_real:
+                raise InvalidInputError(f"the parameter {name!r} cannot be a tensor of {tensor.dtype}")
             if tensor.shape != shape:
                 raise InvalidInputError(
                     f"the parameter {name!r} has shape {tuple(shape)}, but got a tensor of shape {tuple(tensor.shape)}: the order is "
@@ -104,19 +157,22 @@ class PatchedModule(nn.Module):
     The module's own code runs on the newest parameters: hooks fire, submodules can be called alone, tied weights stay tied (in
     ``higher`` hooks are lost). ``copy.deepcopy`` and ``pickle`` give a patched module of its own, which starts at detached copies of
     the newest parameters (in ``higher`` both fail); of a submodule they give a plain module.
+
+    A submodule that has one of these names itself (a method ``update_params``, an attribute ``root``) keeps its own.
     """
 
     _innerloop_fast: FastWeights
+    _innerloop_takes_params = False
 
     @property
     def is_root(self) -> bool:
         """Whether this is the module that was patched, not a part of it."""
-        return self._innerloop_fast.root is self
+        return fast_weights(self).is_root(self)
 
     @property
     def root(self) -> Any:
         """The module that was patched."""
-        return self._innerloop_fast.root
+        return fast_weights(self).root
 
     @property
     def direct_submodule_call(self) -> bool:
@@ -126,13 +182,13 @@ class PatchedModule(nn.Module):
     @property
     def track_higher_grads(self) -> bool:
         """Whether parameters of earlier times are kept; switched off (``higher`` then goes on with outdated ones), only the newest are."""
-        return self._innerloop_fast.track
+        return fast_weights(self).track
 
     @track_higher_grads.setter
     def track_higher_grads(self, value: bool) -> None:
         if not isinstance(value, bool):
             raise InvalidInputError(f"track_higher_grads={value!r}: write True or False")
-        fast = self._innerloop_fast
+        fast = fast_weights(self)
         fast.track = value
         if not value:
             fast.gate.closed = False
@@ -141,11 +197,11 @@ class PatchedModule(nn.Module):
     @property
     def fast_params(self) -> list[Tensor] | None:
         """The newest parameters of the whole module; assigning a list is `update_params`. None before there are any."""
-        return self._innerloop_fast.newest if self._innerloop_fast.history else None
+        return fast_weights(self).newest_or_none()
 
     @fast_params.setter
     def fast_params(self, value: Iterable[Tensor]) -> None:
-        self._innerloop_fast.take(value)
+        fast_weights(self).take(value)
 
     @property
     def init_fast_params(self) -> list[Tensor]:
@@ -154,15 +210,16 @@ class PatchedModule(nn.Module):
         Raises:
             InvalidInputError: they are not kept (``track_higher_grads=False``).
         """
-        if not self.track_higher_grads:
+        fast = fast_weights(self)
+        if not fast.track:
             raise InvalidInputError(
                 "init_fast_params: with track_higher_grads=False only the newest parameters are kept"
             )
-        return self._at(0)
+        return fast.of_time(0)
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """Take these as the newest parameters: one tensor for each of ``model.parameters()``, in this order; time goes on by one."""
-        self._innerloop_fast.take(params)
+        fast_weights(self).take(params)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
         """The parameters after ``time`` updates, in the order of ``nn.Module.parameters``; of a submodule those that belong to it.
@@ -174,81 +231,131 @@ class PatchedModule(nn.Module):
         Raises:
             InvalidInputError: there are no parameters yet, or not of this time.
         """
-        self._ready(None)
-        newest = self._innerloop_fast.newest
-        params = newest if time is None or time == -1 else self._at(time)
-        if recurse and self.is_root:
+        fast = fast_weights(self)
+        fast.ready(None)
+        whole = recurse and fast.is_root(self)
+        newest = fast.read_in_hooks() if whole else fast.newest
+        params = newest if time is None or time == -1 else fast.of_time(time)
+        if whole:
+            fast.teacher.asked |= params is newest
             return iter(params)
         index = {id(p): i for i, p in enumerate(newest)}
-        return iter([params[index[id(p)]] for p in nn.Module.parameters(self, recurse)])
+        return iter([params[index[id(p)]] for _, p in nn.Module.named_parameters(self, recurse=recurse)])
 
     def boxed_forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """The module's own ``forward`` at the newest parameters; as `forward`."""
-        return self.forward(*args, params=params, **kwargs)
+        fast = fast_weights(self)
+        fast.ready(params)
+        with fast.kernels():
+            return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """The module's own ``forward``; with ``params`` (all those of the root) after `update_params`."""
-        self._ready(params)
-        return super().forward(*args, **kwargs)
+        fast = fast_weights(self)
+        fast.ready(params)
+        with fast.kernels():
+            return super().forward(*args, **kwargs)
 
-    def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
-        self._ready(params)  # here and not in forward: hooks that run before it compute with the parameters
-        with self._kernels():
+    def __call__(self, *args: Any, params: Any = None, **kwargs: Any) -> Any:
+        fast = fast_weights(self)
+        if self._innerloop_takes_params and params is not None:  # the word is the module's own
+            kwargs["params"], params = params, None
+        fast.ready(params)  # here and not in forward: hooks that run before it compute with the parameters
+        if fast.is_root(self):
+            fast.teacher.look_at_inputs(args, kwargs)
+        with fast.kernels():
             return super().__call__(*args, **kwargs)
-
-    def _kernels(self) -> AbstractContextManager[Any]:
-        """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
-        inside = isinstance(_private.function_mode(), Replacing)
-        return replacing() if self._innerloop_fast.track and not inside else nullcontext()
-
-    def _ready(self, params: Iterable[Tensor] | None) -> None:
-        if params is not None:
-            self._innerloop_fast.take(params)
-        elif not self._innerloop_fast.history:
-            raise InvalidInputError(
-                "this module has no parameters of its own: call it with params=, a list with a tensor for each parameter, for example "
-                "higher.utils.get_func_params(model)"
-            )
-
-    def _at(self, time: int) -> list[Tensor]:
-        fast = self._innerloop_fast
-        if not fast.track and time in (-1, 0):
-            return fast.newest
-        known = len(fast.history) - 1
-        if not -known - 1 <= time <= known:
-            kept = "" if fast.track else " (track_higher_grads=False keeps no history)"
-            raise InvalidInputError(f"time={time}, but this module has parameters of times 0 to {known}{kept}")
-        fast.teacher.aware |= time in (0, -known - 1)
-        return fast.history[time]
 
     def __setattr__(self, name: str, value: Any) -> None:
         table = vars(self).get("_parameters")
         if table is None or table.get(name) is None or "_innerloop_fast" not in vars(self):
+            ours = vars(PatchedModule).get(name)
+            if isinstance(ours, property) and ours.fset is None and not isinstance(self, _Part):
+                raise InvalidInputError(f"{name} of a patched module is read only: give the attribute another name")
             super().__setattr__(name, value)
             return
         if not isinstance(value, Tensor):
             raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(value).__name__}")
-        fast = self._innerloop_fast
-        self._ready(None)
+        fast = fast_weights(self)
+        fast.ready(None)
         fast.take([value if p is table[name] else p for p in fast.newest])
 
-    def _plain(self) -> nn.Module:
-        """A copy that is no part of a patched module."""
-        view = ModuleView(self)
-        module, parts = view.module, view.modules
-        view.write({n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()})
-        for part in parts:
-            del vars(part)["_innerloop_fast"]
-            object.__setattr__(part, "__class__", _original[type(part)])
-        return copy.deepcopy(module)
+    def __delattr__(self, name: str) -> None:
+        if vars(self)["_parameters"].get(name) is not None and "_innerloop_fast" in vars(self):
+            raise InvalidInputError(
+                f"the parameter {name!r} of a patched module cannot be deleted: delete it in the model, before it is patched"
+            )
+        super().__delattr__(name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         rebuild, arguments = self.__reduce_ex__(2)
-        return rebuild(*arguments)
+        new = rebuild(*arguments)
+        if fast_weights(self).is_root(self):
+            # a part that is in what is copied too, by itself, stays a part
+            memo.update((id(a), b) for a, b in zip(nn.Module.modules(self), nn.Module.modules(new), strict=True))
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        fast = self._innerloop_fast
-        return _rebuild, (self._plain(), self.is_root, bool(fast.history), fast.track)
+        fast = fast_weights(self)
+        return _rebuild, (_plain_copy(self), fast.is_root(self), bool(fast.history), fast.track)
+
+
+class _Offered:
+    """A name of `PatchedModule` on a part, where an attribute of the user's own goes before it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._ours = vars(PatchedModule)[name]
+        self.__doc__ = self._ours.__doc__
+
+    def __get__(self, part: Any, cls: Any = None) -> Any:
+        if part is None:
+            return self
+        for table in (vars(part), *(vars(part).get(key, {}) for key in _TABLES)):
+            if self._name in table:
+                return table[self._name]
+        return self._ours.__get__(part, cls)
+
+    def __set__(self, part: Any, value: Any) -> None:
+        if self._name in vars(part) or getattr(self._ours, "fset", None) is None:
+            vars(part)[self._name] = value
+        else:
+            self._ours.__set__(part, value)
+
+    def __delete__(self, part: Any) -> None:
+        if self._name not in vars(part):
+            raise AttributeError(self._name)
+        del vars(part)[self._name]
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_NAMES = tuple(name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward")
+
+
+class _Part(PatchedModule):
+    """What patching adds to the classes of submodules; it comes after the user's class, whose names go first."""
+
+
+for _name in _NAMES:
+    setattr(_Part, _name, _Offered(_name))
+
+
+class _Unregistered:
+    """Patching tells the user's class nothing of a new subclass: ``__init_subclass__`` may ask for keywords, or keep a list."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+def _plain_copy(patched: PatchedModule) -> nn.Module:
+    """A copy that is no part of a patched module."""
+    view = ModuleView(patched)
+    module, parts = view.module, view.modules
+    view.write({n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()})
+    for part in parts:
+        del vars(part)["_innerloop_fast"]
+        object.__setattr__(part, "__class__", _original(type(part)))
+    return copy.deepcopy(module)
 
 
 def fast_weights(fmodel: PatchedModule) -> FastWeights:
@@ -278,6 +385,11 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
     Raises:
         InvalidInputError: ``fmodule`` lacks one of the submodules.
     """
+    for which, given in (("module", module), ("fmodule", fmodule)):
+        if not isinstance(given, nn.Module):
+            raise InvalidInputError(
+                f"buffer_sync got {type(given).__name__} as {which}: pass a model and its patched form"
+            )
     module = plain(module)
     for name, buffer in vars(module)["_buffers"].items():
         copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
@@ -308,8 +420,13 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
         >>> fmodel(torch.tensor([1.0, 10.0]), params=[torch.tensor([[3.0, 4.0]])])
         tensor([43.])
     """
+    if encapsulator is not None and not callable(encapsulator):
+        raise InvalidInputError(
+            f"encapsulator is a {type(encapsulator).__name__}: pass a function of the patched module and the module"
+        )
     gate = Gate()
     view = ModuleView(module, gate)
+    _check_names(plain(module), view.source.values())
     keep_running_statistics(view)
     parts = view.modules
     view.write({name: torch.empty_like(p, device="meta", requires_grad=False) for name, p in view.source.items()})
@@ -317,7 +434,11 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
     new = view.hand_over()
     fast = FastWeights(view, gate, new)
     for part in parts:
-        object.__setattr__(part, "__class__", _patched_class(type(part)))
+        if any("_innerloop_fast" in vars(part)[table] for table in _TABLES):
+            raise InvalidInputError(
+                f"{type(part).__name__} has an attribute '_innerloop_fast', which is ours: rename it"
+            )
+        object.__setattr__(part, "__class__", _patched_class(type(part), part is new))
         vars(part)["_innerloop_fast"] = fast
     if encapsulator is not None:
         encapsulator(new, module)
@@ -370,25 +491,59 @@ def monkeypatch(
             fast.move_buffers(device)
         fmodel.update_params(start)
 
+    if not isinstance(copy_initial_weights, bool):
+        raise InvalidInputError(f"copy_initial_weights={copy_initial_weights!r}: write True or False")
     fmodel = make_functional(module, begin)
     fmodel.track_higher_grads = track_higher_grads
     return fmodel
 
 
-_classes: dict[type[nn.Module], type[PatchedModule]] = {}
-_original: dict[type[nn.Module], type[nn.Module]] = {}
+def _patched_class(cls: type[nn.Module], is_root: bool) -> type[nn.Module]:
+    """The class of a patched module whose own class is ``cls``; found again among its subclasses, which keep nothing alive."""
+    cls = _original(cls)
+    for known in type.__subclasses__(cls):
+        if vars(known).get("_innerloop_original") == (cls, is_root):
+            return known
+    body: dict[str, Any] = {"__module__": cls.__module__, "_innerloop_original": (cls, is_root)}
+    if hasattr(cls, "flatten_parameters"):  # it would move the weights of RNNs into one block, in place
+        body["flatten_parameters"] = _keep_as_they_are
+    if not is_root:
+        body["_innerloop_takes_params"] = "params" in _arguments(cls.forward)
+    bases = (_Unregistered, PatchedModule, cls) if is_root else (_Unregistered, cls, _Part)
+    return type(f"Functional{cls.__name__}", bases, body)
 
 
-def _patched_class(cls: type[nn.Module]) -> type[PatchedModule]:
-    if issubclass(cls, PatchedModule):
-        return cls
-    if cls not in _classes:
-        body: dict[str, Any] = {"__module__": cls.__module__}
-        if hasattr(cls, "flatten_parameters"):  # it would move the weights of RNNs into one block, in place
-            body["flatten_parameters"] = _keep_as_they_are
-        _classes[cls] = type(f"Functional{cls.__name__}", (PatchedModule, cls), body)
-        _original[_classes[cls]] = cls
-    return _classes[cls]
+def _arguments(function: Callable[..., Any]) -> Iterable[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # not a function of Python
+        return ()
+
+
+def _original(cls: type[nn.Module]) -> type[nn.Module]:
+    """The user's own class."""
+    found: type[nn.Module] = vars(cls).get("_innerloop_original", (cls,))[0]
+    return found
+
+
+def _check_names(module: nn.Module, held: Iterable[Tensor]) -> None:
+    """Raise if the root has a name that stands for something else on a patched module, or lists other parameters than its modules hold."""
+    cls = _original(type(module))
+    by_class = {name for c in cls.__mro__ if c not in nn.Module.__mro__ for name in vars(c)}
+    by_instance = {name for table in (vars(module), *(vars(module)[key] for key in _TABLES)) for name in table}
+    taken = [name for name in _NAMES if name in by_instance or (name in by_class and name != "parameters")]
+    if taken:
+        raise InvalidInputError(
+            f"{cls.__name__} has an attribute {taken[0]!r}, which on a patched module is that of innerloop.higher.PatchedModule: rename "
+            "it, or patch a module that holds this one (submodules keep their own)"
+        )
+    if by_class & {"parameters", "named_parameters"} and not isinstance(module, PatchedModule):
+        listed, own = list(module.parameters()), list(held)
+        if len(listed) != len(own) or any(a is not b for a, b in zip(listed, own, strict=True)):
+            raise InvalidInputError(
+                f"{cls.__name__} overrides parameters() or named_parameters(), which lists {len(listed)} tensors, while its modules hold "
+                f"{len(own)}: all of them have to be replaced together. Rename the method, and give the optimizer what it returns"
+            )
 
 
 def _keep_as_they_are(self: nn.Module) -> None:

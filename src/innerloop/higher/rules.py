@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from innerloop import tree
+from innerloop import _private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher.base import (
     DifferentiableOptimizer,
@@ -21,15 +21,21 @@ from innerloop.higher.base import (
     State,
     has_tensor,
     numbered,
+    scalar,
     settings_of,
     twin_of,
 )
+from innerloop.higher.nested import copy_and_cast
 from innerloop.higher.patch import PatchedModule, fast_weights
 from innerloop.optim.adapted import Adapted, AdaptedState
 from innerloop.optim.adapted.frozen import freeze, thaw
+from innerloop.optim.adapted.values import Number
 from innerloop.optim.base import Rule
 from innerloop.optim.from_torch import FromTorch, from_torch
-from innerloop.problem import Evaluations, check_loss
+from innerloop.problem import Evaluations
+
+Place = tuple[int, int, str]  # group, position in it, name
+_GONE = object()
 
 
 class DifferentiableRule(DifferentiableOptimizer):
@@ -54,30 +60,45 @@ class DifferentiableRule(DifferentiableOptimizer):
         super().__init__(other, reference_params, fmodel, device, override, grad_callback, track_higher_grads, **kwargs)
         self._evaluations: Evaluations | None = None
         self._begin()
-        self._shown: dict[tuple[int, int, str], Any] = {}
+        self._shown: dict[Place, tuple[Any, Any]] = {}  # what was handed out as `state`, each with its mark
         self._stale = True
 
     def _initial_state(self, device: torch.device | str | None) -> State:
         return [collections.defaultdict(dict) for _ in self.param_groups]  # filled when somebody looks
 
-    @property  # type: ignore[misc]
+    @property
     def state(self) -> State:
-        """What is kept, under the names of ``torch.optim``; to be read, not changed: the rule keeps it elsewhere."""
+        """What is kept for each parameter of each group, under the names of ``torch.optim``.
+
+        It may be edited or assigned (detached for a truncated loop, cleared for a new start): the next step goes on from it.
+        """
         if self._stale:
             self._stale = False
-            exported = self._exported()
-            self._shown = {
-                (g, i, key): value
-                for g, held in enumerate(exported)
-                for i, kept in held.items()
-                for key, value in kept.items()
-            }
-            for (g, i, key), value in self._shown.items():
-                self._states[g][i][key] = value
+            self._shown = {}
+            for g, held in enumerate(self._exported()):
+                for i, kept in held.items():
+                    for key, value in kept.items():
+                        self._states[g][i][key] = value
+                        self._shown[g, i, key] = (value, _mark(value))
         return self._states
 
+    @state.setter
+    def state(self, value: Any) -> None:
+        if not isinstance(value, Sequence) or len(value) != len(self.param_groups):
+            raise InvalidInputError(
+                f"state must be a list with a dict for each of the {len(self.param_groups)} param groups, as diffopt.state gives it; got "
+                f"{type(value).__name__}"
+            )
+        if not all(isinstance(held, Mapping) and all(isinstance(k, Mapping) for k in held.values()) for held in value):
+            raise InvalidInputError(
+                "state must hold, for each param group, a dict from a position to a dict of what is kept"
+            )
+        _ = self.state  # so that it is known what changes
+        self._states = [
+            h if isinstance(h, collections.defaultdict) else collections.defaultdict(dict, h) for h in value
+        ]
+
     def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:
-        self._refuse_edits()
         current = [
             zip(m, g["params"], strict=True) for g, m in zip(self.param_groups, self._group_to_param_list, strict=True)
         ]
@@ -87,6 +108,8 @@ class DifferentiableRule(DifferentiableOptimizer):
             for gs, m in zip(grouped_grads, self._group_to_param_list, strict=True)
             for i, g in zip(m, gs, strict=True)
         }
+        if not self._stale and (edits := self._edits()):
+            self._take_over(edits, params)
         new = self._advance(grads, params)
         for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
             group["params"] = [new[str(i)] for i in members]
@@ -154,28 +177,53 @@ class DifferentiableRule(DifferentiableOptimizer):
         ):
             held: collections.defaultdict[int, Any] = collections.defaultdict(dict)
             for position, (i, p) in enumerate(zip(members, group["params"], strict=True)):
-                if p in self._twin.state:
-                    held[position] = {**self._twin.state[p], **_with_graph(rule, kept, str(i))}
+                saved = self._twin.state[p] if p in self._twin.state else self._as_constructed(rule, p)
+                if saved:
+                    held[position] = {**saved, **_with_graph(rule, kept, str(i))}
             exported.append(held)
         return exported
 
-    def _refuse_edits(self) -> None:
-        """Raise if the state that was handed out has been changed: the rule would go on without noticing."""
-        if self._stale:
-            return
-        known = {key for _, _, key in self._shown}
-        now = {
-            (g, i, key): value
-            for g, held in enumerate(self._states)
-            for i, kept in held.items()
-            for key, value in kept.items()
-            if key in known
-        }
-        if now.keys() != self._shown.keys() or any(now[place] is not value for place, value in self._shown.items()):
+    def _as_constructed(self, rule: Rule, parameter: Tensor) -> dict[str, Any]:
+        """What a torch optimizer keeps before its first step (Adagrad does)."""
+        kept = self._other.state.get(parameter, {})
+        return dict(copy_and_cast(kept, self._device)) if rule.torch_counts and not kept.get(rule.torch_count) else {}
+
+    def _edits(self) -> dict[Place, Any]:
+        """What was changed in the state that was handed out: the new value, or `_GONE`. Keys that a subclass adds are its own."""
+        found: dict[Place, Any] = {}
+        there = set()
+        for g, held in enumerate(self._states):
+            own = self._kept_names(g)
+            for i, kept in held.items():
+                for key, value in kept.items():
+                    there.add((g, i, key))
+                    shown, mark = self._shown.get((g, i, key), (_GONE, None))
+                    if (own is None or key in own) and (value is not shown or _mark(value) != mark):
+                        found[g, i, key] = value
+        return found | dict.fromkeys(self._shown.keys() - there, _GONE)
+
+    def _kept_names(self, g: int) -> set[str] | None:
+        """The names under which torch keeps what this rule keeps; None: whatever there is."""
+        rule = cast("FromTorch", self._pure).members[g]
+        return {*(rule.torch_state[field] for field in rule.slots()), rule.torch_count}
+
+    def _take_over(self, edits: Mapping[Place, Any], params: Mapping[str, Tensor]) -> None:
+        """Go on from the state as it was edited; what was not edited keeps its graph."""
+        rules = cast("FromTorch", self._pure).members
+        if any(rule.torch_shares_state for rule in rules):
             raise InvalidInputError(
-                f"diffopt.state was changed, which {type(self).__name__} would not notice: change the state of the torch optimizer before "
-                "the loop, or write the rule's _update yourself (derive from DifferentiableOptimizer)"
+                f"diffopt.state was changed, which the rule of {type(self._other).__name__} cannot take over inside of a loop: change the "
+                "state of the torch optimizer before the loop"
             )
+        members = []
+        for g, (rule, kept) in enumerate(zip(rules, self._pure_state.members, strict=True)):
+            names = {str(i): j for j, i in enumerate(self._group_to_param_list[g])}
+            of_group = {
+                name: {key: v for (k, i, key), v in edits.items() if (k, i) == (g, j)} for name, j in names.items()
+            }
+            edited = {name: changes for name, changes in of_group.items() if changes}
+            members.append(_edited(rule, kept, edited, {name: params[name] for name in names}) if edited else kept)
+        self._pure_state = self._pure_state._replace(members=tuple(members))
 
     def _evaluated(
         self, loss: Tensor | Callable[[], Tensor], params: list[Tensor], callback: GradCallback | None
@@ -193,7 +241,7 @@ class DifferentiableRule(DifferentiableOptimizer):
             with torch.enable_grad():
                 at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
                 with fast.at(at):
-                    value = check_loss(loss(), "the loss")
+                    value = scalar(loss())
                     grads = self._gradients(value, at, callback)
             return value if self._track_higher_grads else value.detach(), {name: grads[int(name)] for name in trial}
 
@@ -250,6 +298,25 @@ class DifferentiableAdapted(DifferentiableRule):
         new, self._pure_state = cast("Adapted", self._pure).update(grads, self._pure_state, params, hyper)
         return new
 
+    def _kept_names(self, g: int) -> set[str] | None:
+        return None
+
+    def _take_over(self, edits: Mapping[Place, Any], params: Mapping[str, Tensor]) -> None:
+        stand_ins = {i: torch.empty(0) for members in self._group_to_param_list for i in members}
+        optimizer = thaw(self._pure_state.rest, self._pure_state.tensors, list(stand_ins.values()))
+        for (g, j, key), value in edits.items():
+            kept = optimizer.state[stand_ins[self._group_to_param_list[g][j]]]
+            if value is _GONE:
+                kept.pop(key, None)
+            elif isinstance(kept.get(key), Number):
+                kept[key] = Number(torch.as_tensor(value, dtype=kept[key].tensor.dtype))
+            else:
+                kept[key] = value
+        for p in [p for p, kept in optimizer.state.items() if not kept]:
+            del optimizer.state[p]
+        tensors, rest = freeze(optimizer, {str(i): p for i, p in stand_ins.items()})
+        self._pure_state = AdaptedState(self._pure_state.count, tensors, rest)
+
     def _exported(self) -> State:
         stand_ins = {i: torch.empty(0) for members in self._group_to_param_list for i in members}
         optimizer = thaw(self._pure_state.rest, self._pure_state.tensors, list(stand_ins.values()), lambda t: t)
@@ -275,6 +342,51 @@ def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             found[rule.torch_state[field]] = value
     return found
+
+
+def _mark(value: Any) -> Any:
+    """What tells that a value was written in place: a tensor's version; and its number, if it is one, for a write through ``.data``."""
+    if not isinstance(value, Tensor):
+        return None
+    number = value.item() if value.numel() == 1 and value.device.type == "cpu" else None
+    return _private.version(value), number
+
+
+def _edited(rule: Rule, kept: Any, edited: Mapping[str, Mapping[str, Any]], params: dict[str, Tensor]) -> Any:
+    """The state of a rule in which some of what torch keeps, for some parameters, is another."""
+    cold = rule.init(params)
+    fields = {}
+    for field in rule.slots():
+        held, start = getattr(kept, field), getattr(cold, field)
+        if held is not None:
+            changes = {n: c[rule.torch_state[field]] for n, c in edited.items() if rule.torch_state[field] in c}
+            fields[field] = {
+                n: (start[n] if changes[n] is _GONE else _slot(rule, field, changes[n], start[n]))
+                if n in changes
+                else held[n]
+                for n in params
+            }
+    counts = {n: kept.count[n] if isinstance(kept.count, Mapping) else kept.count for n in params}
+    for name, new in edited.items():
+        if rule.torch_counts:
+            value = new.get(rule.torch_count, counts[name])
+            counts[name] = 0 if value is _GONE else int(value)
+        else:  # it has taken a step if it keeps anything
+            counts[name] = int(any(value is not _GONE for value in new.values()))
+    same = len(set(counts.values())) == 1
+    return kept._replace(count=next(iter(counts.values())) if same else counts, **fields)
+
+
+def _slot(rule: Rule, field: str, value: Any, like: Any) -> Any:
+    """A value that a user gave, as the rule keeps it."""
+    if not isinstance(like, Tensor):
+        return value if isinstance(value, Tensor) and value.requires_grad else float(value)
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise InvalidInputError(
+            f"{rule.torch_state[field]!r} in diffopt.state is {got}: it must be a tensor of the shape {tuple(like.shape)}"
+        )
+    return value
 
 
 def _alias(p: Tensor) -> Tensor:

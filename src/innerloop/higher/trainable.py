@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
+from innerloop.higher.base import Override, check_optimizer, entries
 from innerloop.higher.nested import flatten, is_container, recursive_map
 from innerloop.optim.base import Rule
 
@@ -32,6 +33,7 @@ def get_trainable_opt_params(
         >>> higher.optim.get_trainable_opt_params(opt)["momentum"]
         [tensor(0.2500, requires_grad=True)]
     """
+    check_optimizer(opt)
     override: dict[str, list[Any]] = defaultdict(list)
     known = _real_valued(opt)
     for group in opt.param_groups:
@@ -42,7 +44,7 @@ def get_trainable_opt_params(
     return {name: values for name, values in override.items() if len(values) == len(opt.param_groups)}
 
 
-def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Mapping[str, Sequence[Any]]) -> None:
+def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
     """Write learned hyper-parameters into the param groups of ``opt``.
 
     A number stays a number: an int only while the learned value is one (``higher`` rounds .37 to 0 where the default is the integer
@@ -53,7 +55,7 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Mapping[str
         override: as for `get_diff_optim`: name -> one entry for all param groups, or one per group.
 
     Raises:
-        InvalidInputError: an unknown name, a wrong number of entries, another structure.
+        InvalidInputError: an unknown name, a wrong number of entries, another structure; nothing has been written then.
 
     Example:
         >>> import torch, innerloop.higher as higher
@@ -62,17 +64,25 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Mapping[str
         >>> opt.param_groups[0]["weight_decay"]
         0.25
     """
-    for name, values in override.items():
-        if len(values) not in (1, len(opt.param_groups)):
+    check_optimizer(opt)
+    if not isinstance(override, Mapping):
+        raise InvalidInputError(f"override is a {type(override).__name__}: write a dict, {{'lr': [tensor]}}")
+    new: list[tuple[dict[str, Any], str, Any]] = []  # all is looked at before anything is written
+    for name, given in override.items():
+        values = entries(given)
+        if values is None or len(values) not in (1, len(opt.param_groups)):
+            got = f"a {type(given).__name__}" if values is None else f"{len(values)} entries"
             raise InvalidInputError(
-                f"override[{name!r}] has {len(values)} entries, write one for all or one for each of the {len(opt.param_groups)} groups"
+                f"override[{name!r}] has {got}, write a list with one for all or one for each of the {len(opt.param_groups)} groups"
             )
         for i, group in enumerate(opt.param_groups):
             if name not in group or name == "params":
                 raise InvalidInputError(
                     f"{type(opt).__name__} has no hyper-parameter {name!r}; it has {list(group)[1:]}"
                 )
-            group[name] = _applied(values[i % len(values)], group[name], name)
+            new.append((group, name, _applied(values[i % len(values)], group[name], name)))
+    for group, name, value in new:
+        group[name] = _kept_identity(value, group[name])
 
 
 def _real_valued(opt: torch.optim.Optimizer) -> tuple[str, ...] | None:
@@ -97,8 +107,12 @@ def _learnable(leaf: float | Tensor, device: torch.device | str | None) -> Tenso
 def _applied(new: Any, old: Any, name: str) -> Any:
     """``new`` in the form that ``old`` has."""
     if isinstance(old, Tensor):
-        with torch.no_grad():
-            return old.copy_(torch.as_tensor(new))
+        if not isinstance(new, (int, float, Tensor)) or (
+            isinstance(new, Tensor) and new.numel() not in (1, old.numel())
+        ):
+            raise InvalidInputError(f"{name!r} is a tensor of shape {tuple(old.shape)}, got {new!r}")
+        learned = torch.as_tensor(new, dtype=old.dtype, device=old.device).detach()
+        return learned.reshape(() if learned.numel() == 1 else old.shape).expand(old.shape).clone()
     if isinstance(old, dict):
         if not isinstance(new, Mapping) or set(new) != set(old):
             raise InvalidInputError(f"{name!r} is a dict with the keys {list(old)}, got {new!r}")
@@ -110,6 +124,20 @@ def _applied(new: Any, old: Any, name: str) -> Any:
     if is_container(new) or (isinstance(new, Tensor) and new.numel() != 1):
         raise InvalidInputError(f"{name!r} is one number, got {new!r}")
     value = new.item() if isinstance(new, Tensor) else new
+    if isinstance(old, (int, float)) and not isinstance(value, (int, float)):
+        raise InvalidInputError(f"{name!r} is a number, got {value!r}")
     if isinstance(old, bool):
         return bool(value)
     return int(value) if isinstance(old, int) and float(value).is_integer() else value
+
+
+def _kept_identity(new: Any, old: Any) -> Any:
+    """``new``, where tensors are those that were there before."""
+    if isinstance(old, Tensor):
+        with torch.no_grad():
+            return old.copy_(new)
+    if isinstance(old, dict):
+        return type(old)({key: _kept_identity(new[key], value) for key, value in old.items()})
+    if isinstance(old, (list, tuple)):
+        return type(old)([_kept_identity(n, o) for n, o in zip(new, old, strict=True)])
+    return new

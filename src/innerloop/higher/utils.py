@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from innerloop.errors import InvalidInputError
 from innerloop.higher import nested
 from innerloop.higher.nested import flatten
 
@@ -32,4 +33,6 @@ def get_func_params(
     Returns:
         One leaf tensor for each parameter, which requires grad if the parameter does.
     """
+    if not isinstance(module, nn.Module):
+        raise InvalidInputError(f"get_func_params got a {type(module).__name__}: pass a module")
     return [nested.copy_tensor(p, safe_copy, device) for p in module.parameters()]
