@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import innerloop
 from innerloop import InnerLoopError, _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn import attention, blockwise, twice
@@ -160,6 +162,16 @@ def test_a_mask_is_differentiated(shape: tuple[int, ...], form: str):
     inputs = (*tensors(), draw(*shape))
     along = [torch.randn_like(x) for x in inputs]
     assert_same(derivatives(scaled_dot_product_attention, inputs, along), derivatives(definition, inputs, along))
+
+
+@pytest.mark.parametrize(("bias", "diagonal"), [(causal_lower_right, 2), (causal_upper_left, 0)])
+def test_a_causal_bias_hides_what_it_hides_in_torch(bias: Any, diagonal: int, form: str):
+    """As a tensor it is memory that nobody has written."""
+    q, k, v = tensors()
+    mask = torch.ones(7, 9, dtype=torch.bool).tril(diagonal)
+    with innerloop.nn.replacing():
+        ours = derivatives(lambda *x: F.scaled_dot_product_attention(*x, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos()))
+    assert_same(ours, derivatives(lambda *x: definition(*x, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
 
 
 def test_grouped_queries(form: str):
@@ -512,6 +524,7 @@ def invalid() -> Iterator[Any]:
     yield pytest.param((q, k[:, :3], v[:, :3]), {"enable_gqa": True}, r"must divide", id="groups")
     yield pytest.param((q, k, v), {"dropout_p": 1.5}, r"not a probability", id="dropout")
     yield pytest.param((q, k, v, mask), {"is_causal": True}, r"tril\(\)", id="mask and causal")
+    yield pytest.param((q, k, v, causal_upper_left(5, 6)), {"is_causal": True}, r"CausalBias", id="two causal masks")
     yield pytest.param((q, k, v, mask.long()), {}, r"attn_mask is torch.int64", id="mask of integers")
     yield pytest.param((q, k, v, mask[:, :4]), {}, r"do not broadcast", id="mask too narrow")
     yield pytest.param((q, k, v, mask.expand(3, 1, 1, 5, 6)), {}, r"more dimensions", id="mask too large")

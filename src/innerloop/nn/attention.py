@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError
@@ -50,6 +51,7 @@ def scaled_dot_product_attention(
         key: keys.
         value: values.
         attn_mask: broadcastable to (..., l, s). Boolean: True takes part; else it is added to the scores, and may be differentiated.
+            Or a ``torch.nn.attention.bias.CausalBias``.
         dropout_p: the chance of a weight to be dropped.
         is_causal: position i sees the positions up to i; not together with a mask.
         scale: s.
@@ -82,6 +84,10 @@ def scaled_dot_product_attention(
         >>> torch.autograd.grad(g.sum(), v)[0].tolist()
         [[[2.0, 2.0]]]
     """
+    if isinstance(attn_mask, CausalBias):
+        if is_causal:
+            raise InvalidInputError("attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away")
+        attn_mask, is_causal = _written_out(attn_mask, query.device)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if query.is_nested or not (dropout_p or twice.wanted(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(
@@ -150,6 +156,14 @@ def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
     if torch.compiler.is_compiling() or not takes_blocks(query, key):
         return False
     return _private.jvp_levels() < 2 and not (dropout_p and _private.inside_vmap())
+
+
+def _written_out(bias: CausalBias, device: torch.device) -> tuple[Tensor | None, bool]:
+    """``(attn_mask, is_causal)`` of a mask that torch knows by name and sizes alone: as a tensor it is empty memory."""
+    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+        return None, True
+    ones = torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=device)
+    return ones.tril(bias.seq_len_kv - bias.seq_len_q), False
 
 
 def _one_per_head(x: Tensor, heads: int) -> Tensor:
