@@ -170,7 +170,9 @@ def test_a_causal_bias_hides_what_it_hides_in_torch(bias: Any, diagonal: int, fo
     q, k, v = tensors()
     mask = torch.ones(7, 9, dtype=torch.bool).tril(diagonal)
     with innerloop.nn.replacing():
-        ours = derivatives(lambda *x: F.scaled_dot_product_attention(*x, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos()))
+        ours = derivatives(
+            lambda *x: F.scaled_dot_product_attention(*x, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos())
+        )
     assert_same(ours, derivatives(lambda *x: definition(*x, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
 
 

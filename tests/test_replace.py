@@ -579,6 +579,10 @@ def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
     refused(torch.special.bessel_j0, r"bessel_j0 has no derivative")
     refused(lambda x: F.embedding(torch.tensor([0, 0, 1]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
     refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
+    refused(
+        lambda x: F.embedding(torch.tensor([0, 0, 1]), x, max_norm=0.5), r"F\.embedding\(max_norm=0\.5\).*clamp_min"
+    )
+    refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, max_norm=0.5), r"F\.embedding_bag\(max_norm")
     refused(lambda x: nn.CrossMapLRN2d(3)(x[:, :, None, None]), "CrossMapLRN2d.*LocalResponseNorm")
     refused(lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3, 1])), "segment_reduce")
     index = torch.tensor([0, 0, 1, 2])[:, None].expand(4, 3)
@@ -586,6 +590,55 @@ def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
     refused(product, r"scatter_reduce", product="mixed")
     solve = lambda x: torch.triangular_solve(x[:3], x[:3])[0]  # noqa: E731
     refused(solve, "solve_triangular", product="mixed")
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_is_rescaled_is_refused_whatever_is_kept_and_not_written(make: Any) -> None:
+    """PyTorch rescales the weight in place, behind the back of autograd."""
+    model, indices = make(4, 3, max_norm=0.5), torch.tensor([[0, 1, 2]])
+    before = model.weight.detach().clone()
+    match = r"max_norm=0\.5"
+    with innerloop.track(model, sgd(model)) as loop, pytest.raises(innerloop.NotDifferentiableError, match=match):
+        loop.step(loop.model(indices).square().sum())
+    for around in (innerloop.nn.keep_kernels(), innerloop.nn.replacing(only_silent=True)):
+        with around, innerloop.nn.replacing(only_silent=True):
+            with pytest.raises(innerloop.NotDifferentiableError, match=match):
+                model(indices)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
+def test_a_constant_embedding_is_rescaled_as_in_pytorch_and_not_written(norm: float) -> None:
+    bag, settings = torch.tensor([[0, 1], [1, 5]]), {"max_norm": 0.5, "norm_type": norm}
+    for call in (F.embedding, F.embedding_bag):
+        table = TABLE.clone()
+        with innerloop.nn.replacing():
+            found = call(bag, table, **settings)
+        assert torch.equal(table, TABLE)
+        torch.testing.assert_close(found, call(bag, table, **settings), rtol=1e-14, atol=0.0)
+
+
+BAGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "start with 0": ((FLAT, TABLE, torch.tensor([1, 3])), {}),
+    "never decrease": ((FLAT, TABLE, torch.tensor([0, 3, 1])), {}),
+    "at the latest": ((FLAT, TABLE, torch.tensor([0, 9])), {}),
+    "offsets is empty": ((FLAT, TABLE, torch.tensor([], dtype=torch.long)), {"include_last_offset": True}),
+    "padding_idx=6": ((FLAT, TABLE, OFFSETS), {"padding_idx": 6}),
+    "weight.dtype": ((FLAT, TABLE, OFFSETS), {"mode": "sum", "per_sample_weights": torch.ones(8, dtype=torch.float32)}),
+    "two dimensions": ((FLAT, TABLE[0], OFFSETS), {}),
+}
+
+
+@pytest.mark.parametrize("match", BAGS)
+def test_bags_that_are_none_are_refused(match: str) -> None:
+    args, settings = BAGS[match]
+    with pytest.raises(innerloop.InvalidInputError, match=match):
+        ours.embedding_bag(*args, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Argument order")
+def test_bags_take_the_old_order_of_arguments() -> None:
+    assert torch.equal(ours.embedding_bag(TABLE, FLAT, OFFSETS), F.embedding_bag(TABLE, FLAT, OFFSETS))
 
 
 def test_constants_may_go_through_functions_without_derivative() -> None:

@@ -58,9 +58,10 @@ def differentiated(args: Any, kwargs: Any) -> bool:
     )
 
 
-def by_frequency(args: Any, kwargs: Any) -> bool:
-    """Whether ``F.embedding`` was asked to divide gradients by counts."""
-    return bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+def by_frequency_or_norm(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.embedding`` was asked to divide gradients by counts, or to rescale its weight."""
+    by_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+    return by_norm or bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
 
 
 def loses_its_weight(args: Any, kwargs: Any) -> bool:
@@ -86,12 +87,12 @@ register(
     silent=True,
 )
 register(
-    elementary.refused("F.embedding(scale_grad_by_freq=True)", embedding_bag.BY_FREQUENCY),
+    embedding_bag.embedding,
     F.embedding,
-    name="F.embedding(scale_grad_by_freq=True)",
-    reason="its gradient is no derivative, and the second derivative is wrong without an error: refused",
+    name="F.embedding(scale_grad_by_freq=..., max_norm=...)",
+    reason="what autograd does not see of it makes the second derivative wrong without an error: refused for a learned weight",
     silent=True,
-    when=by_frequency,
+    when=by_frequency_or_norm,
 )
 register(
     elementary.cholesky_inverse,
@@ -136,7 +137,13 @@ for form, original in (
         silent=True,
         when=third_order,
     )
-register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
+register(
+    embedding_bag.embedding_bag,
+    F.embedding_bag,
+    name="F.embedding_bag",
+    reason=NO_SECOND,
+    when=embedding_bag.bag_of_constant_norm,
+)
 register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
 register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND)
