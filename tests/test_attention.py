@@ -489,6 +489,35 @@ def test_autocast_lowers_it_as_it_lowers_torchs(device: str, form: str):
     )
 
 
+@pytest.mark.parametrize("mask", [torch.bool, torch.bfloat16, torch.float32])
+def test_autocast_lowers_a_mask_too(mask: torch.dtype, form: str):
+    q, k, v = (x.float().requires_grad_() for x in tensors())
+    m = (draw(7, 9) > 0) if mask == torch.bool else draw(7, 9).to(mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = scaled_dot_product_attention(q, k, v, m), F.scaled_dot_product_attention(q, k, v, m)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+def test_autocast_leaves_double_precision_alone(form: str):
+    q, k, v = (x.requires_grad_() for x in tensors())
+    mask = draw(7, 9)
+    expected = definition(q, k, v, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(q, k, v, mask).dtype == torch.float64
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_autocast_leaves_a_double_mask_alone_which_is_then_refused():
+    q, k, v = (x.float().requires_grad_() for x in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, draw(7, 9))
+        with pytest.raises(InvalidInputError, match=r"attn_mask is torch\.float64"):
+            scaled_dot_product_attention(q, k, v, draw(7, 9))
+
+
 def largest(run: Callable[[], Any]) -> int:
     """Elements of the largest tensor that any operation of ``run`` returns."""
     sizes = [0]

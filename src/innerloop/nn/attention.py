@@ -88,15 +88,15 @@ def scaled_dot_product_attention(
         if is_causal:
             raise InvalidInputError("attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away")
         attn_mask, is_causal = _written_out(attn_mask, query.device)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (_lowered(x, device) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else _lowered(attn_mask, device)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if query.is_nested or not (dropout_p or twice.wanted(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    device = query.device.type
-    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if lower is not None:  # what autocast does to torch's own
-        query, key, value = query.to(lower), key.to(lower), value.to(lower)
     if enable_gqa:
         key, value = (_one_per_head(x, query.shape[-3]) for x in (key, value))
     with torch.autocast(device, enabled=False):
@@ -166,6 +166,12 @@ def _written_out(bias: CausalBias, device: torch.device) -> tuple[Tensor | None,
     return ones.tril(bias.seq_len_kv - bias.seq_len_q), False
 
 
+def _lowered(x: Tensor, device: str) -> Tensor:
+    """What autocast does to an argument of torch's own: double precision stays, and so does what is not a number."""
+    lowered = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if lowered else x
+
+
 def _one_per_head(x: Tensor, heads: int) -> Tensor:
     """Each head as often as there are query heads for it."""
     return x.unsqueeze(-3).expand(*x.shape[:-2], heads // x.shape[-3], *x.shape[-2:]).flatten(-4, -3)
@@ -196,7 +202,7 @@ def _check(
     if k[-2] != v[-2]:
         raise InvalidInputError(f"{shapes}: {k[-2]} keys and {v[-2]} values; there must be one value for each key")
     dtypes = {query.dtype, key.dtype, value.dtype}
-    if not query.is_floating_point() or (len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type)):
+    if not query.is_floating_point() or len(dtypes) > 1:
         raise InvalidInputError(
             f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}; pass one floating-point dtype, as in key.to(query.dtype)"
         )

@@ -79,13 +79,14 @@ def embedding_bag(
         tensor([[2.],
                 [5.]])
     """
-    if input.is_floating_point() and weight.dtype == torch.long:  # the order of these two before PyTorch 0.4
-        input, weight = weight, input
-    _check(input, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    # Until PyTorch 0.4 these two came in the other order.
+    swapped = input.is_floating_point() and weight.dtype == torch.long
+    indices, weight = (weight, input) if swapped else (input, weight)
+    _check(indices, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
     if scale_grad_by_freq:
         raise NotDifferentiableError(f"F.embedding_bag(scale_grad_by_freq=True) {BY_FREQUENCY}")
     check_max_norm("F.embedding_bag", weight, max_norm)
-    flat, bag, bags = _membership(input, offsets, include_last_offset)
+    flat, bag, bags = _membership(indices, offsets, include_last_offset)
     rows = _rescaled(F.embedding(flat, weight, sparse=sparse), max_norm, norm_type)
     counted = torch.ones_like(flat, dtype=torch.bool)
     if padding_idx is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, Literal
 
 import torch
@@ -29,19 +30,47 @@ def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -
     return "none" if reduce is False else "sum" if size_average is False else "mean"
 
 
-def weight_of_l1_loss() -> Tensor | None:
-    """The ``weight`` of the call of ``F.l1_loss`` that is running: it does not hand it over to a mode (torch 2.13)."""
+def weight_of_l1_loss(input: Tensor, target: Tensor) -> Tensor | None:
+    """The ``weight`` of the call of ``F.l1_loss`` that is running: it does not hand it over to a mode (torch 2.13).
+
+    Under several modes the function calls itself, and the innermost call has lost it already.
+    """
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+    while frame is not None:
+        found = frame.f_locals
+        if frame.f_code is F.l1_loss.__code__ and found["input"] is input and found["target"] is target:
+            weight: Tensor | None = found["weight"]
+            if weight is not None:
+                return weight
         frame = frame.f_back
-    weight: Tensor | None = None if frame is None else frame.f_locals.get("weight")
-    return weight
+    return None
 
 
-def l1_loss(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
-    """``F.l1_loss`` with the weight that got lost on the way here."""
-    call: Any = F.l1_loss
-    loss: Tensor = call(*args, **kwargs, weight=weight_of_l1_loss())
+def l1_loss(
+    input: Float[Tensor, "..."],
+    target: Float[Tensor, "..."],
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
+    """``F.l1_loss`` with the weight that got lost on the way here; PyTorch's own would lose it again under a further mode."""
+    weight = weight_of_l1_loss(input, target)
+    if weight is None:
+        return F.l1_loss(input, target, size_average, reduce, reduction)
+    if weight.shape != input.shape:
+        raise InvalidInputError(f"weight {tuple(weight.shape)}, input {tuple(input.shape)}: their shapes must be equal")
+    error = (input - target).abs() * weight
+    reduction = _reduction(size_average, reduce, reduction)
+    return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
+
+
+def linear_cross_entropy(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
+    """``F.linear_cross_entropy`` without ``options``: all logits at once, and the same loss.
+
+    With options PyTorch computes the gradient in the forward pass and keeps it, so that the second derivative is that of a constant.
+    """
+    call: Any = F.linear_cross_entropy
+    loss: Tensor = call(*args, **{**kwargs, "options": None})
     return loss
 
 
@@ -92,7 +121,7 @@ def soft_margin_loss(
 
 def multi_margin_loss(
     input: Float[Tensor, "*batch classes"],
-    target: Int[Tensor, "*batch"],
+    target: Int[Tensor, "*targets"],
     p: int = 1,
     margin: float = 1.0,
     weight: Float[Tensor, " classes"] | None = None,
@@ -110,13 +139,21 @@ def multi_margin_loss(
         >>> multi_margin_loss(torch.tensor([[0.0, 0.5]]), torch.tensor([0]))
         tensor(0.7500)
     """
-    classes = target.unsqueeze(-1)
-    excess = (margin - input.gather(-1, classes) + input).clamp_min(0) ** p
+    if p not in (1, 2):
+        raise InvalidInputError(f"multi_margin_loss: p={p}; write 1 or 2")
+    if input.dim() not in (1, 2) or target.dim() > 1 or target.numel() != math.prod(input.shape[:-1]):
+        raise InvalidInputError(
+            f"input {tuple(input.shape)}, target {tuple(target.shape)}: these must be (N, C) and (N,), or (C,) and one label"
+        )
+    rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    classes = labels.unsqueeze(-1)
+    # relu, not clamp_min: at the kink PyTorch's gradient is 0.
+    excess = (margin - rows.gather(-1, classes) + rows).relu() ** p
     if weight is not None:
-        excess = excess * weight[target].unsqueeze(-1)
-    others = torch.ones_like(input, dtype=torch.bool).scatter(-1, classes, torch.zeros_like(classes, dtype=torch.bool))
-    loss = torch.where(others, excess, torch.zeros_like(excess)).sum(-1) / input.shape[-1]
-    return reduced(loss, _reduction(size_average, reduce, reduction))
+        excess = excess * weight[labels].unsqueeze(-1)
+    others = torch.ones_like(rows, dtype=torch.bool).scatter(-1, classes, torch.zeros_like(classes, dtype=torch.bool))
+    loss = torch.where(others, excess, torch.zeros_like(excess)).sum(-1) / rows.shape[-1]
+    return reduced(loss.reshape(target.shape), _reduction(size_average, reduce, reduction))
 
 
 def multilabel_margin_loss(
@@ -135,7 +172,7 @@ def multilabel_margin_loss(
     valid = (target >= 0).long().cumprod(-1).bool()
     labels = target.clamp_min(0)
     chosen = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, labels, valid.long()) > 0
-    excess = (1 - input.gather(-1, labels).unsqueeze(-1) + input.unsqueeze(-2)).clamp_min(0)
+    excess = (1 - input.gather(-1, labels).unsqueeze(-1) + input.unsqueeze(-2)).relu()
     counted = valid.unsqueeze(-1) & ~chosen.unsqueeze(-2)
     loss = torch.where(counted, excess, torch.zeros_like(excess)).sum((-2, -1)) / input.shape[-1]
     return reduced(loss, _reduction(size_average, reduce, reduction))

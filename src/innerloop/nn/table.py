@@ -66,7 +66,15 @@ def by_frequency_or_norm(args: Any, kwargs: Any) -> bool:
 
 def loses_its_weight(args: Any, kwargs: Any) -> bool:
     """Whether ``F.l1_loss`` was called with a weight."""
-    return not torch.compiler.is_compiling() and "weight" not in kwargs and loss.weight_of_l1_loss() is not None
+    if torch.compiler.is_compiling() or "weight" in kwargs:
+        return False
+    given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+    return loss.weight_of_l1_loss(given["input"], given["target"]) is not None
+
+
+def in_chunks(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.linear_cross_entropy`` was asked to take the logits some rows at a time."""
+    return kwargs.get("options") is not None
 
 
 def into_out(args: Any, kwargs: Any) -> bool:
@@ -124,6 +132,15 @@ register(
     silent=True,
     when=loses_its_weight,
 )
+if hasattr(F, "linear_cross_entropy"):
+    register(
+        loss.linear_cross_entropy,
+        F.linear_cross_entropy,
+        name="F.linear_cross_entropy(options=...)",
+        reason="its second derivative is wrong without an error",
+        silent=True,
+        when=in_chunks,
+    )
 for form, original in (
     (norm.layer_norm, F.layer_norm),
     (norm.batch_norm, F.batch_norm),
