@@ -171,9 +171,9 @@ def test_a_causal_bias_hides_what_it_hides_in_torch(bias: Any, diagonal: int, fo
     mask = torch.ones(7, 9, dtype=torch.bool).tril(diagonal)
     with innerloop.nn.replacing():
         ours = derivatives(
-            lambda *x: F.scaled_dot_product_attention(*x, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos())
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos())
         )
-    assert_same(ours, derivatives(lambda *x: definition(*x, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
+    assert_same(ours, derivatives(lambda q, k, v: definition(q, k, v, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
 
 
 def test_grouped_queries(form: str):
@@ -346,6 +346,15 @@ def test_jacobians_and_hessians(form: str):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+def test_the_batching_that_knows_no_function_raises(blocks: None):
+    q = draw(1, 3, 2)
+    attend = lambda z: scaled_dot_product_attention(z, z, z)  # noqa: E731
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.functional.jacobian(attend, q, vectorize=True)  # type: ignore[no-untyped-call]
+    jacobian = torch.autograd.functional.jacobian(attend, q)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(torch.func.jacrev(attend)(q), jacobian)
+
+
 def test_a_tangent_of_a_tangent(form: str):
     """Blocks have none, so plain operations are taken."""
     q, k, v = tensors()
@@ -473,6 +482,18 @@ def test_nothing_to_attend_to(shapes: tuple[tuple[int, ...], ...], form: str):
     assert not out.any()
     first = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
     assert [g.shape for g in first] == [x.shape for x in (q, k, v)]
+
+
+def test_what_comes_out_may_be_edited_in_place(form: str):
+    """The output, and the gradient that is to be differentiated again."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+
+    def second(edit: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        out = edit(scaled_dot_product_attention(q, k, v))
+        first = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
+        return list(torch.autograd.grad(torch.stack([edit(g).sin().sum() for g in first]).sum(), (q, k, v)))
+
+    torch.testing.assert_close(second(lambda x: x.mul_(2.0).add_(1.0)), second(lambda x: x * 2.0 + 1.0))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -418,11 +418,11 @@ enrol(
 enrol(
     "ctc-no-label", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([3, 0]), reduction="none"
 )
-for padding in (-1, -100, 99):
-    padded = torch.tensor([[1, 2, 2], [3, padding, padding]])
+for filler in (-1, -100, 99):
+    padded = torch.tensor([[1, 2, 2], [3, filler, filler]])
     lengths = (CTC[1], torch.tensor([3, 1]))
     enrol(
-        "ctc-padded", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES.log_softmax(-1), padded, *lengths, blank=padding % 5
+        "ctc-padded", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES.log_softmax(-1), padded, *lengths, blank=filler % 5
     )
 enrol("ctc-no-time", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], torch.tensor([7, 0]), torch.tensor([3, 0]))
 enrol("multi-margin-1d", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1])
@@ -641,7 +641,13 @@ def test_norms_of_half_precision_are_computed_in_single(dtype: torch.dtype, mixe
 
 
 def test_layer_norm_refuses_the_shapes_that_pytorch_refuses() -> None:
-    for shape, settings in (([4], {}), ([], {}), ([6], {"weight": W[0]}), ([6], {"bias": W[0]})):
+    cases: list[tuple[list[int], dict[str, Any]]] = [
+        ([4], {}),
+        ([], {}),
+        ([6], {"weight": W[0]}),
+        ([6], {"bias": W[0]}),
+    ]
+    for shape, settings in cases:
         with pytest.raises(RuntimeError):
             F.layer_norm(IMAGE, shape, **settings)
         with pytest.raises(innerloop.InvalidInputError, match="normalized_shape"):
@@ -686,6 +692,27 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
 def test_what_pytorch_refuses_is_refused(match: str) -> None:
     with pytest.raises(innerloop.InvalidInputError, match=match):
         ARGUMENTS[match]()
+
+
+def test_the_gradient_of_a_ctc_loss_is_pytorchs_and_right_behind_a_log_softmax() -> None:
+    """That of probabilities from elsewhere is not the derivative of the loss, in PyTorch and here; docs/doctor.md says what to write."""
+    logits, direction = smooth_noise(7, 2, 5, phase=1.0), smooth_noise(7, 2, 5, phase=2.0)
+
+    def normalised(h: float, leaf: bool = False) -> tuple[Tensor, Tensor]:
+        x = (logits + h * direction).requires_grad_(leaf)
+        return x, (x.sigmoid() / x.sigmoid().sum(-1, keepdim=True)).log()
+
+    slope = derivative(lambda h: F.ctc_loss(normalised(h)[1], *CTC).item())
+    found = {}
+    for name, call in {
+        "torch": lambda p: F.ctc_loss(p, *CTC),
+        "ours": lambda p: ours.ctc_loss(p, *CTC),
+        "behind": lambda p: ours.ctc_loss(p.log_softmax(-1), *CTC),
+    }.items():
+        x, p = normalised(0.0, leaf=True)
+        found[name] = (torch.autograd.grad(call(p), x)[0] * direction).sum().item()
+    assert found["ours"] == pytest.approx(found["torch"], rel=1e-10)
+    assert_derivative(found["behind"], slope, "behind a log_softmax")
 
 
 def test_an_impossible_alignment_is_infinite() -> None:

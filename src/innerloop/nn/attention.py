@@ -148,7 +148,7 @@ def attend(
         (out,) = twice.evaluate(kernel, (query, key, value, mask))
     else:
         (out,) = twice.evaluate(kernel, (query, key, value), (mask,))
-    return out.to(dtype)
+    return out.to(dtype, copy=True)  # the kernel keeps its own, and users may edit theirs in place
 
 
 def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:

@@ -36,7 +36,8 @@ def ctc_loss(
         \mathbb 1(l_s \ne l_{s-2}, l_s \ne \text{blank})], \qquad L = -\log [\alpha_T(S) + \alpha_T(S-1)],
 
     here in logarithms. PyTorch's gradient contains a term :math:`p_t`, which ``log_softmax`` takes out again; so does this one, so that
-    training is the same also where ``log_probs`` does not come from there.
+    training is the same also where ``log_probs`` does not come from there. But then the gradient is not the derivative of the loss, in
+    PyTorch as here: for an outer loss pass ``log_probs.log_softmax(-1)``, which leaves normalised probabilities as they are.
 
     Args, Returns: as for ``torch.nn.functional.ctc_loss``. Cost: time x batch x labels in memory, one small kernel chain per time.
 
