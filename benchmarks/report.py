@@ -133,9 +133,9 @@ def attention_section(steps: Sequence[Measured], facts: Mapping[str, str]) -> st
         [
             m.case.title,
             m.device,
-            f"{1e3 * m.seconds:.3g} ms",
+            f"{_digits(1e3 * m.seconds)} ms",
             *(_spread(m.ratios[form]) if form in m.ratios else "" for form in ("recomputed", "innerloop")),
-            *(_number(m.peaks.get(form)) if form in m.peaks else "" for form in (PEER, "recomputed", "innerloop")),
+            *(f"{m.peaks[form]:,.0f}" if form in m.peaks else "" for form in (PEER, "recomputed", "innerloop")),
         ]
         for m in steps
     ]

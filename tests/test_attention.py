@@ -350,8 +350,8 @@ def test_the_batching_that_knows_no_function_raises(blocks: None):
     q = draw(1, 3, 2)
     attend = lambda z: scaled_dot_product_attention(z, z, z)  # noqa: E731
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.autograd.functional.jacobian(attend, q, vectorize=True)  # type: ignore[no-untyped-call]
-    jacobian = torch.autograd.functional.jacobian(attend, q)  # type: ignore[no-untyped-call]
+        torch.autograd.functional.jacobian(attend, q, vectorize=True)
+    jacobian = torch.autograd.functional.jacobian(attend, q)
     torch.testing.assert_close(torch.func.jacrev(attend)(q), jacobian)
 
 

@@ -42,6 +42,8 @@ EXERCISED = {
     "function_mode",
     "forward_mode",
     "derivative_levels",
+    "reverse_over_forward",
+    "divides_by_frequency",
 }
 
 
@@ -393,4 +395,25 @@ def test_forward_mode_and_the_number_of_derivatives_are_known():
     torch.func.jvp(torch.func.grad(look), (torch.ones(2),), (torch.ones(2),))
     with forward_ad.dual_level():
         look(torch.ones(2))
-    assert seen == [(False, 0), (False, 1), (True, 2), (True, 0)]
+    assert seen == [(False, 0), (False, 1), (True, 2), (True, 1)]
+
+
+def test_an_embedding_says_whether_it_divides_by_frequency():
+    w, at = torch.ones(2, 1, requires_grad=True), torch.tensor([0])
+    nodes = [torch.nn.functional.embedding(at, w, scale_grad_by_freq=flag).grad_fn for flag in (False, True)]
+    assert [_private.divides_by_frequency(node) for node in nodes] == [False, True]
+
+
+def test_the_order_of_transforms_is_known():
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_private.reverse_over_forward())
+        return x.square().sum()
+
+    at = torch.ones(2)
+    look(at)
+    torch.func.grad(look)(at)
+    torch.func.jvp(torch.func.grad(look), (at,), (at,))
+    torch.func.grad(lambda x: torch.func.jvp(look, (x,), (at,))[1])(at)
+    assert seen == [False, False, False, True]

@@ -580,6 +580,17 @@ def test_the_weight_of_l1_loss_survives_the_mode() -> None:
         assert torch.equal(F.l1_loss(X, Y, reduction="sum"), (X - Y).abs().sum())
 
 
+def test_the_weight_of_l1_loss_survives_autocast() -> None:
+    """With a weight it is a few plain operations, which autocast leaves alone."""
+    x, y, w = (z.bfloat16() for z in (X, Y, W))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.l1_loss(x, y, weight=w)
+        with innerloop.nn.replacing():
+            found = F.l1_loss(x, y, weight=w)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("outside", [False, True])
 def test_the_weight_of_l1_loss_survives_two_modes(reduction: str, outside: bool) -> None:

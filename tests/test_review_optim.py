@@ -361,11 +361,12 @@ def test_a_step_with_the_profiler_around_it_is_still_inherited():
     class Child(Family):
         pass
 
-    class Decorated(Family):
-        @functools.wraps(Family.step)
-        def step(self, closure: Any = None) -> Any:
-            self.param_groups[0]["lr"] = 0.0
-            return super().step(closure)
+    @functools.wraps(Family.step)
+    def decorated(self: Any, closure: Any = None) -> Any:
+        self.param_groups[0]["lr"] = 0.0
+        return Family.step(self, closure)
+
+    Decorated: Any = type("Decorated", (Family,), {"step": decorated})
 
     for cls in (Child, Decorated, Family):  # the first one gets a step of its own
         cls([torch.ones(1)])

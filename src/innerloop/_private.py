@@ -53,10 +53,24 @@ def jvp_levels() -> int:
 
 
 def derivative_levels() -> int:
-    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other."""
+    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other, or around them a level of dual numbers."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = torch._C._functorch.TransformType
-    return sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+    levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
+    return levels + (forward_ad._current_level >= 0 and not any(level.key() == kinds.Jvp for level in stack))
+
+
+def divides_by_frequency(node: Any) -> bool:
+    """Whether a node of ``F.embedding`` has ``scale_grad_by_freq``."""
+    return bool(node._saved_scale_grad_by_freq)
+
+
+def reverse_over_forward() -> bool:
+    """Whether ``torch.func.grad`` or ``vjp`` is running around ``jvp``."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = [level.key() for level in stack]
+    jvp, grad = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
+    return jvp in kinds and grad in kinds[: len(kinds) - kinds[::-1].index(jvp)]
 
 
 def inside_vmap() -> bool:

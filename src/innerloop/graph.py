@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop import _private
 from innerloop.errors import NotDifferentiableError
 
 COMPILED = (
@@ -31,6 +32,8 @@ KERNELS = {
     "HardsigmoidBackward0": "F.hardsigmoid",
     "SegmentReduceBackward0": "torch.segment_reduce",
     "StandardGammaBackward0": "torch.distributions.Gamma.rsample",
+    "CholeskyInverseBackward0": "torch.cholesky_inverse",
+    "EmbeddingBackward0": "F.embedding(scale_grad_by_freq=True)",
     "CudnnRnnBackward0": "a recurrent layer in cuDNN",
     "MiopenRnnBackward0": "a recurrent layer in MIOpen",
     "ScaledDotProductFlashAttentionForCpuBackward0": ATTENTION,
@@ -40,9 +43,10 @@ KERNELS = {
     "ScaledDotProductFusedAttentionOverrideableBackward0": ATTENTION,
 }
 """Nodes of the autograd graph whose second derivative is missing, or wrong without an error: what a user called to get them."""
-WRONG = frozenset({"WeightNormInterfaceBackward0"})
-"""Those of them where it is wrong without an error."""
+WRONG = frozenset({"WeightNormInterfaceBackward0", "CholeskyInverseBackward0", "EmbeddingBackward0"})
+"""Those of them where it is wrong without an error (the second: for a full matrix)."""
 CURES = {
+    "F.embedding(scale_grad_by_freq=True)": "Leave it away inside the loop, and divide the gradient: loop.step(loss, grad_callback=...)",
     "nn.CrossMapLRN2d": "Its gradient is not that of its forward either. Write nn.LocalResponseNorm",
     "torch.segment_reduce": "Write torch.scatter_reduce, or index_add",
     "torch.distributions.Gamma.rsample": "Draw by another reparametrisation, or hold the sample constant",
@@ -57,6 +61,8 @@ WRONG_THIRD = {
     "MiopenBatchNormBackward0": "batch_norm (or instance_norm)",
 }
 """Nodes whose second derivative is right, and whose third is wrong without an error."""
+DIFFERENTIATED = frozenset(kind.removesuffix("0") + "Backward0" for kind in WRONG_THIRD)
+"""What differentiating those leaves in the graph: a loss that contains one is a function of a gradient."""
 
 
 class _Raise(torch.autograd.Function):
@@ -158,7 +164,7 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
-        elif second_order and kind in KERNELS:
+        elif second_order and (kind in KERNELS or kind in DIFFERENTIATED) and not _is_plain_embedding(node, kind):
             kernels.append(node)
         elif second_order and kind in WRONG_THIRD:
             node.register_hook(_watch_second)
@@ -205,15 +211,26 @@ def _reaches(start: Any, current: list[Tensor]) -> bool:
     return False
 
 
+def _is_plain_embedding(node: Any, kind: str) -> bool:
+    return kind == "EmbeddingBackward0" and not _private.divides_by_frequency(node)
+
+
 def _without_second(kind: str) -> str:
+    if kind in DIFFERENTIATED:
+        return (
+            f"the inner loss contains a gradient through layer, batch or instance norm ({kind}; a gradient penalty, say), and the third "
+            "derivative that PyTorch has of these is wrong without an error. Run the loop in `with innerloop.nn.any_order():`, or use "
+            "GroupNorm, or take no second derivative: first_order=True, strategy=innerloop.FirstOrder()"
+        )
     has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
     name = KERNELS[kind]
     if name in CURES:
         return f"{name} has {has} in PyTorch ({kind}). {CURES[name]}. Or take no second derivative: first_order=True, FirstOrder()"
     return (
-        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop: compute the loss "
-        "there, from the first step on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not use it, write "
-        "`with innerloop.nn.replacing():`. Or take no second derivative: first_order=True, strategy=innerloop.FirstOrder()"
+        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it inside the loop, under that name: "
+        "compute the loss there, from the first step on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does "
+        "not use it, write `with innerloop.nn.replacing():`. Or take no second derivative: first_order=True, "
+        "strategy=innerloop.FirstOrder()"
     )
 
 

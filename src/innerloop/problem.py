@@ -321,6 +321,7 @@ def explained(error: RuntimeError) -> RuntimeError:
         return error
     text = str(error)
     cures = {
+        "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - b).square().mean() for mse_loss",
         "vmap: inplace": BATCHED,
         "Batch norm got a batched tensor": BATCHED,

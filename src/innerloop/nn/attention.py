@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError
@@ -84,10 +83,8 @@ def scaled_dot_product_attention(
         >>> torch.autograd.grad(g.sum(), v)[0].tolist()
         [[[2.0, 2.0]]]
     """
-    if isinstance(attn_mask, CausalBias):
-        if is_causal:
-            raise InvalidInputError("attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away")
-        attn_mask, is_causal = _written_out(attn_mask, query.device)
+    if attn_mask is not None and type(attn_mask) not in (Tensor, torch.nn.Parameter):
+        attn_mask, is_causal = _written_out(attn_mask, is_causal, query.device)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (_lowered(x, device) for x in (query, key, value))
@@ -158,12 +155,21 @@ def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
     return _private.jvp_levels() < 2 and not (dropout_p and _private.inside_vmap())
 
 
-def _written_out(bias: CausalBias, device: torch.device) -> tuple[Tensor | None, bool]:
-    """``(attn_mask, is_causal)`` of a mask that torch knows by name and sizes alone: as a tensor it is empty memory."""
-    if bias.variant == CausalVariant.UPPER_LEFT or bias.seq_len_q == bias.seq_len_kv:
+def _written_out(mask: Tensor, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
+    """``(attn_mask, is_causal)``. A ``CausalBias`` is known by its name and sizes alone: as a tensor it is memory that nobody has written."""
+    from torch.nn.attention.bias import (
+        CausalBias,
+        CausalVariant,
+    )  # brings in half of torch.compile; who has one, has it already
+
+    if not isinstance(mask, CausalBias):
+        return mask, is_causal
+    if is_causal:
+        raise InvalidInputError("attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away")
+    if mask.variant == CausalVariant.UPPER_LEFT or mask.seq_len_q == mask.seq_len_kv:
         return None, True
-    ones = torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=device)
-    return ones.tril(bias.seq_len_kv - bias.seq_len_q), False
+    ones = torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=device)
+    return ones.tril(mask.seq_len_kv - mask.seq_len_q), False
 
 
 def _lowered(x: Tensor, device: str) -> Tensor:

@@ -54,13 +54,13 @@ def l1_loss(
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
     """``F.l1_loss`` with the weight that got lost on the way here; PyTorch's own would lose it again under a further mode."""
-    weight = weight_of_l1_loss(input, target)
+    error, weight = (input - target).abs(), weight_of_l1_loss(input, target)
+    reduction = _reduction(size_average, reduce, reduction)
     if weight is None:
-        return F.l1_loss(input, target, size_average, reduce, reduction)
+        return reduced(error, reduction)
     if weight.shape != input.shape:
         raise InvalidInputError(f"weight {tuple(weight.shape)}, input {tuple(input.shape)}: their shapes must be equal")
-    error = (input - target).abs() * weight
-    reduction = _reduction(size_average, reduce, reduction)
+    error = error * weight
     return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
 
 

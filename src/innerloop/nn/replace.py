@@ -15,9 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from innerloop import _private
+from innerloop import _private, tree
 
 _log = logging.getLogger("innerloop")
 
@@ -32,6 +33,8 @@ class Replacement(NamedTuple):
         silent: whether PyTorch's own gives a wrong derivative without an error; such a one cannot be kept.
         when: whether it is to be replaced, by its arguments; None: always.
         opened: whether it is PyTorch's own code, run so that the operations in it are seen.
+        autocast: what the form does under ``torch.autocast``: ``"input"`` computes in the dtype of its input, ``"float32"`` widens half
+            precision first, as PyTorch's policy for the operation says, ``"own"`` follows the policy by itself.
     """
 
     name: str
@@ -40,11 +43,23 @@ class Replacement(NamedTuple):
     silent: bool = False
     when: Callable[[Any, Any], bool] | None = None
     opened: bool = False
+    autocast: str = "input"
 
 
 class _Thread(threading.local):
+    """What is going on in a thread.
+
+    Attributes:
+        kept: inside of `keep_kernels`.
+        any_order: inside of `any_order`.
+        loops: how many loops are running around each other.
+        levels: transforms that ran when the innermost of them began.
+    """
+
     kept = False
+    any_order = False
     loops = 0
+    levels = 0
 
 
 TABLE: dict[Any, Replacement] = {}
@@ -60,10 +75,11 @@ def register(
     reason: str,
     silent: bool = False,
     when: Callable[[Any, Any], bool] | None = None,
+    autocast: str = "input",
 ) -> None:
     """Enter a form into the table, under every function of PyTorch by which users and modules reach the operation."""
     for original in originals:
-        TABLE[original] = Replacement(name, form, reason, silent, when)
+        TABLE[original] = Replacement(name, form, reason, silent, when, autocast=autocast)
 
 
 def open_up(function: Any) -> None:
@@ -119,26 +135,43 @@ def keep_kernels() -> Iterator[None]:
 def any_order() -> Iterator[None]:
     """Take forms that can be differentiated any number of times, as in a loop inside a loop.
 
-    PyTorch's third derivative of batch, instance and layer norm is wrong without an error. innerloop notices loops inside of loops by
-    itself. Put the inner loop into this block where ``create_graph=True`` is written for the outer loss, to differentiate a
-    meta-gradient once more.
+    PyTorch's third derivative of batch, instance and layer norm is wrong without an error. innerloop notices loops inside of loops and
+    ``torch.func`` transforms by itself. Put the inner loop into this block where ``create_graph=True`` is written: for the outer loss, to
+    differentiate a meta-gradient once more, or in the inner loss (a gradient penalty).
     """
-    with _one_more():
+    before, _thread.any_order = _thread.any_order, True
+    try:
         yield
+    finally:
+        _thread.any_order = before
 
 
 @contextmanager
 def _one_more() -> Iterator[None]:
-    _thread.loops += 1
+    before = _thread.levels
+    _thread.loops, _thread.levels = _thread.loops + 1, _private.derivative_levels()
     try:
         yield
     finally:
-        _thread.loops -= 1
+        _thread.loops, _thread.levels = _thread.loops - 1, before
 
 
-def third_order(args: Any, kwargs: Any) -> bool:
-    """Whether a third derivative will be taken: there is a loop in a loop, or there are three transforms."""
-    return not torch.compiler.is_compiling() and (_thread.loops > 1 or _private.derivative_levels() > 2)
+def beyond_norms(args: Any, kwargs: Any) -> bool:
+    """Whether a derivative may be taken that PyTorch has wrong of its norms: a third one, or a reverse one of a forward one.
+
+    A loop takes two, and a transform one: in the loop's loss, or one of three around each other.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if _thread.any_order or _thread.loops > 1:
+        return True
+    levels = _private.derivative_levels()
+    if levels > 2 or (_thread.loops and levels > _thread.levels) or _private.reverse_over_forward():
+        return True
+    # Autograd around two transforms, or around forward mode.
+    return (levels == 2 or _private.forward_mode()) and any(
+        isinstance(x, Tensor) and _private.innermost(x).requires_grad for x in (*args, *kwargs.values())
+    )
 
 
 class Replacing(TorchFunctionMode):
@@ -171,9 +204,29 @@ class Replacing(TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         self.met = True
-        if not torch.compiler.is_compiling():
-            _announce(found)
+        if torch.compiler.is_compiling():
+            return found.form(*args, **kwargs)
+        _announce(found)
+        return _run(found, args, kwargs)
+
+
+def _run(found: Replacement, args: Any, kwargs: Any) -> Any:
+    """By the dtypes that PyTorch's own operation has under autocast; the operations that a form is made of have other policies."""
+    device = "cpu" if found.autocast == "own" else _device_type((args, kwargs))
+    if found.autocast == "own" or not torch.is_autocast_enabled(device):
         return found.form(*args, **kwargs)
+    if found.autocast == "float32":
+        args, kwargs = tree.map_tensors(_widened, (args, kwargs))
+    with torch.autocast(device, enabled=False):
+        return found.form(*args, **kwargs)
+
+
+def _device_type(values: Any) -> str:
+    return next((x.device.type for x in tree.tensors(values)), "cpu")
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
 def _announce(found: Replacement) -> None:
@@ -208,31 +261,32 @@ class Block:
         self._mode = Replacing()
         self._inside = False  # the mode is on
         self._counted = False  # the loop runs
+        self._levels = 0  # what `_thread.levels` was around it
 
     def enter(self) -> None:
         """Switch on; a second time does nothing."""
         if not self._counted:
             self._mode.on = self._inside = self._counted = True
-            _thread.loops += 1
+            self._levels = _thread.levels
+            _thread.loops, _thread.levels = _thread.loops + 1, _private.derivative_levels()
             self._mode.__enter__()
 
     def leave(self) -> None:
         """The end of the loop."""
         if self._counted:
             self._counted = False
-            _thread.loops -= 1
+            _thread.loops, _thread.levels = _thread.loops - 1, self._levels
             self._switch_off()
 
     def _switch_off(self) -> None:
-        if self._inside:
-            self._mode.on = self._inside = False
-            # Blocks may end in another order than they began: what lies under another mode is taken off later.
-            while isinstance(mode := _private.function_mode(), Replacing) and not mode.on:
-                mode.__exit__(None, None, None)
+        self._mode.on = self._inside = False
+        # What lies under another mode (the user's own, or that of a block which ends in another order) is taken off later.
+        while isinstance(mode := _private.function_mode(), Replacing) and not mode.on:
+            mode.__exit__(None, None, None)
 
     def settle(self) -> None:
         """After the first step: stay on only if that met something."""
-        if not self._mode.met:
+        if self._inside and not self._mode.met:
             self._switch_off()
 
     def off(self) -> AbstractContextManager[Any]:

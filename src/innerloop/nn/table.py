@@ -17,6 +17,7 @@ from innerloop.nn import (
     attention,
     cross_entropy,
     ctc_loss,
+    direct,
     distance,
     elementary,
     embedding_bag,
@@ -25,7 +26,7 @@ from innerloop.nn import (
     norm,
     recurrent,
 )
-from innerloop.nn.replace import open_up, register, third_order
+from innerloop.nn.replace import beyond_norms, open_up, register
 from innerloop.nn.weight_norm import weight_norm
 
 CONSTANT = """
@@ -109,6 +110,7 @@ register(
     name="torch.cholesky_inverse",
     reason="its forward-mode derivative, and for a full matrix its gradient, are wrong without an error",
     silent=True,
+    autocast="float32",
 )
 register(
     elementary.refused(
@@ -131,6 +133,7 @@ register(
     reason="under a torch function mode PyTorch ignores the weight without an error",
     silent=True,
     when=loses_its_weight,
+    autocast="own",
 )
 if hasattr(F, "linear_cross_entropy"):
     register(
@@ -140,19 +143,23 @@ if hasattr(F, "linear_cross_entropy"):
         reason="its second derivative is wrong without an error",
         silent=True,
         when=in_chunks,
+        autocast="own",
     )
-for form, original in (
-    (norm.layer_norm, F.layer_norm),
-    (norm.batch_norm, F.batch_norm),
-    (norm.instance_norm, F.instance_norm),
+for form, originals in (
+    (norm.layer_norm, (F.layer_norm,)),
+    (norm.batch_norm, (F.batch_norm,)),
+    (norm.instance_norm, (F.instance_norm,)),
+    (direct.layer_norm, (torch.layer_norm,)),
+    (direct.batch_norm, (torch.batch_norm,)),
+    (direct.instance_norm, (torch.instance_norm,)),
 ):
     register(
         form,
-        original,
-        name=f"F.{original.__name__} in loops inside of loops",
-        reason="its third derivative is wrong without an error",
+        *originals,
+        name=f"F.{form.__name__} differentiated three times",
+        reason="its third derivative, and its second in reverse over forward mode, are wrong without an error",
         silent=True,
-        when=third_order,
+        when=beyond_norms,
     )
 register(
     embedding_bag.embedding_bag,
@@ -161,16 +168,36 @@ register(
     reason=NO_SECOND,
     when=embedding_bag.bag_of_constant_norm,
 )
-register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND)
+register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND, autocast="float32")
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
-register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND)
-register(loss.multi_margin_loss, F.multi_margin_loss, name="F.multi_margin_loss", reason=NO_SECOND)
-register(loss.multilabel_margin_loss, F.multilabel_margin_loss, name="F.multilabel_margin_loss", reason=NO_SECOND)
+register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND, autocast="float32")
+register(loss.multi_margin_loss, F.multi_margin_loss, name="F.multi_margin_loss", reason=NO_SECOND, autocast="float32")
+register(
+    loss.multilabel_margin_loss,
+    F.multilabel_margin_loss,
+    name="F.multilabel_margin_loss",
+    reason=NO_SECOND,
+    autocast="float32",
+)
 register(elementary.hardsigmoid, F.hardsigmoid, name="F.hardsigmoid", reason=NO_SECOND)
-register(loss.huber_loss, F.huber_loss, name="F.huber_loss", reason=NO_FORWARD, when=forward_mode)
-register(loss.mse_loss, F.mse_loss, name="F.mse_loss", reason=NO_FORWARD, when=forward_mode)
-register(loss.soft_margin_loss, F.soft_margin_loss, name="F.soft_margin_loss", reason=NO_FORWARD, when=forward_mode)
-register(grid_sample.grid_sample, F.grid_sample, name="F.grid_sample", reason=NO_FORWARD, when=forward_mode)
+register(loss.huber_loss, F.huber_loss, name="F.huber_loss", reason=NO_FORWARD, when=forward_mode, autocast="float32")
+register(loss.mse_loss, F.mse_loss, name="F.mse_loss", reason=NO_FORWARD, when=forward_mode, autocast="float32")
+register(
+    loss.soft_margin_loss,
+    F.soft_margin_loss,
+    name="F.soft_margin_loss",
+    reason=NO_FORWARD,
+    when=forward_mode,
+    autocast="float32",
+)
+register(
+    grid_sample.grid_sample,
+    F.grid_sample,
+    name="F.grid_sample",
+    reason=NO_FORWARD,
+    when=forward_mode,
+    autocast="float32",
+)
 register(elementary.normalize, F.normalize, name="F.normalize(out=...)", reason=NO_FORWARD, when=into_out)
 for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
     register(
@@ -210,6 +237,7 @@ register(
     F.scaled_dot_product_attention,
     name="F.scaled_dot_product_attention",
     reason="the fused kernels have neither a second derivative nor forward mode",
+    autocast="own",
 )
 register(
     cross_entropy.cross_entropy,
@@ -217,5 +245,7 @@ register(
     name="F.cross_entropy",
     reason="up to seven tensors of the size of the logits are alive in its second derivative, here three",
     when=many_logits,
+    autocast="own",
 )
 open_up(F.multi_head_attention_forward)
+open_up(F.triplet_margin_with_distance_loss)

@@ -227,7 +227,7 @@ def _without_profiler(step: Any) -> Any:
     return step.__wrapped__ if getattr(step, "__code__", None) is _PROFILER else step
 
 
-_PROFILER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__  # type: ignore[attr-defined]
+_PROFILER = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
