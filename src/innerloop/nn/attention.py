@@ -156,11 +156,9 @@ def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
 
 
 def _written_out(mask: Tensor, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
-    """``(attn_mask, is_causal)``. A ``CausalBias`` is known by its name and sizes alone: as a tensor it is memory that nobody has written."""
-    from torch.nn.attention.bias import (
-        CausalBias,
-        CausalVariant,
-    )  # brings in half of torch.compile; who has one, has it already
+    """``(attn_mask, is_causal)``: a ``CausalBias`` is known by name and sizes alone, and as a tensor it is unwritten memory."""
+    # Not at the top: it brings in half of torch.compile. Who has such a mask has it already.
+    from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(mask, CausalBias):
         return mask, is_causal
