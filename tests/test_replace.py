@@ -692,6 +692,9 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "p=-2.0": lambda: ours.pdist(X, -2.0),
     "p=3": lambda: ours.multi_margin_loss(X, LABELS, p=3),
     "one label": lambda: ours.multi_margin_loss(X, LABELS[:2]),
+    "none of the 3 classes": lambda: ours.multi_margin_loss(X, LABELS + 1),
+    "none of the 3": lambda: ours.multilabel_margin_loss(X, MANY + 1),
+    "shapes must be equal": lambda: ours.multilabel_margin_loss(X, MANY[0]),
     "7 times": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], torch.tensor([8, 5]), CTC[2]),
     "hold its labels": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([4, 1])),
     "must be used": lambda: ours.ctc_loss(LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])),
@@ -699,6 +702,7 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("types_unchecked")
 @pytest.mark.parametrize("match", ARGUMENTS)
 def test_what_pytorch_refuses_is_refused(match: str) -> None:
     with pytest.raises(innerloop.InvalidInputError, match=match):

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innerloop import _private
 from innerloop.errors import InvalidInputError
-from innerloop.nn.loss import reduced
+from innerloop.nn.loss import can_be_read, reduced
 
 IMPOSSIBLE = -1e30
 """The logarithm of probability zero; a finite one, because the derivatives of -inf are NaN."""
@@ -54,12 +53,12 @@ def ctc_loss(
     steps, count, classes = batched.shape
     device = batched.device
     lengths, sizes = (_as_tensor(x, device).expand(count) for x in (input_lengths, target_lengths))
-    if not torch.compiler.is_compiling() and not _private.inside_vmap():
+    if can_be_read(sizes):
         _check(targets, lengths, sizes, steps, single=log_probs.dim() == 2)
     labels = _padded(targets.to(device), sizes, single=log_probs.dim() == 2)
     # What stands behind a target's length is padding, and may be no class at all.
     labels = labels.masked_fill(torch.arange(labels.shape[1], device=device) >= sizes[:, None], blank)
-    if not torch.compiler.is_compiling() and not _private.inside_vmap() and ((labels < 0) | (labels >= classes)).any():
+    if can_be_read(labels) and ((labels < 0) | (labels >= classes)).any():
         raise InvalidInputError(f"targets has a label that is none of the {classes} classes, within target_lengths")
     extended = torch.full((count, 2 * labels.shape[1] + 1), blank, device=device)
     extended[:, 1::2] = labels

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from innerloop import _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn.loss import can_be_read
 
 BY_FREQUENCY = (
     "divides the gradient by counts, so that it is not the derivative of what is computed, and a derivative of training cannot be told "
@@ -139,7 +140,7 @@ def _check(
         raise InvalidInputError(
             f"padding_idx={padding_idx} is none of the {count} rows; pass a number from {-count} to {count - 1}"
         )
-    if offsets is not None and not torch.compiler.is_compiling() and not _private.inside_vmap():
+    if offsets is not None and can_be_read(offsets):
         _check_offsets(offsets.tolist(), input.shape[0], include_last_offset)
 
 

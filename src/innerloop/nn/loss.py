@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError
 
 Reduction = Literal["none", "mean", "sum"]
@@ -21,6 +22,16 @@ def reduced(loss: Float[Tensor, "..."], reduction: str) -> Float[Tensor, "..."]:
     if reduction not in ("none", "mean", "sum"):
         raise InvalidInputError(f'reduction={reduction!r}: write "mean", "sum" or "none"')
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Whether the numbers of an integer tensor can be looked at: on a GPU that would make it wait, and under ``vmap`` there are none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _private.inside_vmap()
+
+
+def _check_labels(labels: Tensor, classes: int, least: int = 0) -> None:
+    if can_be_read(labels) and ((labels < least) | (labels >= classes)).any():
+        raise InvalidInputError(f"target {labels.tolist()} has a label that is none of the {classes} classes")
 
 
 def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -146,6 +157,7 @@ def multi_margin_loss(
             f"input {tuple(input.shape)}, target {tuple(target.shape)}: these must be (N, C) and (N,), or (C,) and one label"
         )
     rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    _check_labels(labels, input.shape[-1])
     classes = labels.unsqueeze(-1)
     # relu, not clamp_min: at the kink PyTorch's gradient is 0.
     excess = (margin - rows.gather(-1, classes) + rows).relu() ** p
@@ -169,6 +181,9 @@ def multilabel_margin_loss(
 
     The labels Y of a row are those before the first -1.
     """
+    if input.shape != target.shape:
+        raise InvalidInputError(f"input {tuple(input.shape)}, target {tuple(target.shape)}: their shapes must be equal")
+    _check_labels(target, input.shape[-1], least=-1)
     valid = (target >= 0).long().cumprod(-1).bool()
     labels = target.clamp_min(0)
     chosen = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, labels, valid.long()) > 0
