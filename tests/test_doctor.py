@@ -51,6 +51,8 @@ def test_a_second_derivative_that_is_wrong_without_an_error_is_found():
         ("parametrizations.weight_norm (dim=0)", "second", "replaced"),
         ("nn.utils.weight_norm", "second", "replaced"),
         ("nn.LayerNorm", "third", "replaced"),
+        ("nn.LayerNorm", "back", "replaced"),
+        ("linalg.solve", "back", "raises for back, else right"),
         ("nn.BatchNorm1d (train)", "third", "replaced"),
         ("torch.cholesky_inverse", "mixed", "replaced"),
         ("torch.scatter_reduce(prod)", "forward", "raises"),

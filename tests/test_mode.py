@@ -147,6 +147,25 @@ def test_second_derivatives_of_a_meta_loss_through_layer_norm(second: Any):
     assert_derivative(float(found), derivative(slope), "second derivative of the meta-loss")
 
 
+def test_solving_by_reverse_over_forward_is_refused():
+    """PyTorch 2.13 has it wrong; in the other order it is right."""
+
+    def of_solution(lr: Tensor) -> Tensor:
+        problem = innerloop.Problem(
+            lambda p, h, b: torch.linalg.solve(3 * torch.eye(3) + p["w"], X[0]).square().sum(),
+            innerloop.optim.sgd(),
+            optimizer_hyper=lambda h, t: h,
+        )
+        return innerloop.unroll(problem, {"w": smooth_noise(3, 3)}, None, steps=2, hyper={"lr": lr}).params["w"].sum()
+
+    at = torch.tensor(0.1)
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"linalg\.solve .*reverse mode over forward mode"):
+        torch.func.jacrev(torch.func.jacfwd(of_solution))(at)
+    slope = torch.func.grad(of_solution)
+    found = torch.func.hessian(of_solution)(at)
+    assert_derivative(float(found), derivative(lambda h: float(slope(at + h))), "hessian")
+
+
 @pytest.mark.parametrize("block", [innerloop.nn.any_order, None])
 def test_a_functional_module_differentiated_by_reverse_over_forward(block: Any):
     """PyTorch 2.13 has even the second derivative wrong in this order; the third needs the block."""

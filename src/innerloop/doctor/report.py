@@ -10,10 +10,10 @@ import torch
 from innerloop.doctor.probe import DERIVATIVES, Finding
 
 SIGNS = {"right": "ok", "missing": "-", "wrong": "WRONG", "not finite": "nan", "refused": "-"}
-HEADINGS = ("operation", "first", "second", "forward", "mixed", "func", "third", "innerloop")
+HEADINGS = ("operation", "innerloop", *DERIVATIVES)
 LEGEND = (
     "First: reverse mode. Second: reverse over reverse. Forward: forward mode. Mixed: forward over reverse. "
-    "Func: torch.func.grad of torch.func.grad. "
+    "Func: torch.func.grad of torch.func.grad. Back: reverse over forward mode. "
     "Third: reverse mode thrice, for loops inside of loops.\n"
     "ok: right against finite differences. -: raises. WRONG: wrong without an error. nan: not finite at that point.\n"
     "innerloop: what happens inside of its loops. Replaced: by a form that has what is missing. Raises: an error names the operation."
@@ -77,7 +77,7 @@ def _rows(findings: Sequence[Finding]) -> list[list[str]]:
         alike: dict[tuple[str, ...], list[Finding]] = {}
         for finding in group:
             signs = [SIGNS[finding.torch[d]] if d in finding.torch else "" for d in DERIVATIVES]
-            alike.setdefault((*signs, finding.action), []).append(finding)
+            alike.setdefault((finding.action, *signs), []).append(finding)
         for cells, same in alike.items():
             forms = same[0].case.name if len(same) == 1 else f"{name} ({len(same)} cases)"
             rows.append([forms, *cells])

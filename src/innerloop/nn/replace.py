@@ -166,12 +166,21 @@ def beyond_norms(args: Any, kwargs: Any) -> bool:
     if _thread.any_order or _thread.loops > 1:
         return True
     levels = _private.derivative_levels()
-    if levels > 2 or (_thread.loops and levels > _thread.levels) or _private.reverse_over_forward():
+    if levels > 2 or (_thread.loops and levels > _thread.levels):
         return True
-    # Autograd around two transforms, or around forward mode.
-    return (levels == 2 or _private.forward_mode()) and any(
-        isinstance(x, Tensor) and _private.innermost(x).requires_grad for x in (*args, *kwargs.values())
-    )
+    return (levels == 2 and _is_recorded(args, kwargs)) or reverse_over_forward(args, kwargs)
+
+
+def reverse_over_forward(args: Any, kwargs: Any) -> bool:
+    """Whether reverse mode, of ``torch.func`` or of autograd, differentiates what forward mode computes."""
+    if torch.compiler.is_compiling() or not _private.forward_mode():
+        return False
+    return _private.reverse_over_forward() or _is_recorded(args, kwargs)
+
+
+def _is_recorded(args: Any, kwargs: Any) -> bool:
+    """Whether autograd runs around all transforms."""
+    return any(isinstance(x, Tensor) and _private.innermost(x).requires_grad for x in (*args, *kwargs.values()))
 
 
 class Replacing(TorchFunctionMode):

@@ -26,7 +26,7 @@ from innerloop.nn import (
     norm,
     recurrent,
 )
-from innerloop.nn.replace import beyond_norms, open_up, register
+from innerloop.nn.replace import beyond_norms, open_up, register, reverse_over_forward
 from innerloop.nn.weight_norm import weight_norm
 
 CONSTANT = """
@@ -206,6 +206,25 @@ for operation in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
         name=f"torch.{operation.__name__} in cuDNN",
         reason=NO_SECOND,
         when=recurrent.on_cuda,
+    )
+for operations, cure in (
+    ((torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve), ""),
+    ((torch.linalg.det, torch.det, Tensor.det, torch.logdet, Tensor.logdet), ""),
+    ((torch.linalg.slogdet, torch.slogdet, Tensor.slogdet), ""),
+    ((torch.linalg.householder_product, torch.orgqr, Tensor.orgqr), " (parametrizations.orthogonal calls it, too)"),
+):
+    name = f"torch.linalg.{operations[0].__name__.removeprefix('linalg_')}"
+    register(
+        elementary.refused(
+            name,
+            f"has a wrong second derivative in reverse mode over forward mode, without an error{cure}: differentiate the other way "
+            "round, jacfwd(jacrev(f)) or autograd twice, with StoreAll or Checkpointed",
+        ),
+        *operations,
+        name=f"{name} in reverse over forward mode",
+        reason="its second derivative is wrong there without an error: refused",
+        silent=True,
+        when=reverse_over_forward,
     )
 for name in CONSTANT:
     if hasattr(torch.special, name):
