@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import innerloop
 from innerloop import InnerLoopError, _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn import attention, blockwise, twice
@@ -160,6 +162,18 @@ def test_a_mask_is_differentiated(shape: tuple[int, ...], form: str):
     inputs = (*tensors(), draw(*shape))
     along = [torch.randn_like(x) for x in inputs]
     assert_same(derivatives(scaled_dot_product_attention, inputs, along), derivatives(definition, inputs, along))
+
+
+@pytest.mark.parametrize(("bias", "diagonal"), [(causal_lower_right, 2), (causal_upper_left, 0)])
+def test_a_causal_bias_hides_what_it_hides_in_torch(bias: Any, diagonal: int, form: str):
+    """As a tensor it is memory that nobody has written."""
+    q, k, v = tensors()
+    mask = torch.ones(7, 9, dtype=torch.bool).tril(diagonal)
+    with innerloop.nn.replacing():
+        ours = derivatives(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos())
+        )
+    assert_same(ours, derivatives(lambda q, k, v: definition(q, k, v, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
 
 
 def test_grouped_queries(form: str):
@@ -332,6 +346,15 @@ def test_jacobians_and_hessians(form: str):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+def test_the_batching_that_knows_no_function_raises(blocks: None):
+    q = draw(1, 3, 2)
+    attend = lambda z: scaled_dot_product_attention(z, z, z)  # noqa: E731
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.functional.jacobian(attend, q, vectorize=True)
+    jacobian = torch.autograd.functional.jacobian(attend, q)
+    torch.testing.assert_close(torch.func.jacrev(attend)(q), jacobian)
+
+
 def test_a_tangent_of_a_tangent(form: str):
     """Blocks have none, so plain operations are taken."""
     q, k, v = tensors()
@@ -461,6 +484,18 @@ def test_nothing_to_attend_to(shapes: tuple[tuple[int, ...], ...], form: str):
     assert [g.shape for g in first] == [x.shape for x in (q, k, v)]
 
 
+def test_what_comes_out_may_be_edited_in_place(form: str):
+    """The output, and the gradient that is to be differentiated again."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+
+    def second(edit: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        out = edit(scaled_dot_product_attention(q, k, v))
+        first = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
+        return list(torch.autograd.grad(torch.stack([edit(g).sin().sum() for g in first]).sum(), (q, k, v)))
+
+    torch.testing.assert_close(second(lambda x: x.mul_(2.0).add_(1.0)), second(lambda x: x * 2.0 + 1.0))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_lowers_it_as_it_lowers_torchs(device: str, form: str):
     q, k, v = (x.float().requires_grad_() for x in tensors(device))
@@ -473,6 +508,35 @@ def test_autocast_lowers_it_as_it_lowers_torchs(device: str, form: str):
         g.dtype == torch.float32
         for g in torch.autograd.grad(torch.stack([(g**2).sum() for g in first]).sum(), (q, k, v))
     )
+
+
+@pytest.mark.parametrize("mask", [torch.bool, torch.bfloat16, torch.float32])
+def test_autocast_lowers_a_mask_too(mask: torch.dtype, form: str):
+    q, k, v = (x.float().requires_grad_() for x in tensors())
+    m = (draw(7, 9) > 0) if mask == torch.bool else draw(7, 9).to(mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = scaled_dot_product_attention(q, k, v, m), F.scaled_dot_product_attention(q, k, v, m)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+def test_autocast_leaves_double_precision_alone(form: str):
+    q, k, v = (x.requires_grad_() for x in tensors())
+    mask = draw(7, 9)
+    expected = definition(q, k, v, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.scaled_dot_product_attention(q, k, v, mask).dtype == torch.float64
+        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_autocast_leaves_a_double_mask_alone_which_is_then_refused():
+    q, k, v = (x.float().requires_grad_() for x in tensors())
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, draw(7, 9))
+        with pytest.raises(InvalidInputError, match=r"attn_mask is torch\.float64"):
+            scaled_dot_product_attention(q, k, v, draw(7, 9))
 
 
 def largest(run: Callable[[], Any]) -> int:
@@ -512,6 +576,7 @@ def invalid() -> Iterator[Any]:
     yield pytest.param((q, k[:, :3], v[:, :3]), {"enable_gqa": True}, r"must divide", id="groups")
     yield pytest.param((q, k, v), {"dropout_p": 1.5}, r"not a probability", id="dropout")
     yield pytest.param((q, k, v, mask), {"is_causal": True}, r"tril\(\)", id="mask and causal")
+    yield pytest.param((q, k, v, causal_upper_left(5, 6)), {"is_causal": True}, r"CausalBias", id="two causal masks")
     yield pytest.param((q, k, v, mask.long()), {}, r"attn_mask is torch.int64", id="mask of integers")
     yield pytest.param((q, k, v, mask[:, :4]), {}, r"do not broadcast", id="mask too narrow")
     yield pytest.param((q, k, v, mask.expand(3, 1, 1, 5, 6)), {}, r"more dimensions", id="mask too large")

@@ -180,6 +180,14 @@ def test_the_second_derivative_is_a_finite_difference():
     assert float((second * along).sum()) == pytest.approx(directional(weighed, z, along), rel=1e-7)
 
 
+@pytest.mark.parametrize("target", [torch.tensor([0, 2, 1, 4]), torch.full((4, 5), 0.2, dtype=torch.float64)])
+def test_losses_may_be_edited_in_place(target: Tensor):
+    z = draw(4, 5).requires_grad_()
+    edited = cross_entropy(z, target, reduction="none").mul_(2.0)
+    (found,) = torch.autograd.grad(edited.sum(), z)
+    torch.testing.assert_close(found, torch.autograd.grad(2 * definition(z, target, reduction="sum"), z)[0])
+
+
 def test_gradcheck():
     z, y, q = draw(2, 3).requires_grad_(), labels((2, 3)), draw(2, 3).softmax(1).requires_grad_()
     for f, inputs in ((lambda z: cross_entropy(z, y, label_smoothing=0.2), (z,)), (cross_entropy, (z, q))):

@@ -418,7 +418,17 @@ enrol(
 enrol(
     "ctc-no-label", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([3, 0]), reduction="none"
 )
+for filler in (-1, -100, 99):
+    padded = torch.tensor([[1, 2, 2], [3, filler, filler]])
+    lengths = (CTC[1], torch.tensor([3, 1]))
+    enrol(
+        "ctc-padded", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES.log_softmax(-1), padded, *lengths, blank=filler % 5
+    )
+enrol("ctc-no-time", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], torch.tensor([7, 0]), torch.tensor([3, 0]))
 enrol("multi-margin-1d", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1])
+for reduction in ("none", "mean"):
+    enrol("multi-margin-one", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1:2], reduction=reduction)
+    enrol("multi-margin-row", ours.multi_margin_loss, F.multi_margin_loss, X[:1], LABELS[1], reduction=reduction)
 for mode in ("sum", "mean", "max"):
     enrol("bag", ours.embedding_bag, F.embedding_bag, FLAT, TABLE, OFFSETS, mode=mode)
     enrol("bag-rows", ours.embedding_bag, F.embedding_bag, FLAT.reshape(2, 4), TABLE, mode=mode, padding_idx=-2)
@@ -470,6 +480,35 @@ for padding in ("zeros", "border", "reflection"):
                 padding_mode=padding,
                 align_corners=aligned,
             )
+# Data that sits on the kinks: a head of zeros, the identity grid, ties.
+ZEROS, CORNERS = (
+    torch.zeros(4, 3, dtype=torch.float64),
+    torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]).double(),
+)
+TIED = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).double()
+enrol("multi-margin-kink", ours.multi_margin_loss, F.multi_margin_loss, ZEROS, LABELS, margin=0.0)
+enrol("multi-margin-kink-2", ours.multi_margin_loss, F.multi_margin_loss, CORNERS, LABELS, p=2)
+enrol("multilabel-kink", ours.multilabel_margin_loss, F.multilabel_margin_loss, CORNERS, MANY)
+enrol("hardsigmoid-kink", ours.hardsigmoid, F.hardsigmoid, 3 * CORNERS - 3 * CORNERS.roll(1, 0))
+for p in (0.0, 0.5, 1.0, 2.0, 3.0, float("inf")):
+    enrol("cdist-ties", ours.cdist, torch.cdist, TIED, TIED.flip(0), p=p)
+    enrol("pdist-ties", ours.pdist, F.pdist, TIED, p=p)
+for aligned in (True, False):
+    identity = F.affine_grid(
+        torch.eye(2, 3, dtype=torch.float64)[None].expand(2, 2, 3), (2, 3, 5, 6), align_corners=aligned
+    )
+    for padding in ("zeros", "border", "reflection"):
+        for mode in ("bilinear", "bicubic"):
+            enrol(
+                "grid-identity",
+                ours.grid_sample,
+                F.grid_sample,
+                IMAGE,
+                identity,
+                mode=mode,
+                padding_mode=padding,
+                align_corners=aligned,
+            )
 enrol(
     "layer-norm",
     ours.layer_norm,
@@ -490,6 +529,15 @@ enrol(
 )
 enrol("weight-norm", ours.weight_norm, torch._weight_norm, X, W[:, :1])
 enrol("weight-norm-1", ours.weight_norm, torch._weight_norm, X, W[:1], 1)
+for dim in (-2, -3, 2):
+    enrol(
+        "weight-norm",
+        ours.weight_norm,
+        torch._weight_norm,
+        smooth_noise(3, 4, 2),
+        1 + smooth_noise(*(n if d == dim % 3 else 1 for d, n in enumerate((3, 4, 2)))) / 2,
+        dim=dim,
+    )
 enrol("weight-norm-all", ours.weight_norm, torch._weight_norm, X, W[0, 0], -1)
 
 
@@ -532,6 +580,50 @@ def test_the_weight_of_l1_loss_survives_the_mode() -> None:
         assert torch.equal(F.l1_loss(X, Y, reduction="sum"), (X - Y).abs().sum())
 
 
+def test_the_weight_of_l1_loss_survives_autocast() -> None:
+    """With a weight it is a few plain operations, which autocast leaves alone."""
+    x, y, w = (z.bfloat16() for z in (X, Y, W))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.l1_loss(x, y, weight=w)
+        with innerloop.nn.replacing():
+            found = F.l1_loss(x, y, weight=w)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_weight_of_l1_loss_survives_two_modes(reduction: str, outside: bool) -> None:
+    """A device is a mode too; under both, PyTorch's function is called twice, and the second call has no weight."""
+    expected = F.l1_loss(X, Y, reduction=reduction, weight=W)
+    modes = [innerloop.nn.replacing(), torch.device("cpu")]
+    first, second = reversed(modes) if outside else modes
+    with first, second:
+        torch.testing.assert_close(F.l1_loss(X, Y, reduction=reduction, weight=W), expected, rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(F.l1_loss(X, Y), (X - Y).abs().mean(), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
+def test_a_linear_cross_entropy_in_chunks_is_trained_through() -> None:
+    """PyTorch computes its gradient beforehand and keeps it: a constant of the second derivative."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)  # type: ignore[attr-defined,unused-ignore]
+
+    def loss(weight: Tensor) -> Tensor:
+        return F.linear_cross_entropy(X, weight.tanh(), LABELS, options=options)
+
+    def gradient(h: float) -> Tensor:
+        weight = (Y + h * W).requires_grad_()
+        return torch.autograd.grad(loss(weight), weight)[0]
+
+    weight = Y.clone().requires_grad_()
+    with innerloop.nn.replacing():
+        value = loss(weight)
+    torch.testing.assert_close(value, loss(weight), rtol=1e-12, atol=0.0)
+    (slope,) = torch.autograd.grad(value, weight, create_graph=True)
+    (bend,) = torch.autograd.grad((slope * X).sum(), weight)
+    assert_derivative((bend * W).sum().item(), derivative(lambda h: (gradient(h) * X).sum().item()), "in chunks")
+
+
 @pytest.mark.parametrize(
     "make", [lambda: nn.BatchNorm2d(3), lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True)]
 )
@@ -544,11 +636,98 @@ def test_running_statistics_follow_as_in_pytorch(make: Callable[[], nn.Module]) 
     torch.testing.assert_close(list(mine.buffers()), list(plain.buffers()), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_norms_of_half_precision_are_computed_in_single(dtype: torch.dtype, mixed: bool) -> None:
+    """Squares of 300 and more are infinite in float16; PyTorch's outputs are those of float32, rounded."""
+    of_weights = torch.float32 if mixed else dtype
+    for module in (nn.LayerNorm(6), nn.BatchNorm2d(3), nn.InstanceNorm2d(3, affine=True)):
+        module, x = module.to(of_weights), (300 * IMAGE + 100).to(dtype)
+        expected = module(x)
+        with innerloop.nn.any_order(), innerloop.nn.replacing():
+            found = module(x)
+        assert found.dtype == expected.dtype == dtype
+        assert expected.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_layer_norm_refuses_the_shapes_that_pytorch_refuses() -> None:
+    cases: list[tuple[list[int], dict[str, Any]]] = [
+        ([4], {}),
+        ([], {}),
+        ([6], {"weight": W[0]}),
+        ([6], {"bias": W[0]}),
+    ]
+    for shape, settings in cases:
+        with pytest.raises(RuntimeError):
+            F.layer_norm(IMAGE, shape, **settings)
+        with pytest.raises(innerloop.InvalidInputError, match="normalized_shape"):
+            ours.layer_norm(IMAGE, shape, **settings)
+    with pytest.raises(innerloop.InvalidInputError, match="dim=3"):
+        ours.weight_norm(X, W[:, :1], 3)
+
+
 def test_in_place_arguments_are_written() -> None:
     x = 4 * X
     with innerloop.nn.replacing():
         F.hardsigmoid(x, inplace=True)
     torch.testing.assert_close(x, F.hardsigmoid(4 * X))
+
+
+def test_a_result_may_be_written_where_pytorch_writes_it() -> None:
+    factor, out = torch.linalg.cholesky(X.mT @ X + torch.eye(3)), torch.empty(3, 3)
+    with innerloop.nn.replacing():
+        torch.cholesky_inverse(factor, out=out)
+    torch.testing.assert_close(out, torch.cholesky_inverse(factor))
+
+
+def test_distances_without_features_are_zero() -> None:
+    for p in (1.0, 2.0, float("inf")):
+        assert torch.equal(ours.cdist(torch.ones(2, 0), torch.ones(3, 0), p=p), torch.zeros(2, 3))
+
+
+ARGUMENTS: dict[str, Callable[[], Any]] = {
+    "compute_mode='fast'": lambda: ours.cdist(X, X, compute_mode="fast"),
+    "p=-1.0": lambda: ours.cdist(X, X, -1.0),
+    "p=-2.0": lambda: ours.pdist(X, -2.0),
+    "p=3": lambda: ours.multi_margin_loss(X, LABELS, p=3),
+    "one label": lambda: ours.multi_margin_loss(X, LABELS[:2]),
+    "none of the 3 classes": lambda: ours.multi_margin_loss(X, LABELS + 1),
+    "none of the 3": lambda: ours.multilabel_margin_loss(X, MANY + 1),
+    "shapes must be equal": lambda: ours.multilabel_margin_loss(X, MANY[0]),
+    "7 times": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], torch.tensor([8, 5]), CTC[2]),
+    "hold its labels": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([4, 1])),
+    "must be used": lambda: ours.ctc_loss(LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])),
+    "none of the 5 classes": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]),
+}
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("match", ARGUMENTS)
+def test_what_pytorch_refuses_is_refused(match: str) -> None:
+    with pytest.raises(innerloop.InvalidInputError, match=match):
+        ARGUMENTS[match]()
+
+
+def test_the_gradient_of_a_ctc_loss_is_pytorchs_and_right_behind_a_log_softmax() -> None:
+    """That of probabilities from elsewhere is not the derivative of the loss, in PyTorch and here; docs/doctor.md says what to write."""
+    logits, direction = smooth_noise(7, 2, 5, phase=1.0), smooth_noise(7, 2, 5, phase=2.0)
+
+    def normalised(h: float, leaf: bool = False) -> tuple[Tensor, Tensor]:
+        x = (logits + h * direction).requires_grad_(leaf)
+        return x, (x.sigmoid() / x.sigmoid().sum(-1, keepdim=True)).log()
+
+    slope = derivative(lambda h: F.ctc_loss(normalised(h)[1], *CTC).item())
+    found = {}
+    for name, call in {
+        "torch": lambda p: F.ctc_loss(p, *CTC),
+        "ours": lambda p: ours.ctc_loss(p, *CTC),
+        "behind": lambda p: ours.ctc_loss(p.log_softmax(-1), *CTC),
+    }.items():
+        x, p = normalised(0.0, leaf=True)
+        found[name] = (torch.autograd.grad(call(p), x)[0] * direction).sum().item()
+    assert found["ours"] == pytest.approx(found["torch"], rel=1e-10)
+    assert_derivative(found["behind"], slope, "behind a log_softmax")
 
 
 def test_an_impossible_alignment_is_infinite() -> None:
@@ -579,6 +758,10 @@ def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
     refused(torch.special.bessel_j0, r"bessel_j0 has no derivative")
     refused(lambda x: F.embedding(torch.tensor([0, 0, 1]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
     refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
+    refused(
+        lambda x: F.embedding(torch.tensor([0, 0, 1]), x, max_norm=0.5), r"F\.embedding\(max_norm=0\.5\).*clamp_min"
+    )
+    refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, max_norm=0.5), r"F\.embedding_bag\(max_norm")
     refused(lambda x: nn.CrossMapLRN2d(3)(x[:, :, None, None]), "CrossMapLRN2d.*LocalResponseNorm")
     refused(lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3, 1])), "segment_reduce")
     index = torch.tensor([0, 0, 1, 2])[:, None].expand(4, 3)
@@ -586,6 +769,58 @@ def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
     refused(product, r"scatter_reduce", product="mixed")
     solve = lambda x: torch.triangular_solve(x[:3], x[:3])[0]  # noqa: E731
     refused(solve, "solve_triangular", product="mixed")
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_is_rescaled_is_refused_whatever_is_kept_and_not_written(make: Any) -> None:
+    """PyTorch rescales the weight in place, behind the back of autograd."""
+    model, indices = make(4, 3, max_norm=0.5), torch.tensor([[0, 1, 2]])
+    before = model.weight.detach().clone()
+    match = r"max_norm=0\.5"
+    with innerloop.track(model, sgd(model)) as loop, pytest.raises(innerloop.NotDifferentiableError, match=match):
+        loop.step(loop.model(indices).square().sum())
+    for around in (innerloop.nn.keep_kernels(), innerloop.nn.replacing(only_silent=True)):
+        with (
+            around,
+            innerloop.nn.replacing(only_silent=True),
+            pytest.raises(innerloop.NotDifferentiableError, match=match),
+        ):
+            model(indices)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, float("inf")])
+def test_a_constant_embedding_is_rescaled_as_in_pytorch_and_not_written(norm: float) -> None:
+    bag, settings = torch.tensor([[0, 1], [1, 5]]), {"max_norm": 0.5, "norm_type": norm}
+    for call in (F.embedding, F.embedding_bag):
+        table = TABLE.clone()
+        with innerloop.nn.replacing():
+            found = call(bag, table, **settings)
+        assert torch.equal(table, TABLE)
+        torch.testing.assert_close(found, call(bag, table, **settings), rtol=1e-14, atol=0.0)
+
+
+BAGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "start with 0": ((FLAT, TABLE, torch.tensor([1, 3])), {}),
+    "never decrease": ((FLAT, TABLE, torch.tensor([0, 3, 1])), {}),
+    "at the latest": ((FLAT, TABLE, torch.tensor([0, 9])), {}),
+    "offsets is empty": ((FLAT, TABLE, torch.tensor([], dtype=torch.long)), {"include_last_offset": True}),
+    "padding_idx=6": ((FLAT, TABLE, OFFSETS), {"padding_idx": 6}),
+    "weight.dtype": ((FLAT, TABLE, OFFSETS), {"mode": "sum", "per_sample_weights": torch.ones(8, dtype=torch.float32)}),
+    "two dimensions": ((FLAT, TABLE[0], OFFSETS), {}),
+}
+
+
+@pytest.mark.parametrize("match", BAGS)
+def test_bags_that_are_none_are_refused(match: str) -> None:
+    args, settings = BAGS[match]
+    with pytest.raises(innerloop.InvalidInputError, match=match):
+        ours.embedding_bag(*args, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:Argument order")
+def test_bags_take_the_old_order_of_arguments() -> None:
+    assert torch.equal(ours.embedding_bag(TABLE, FLAT, OFFSETS), F.embedding_bag(TABLE, FLAT, OFFSETS))
 
 
 def test_constants_may_go_through_functions_without_derivative() -> None:

@@ -408,6 +408,16 @@ def _losses() -> Iterator[Case]:
         lambda x: F.ctc_loss(x.log_softmax(-1), CTC[0], torch.tensor([7, 1]), CTC[2], zero_infinity=True),
         noise(7, 2, 5),
     )
+    if hasattr(F, "linear_cross_entropy"):
+        options: Any = nn.LinearCrossEntropyOptions(batch_chunk_size=2)  # type: ignore[attr-defined,unused-ignore]
+        for name, chosen in (("", None), (" (in chunks)", options)):
+            yield function(
+                f"F.linear_cross_entropy{name}",
+                "losses",
+                lambda x, w, o=chosen: F.linear_cross_entropy(x, w, CLASSES, options=o),
+                A,
+                noise(3, 3, phase=2.0),
+            )
     yield layer(
         "nn.AdaptiveLogSoftmaxWithLoss",
         "losses",

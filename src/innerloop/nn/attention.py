@@ -50,6 +50,7 @@ def scaled_dot_product_attention(
         key: keys.
         value: values.
         attn_mask: broadcastable to (..., l, s). Boolean: True takes part; else it is added to the scores, and may be differentiated.
+            Or a ``torch.nn.attention.bias.CausalBias``.
         dropout_p: the chance of a weight to be dropped.
         is_causal: position i sees the positions up to i; not together with a mask.
         scale: s.
@@ -82,15 +83,17 @@ def scaled_dot_product_attention(
         >>> torch.autograd.grad(g.sum(), v)[0].tolist()
         [[[2.0, 2.0]]]
     """
+    if attn_mask is not None and type(attn_mask) not in (Tensor, torch.nn.Parameter):
+        attn_mask, is_causal = _written_out(attn_mask, is_causal, query.device)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (_lowered(x, device) for x in (query, key, value))
+        attn_mask = None if attn_mask is None else _lowered(attn_mask, device)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if query.is_nested or not (dropout_p or twice.wanted(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    device = query.device.type
-    lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if lower is not None:  # what autocast does to torch's own
-        query, key, value = query.to(lower), key.to(lower), value.to(lower)
     if enable_gqa:
         key, value = (_one_per_head(x, query.shape[-3]) for x in (key, value))
     with torch.autocast(device, enabled=False):
@@ -142,7 +145,7 @@ def attend(
         (out,) = twice.evaluate(kernel, (query, key, value, mask))
     else:
         (out,) = twice.evaluate(kernel, (query, key, value), (mask,))
-    return out.to(dtype)
+    return out.to(dtype, copy=True)  # the kernel keeps its own, and users may edit theirs in place
 
 
 def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
@@ -150,6 +153,27 @@ def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
     if torch.compiler.is_compiling() or not takes_blocks(query, key):
         return False
     return _private.jvp_levels() < 2 and not (dropout_p and _private.inside_vmap())
+
+
+def _written_out(mask: Tensor, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
+    """``(attn_mask, is_causal)``: a ``CausalBias`` is known by name and sizes alone, and as a tensor it is unwritten memory."""
+    # Not at the top: it brings in half of torch.compile. Who has such a mask has it already.
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(mask, CausalBias):
+        return mask, is_causal
+    if is_causal:
+        raise InvalidInputError("attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away")
+    if mask.variant == CausalVariant.UPPER_LEFT or mask.seq_len_q == mask.seq_len_kv:
+        return None, True
+    ones = torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=device)
+    return ones.tril(mask.seq_len_kv - mask.seq_len_q), False
+
+
+def _lowered(x: Tensor, device: str) -> Tensor:
+    """What autocast does to an argument of torch's own: double precision stays, and so does what is not a number."""
+    lowered = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if lowered else x
 
 
 def _one_per_head(x: Tensor, heads: int) -> Tensor:
@@ -182,7 +206,7 @@ def _check(
     if k[-2] != v[-2]:
         raise InvalidInputError(f"{shapes}: {k[-2]} keys and {v[-2]} values; there must be one value for each key")
     dtypes = {query.dtype, key.dtype, value.dtype}
-    if not query.is_floating_point() or (len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type)):
+    if not query.is_floating_point() or len(dtypes) > 1:
         raise InvalidInputError(
             f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}; pass one floating-point dtype, as in key.to(query.dtype)"
         )

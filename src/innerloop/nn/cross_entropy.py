@@ -167,7 +167,7 @@ def total(
         losses = losses.masked_fill(ignored, 0.0)
         count = of_target.masked_fill(ignored, 0.0).sum()
     if reduction == "none":
-        return losses.view(() if single else (shape[0], *shape[2:]))
+        return losses.clone().view(() if single else (shape[0], *shape[2:]))  # the kernel keeps its own
     return losses.sum() / count if reduction == "mean" else losses.sum()
 
 

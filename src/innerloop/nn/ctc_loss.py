@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innerloop.nn.loss import reduced
+from innerloop.errors import InvalidInputError
+from innerloop.nn.loss import can_be_read, reduced
 
 IMPOSSIBLE = -1e30
 """The logarithm of probability zero; a finite one, because the derivatives of -inf are NaN."""
@@ -34,7 +35,8 @@ def ctc_loss(
         \mathbb 1(l_s \ne l_{s-2}, l_s \ne \text{blank})], \qquad L = -\log [\alpha_T(S) + \alpha_T(S-1)],
 
     here in logarithms. PyTorch's gradient contains a term :math:`p_t`, which ``log_softmax`` takes out again; so does this one, so that
-    training is the same also where ``log_probs`` does not come from there.
+    training is the same also where ``log_probs`` does not come from there. But then the gradient is not the derivative of the loss, in
+    PyTorch as here: for an outer loss pass ``log_probs.log_softmax(-1)``, which leaves normalised probabilities as they are.
 
     Args, Returns: as for ``torch.nn.functional.ctc_loss``. Cost: time x batch x labels in memory, one small kernel chain per time.
 
@@ -48,10 +50,16 @@ def ctc_loss(
         tensor(1.3333)
     """
     batched = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
-    steps, count, _ = batched.shape
+    steps, count, classes = batched.shape
     device = batched.device
     lengths, sizes = (_as_tensor(x, device).expand(count) for x in (input_lengths, target_lengths))
+    if can_be_read(sizes):
+        _check(targets, lengths, sizes, steps, single=log_probs.dim() == 2)
     labels = _padded(targets.to(device), sizes, single=log_probs.dim() == 2)
+    # What stands behind a target's length is padding, and may be no class at all.
+    labels = labels.masked_fill(torch.arange(labels.shape[1], device=device) >= sizes[:, None], blank)
+    if can_be_read(labels) and ((labels < 0) | (labels >= classes)).any():
+        raise InvalidInputError(f"targets has a label that is none of the {classes} classes, within target_lengths")
     extended = torch.full((count, 2 * labels.shape[1] + 1), blank, device=device)
     extended[:, 1::2] = labels
     alphas = torch.stack(_forward(batched, extended, blank))
@@ -63,6 +71,8 @@ def ctc_loss(
     read = (torch.arange(steps, device=device)[:, None] < lengths)[:, :, None]
     probabilities = torch.where(read, batched, torch.full_like(batched, IMPOSSIBLE)).exp()
     loss = loss + (probabilities - probabilities.detach()).sum((0, 2))
+    # Nothing is read in no time: certain if nothing was to be read, else impossible.
+    loss = torch.where(lengths == 0, torch.where(sizes > 0, -IMPOSSIBLE, 0.0).to(loss.dtype), loss)
     impossible = loss > -IMPOSSIBLE / 10
     loss = torch.where(impossible, torch.full_like(loss, 0.0 if zero_infinity else torch.inf), loss)
     if reduction == "mean":
@@ -88,6 +98,22 @@ def _forward(log_probs: Tensor, extended: Tensor, blank: int) -> list[Tensor]:
         alpha = torch.logsumexp(torch.stack([alpha, one, two]), dim=0) + frame
         alphas.append(alpha)
     return alphas
+
+
+def _check(targets: Tensor, lengths: Tensor, sizes: Tensor, steps: int, single: bool) -> None:
+    """Refuse the lengths that torch refuses."""
+    if (lengths < 0).any() or (lengths > steps).any():
+        raise InvalidInputError(f"input_lengths {lengths.tolist()}: log_probs has {steps} times")
+    padded = targets.dim() == 2 or single
+    room, wanted = (
+        targets.shape[-1] if targets.dim() else 1,
+        int(sizes.max() if padded else sizes.sum()) if sizes.numel() else 0,
+    )
+    if (sizes < 0).any() or wanted > room or (not padded and wanted < room):
+        raise InvalidInputError(
+            f"target_lengths {sizes.tolist()}, targets {tuple(targets.shape)}: a row must hold its labels; of concatenated targets all "
+            "must be used"
+        )
 
 
 def _as_tensor(lengths: Lengths, device: torch.device) -> Tensor:

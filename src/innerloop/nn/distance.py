@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from innerloop.errors import InvalidInputError
+
+MODES = ("use_mm_for_euclid_dist_if_necessary", "use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")
 DIRECT = 25
 """Up to this many rows PyTorch takes Euclidean distances from differences, above it from a matrix product."""
 
@@ -36,6 +39,9 @@ def cdist(
         >>> round(hessian[0, 0].item() * 125, 3)
         16.0
     """
+    if compute_mode not in MODES:
+        raise InvalidInputError(f"compute_mode={compute_mode!r}; choose from {', '.join(MODES)}")
+    _check_norm(p)
     many = x1.shape[-2] > DIRECT or x2.shape[-2] > DIRECT
     product = compute_mode == "use_mm_for_euclid_dist" or (
         compute_mode == "use_mm_for_euclid_dist_if_necessary" and many
@@ -47,8 +53,14 @@ def cdist(
 
 def pdist(input: Float[Tensor, "rows features"], p: float = 2.0) -> Float[Tensor, " pairs"]:
     """``torch.nn.functional.pdist``, likewise: the distances of all pairs of rows."""
+    _check_norm(p)
     i, j = torch.triu_indices(input.shape[0], input.shape[0], offset=1, device=input.device)
     return _norm(input[i] - input[j], p)
+
+
+def _check_norm(p: float) -> None:
+    if not p >= 0:
+        raise InvalidInputError(f"p={p} is no norm; pass a number from 0 to infinity")
 
 
 def _norm(x: Tensor, p: float) -> Tensor:
@@ -58,11 +70,20 @@ def _norm(x: Tensor, p: float) -> Tensor:
     if p == 1:
         return x.abs().sum(-1)
     if math.isinf(p):
-        return x.abs().amax(-1)
+        return _largest(x.abs())
     zero = x == 0
     safe = torch.where(zero, torch.ones_like(x), x)
     powers = safe.square() if p == 2 else safe.abs() ** p
     return _root(torch.where(zero, torch.zeros_like(x), powers).sum(-1), p)
+
+
+def _largest(size: Tensor) -> Tensor:
+    """The largest along the last dimension. The derivative is PyTorch's: 1 for each entry that is the largest, not a share of it."""
+    if size.shape[-1] == 0:
+        return size.sum(-1)
+    largest = size.detach().amax(-1)
+    slope = torch.where(size == largest.unsqueeze(-1), size, torch.zeros_like(size)).sum(-1)
+    return torch.where(largest.isinf(), largest, largest + (slope - slope.detach()))
 
 
 def _root(x: Tensor, p: float) -> Tensor:

@@ -1,25 +1,62 @@
-"""Sums, means and maxima of bags of embeddings, with all derivatives."""
+"""Embeddings, and sums, means and maxima of bags of them, with all derivatives."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop import _private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn.loss import can_be_read
 
 BY_FREQUENCY = (
     "divides the gradient by counts, so that it is not the derivative of what is computed, and a derivative of training cannot be told "
     "from it. Leave it away inside the loop, and divide the gradient: loop.step(loss, grad_callback=...)"
 )
 
+RENORMALISED = (
+    "rescales rows of the weight in place, which autograd does not see, so that a derivative of training would leave it out. Rescale them "
+    "in the loss, where it is differentiated: weight * (max_norm / weight.norm(dim=1, keepdim=True).clamp_min(max_norm))"
+)
+
+
+def check_max_norm(name: str, weight: Tensor, max_norm: float | None) -> None:
+    """Refuse ``max_norm`` for a weight that is learned. One that is not gives rescaled rows, and is left as it is."""
+    if max_norm is not None and (torch.compiler.is_compiling() or _private.has_derivative(weight)):
+        raise NotDifferentiableError(f"{name}(max_norm={max_norm}) {RENORMALISED}")
+
+
+def embedding(
+    input: Int[Tensor, "*shape"],
+    weight: Float[Tensor, "rows features"],
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Float[Tensor, "*shape features"]:
+    """``F.embedding`` without what PyTorch hides from its own derivatives: refused, or for a constant weight computed beside it."""
+    if scale_grad_by_freq:
+        raise NotDifferentiableError(f"F.embedding(scale_grad_by_freq=True) {BY_FREQUENCY}")
+    check_max_norm("F.embedding", weight, max_norm)
+    return _rescaled(F.embedding(input, weight, padding_idx, sparse=sparse), max_norm, norm_type)
+
+
+def _rescaled(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
+    """Rows of at most that norm, with the bits of ``torch.embedding_renorm_``, which would write into the weight."""
+    if max_norm is None:
+        return rows
+    norm = torch.linalg.vector_norm(rows, norm_type, -1, keepdim=True)
+    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+
 
 def embedding_bag(
-    input: Int[Tensor, "..."],
-    weight: Float[Tensor, "rows features"],
+    input: Shaped[Tensor, "..."],
+    weight: Shaped[Tensor, "..."],
     offsets: Int[Tensor, " starts"] | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
@@ -43,11 +80,15 @@ def embedding_bag(
         tensor([[2.],
                 [5.]])
     """
-    _check(input, offsets, mode, per_sample_weights)
+    # Until PyTorch 0.4 these two came in the other order.
+    swapped = input.is_floating_point() and weight.dtype == torch.long
+    indices, weight = (weight, input) if swapped else (input, weight)
+    _check(indices, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
     if scale_grad_by_freq:
         raise NotDifferentiableError(f"F.embedding_bag(scale_grad_by_freq=True) {BY_FREQUENCY}")
-    flat, bag, bags = _membership(input, offsets, include_last_offset)
-    rows = F.embedding(flat, weight, None, max_norm, norm_type, False, sparse)
+    check_max_norm("F.embedding_bag", weight, max_norm)
+    flat, bag, bags = _membership(indices, offsets, include_last_offset)
+    rows = _rescaled(F.embedding(flat, weight, sparse=sparse), max_norm, norm_type)
     counted = torch.ones_like(flat, dtype=torch.bool)
     if padding_idx is not None:
         counted = flat != (padding_idx if padding_idx >= 0 else weight.shape[0] + padding_idx)
@@ -63,15 +104,53 @@ def embedding_bag(
     return total / count.clamp_min(1)[:, None]
 
 
-def _check(input: Tensor, offsets: Tensor | None, mode: str, weights: Tensor | None) -> None:
+def bag_of_constant_norm(args: Any, kwargs: Any) -> bool:
+    """True, unless a learned weight is to be rescaled: that is refused where PyTorch's kernel stays, too."""
+    given = dict(zip(("input", "weight", "offsets", "max_norm"), args, strict=False)) | kwargs
+    check_max_norm("F.embedding_bag", given["weight"], given.get("max_norm"))
+    return True
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> None:
+    """Refuse what torch refuses, and offsets that decrease, of which torch makes something."""
     if mode not in ("sum", "mean", "max"):
         raise InvalidInputError(f'mode={mode!r}: write "sum", "mean" or "max"')
+    if weight.dim() != 2:
+        raise InvalidInputError(f"weight {tuple(weight.shape)}: it has two dimensions, one row for each embedding")
     if (offsets is None) != (input.dim() == 2):
         raise InvalidInputError(
             "a two-dimensional input has one bag a row and no offsets; a one-dimensional one needs offsets"
         )
     if weights is not None and (mode != "sum" or weights.shape != input.shape):
         raise InvalidInputError('per_sample_weights has the shape of input, and mode="sum"')
+    if weights is not None and weights.dtype != weight.dtype:
+        raise InvalidInputError(
+            f"per_sample_weights are {weights.dtype}, weight is {weight.dtype}; write per_sample_weights.to(weight.dtype)"
+        )
+    count = weight.shape[0]
+    if padding_idx is not None and not -count <= padding_idx < count:
+        raise InvalidInputError(
+            f"padding_idx={padding_idx} is none of the {count} rows; pass a number from {-count} to {count - 1}"
+        )
+    if offsets is not None and can_be_read(offsets):
+        _check_offsets(offsets.tolist(), input.shape[0], include_last_offset)
+
+
+def _check_offsets(starts: list[int], length: int, include_last_offset: bool) -> None:
+    if include_last_offset and not starts:
+        raise InvalidInputError("offsets is empty; with include_last_offset it ends with the length of input")
+    if starts and (starts[0] != 0 or starts != sorted(starts) or starts[-1] > length):
+        raise InvalidInputError(
+            f"offsets={starts}: where the bags begin among {length} indices; start with 0, never decrease, end at {length} at the latest"
+        )
 
 
 def _membership(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[Tensor, Tensor, int]:

@@ -73,7 +73,8 @@ def _inside(x: Tensor, size: int, padding: Padding, aligned: bool) -> Tensor:
         flips = (x.detach() / span).floor()
         rest = x - flips * span
         x = torch.where(flips % 2 == 0, rest + low, span - rest + low)
-    return x.clamp(0, size - 1)
+    # On the border itself PyTorch's gradient is 0; a clamp's would be 1 there.
+    return torch.where((x > 0) & (x < size - 1), x, x.detach().clamp(0, size - 1))
 
 
 def _look_up(input: Tensor, places: Sequence[Tensor]) -> Tensor:

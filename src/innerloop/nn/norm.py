@@ -14,11 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop.errors import InvalidInputError
+
 
 def _normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(normalised, mean, variance)``."""
-    mean = input.mean(dims, keepdim=True)
-    centred = input - mean
+    """``(normalised, mean, variance)``, of half precision in float32, as in PyTorch: its squares would soon be infinite."""
+    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
     variance = centred.square().mean(dims, keepdim=True)
     return centred * (variance + eps).rsqrt(), mean, variance
 
@@ -38,9 +41,18 @@ def layer_norm(
         >>> layer_norm(torch.tensor([1.0, 3.0]), [2], eps=0.0)
         tensor([-1.,  1.])
     """
-    output, _, _ = _normalised(input, tuple(range(-len(normalized_shape), 0)), eps)
+    shape = tuple(normalized_shape)
+    if not shape or tuple(input.shape[-len(shape) :]) != shape:
+        raise InvalidInputError(
+            f"input {tuple(input.shape)}, normalized_shape {shape}: the latter must be the last dimensions of the former, one at least"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and tuple(x.shape) != shape:
+            raise InvalidInputError(f"{name} {tuple(x.shape)}: it must have the normalized_shape, {shape}")
+    output, _, _ = _normalised(input, tuple(range(-len(shape), 0)), eps)
     output = output if weight is None else output * weight
-    return output if bias is None else output + bias
+    output = output if bias is None else output + bias
+    return output.to(input.dtype)
 
 
 def batch_norm(
@@ -61,7 +73,7 @@ def batch_norm(
     output, mean, variance = _normalised(input, dims, eps)
     _follow(running_mean, mean.flatten(), momentum)
     _follow(running_var, variance.flatten() * (count / (count - 1)), momentum)
-    return _affine(output, weight, bias)
+    return _affine(output, weight, bias).to(input.dtype)
 
 
 def instance_norm(
@@ -82,7 +94,7 @@ def instance_norm(
     of_channel = lambda x: x.flatten(1).mean(0)  # noqa: E731
     _follow(running_mean, of_channel(mean), momentum)
     _follow(running_var, of_channel(variance) * (count / (count - 1)), momentum)
-    return _affine(output, weight, bias)
+    return _affine(output, weight, bias).to(input.dtype)
 
 
 def _affine(output: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -59,14 +59,23 @@ def differentiated(args: Any, kwargs: Any) -> bool:
     )
 
 
-def by_frequency(args: Any, kwargs: Any) -> bool:
-    """Whether ``F.embedding`` was asked to divide gradients by counts."""
-    return bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+def by_frequency_or_norm(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.embedding`` was asked to divide gradients by counts, or to rescale its weight."""
+    by_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+    return by_norm or bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
 
 
 def loses_its_weight(args: Any, kwargs: Any) -> bool:
     """Whether ``F.l1_loss`` was called with a weight."""
-    return not torch.compiler.is_compiling() and "weight" not in kwargs and loss.weight_of_l1_loss() is not None
+    if torch.compiler.is_compiling() or "weight" in kwargs:
+        return False
+    given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+    return loss.weight_of_l1_loss(given["input"], given["target"]) is not None
+
+
+def in_chunks(args: Any, kwargs: Any) -> bool:
+    """Whether ``F.linear_cross_entropy`` was asked to take the logits some rows at a time."""
+    return kwargs.get("options") is not None
 
 
 def into_out(args: Any, kwargs: Any) -> bool:
@@ -87,12 +96,12 @@ register(
     silent=True,
 )
 register(
-    elementary.refused("F.embedding(scale_grad_by_freq=True)", embedding_bag.BY_FREQUENCY),
+    embedding_bag.embedding,
     F.embedding,
-    name="F.embedding(scale_grad_by_freq=True)",
-    reason="its gradient is no derivative, and the second derivative is wrong without an error: refused",
+    name="F.embedding(scale_grad_by_freq=..., max_norm=...)",
+    reason="what autograd does not see of it makes the second derivative wrong without an error: refused for a learned weight",
     silent=True,
-    when=by_frequency,
+    when=by_frequency_or_norm,
 )
 register(
     elementary.cholesky_inverse,
@@ -124,8 +133,18 @@ register(
     reason="under a torch function mode PyTorch ignores the weight without an error",
     silent=True,
     when=loses_its_weight,
-    autocast="float32",
+    autocast="own",
 )
+if hasattr(F, "linear_cross_entropy"):
+    register(
+        loss.linear_cross_entropy,
+        F.linear_cross_entropy,
+        name="F.linear_cross_entropy(options=...)",
+        reason="its second derivative is wrong without an error",
+        silent=True,
+        when=in_chunks,
+        autocast="own",
+    )
 for form, originals in (
     (norm.layer_norm, (F.layer_norm,)),
     (norm.batch_norm, (F.batch_norm,)),
@@ -142,7 +161,13 @@ for form, originals in (
         silent=True,
         when=beyond_norms,
     )
-register(embedding_bag.embedding_bag, F.embedding_bag, name="F.embedding_bag", reason=NO_SECOND)
+register(
+    embedding_bag.embedding_bag,
+    F.embedding_bag,
+    name="F.embedding_bag",
+    reason=NO_SECOND,
+    when=embedding_bag.bag_of_constant_norm,
+)
 register(distance.cdist, torch.cdist, name="torch.cdist", reason=NO_SECOND, autocast="float32")
 register(distance.pdist, F.pdist, name="F.pdist", reason=NO_SECOND)
 register(ctc_loss.ctc_loss, F.ctc_loss, name="F.ctc_loss", reason=NO_SECOND, autocast="float32")

@@ -107,7 +107,7 @@ class _Value(_Derivative):
 
     @staticmethod
     def forward(kernel: Kernel, sizes: tuple[int, ...], *args: Tensor | None) -> Tensors:
-        return kernel.value(*_split(args, *sizes))
+        return _own(kernel.value(*_split(args, *sizes)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -132,7 +132,7 @@ class _Pull(_Derivative):
 
     @staticmethod
     def forward(kernel: Kernel, sizes: tuple[int, ...], *args: Tensor | None) -> Tensors:
-        return kernel.pull(*_split(args, *sizes))
+        return _own(kernel.pull(*_split(args, *sizes)))
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor) -> Any:
@@ -155,7 +155,7 @@ class _Push(_Derivative):
 
     @staticmethod
     def forward(kernel: Kernel, sizes: tuple[int, ...], *args: Tensor | None) -> Tensors:
-        return kernel.push(*_split(args, *sizes))
+        return _own(kernel.push(*_split(args, *sizes)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -179,7 +179,7 @@ class _Second(_Derivative):
     @staticmethod
     def forward(kernel: Kernel, sizes: tuple[int, ...], *args: Tensor | None) -> Tensors:
         gradients, pushed = kernel.second(*_split(args, *sizes))
-        return (*gradients, *pushed)
+        return _own((*gradients, *pushed))
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> Any:
@@ -206,6 +206,11 @@ def _plain_second(kernel: Kernel, constants: Constants) -> Callable[[Tensors, Te
         return (*gradients, *pushed)
 
     return second
+
+
+def _own(outputs: Tensors) -> Tensors:
+    """The same memory in tensors that are nobody's view: autograd forbids to edit a view that a Function made (``out += residual``)."""
+    return tuple(x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) for x in outputs)
 
 
 def _apply(function: type[_Derivative], kernel: Kernel, *groups: Sequence[Tensor | None]) -> Tensors:

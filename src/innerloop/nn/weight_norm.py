@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from innerloop.errors import InvalidInputError
+
 
 def weight_norm(v: Float[Tensor, "..."], g: Float[Tensor, "..."], dim: int = 0) -> Float[Tensor, "..."]:
     r"""A weight given by its direction and its length (Salimans & Kingma, "Weight normalization", 2016).
@@ -18,7 +20,8 @@ def weight_norm(v: Float[Tensor, "..."], g: Float[Tensor, "..."], dim: int = 0) 
     Args:
         v: the direction, of any length.
         g: the length, of the shape of ``v`` with 1 everywhere but at ``dim``.
-        dim: the dimension whose entries have a length each; -1: there is one length for the whole tensor.
+        dim: the dimension whose entries have a length each; -1: there is one length for the whole tensor. (Other negative numbers
+            count from the end.)
 
     Returns:
         The weight, in the shape of ``v``.
@@ -33,7 +36,11 @@ def weight_norm(v: Float[Tensor, "..."], g: Float[Tensor, "..."], dim: int = 0) 
         >>> round(hessian[1, 1].item() * 3125, 3)
         69.0
     """
-    dims = tuple(range(v.dim())) if dim == -1 else tuple(d for d in range(v.dim()) if d != dim)
+    if not -v.dim() <= dim < v.dim():
+        raise InvalidInputError(
+            f"dim={dim}: v has {v.dim()} dimensions; pass one of them, or -1 for one length of the whole"
+        )
+    dims = tuple(range(v.dim())) if dim == -1 else tuple(d for d in range(v.dim()) if d != dim % v.dim())
     # A vector norm over no dimension would be the norm over all.
     norm = torch.linalg.vector_norm(v, dim=dims, keepdim=True) if dims else v.abs()
     return v * (g / norm)
