@@ -8,6 +8,7 @@ gradients equal to finite differences of torch, finite at a zero gradient, ``vma
 from __future__ import annotations
 
 import inspect
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ IMPLEMENTATION = [
 """Arguments of ``torch.optim`` that choose a kernel and not a result; each class takes some, ``accepts`` finds out which."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal if the same, so that it can be a key
 class Rule:
     """One enrolled optimizer.
 
@@ -248,6 +249,7 @@ def cases(choose: Callable[[Rule], list[dict[str, Any]]], always: int | None = N
     return pytest.mark.parametrize(("rule", "settings"), chosen)
 
 
+@functools.cache
 def accepted(rule: Rule) -> list[dict[str, Any]]:
     """Every combination that torch takes."""
     return [settings for settings in rule.settings if accepts(rule.torch, settings)]

@@ -111,7 +111,7 @@ def lazy() -> nn.Module:
 
 
 def scripted() -> nn.Module:
-    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):  # the latter from 2.15 on
         return torch.jit.script(nn.Linear(1, 1))
 
 

@@ -79,7 +79,7 @@ class ASGD(Elementwise):
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
-        check_nonnegative(hyper, "lr", "weight_decay")
+        check_nonnegative(hyper, "lr", "lambd", "alpha", "weight_decay")  # torch refuses all four from 2.15 on
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("ax", "eta", "mu")
