@@ -7,8 +7,8 @@ gradients equal to finite differences of torch, finite at a zero gradient, ``vma
 
 from __future__ import annotations
 
-import inspect
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -14,9 +14,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import innerloop
 import innerloop.higher as higher
+from innerloop import _private
 from innerloop.differences import four_point
 from innerloop.higher import PatchedModule
 from tests.higher_models import (
@@ -34,6 +36,7 @@ from tests.higher_models import (
     unrolled_by_hand,
     zeros_for_none,
 )
+from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -900,3 +903,32 @@ def test_the_unused_half_is_the_same_at_all_times() -> None:
     now, start = list(fmodel.parameters()), list(fmodel.parameters(time=0))
     assert torch.equal(now[1], start[1])
     assert torch.autograd.grad(now[1].sum(), start[1])[0].eq(1).all()
+
+
+# -- operations that lack a derivative -----------------------------------------------------------------------------------
+
+
+def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
+    """``F.hardsigmoid`` has no second derivative in PyTorch; nothing stays on, whatever order the blocks end in."""
+    model = nn.Linear(3, 2).double()
+    x = smooth_noise(4, 3)
+
+    def outer(h: float) -> float:
+        w, b = (p.detach().clone().requires_grad_() for p in model.parameters())
+        with torch.no_grad():
+            b += h
+        for _ in range(2):
+            grads = torch.autograd.grad(functional.hardsigmoid(functional.linear(x, w, b)).square().sum(), (w, b))
+            w, b = ((p - 0.1 * g).detach().requires_grad_() for p, g in zip((w, b), grads, strict=True))
+        return float(functional.linear(x, w, b).square().sum().detach())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    blocks = [higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) for _ in range(2)]
+    (fmodel, diffopt), _ = (block.__enter__() for block in blocks)
+    for _ in range(2):
+        diffopt.step(functional.hardsigmoid(fmodel(x)).square().sum())
+    (found,) = torch.autograd.grad(fmodel(x).square().sum(), model.bias)
+    for block in blocks:
+        block.__exit__(None, None, None)
+    assert _private.function_mode() is None
+    assert float(found.sum()) == pytest.approx(four_point(outer, 1e-4), rel=1e-8)

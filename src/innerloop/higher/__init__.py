@@ -28,6 +28,7 @@ from innerloop.higher import optim, patch, utils
 from innerloop.higher.base import Override
 from innerloop.higher.optim import DifferentiableOptimizer, create_diff_optim, get_diff_optim, register_optim
 from innerloop.higher.patch import PatchedModule, monkeypatch
+from innerloop.nn.replace import Block
 
 __all__ = [
     "DifferentiableOptimizer",
@@ -82,4 +83,11 @@ def innerloop_ctx(
     diffopt = get_diff_optim(
         opt, model.parameters(), fmodel=fmodel, device=device, override=override, track_higher_grads=track_higher_grads
     )
-    yield fmodel, diffopt
+    loop = Block()  # losses are computed outside of the module, too
+    if track_higher_grads:
+        loop.enter()
+        diffopt.around_rule = loop.off
+    try:
+        yield fmodel, diffopt
+    finally:
+        loop.leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class DifferentiableOptimizer(abc.ABC):
     Attributes:
         param_groups: as in ``torch.optim``; settings may be changed between steps. ``"params"`` are the newest parameters.
         state: for each group what is kept for each of its parameters, by its position.
+        around_rule: makes the block in which a rule runs.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
         self._sparse = False
+        self.around_rule: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def state(self) -> State:
@@ -127,7 +130,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._fill(before)
         callback = grad_callback or self._grad_callback
         grads = self._evaluated(loss, before, callback)
-        with torch.set_grad_enabled(self._track_higher_grads):
+        with self.around_rule(), torch.set_grad_enabled(self._track_higher_grads):
             self._update([[grads[i] for i in members] for members in self._group_to_param_list], **kwargs)
         after = list(before)
         for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):

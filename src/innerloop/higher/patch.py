@@ -99,7 +99,8 @@ class FastWeights:
 
     def kernels(self) -> AbstractContextManager[Any]:
         """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
-        inside = isinstance(_private.function_mode(), Replacing)
+        mode = _private.function_mode()
+        inside = isinstance(mode, Replacing) and mode.on
         return replacing() if self.track and not inside else nullcontext()
 
     def move_buffers(self, device: torch.device | str) -> None:
