@@ -931,4 +931,4 @@ def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
     for block in blocks:
         block.__exit__(None, None, None)
     assert _private.function_mode() is None
-    assert float(found.sum()) == pytest.approx(four_point(outer, 1e-4), rel=1e-8)
+    assert float(found.sum()) == pytest.approx(four_point(outer, 1e-4), rel=1e-6)  # torch rounds a sixth to 8 digits
