@@ -31,8 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 FOLDER = Path(importlib.util.find_spec("innerloop").submodule_search_locations[0])  # type: ignore[union-attr, index]
-NOT_CHECKED = {"innerloop.tree", "innerloop.optim.adapted.values"}
-"""Called for every node of every tree, and for every operation of a foreign optimizer: they alone would double the time of the suite."""
+NOT_CHECKED = {"innerloop.tree", "innerloop.optim.adapted.values", "innerloop.optim.packing"}
+"""Called for every node of every tree, every operation of a foreign optimizer, and every parameter at every step: they alone would double
+the time of the suite."""
 
 
 def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[str]:

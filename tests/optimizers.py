@@ -279,11 +279,19 @@ def each_rule() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 
 
-def each_hyper() -> pytest.MarkDecorator:
-    """Parametrize a test by ``rule`` and the ``name`` of each of its hyper-parameters."""
-    return pytest.mark.parametrize(
-        ("rule", "name"), [pytest.param(rule, name, id=f"{rule.name}-{name}") for rule in RULES for name in rule.hyper]
-    )
+def each_hyper(always: int | None = None) -> pytest.MarkDecorator:
+    """Parametrize a test by ``rule`` and the ``name`` of each of its hyper-parameters; those after the first ``always`` are slow."""
+    chosen = [
+        pytest.param(
+            rule,
+            name,
+            id=f"{rule.name}-{name}",
+            marks=pytest.mark.slow if always is not None and i >= always else (),
+        )
+        for rule in RULES
+        for i, name in enumerate(rule.hyper)
+    ]
+    return pytest.mark.parametrize(("rule", "name"), chosen)
 
 
 def _pairs(settings: Settings) -> set[frozenset[tuple[str, Any]]]:

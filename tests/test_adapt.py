@@ -186,7 +186,10 @@ def test_steps_and_gradients_are_those_of_the_class(cls: Any):
 EXACT = (innerloop.Checkpointed(slots=2), innerloop.Checkpointed(save="gradients"))
 
 
-@each_class
+@pytest.mark.parametrize(
+    "cls",
+    [pytest.param(c, id=c.__name__, marks=() if c in (StateOfAnyKind, Noisy) else pytest.mark.slow) for c in CLASSES],
+)
 @pytest.mark.parametrize("strategy", EXACT, ids=repr)
 def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
     task = Task()

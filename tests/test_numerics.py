@@ -105,7 +105,7 @@ def bends(name: str, value: float) -> bool:
     return name == "weight_decay" and value == 0
 
 
-@each_hyper()
+@each_hyper(always=2)
 def test_each_hyper_gradient_is_right_where_gradient_entries_are_zero(rule: Rule, name: str):
     """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries nonzero."""
     task, settings = Task(dead=True), rule.undecayed

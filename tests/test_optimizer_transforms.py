@@ -172,7 +172,7 @@ def test_a_jacobian_in_all_rates_at_once(rule: Rule):
 # -- second derivatives -------------------------------------------------------------------------------------------------
 
 
-@cases(lambda rule: [rule.typical, *covering(rule)[:3]])
+@cases(lambda rule: [rule.typical, *covering(rule)[:3]], always=1)
 def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
     """The curvature of the outer loss along one direction, by each order of forward and reverse mode."""
     if "eps" in rule.hyper:

@@ -26,7 +26,17 @@ from tests.oracles import (
     torch_run,
 )
 from tests.strategies import each_exact_strategy
-from tests.transforms import RULES, TRANSFORMS, Enrolled, addressed, chained, each_rule, each_transform, plain_run
+from tests.transforms import (
+    RULES,
+    TRANSFORMS,
+    Enrolled,
+    addressed,
+    chained,
+    each_rule,
+    each_transform,
+    few_always,
+    plain_run,
+)
 
 STEPS = 7
 
@@ -232,7 +242,7 @@ def test_forward_mode_equals_reverse_mode(case: Enrolled):
 
 
 @each_exact_strategy()
-@each_transform
+@few_always
 def test_every_exact_strategy_gives_what_store_all_gives(case: Enrolled, strategy: innerloop.strategy.Strategy):
     """The update is replayed: noise must come again, counts go on. Truth for StoreAll is in the finite differences above."""
     task = Task()
@@ -264,7 +274,7 @@ def test_every_exact_strategy_gives_what_store_all_gives(case: Enrolled, strateg
 
 
 @pytest.mark.compiled
-@each_transform
+@few_always
 def test_a_compiled_meta_gradient_is_the_eager_one(case: Enrolled):
     start = {"w": smooth_noise(2, 3), "b": torch.tensor(0.3, dtype=torch.float64)}
     optimizer = chained(case, "sgd")

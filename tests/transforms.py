@@ -155,6 +155,16 @@ RULES: dict[str, tuple[innerloop.optim.Optimizer, type[torch.optim.Optimizer], d
 }
 
 each_transform = pytest.mark.parametrize("case", TRANSFORMS, ids=lambda case: case.label)
+FEW = (
+    "global-2",
+    "per-parameter",
+    "accumulate",
+)  # the norms of three kinds are alike, and so is what works entry by entry
+few_always = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.label, marks=() if case.label in FEW else pytest.mark.slow) for case in TRANSFORMS],
+)
+"""The same for checks that cost seconds each: what is not in `FEW` is slow."""
 each_rule = pytest.mark.parametrize("rule", list(RULES))
 
 
