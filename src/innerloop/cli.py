@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="which derivatives of which operations the installed PyTorch lacks or gets wrong, and what innerloop does about it",
         description="Probe the derivatives of the operations of torch.nn and others against finite differences, in float64; takes about "
-        "half a minute. Exits with 1 if a derivative is wrong without an error and innerloop lets it pass.",
+        "forty seconds. Exits with 1 if a derivative is wrong without an error and innerloop lets it pass.",
     )
     command.add_argument("--device", default="cpu", help="where the operations run (default: cpu)")
     command.add_argument("--markdown", action="store_true", help="print the table for a page")

@@ -443,7 +443,8 @@ class Loop:
         for name, g in grads.items():
             if g is not None and g.layout != torch.strided:
                 raise NotDifferentiableError(
-                    f"the gradient of {name!r} is sparse, which has no second derivative: build nn.Embedding with sparse=False"
+                    f"the gradient of {name!r} is sparse, and most operations on sparse tensors have no derivative: build nn.Embedding "
+                    "with sparse=False, which gives the same numbers; sparse_adam runs in innerloop.unroll"
                 )
 
 
