@@ -1060,6 +1060,7 @@ def noisy_episode(strategy: Strategy) -> Callable[[], None]:
     return episode
 
 
+@pytest.mark.slow
 def test_two_hundred_episodes_leave_no_objects():
     """Not even a reference cycle, with the collector off."""
     assert_nothing_is_left(noisy_episode(Checkpointed(slots=1, product="reverse")), count=200)

@@ -142,6 +142,7 @@ def test_auto_takes_what_fits(memory: str):
     torch.testing.assert_close(grads["hyper"]["scale"], truth["hyper"]["scale"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loop_stays_within_the_memory_it_was_given():
     """Counted, not resident: the most live bytes of a run, above what is there before."""
     params, data, hyper = inputs(200)

@@ -101,6 +101,7 @@ def test_episodes_leave_no_objects(kind: str, learn: str):
     assert_nothing_is_left(lambda: EPISODES[kind](model, optimizer, learn=learn, hyper={"lr": lr}), count=10)
 
 
+@pytest.mark.slow
 def test_two_hundred_episodes():
     model = Network()
     optimizer = sgd(model)
