@@ -241,12 +241,16 @@ def cases(choose: Callable[[Rule], list[dict[str, Any]]], always: int | None = N
             rule,
             settings,
             id=f"{rule.name}-{label(settings)}",
-            marks=pytest.mark.slow if always is not None and i >= always else (),
+            marks=_slow_from(always, i),
         )
         for rule in RULES
         for i, settings in enumerate(choose(rule))
     ]
     return pytest.mark.parametrize(("rule", "settings"), chosen)
+
+
+def _slow_from(always: int | None, i: int) -> Any:
+    return pytest.mark.slow if always is not None and i >= always else ()
 
 
 @functools.cache
@@ -286,7 +290,7 @@ def each_hyper(always: int | None = None) -> pytest.MarkDecorator:
             rule,
             name,
             id=f"{rule.name}-{name}",
-            marks=pytest.mark.slow if always is not None and i >= always else (),
+            marks=_slow_from(always, i),
         )
         for rule in RULES
         for i, name in enumerate(rule.hyper)

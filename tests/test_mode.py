@@ -230,6 +230,7 @@ def test_a_mode_of_the_user_around_the_whole_block():
         loop = stack.enter_context(innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)))
         stack.enter_context(Watching())
         loop.step(loop.model(torch.ones(2)).square().sum())
+    assert _private.function_mode() is None
 
 
 def test_checkpointed_attention_is_named():

@@ -41,6 +41,14 @@ def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -
     return "none" if reduce is False else "sum" if size_average is False else "mean"
 
 
+def _weighted(error: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Each entry with its weight; their mean is that of the weights."""
+    if weight is None:
+        return reduced(error, reduction)
+    error = error * weight
+    return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
+
+
 def weight_of_l1_loss(input: Tensor, target: Tensor) -> Tensor | None:
     """The ``weight`` of the call of ``F.l1_loss`` that is running: it does not hand it over to a mode (torch 2.13).
 
@@ -67,12 +75,9 @@ def l1_loss(
     """``F.l1_loss`` with the weight that got lost on the way here; PyTorch's own would lose it again under a further mode."""
     error, weight = (input - target).abs(), weight_of_l1_loss(input, target)
     reduction = _reduction(size_average, reduce, reduction)
-    if weight is None:
-        return reduced(error, reduction)
-    if weight.shape != input.shape:
+    if weight is not None and weight.shape != input.shape:
         raise InvalidInputError(f"weight {tuple(weight.shape)}, input {tuple(input.shape)}: their shapes must be equal")
-    error = error * weight
-    return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
+    return _weighted(error, weight, reduction)
 
 
 def linear_cross_entropy(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
@@ -94,12 +99,7 @@ def mse_loss(
     weight: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
     """``F.mse_loss``, whose gradient PyTorch cannot differentiate in forward mode where it is the loss itself."""
-    error = (input - target).square()
-    reduction = _reduction(size_average, reduce, reduction)
-    if weight is None:
-        return reduced(error, reduction)
-    weighted = error * weight
-    return weighted.sum() / weight.sum() if reduction == "mean" else reduced(weighted, reduction)
+    return _weighted((input - target).square(), weight, _reduction(size_average, reduce, reduction))
 
 
 def huber_loss(

@@ -221,8 +221,7 @@ class Replacing(TorchFunctionMode):
 
 def _run(found: Replacement, args: Any, kwargs: Any) -> Any:
     """By the dtypes that PyTorch's own operation has under autocast; the operations that a form is made of have other policies."""
-    device = "cpu" if found.autocast == "own" else _device_type((args, kwargs))
-    if found.autocast == "own" or not torch.is_autocast_enabled(device):
+    if found.autocast == "own" or not torch.is_autocast_enabled(device := _device_type((args, kwargs))):
         return found.form(*args, **kwargs)
     if found.autocast == "float32":
         args, kwargs = tree.map_tensors(_widened, (args, kwargs))
