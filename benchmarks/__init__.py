@@ -1,1 +1,2 @@
-"""Time and memory of whole meta-gradients, innerloop against its peers: `python -m benchmarks --help`."""
+"""Time and memory of whole meta-gradients, innerloop against its peers: `python -m benchmarks
+--help`."""

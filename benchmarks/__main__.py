@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: check, time and weigh every contender on the workloads, and say which figures are reached."""
+"""`python -m benchmarks`: check, time and weigh every contender on the workloads, and say which
+figures are reached."""
 
 from __future__ import annotations
 
@@ -9,7 +10,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, figures, forecast, imports, long, machine, products, report, results, timing, updates
+from benchmarks import (
+    attention,
+    figures,
+    forecast,
+    imports,
+    long,
+    machine,
+    products,
+    report,
+    results,
+    timing,
+    updates,
+)
 from benchmarks.workloads import WORKLOADS
 
 SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "attention", "import")
@@ -18,9 +31,15 @@ SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "attention", 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", metavar="M1,M2,import", help="a part of: " + ", ".join(SECTIONS))
-    parser.add_argument("--repeats", type=int, metavar="N", help="rounds per workload (default: its own)")
-    parser.add_argument("--clock", choices=list(timing.CLOCKS), default="wall", help="cpu: for a machine in use")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory too")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="rounds per workload (default: its own)"
+    )
+    parser.add_argument(
+        "--clock", choices=list(timing.CLOCKS), default="wall", help="cpu: for a machine in use"
+    )
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory too"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -52,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     long_times: long.LongTimes | None = None
     for name in arguments.only:
         if name in WORKLOADS:
-            result = results.measure(WORKLOADS[name], arguments.repeats, arguments.memory, arguments.clock)
+            result = results.measure(
+                WORKLOADS[name], arguments.repeats, arguments.memory, arguments.clock
+            )
             measured.append(result)
             reached = figures.read(result)
             section = report.workload_section(result)
@@ -89,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(report.as_json(measured, readings, long_times), encoding="utf-8")
         else:
             report.update(path, sections)
-    failed = [f"{result.workload}: {row.name}: {row.problem}" for result in measured for row in result.failed]
+    failed = [
+        f"{result.workload}: {row.name}: {row.problem}"
+        for result in measured
+        for row in result.failed
+    ]
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -1,8 +1,9 @@
-"""Attention and cross-entropy in a second-order step: ours, PyTorch's math kernel, and plain attention recomputed in the backward pass.
+"""Attention and cross-entropy in a second-order step: ours, PyTorch's math kernel, and plain
+attention recomputed in the backward pass.
 
-The step is an inner gradient with `create_graph=True` and a backward pass through its square. Times are interleaved in one process;
-every peak is that of a process of its own, `python -m benchmarks.attention CASE FORM`, which prints what it measured. On CUDA where
-there is one.
+The step is an inner gradient with `create_graph=True` and a backward pass through its square. Times
+are interleaved in one process; every peak is that of a process of its own, `python -m
+benchmarks.attention CASE FORM`, which prints what it measured. On CUDA where there is one.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ CASES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of PyTorch's form, time of each form over it, and peaks in MB above the warmed-up process."""
+    """Seconds of PyTorch's form, time of each form over it, and peaks in MB above the warmed-up
+    process."""
 
     case: Case
     device: str
@@ -90,7 +92,8 @@ def _measure(name: str, device: str) -> Measured:
 
 
 def forms(case: Case) -> dict[str, Form]:
-    """What is compared, by name; each takes the inputs of the case, then whether it is causal or the labels."""
+    """What is compared, by name; each takes the inputs of the case, then whether it is causal or
+    the labels."""
     from innerloop.nn import functional
 
     if len(case.inputs) == 1:
@@ -108,7 +111,10 @@ def prepare(
 ) -> Callable[[], list[Tensor]]:
     """The second-order step, which returns the derivative with respect to each input."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for shape in case.inputs]
+    inputs = [
+        torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+        for shape in case.inputs
+    ]
     shape = case.inputs[0]
     labels = torch.randint(shape[1], shape[:1], generator=generator).to(device)
     run, rest = forms(case)[form], labels if len(inputs) == 1 else case.causal
@@ -131,7 +137,8 @@ def _math(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
-    """The fused kernel; in its backward pass plain attention, which autograd differentiates (GradMem, arXiv 2603.13875, appendix C)."""
+    """The fused kernel; in its backward pass plain attention, which autograd differentiates
+    (GradMem, arXiv 2603.13875, appendix C)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -15,8 +15,8 @@ def error(gradients: Gradients, reference: Mapping[str, Tensor]) -> float:
 
         max_i ‖gᵢ − rᵢ‖ / (‖rᵢ‖ + 1e-3 ‖r‖)
 
-    The second term keeps a parameter whose true gradient is zero (the bias of attention's keys) from dividing by it.
-    A missing or additional name, or a NaN, is an infinite error.
+    The second term keeps a parameter whose true gradient is zero (the bias of attention's keys)
+    from dividing by it. A missing or additional name, or a NaN, is an infinite error.
     """
     if gradients.keys() != reference.keys():
         return math.inf

@@ -1,6 +1,8 @@
-"""The figures that innerloop has to reach, P1 to P12, each a ratio of two rows (or one number of its own).
+"""The figures that innerloop has to reach, P1 to P12, each a ratio of two rows (or one number of
+its own).
 
-A new figure is one entry of `FIGURES`. The wording and the limits are those of the project's performance goals.
+A new figure is one entry of `FIGURES`. The wording and the limits are those of the project's
+performance goals.
 """
 
 from __future__ import annotations
@@ -56,11 +58,13 @@ IMPORT_LIMIT = 0.3
 """P12: seconds that `import innerloop` may add to `import torch`."""
 
 LONG_LIMITS = {"memory": 1.3, "time": 2.0, "difference": 1e-10, "endless": 1 * GB, "growth": 0.15}
-"""P7 (memory over the model, time over `StoreAll`, difference from it) and P9 (MB above import, drift of the time per step)."""
+"""P7 (memory over the model, time over `StoreAll`, difference from it) and P9 (MB above import,
+drift of the time per step)."""
 
 
 ATTENTION_LIMITS = {"time": 1.02, "memory": 0.5}
-"""P11 on a CPU: time over PyTorch's form; memory over it, where the sequence or the vocabulary is long. No limits are set for a GPU yet."""
+"""P11 on a CPU: time over PyTorch's form; memory over it, where the sequence or the vocabulary is
+long. No limits are set for a GPU yet."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,11 @@ def read(result: Result) -> list[Reading]:
 
 def read_import(times: ImportTimes) -> list[Reading]:
     added = statistics.median(times.innerloop)
-    return [Reading("P12", "seconds that `import innerloop` adds to `import torch`", IMPORT_LIMIT, added)]
+    return [
+        Reading(
+            "P12", "seconds that `import innerloop` adds to `import torch`", IMPORT_LIMIT, added
+        )
+    ]
 
 
 def read_long(times: LongTimes) -> list[Reading]:
@@ -105,7 +113,12 @@ def read_long(times: LongTimes) -> list[Reading]:
             for peak in (times.short, times.long)
         ),
         Reading("P7", "T=100: time of Checkpointed / StoreAll", limits["time"], times.ratio.median),
-        Reading("P7", "T=100: difference from StoreAll in float64", limits["difference"], times.difference),
+        Reading(
+            "P7",
+            "T=100: difference from StoreAll in float64",
+            limits["difference"],
+            times.difference,
+        ),
         Reading("P8", f"M4: MB of Checkpointed's process {more}", PEAK, times.gpt_peak),
         Reading("P9", "T=10,000: MB above import", limits["endless"], times.endless.above_import),
         Reading("P9", "time per step to T=10,000: change from T=100", limits["growth"], drift),
@@ -131,7 +144,11 @@ def _time(ours: Row | None, peers: Sequence[Row]) -> float | None:
 def _memory(ours: Row | None, peers: Sequence[Row]) -> float | None:
     """Peaks of the whole processes; all of them have made the same imports from torch."""
     smallest = min((row.peak.process for row in peers if row.peak is not None), default=None)
-    return ours.peak.process / smallest if ours is not None and ours.peak is not None and smallest else None
+    return (
+        ours.peak.process / smallest
+        if ours is not None and ours.peak is not None and smallest
+        else None
+    )
 
 
 def read_forecasts(forecasts: Sequence[Forecast]) -> list[Reading]:
@@ -148,11 +165,17 @@ def read_forecasts(forecasts: Sequence[Forecast]) -> list[Reading]:
 
 
 def read_attention(steps: Sequence[Measured]) -> list[Reading]:
-    """Of attention: time of every case, memory of the long ones. (Cross-entropy has a goal in tensors, not in time: a test counts.)"""
+    """Of attention: time of every case, memory of the long ones. (Cross-entropy has a goal in
+    tensors, not in time: a test counts.)"""
     steps = [m for m in steps if m.case.title.startswith("attention")]
     return [
         *(
-            Reading("P11", f"{m.case.title}: time / {PEER}'s", ATTENTION_LIMITS["time"], m.ratios["innerloop"].median)
+            Reading(
+                "P11",
+                f"{m.case.title}: time / {PEER}'s",
+                ATTENTION_LIMITS["time"],
+                m.ratios["innerloop"].median,
+            )
             for m in steps
         ),
         *(

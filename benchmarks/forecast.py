@@ -1,7 +1,9 @@
-"""How far the forecasts of `innerloop.plan` are from what is then measured, in time and in memory, on M2, M3 and M4.
+"""How far the forecasts of `innerloop.plan` are from what is then measured, in time and in memory,
+on M2, M3 and M4.
 
-Memory is the peak of a fresh process above its peak after a warm-up. Time is processor time; forecast and loop take turns in one process,
-and the least of each counts, because what else the machine does only adds.
+Memory is the peak of a fresh process above its peak after a warm-up. Time is processor time;
+forecast and loop take turns in one process, and the least of each counts, because what else the
+machine does only adds.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from benchmarks.contenders.innerloop_unroll import problem_of
 from benchmarks.memory import ROOT, high_water
 from benchmarks.workloads import WARM_UP, WORKLOADS, Workload, loss
-from innerloop.strategy import cost
+from innerloop.strategy import _measure as cost
 
 STEPS = {"M2": 1000, "M3": 16, "M4": 16}
 """Longer than the workload itself, so that what grows with the steps shows."""
@@ -84,13 +86,16 @@ def _child(workload_name: str, name: str, what: str) -> None:
 def _run(workload: str, name: str) -> tuple[tuple[float, float], tuple[float, float]]:
     """What was forecast, and what was measured."""
     results = []
-    # Large blocks mapped one by one are counted as they are, but slow: memory and time come from two runs.
+    # Large blocks mapped one by one are counted as they are, but slow: memory and time come from
+    # two runs.
     for malloc, what in (("", "time"), ("MALLOC_MMAP_THRESHOLD_=131072 ", "memory")):
         command = f'{malloc}"$0" -m benchmarks.forecast "$1" "$2" "$3"; exit $?'
         shell = ["sh", "-c", command, sys.executable, workload, name, what]
         done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{what} of {name!r} on {workload}: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(
+                f"{what} of {name!r} on {workload}: {done.stderr.strip().splitlines()[-1:]}"
+            )
         results.append(json.loads(done.stdout.splitlines()[-1]))
     (seconds, megabytes, taken), peak = results
     return (seconds, megabytes), (taken, peak)
@@ -108,7 +113,9 @@ class Forecast:
     @property
     def off(self) -> tuple[float, float]:
         """Relative errors of time and memory."""
-        time_off, memory_off = (a / b - 1 for a, b in zip(self.foreseen, self.measured, strict=True))
+        time_off, memory_off = (
+            a / b - 1 for a, b in zip(self.foreseen, self.measured, strict=True)
+        )
         return time_off, memory_off
 
 
@@ -118,18 +125,22 @@ def measure() -> list[Forecast]:
     for workload in STEPS:
         for name in STRATEGIES:
             foreseen, seen = _run(workload, name)
-            found.append(Forecast(workload, repr(strategy_of(name, STEPS[workload])), foreseen, seen))
+            found.append(
+                Forecast(workload, repr(strategy_of(name, STEPS[workload])), foreseen, seen)
+            )
     return found
 
 
 def table(forecasts: list[Forecast]) -> str:
     """In Markdown."""
     lines = [
-        "| workload | strategy | time: forecast | measured | off by | memory: forecast | measured | off by |",
+        "| workload | strategy | time: forecast | measured | off by | memory: forecast | measured "
+        "| off by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {f.workload}, T = {STEPS[f.workload]} | {f.strategy} | {f.foreseen[0]:.2f} s | {f.measured[0]:.2f} s | {f.off[0]:+.0%} "
+        f"| {f.workload}, T = {STEPS[f.workload]} | {f.strategy} | {f.foreseen[0]:.2f} s | "
+        f"{f.measured[0]:.2f} s | {f.off[0]:+.0%} "
         f"| {f.foreseen[1]:.0f} MB | {f.measured[1]:.0f} MB | {f.off[1]:+.0%} |"
         for f in forecasts
     ]

@@ -31,7 +31,9 @@ def measure(repeats: int = 7) -> ImportTimes:
 
 
 def _one() -> tuple[float, float]:
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RuntimeError(f"innerloop was not imported: {reason[0]}")

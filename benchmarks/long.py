@@ -1,7 +1,9 @@
-"""Long loops: what `Checkpointed` needs in memory and time, where `StoreAll` and its like run out of memory.
+"""Long loops: what `Checkpointed` needs in memory and time, where `StoreAll` and its like run out
+of memory.
 
-Every peak is that of a process of its own, `python -m benchmarks.long WORK ARGUMENTS...`, which prints what it measured.
-A further figure is one entry of `WORKS`, one field of `LongTimes` and one reading in `benchmarks/figures.py`.
+Every peak is that of a process of its own, `python -m benchmarks.long WORK ARGUMENTS...`, which
+prints what it measured. A further figure is one entry of `WORKS`, one field of `LongTimes` and one
+reading in `benchmarks/figures.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ TIMES_HIGHER = 20
 
 @dataclass(frozen=True)
 class LongLoop:
-    """A loop of Adam steps of any length: step t sees the batch that `draw` makes with a generator seeded by t."""
+    """A loop of Adam steps of any length: step t sees the batch that `draw` makes with a generator
+    seeded by t."""
 
     network: Callable[[], nn.Module]
     draw: Callable[[torch.Generator], Batch]
@@ -52,7 +55,9 @@ class LongLoop:
 
 
 def _vectors(count: int) -> Callable[[torch.Generator], Batch]:
-    return lambda g: Batch(torch.randn(count, 32, generator=g), torch.randint(10, (count,), generator=g))
+    return lambda g: Batch(
+        torch.randn(count, 32, generator=g), torch.randint(10, (count,), generator=g)
+    )
 
 
 LOOPS = {
@@ -60,7 +65,10 @@ LOOPS = {
     "P7": LongLoop(lambda: MLP((32, 256, 256, 10)), _vectors(128), mlp),
     "P9": LongLoop(lambda: MLP((32, 32, 10)), _vectors(16), mlp),
     "conv4": LongLoop(
-        Conv4, lambda g: Batch(torch.randn(25, 1, 28, 28, generator=g), torch.randint(5, (25,), generator=g))
+        Conv4,
+        lambda g: Batch(
+            torch.randn(25, 1, 28, 28, generator=g), torch.randint(5, (25,), generator=g)
+        ),
     ),
 }
 
@@ -72,7 +80,8 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> MetaGradient:
-    """The whole meta-gradient with respect to the initial parameters, as a function; the outer batch is that of step `steps`."""
+    """The whole meta-gradient with respect to the initial parameters, as a function; the outer
+    batch is that of step `steps`."""
     import innerloop
 
     torch.manual_seed(0)
@@ -109,12 +118,13 @@ def prepare(
     return run
 
 
-# -- measured in processes of their own -----------------------------------------------------------------------------------
+# -- measured in processes of their own ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LongPeak:
-    """One loop under `Checkpointed()`: peaks in MB, `slots` as it chose them, and the bytes of one step.
+    """One loop under `Checkpointed()`: peaks in MB, `slots` as it chose them, and the bytes of one
+    step.
 
     `states` is P + S of one time, `saved` is A.
     """
@@ -155,7 +165,8 @@ def peak(name: str, steps: int, runs: int) -> dict[str, Any]:
 
 
 def gpt(contender: str, steps: int) -> dict[str, Any]:
-    """Peak of one meta-gradient on M4 with that many steps, the processor time, and whether all of it is finite."""
+    """Peak of one meta-gradient on M4 with that many steps, the processor time, and whether all of
+    it is finite."""
     workload = dataclasses.replace(WORKLOADS["M4"], steps=steps)
     _warm_up(workload.optimizer)
     run = (
@@ -171,7 +182,8 @@ def gpt(contender: str, steps: int) -> dict[str, Any]:
 
 
 def ratio(name: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Seconds of `Checkpointed()` and of `StoreAll()`, interleaved, and how far their float64 meta-gradients are apart."""
+    """Seconds of `Checkpointed()` and of `StoreAll()`, interleaved, and how far their float64
+    meta-gradients are apart."""
     exact = [prepare(LOOPS[name], steps, s, torch.float64)() for s in ("StoreAll", "Checkpointed")]
     reference, ours = ({n: torch.as_tensor(g) for n, g in found.items()} for found in exact)
     off = max(float((ours[n] - r).abs().max() / r.abs().max()) for n, r in reference.items())
@@ -180,12 +192,14 @@ def ratio(name: str, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def growth(name: str, rounds: int, block: int, *lengths: int) -> dict[str, Any]:
-    """The time per step for loops of these lengths, one list entry a round, in units of a probe taken every 50 steps.
+    """The time per step for loops of these lengths, one list entry a round, in units of a probe
+    taken every 50 steps.
 
     Short loops are repeated until they make a block of steps.
 
-    Over half a minute the clock speed that a shared machine grants drifts by more than the 15 % that are to be seen; the probe, a
-    gradient of about the same kernels, drifts along. Its own time is not counted.
+    Over half a minute the clock speed that a shared machine grants drifts by more than the 15 %
+    that are to be seen; the probe, a gradient of about the same kernels, drifts along. Its own time
+    is not counted.
     """
     probed: list[float] = []
 
@@ -193,7 +207,9 @@ def growth(name: str, rounds: int, block: int, *lengths: int) -> dict[str, Any]:
         if done % 50 == 0:
             probed.append(_probe())
 
-    runs = {steps: prepare(LOOPS[name], steps, "Checkpointed", progress=progress) for steps in lengths}
+    runs = {
+        steps: prepare(LOOPS[name], steps, "Checkpointed", progress=progress) for steps in lengths
+    }
     for _ in range(5):
         runs[min(lengths)]()
     found: dict[int, list[float]] = {steps: [] for steps in lengths}
@@ -224,20 +240,31 @@ def _probe() -> float:
     return time.process_time() - start
 
 
-WORKS: dict[str, Callable[..., dict[str, Any]]] = {"peak": peak, "gpt": gpt, "ratio": ratio, "growth": growth}
+WORKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "peak": peak,
+    "gpt": gpt,
+    "ratio": ratio,
+    "growth": growth,
+}
 
 
 def weigh(loop: LongLoop) -> tuple[int, int]:
-    """Bytes of parameters and Adam's state, and of what the graph of one first-order step holds besides the parameters."""
+    """Bytes of parameters and Adam's state, and of what the graph of one first-order step holds
+    besides the parameters."""
     import innerloop
 
     torch.manual_seed(0)
     model = loop.network()
     params = dict(model.named_parameters())
     state = innerloop.optim.adam(lr=1e-3).init(params)
-    kept = [*params.values(), *(x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, Tensor))]
+    kept = [
+        *params.values(),
+        *(x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, Tensor)),
+    ]
     own = {p.untyped_storage().data_ptr() for p in params.values()}
-    held: dict[int, Tensor] = {}  # the tensors, too: a storage that is freed may be followed by another at its address
+    held: dict[
+        int, Tensor
+    ] = {}  # the tensors, too: a storage that is freed may be followed by another at its address
 
     def pack(x: Tensor) -> Tensor:
         held.setdefault(x.untyped_storage().data_ptr(), x)
@@ -252,7 +279,8 @@ def weigh(loop: LongLoop) -> tuple[int, int]:
 
 
 def _warm_up(optimizer: str) -> None:
-    """Lazy imports, which belong to no method: those of the contenders that are measured here, on a tiny network."""
+    """Lazy imports, which belong to no method: those of the contenders that are measured here, on a
+    tiny network."""
     torch.set_num_threads(1)
     WARM_UP.torch_optimizer(WARM_UP.model())
     prepare(LOOPS["warm-up"], 3, "Checkpointed")()
@@ -273,7 +301,7 @@ def _noting(slots: list[int]) -> Any:
     return mock.patch.object(Checkpointed, "slots_for", noted)
 
 
-# -- the figures ----------------------------------------------------------------------------------------------------------
+# -- the figures -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,10 +315,12 @@ class LongTimes:
         higher_steps: the steps that higher does on M4 within `PEAK`; None: it is not installed.
         higher_peak: at that number of steps.
         higher_above: with one step more.
-        gpt_peak: that of `Checkpointed()` at `TIMES_HIGHER` times the steps; None: there is nothing to compare with.
+        gpt_peak: that of `Checkpointed()` at `TIMES_HIGHER` times the steps; None: there is nothing
+            to compare with.
         gpt_seconds: and its time.
         endless: P9's loop with T=10,000.
-        per_step: time per step of P9's loop by number of steps, round by round, in units of a probe.
+        per_step: time per step of P9's loop by number of steps, round by round, in units of a
+            probe.
         conv4: M3's network, T=1000.
     """
 
@@ -310,7 +340,9 @@ class LongTimes:
     def growth(self) -> dict[int, Spread]:
         """Time per step over that of the shortest loop, round by round."""
         shortest = self.per_step[min(self.per_step)]
-        return {steps: Spread.of_ratios(values, shortest) for steps, values in self.per_step.items()}
+        return {
+            steps: Spread.of_ratios(values, shortest) for steps, values in self.per_step.items()
+        }
 
 
 def measure(rounds: int | None = None) -> LongTimes:
@@ -320,11 +352,17 @@ def measure(rounds: int | None = None) -> LongTimes:
     timed = _fresh("ratio", "P7", 100, rounds or 10)
     endless = _peak("P9", 10_000, 1)
     say("long: time per step, T=100, 1000, 10,000")
-    per_step = {int(steps): values for steps, values in _fresh("growth", "P9", 3, 3000, 100, 1000, 10_000).items()}
+    per_step = {
+        int(steps): values
+        for steps, values in _fresh("growth", "P9", 3, 3000, 100, 1000, 10_000).items()
+    }
     steps = higher_peak = higher_above = gpt_peak = gpt_seconds = None
     if not next(c for c in CONTENDERS if c.name == "higher").missing():
         steps, higher_peak, higher_above = longest("higher", PEAK)
-        say(f"long: higher does {steps} steps of M4 within {PEAK:.0f} MB; Checkpointed() does {TIMES_HIGHER * steps}")
+        say(
+            f"long: higher does {steps} steps of M4 within {PEAK:.0f} MB; Checkpointed() does "
+            f"{TIMES_HIGHER * steps}"
+        )
         ours = _fresh("gpt", "Checkpointed", TIMES_HIGHER * steps)
         gpt_peak, gpt_seconds = ours["process"] if ours["finite"] else float("inf"), ours["seconds"]
     conv4 = _peak("conv4", 1000, 1)
@@ -345,7 +383,8 @@ def measure(rounds: int | None = None) -> LongTimes:
 
 
 def longest(contender: str, limit: float) -> tuple[int, float, float]:
-    """The steps of M4 that fit into a process of `limit` MB, its peak there, and the peak with one step more."""
+    """The steps of M4 that fit into a process of `limit` MB, its peak there, and the peak with one
+    step more."""
     peaks: dict[int, float] = {}
 
     def at(steps: int) -> float:
@@ -369,7 +408,9 @@ def _peak(name: str, steps: int, runs: int) -> LongPeak:
 
 
 def _fresh(work: str, *arguments: object) -> dict[str, Any]:
-    return memory.fresh("benchmarks.long", json.dumps([work, *arguments]), mapped=work in ("peak", "gpt"))
+    return memory.fresh(
+        "benchmarks.long", json.dumps([work, *arguments]), mapped=work in ("peak", "gpt")
+    )
 
 
 if __name__ == "__main__":

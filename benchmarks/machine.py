@@ -1,4 +1,5 @@
-"""What a measurement must say about where it was made: versions and the class of machine, nothing that names it."""
+"""What a measurement must say about where it was made: versions and the class of machine, nothing
+that names it."""
 
 from __future__ import annotations
 

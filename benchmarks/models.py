@@ -1,7 +1,8 @@
-"""The networks of the benchmarks: an MLP, a small convolutional net and a small GPT, in plain PyTorch.
+"""The networks of the benchmarks: an MLP, a small convolutional net and a small GPT, in plain
+PyTorch.
 
-Nothing here knows innerloop or one of its peers. The MLP also has a functional form, because a hand-written loop over
-so small a net is dominated by the cost of going through a module.
+Nothing here knows innerloop or one of its peers. The MLP also has a functional form, because a
+hand-written loop over so small a net is dominated by the cost of going through a module.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def mlp(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 class Conv4(nn.Module):
-    """Four times [3x3 convolution, GroupNorm, ReLU, 2x2 max-pool], then a linear layer; 28x28 grey images."""
+    """Four times [3x3 convolution, GroupNorm, ReLU, 2x2 max-pool], then a linear layer; 28x28 grey
+    images."""
 
     def __init__(self, channels: int = 64, classes: int = 5) -> None:
         super().__init__()
@@ -57,7 +59,8 @@ class Conv4(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention as a plain masked softmax: the fused kernels have no second derivative."""
+    """Causal self-attention as a plain masked softmax: the fused kernels have no second
+    derivative."""
 
     def __init__(self, width: int, heads: int, length: int) -> None:
         super().__init__()
@@ -96,10 +99,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-LayerNorm GPT with learned positions, no dropout and an untied head; tokens in, logits out."""
+    """A pre-LayerNorm GPT with learned positions, no dropout and an untied head; tokens in, logits
+    out."""
 
     def __init__(
-        self, vocabulary: int = 256, width: int = 128, heads: int = 4, depth: int = 4, length: int = 128
+        self,
+        vocabulary: int = 256,
+        width: int = 128,
+        heads: int = 4,
+        depth: int = 4,
+        length: int = 128,
     ) -> None:
         super().__init__()
         self.heads = heads

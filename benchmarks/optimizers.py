@@ -1,8 +1,10 @@
-"""Which differentiable optimizers are right: every rule of `torch.optim`, in innerloop, higher, TorchOpt and torch itself.
+"""Which differentiable optimizers are right: every rule of `torch.optim`, in innerloop, higher,
+TorchOpt and torch itself.
 
     python -m benchmarks.optimizers --out docs/optimizers.md
 
-The truth is plain `torch.optim` on leaves, and fourth-order differences of it; nothing of innerloop is in it. All in float64.
+The truth is plain `torch.optim` on leaves, and fourth-order differences of it; nothing of innerloop
+is in it. All in float64.
 """
 
 from __future__ import annotations
@@ -77,13 +79,19 @@ ROWS = (
     row("NAdam", f"{MOMENTS} momentum_decay", **ADAM, momentum_decay=0.5),
     row("RAdam", MOMENTS, **ADAM),
     row("Adamax", MOMENTS, **{**ADAM, "betas": (0.9, 0.7)}),
-    row("Adagrad", "lr lr_decay weight_decay initial_accumulator_value eps", zero="lr_decay weight_decay",
+    row("Adagrad", "lr lr_decay weight_decay initial_accumulator_value "
+                   "eps", zero="lr_decay weight_decay",
         lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.3, eps=0.1),
-    row("Adadelta", "lr rho eps weight_decay", lr=0.5, rho=0.7, eps=1e-2, weight_decay=0.1, zero="weight_decay"),
+    row("Adadelta", "lr rho eps "
+                    "weight_decay", lr=0.5, rho=0.7, eps=1e-2, weight_decay=0.1, zero="weight_decay"),
     row("RMSprop", "lr alpha eps weight_decay", lr=0.02, alpha=0.9, eps=0.1, weight_decay=0.1),
-    row("RMSprop", "lr alpha eps momentum", "centered, momentum", lr=0.02, alpha=0.9, eps=0.1, momentum=0.9, centered=True),
-    row("ASGD", "lr lambd alpha weight_decay", lr=0.2, lambd=1.0, alpha=0.75, t0=2.0, weight_decay=0.1),
-    row("Rprop", "lr etas.0 etas.1 step_sizes.0 step_sizes.1", lr=0.03, etas=(0.5, 1.2), step_sizes=(0.0173, 0.039)),
+    row("RMSprop", "lr alpha eps "
+                   "momentum", "centered, "
+                               "momentum", lr=0.02, alpha=0.9, eps=0.1, momentum=0.9, centered=True),
+    row("ASGD", "lr lambd alpha "
+                "weight_decay", lr=0.2, lambd=1.0, alpha=0.75, t0=2.0, weight_decay=0.1),
+    row("Rprop", "lr etas.0 etas.1 step_sizes.0 "
+                 "step_sizes.1", lr=0.03, etas=(0.5, 1.2), step_sizes=(0.0173, 0.039)),
     row("Adafactor", "lr beta2_decay weight_decay", lr=0.05, beta2_decay=-0.8, weight_decay=0.1),
     row("Muon", "lr momentum weight_decay", lr=0.05, momentum=0.9, weight_decay=0.1),
     row("SparseAdam", "lr betas.0 betas.1 eps", lr=0.05, betas=(0.9, 0.95), eps=0.1),
@@ -92,7 +100,7 @@ ROWS = (
 )  # fmt: skip
 
 
-# -- the task -----------------------------------------------------------------------------------------------------------
+# -- the task --------------------------------------------------------------------------------------
 
 
 def noise(*shape: int, phase: float = 0.0) -> Tensor:
@@ -100,7 +108,8 @@ def noise(*shape: int, phase: float = 0.0) -> Tensor:
 
 
 class Task:
-    """Two coupled parameters; with ``dead`` a third one whose gradient is exactly zero in half of its entries."""
+    """Two coupled parameters; with ``dead`` a third one whose gradient is exactly zero in half of
+    its entries."""
 
     def __init__(self, rule: Row, dead: bool = False, smooth: bool = False) -> None:
         self.rule, self.dead, self.smooth = rule, dead, smooth
@@ -110,7 +119,11 @@ class Task:
         if self.sparse:
             return {"table": noise(5, 3)}
         matrices = {"w": 0.6 * noise(3, 5), "v": 0.6 * noise(4, 2, phase=1.0)}
-        return matrices if self.rule.name == "Muon" else {"w": matrices["w"], "b": 0.6 * noise(4, phase=2.0)}
+        return (
+            matrices
+            if self.rule.name == "Muon"
+            else {"w": matrices["w"], "b": 0.6 * noise(4, phase=2.0)}
+        )
 
     def loss(self, params: Mapping[str, Tensor], t: int) -> Tensor:
         if self.sparse:
@@ -122,9 +135,9 @@ class Task:
         if self.dead:
             flat = flat * (torch.arange(len(flat)) % 2)
         if self.rule.name == "LBFGS":
-            return ((flat - flat.mean().sin() / 2 - 0.05 * t) ** 2 * torch.linspace(0.5, 2, len(flat))).sum() + (
-                flat**4
-            ).sum() / 8
+            return (
+                (flat - flat.mean().sin() / 2 - 0.05 * t) ** 2 * torch.linspace(0.5, 2, len(flat))
+            ).sum() + (flat**4).sum() / 8
         return ((flat + flat.mean().sin() / 2 + 0.1 * t).sin() + 1.5 * flat).sum()
 
     def outer(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -137,7 +150,7 @@ class Task:
         return dict(zip(params, found, strict=True))
 
 
-# -- the contenders: parameters after some steps, differentiable in the start and in the hyper-parameters ------------------
+# -- the contenders: parameters after some steps, differentiable in the start and in the hyper-param
 
 
 class MissingError(Exception):
@@ -151,7 +164,9 @@ def by_torch(rule: Row, task: Task, params: Params, settings: Hyper, steps: int)
     now = {name: p.clone() for name, p in params.items()}
     optimizer = rule.cls(list(now.values()), **settings, differentiable=True)
     for t in range(steps):
-        at = {name: p.clone() for name, p in now.items()}  # else the next in-place step spoils this graph
+        at = {
+            name: p.clone() for name, p in now.items()
+        }  # else the next in-place step spoils this graph
         for (_, p), g in zip(now.items(), task.gradient(at, t).values(), strict=True):
             p.grad = g
         optimizer.step()
@@ -164,7 +179,11 @@ def by_higher(rule: Row, task: Task, params: Params, settings: Hyper, steps: int
     names = {cls.__name__ for cls in higher.optim._opt_mapping}
     if rule.name not in names:
         raise MissingError("no such rule")
-    tensors = {key: value for key, value in settings.items() if any(isinstance(v, Tensor) for v in pieces(value))}
+    tensors = {
+        key: value
+        for key, value in settings.items()
+        if any(isinstance(v, Tensor) for v in pieces(value))
+    }
     numbers = {**settings, **{key: plain(value) for key, value in tensors.items()}}
     leaves = [p.detach().clone().requires_grad_() for p in params.values()]
     optimizer = higher.get_diff_optim(
@@ -185,7 +204,11 @@ def by_torchopt(rule: Row, task: Task, params: Params, settings: Hyper, steps: i
     unknown = settings.keys() - inspect.signature(make).parameters.keys()
     if unknown:
         raise MissingError(f"no {', '.join(sorted(unknown))}")
-    more = {"moment_requires_grad": False} if "moment_requires_grad" in inspect.signature(make).parameters else {}
+    more = (
+        {"moment_requires_grad": False}
+        if "moment_requires_grad" in inspect.signature(make).parameters
+        else {}
+    )
     optimizer = make(**settings, **more)
     now = {name: p.clone() for name, p in params.items()}
     state = optimizer.init(now)
@@ -205,7 +228,9 @@ def by_innerloop(rule: Row, task: Task, params: Params, settings: Hyper, steps: 
     more = (
         {"ns_dtype": torch.float64} if rule.name == "Muon" and task.smooth else {}
     )  # the derivative is that of this iteration
-    problem = innerloop.Problem(lambda params, hyper, t: task.loss(params, int(t)), make(**settings, **more))
+    problem = innerloop.Problem(
+        lambda params, hyper, t: task.loss(params, int(t)), make(**settings, **more)
+    )
     return innerloop.unroll(problem, params, list(torch.arange(steps))).params
 
 
@@ -217,7 +242,7 @@ CONTENDERS: dict[str, Callable[[Row, Task, Params, Hyper, int], Params]] = {
 }
 
 
-# -- the truth ----------------------------------------------------------------------------------------------------------
+# -- the truth -------------------------------------------------------------------------------------
 
 
 def truth(rule: Row, task: Task, params: Params, settings: Hyper, steps: int) -> Params:
@@ -242,7 +267,8 @@ def truth(rule: Row, task: Task, params: Params, settings: Hyper, steps: int) ->
 
 
 def muon_in_float64(rule: Row, task: Task, params: Params, settings: Hyper, steps: int) -> Params:
-    """Jordan et al. 2024, in float64: difference quotients of torch's bfloat16 iteration mean nothing."""
+    """Jordan et al. 2024, in float64: difference quotients of torch's bfloat16 iteration mean
+    nothing."""
     now = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     buffers = {name: torch.zeros_like(p) for name, p in now.items()}
     lr, mu, decay = settings["lr"], settings["momentum"], settings["weight_decay"]
@@ -263,16 +289,22 @@ def muon_in_float64(rule: Row, task: Task, params: Params, settings: Hyper, step
 
 def slope(f: Callable[[float], float]) -> float:
     """f'(0) by the central formula of fourth order, at the step whose neighbours agree best."""
-    found = [(8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h) for h in (4e-3 / 3**k for k in range(8))]
-    gaps = [max(abs(a - b), abs(b - c)) for a, b, c in zip(found, found[1:], found[2:], strict=False)]
+    found = [
+        (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+        for h in (4e-3 / 3**k for k in range(8))
+    ]
+    gaps = [
+        max(abs(a - b), abs(b - c)) for a, b, c in zip(found, found[1:], found[2:], strict=False)
+    ]
     return found[gaps.index(min(gaps)) + 1]
 
 
-# -- cells --------------------------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------
 
 
 class Cell(NamedTuple):
-    """What came out: ``right``, ``wrong`` (with the relative error), ``NaN`` or ``missing`` (with the reason)."""
+    """What came out: ``right``, ``wrong`` (with the relative error), ``NaN`` or ``missing`` (with
+    the reason)."""
 
     verdict: str
     detail: str = ""
@@ -320,7 +352,10 @@ def replaced(settings: Hyper, name: str, value: Any) -> Hyper:
         return {**settings, key: value}
     pair = tuple(value if i == int(index) else v for i, v in enumerate(settings[key]))
     # torch and higher want both entries of a pair to be tensors, or none
-    return {**settings, key: tuple(torch.as_tensor(v) for v in pair) if isinstance(value, Tensor) else pair}
+    return {
+        **settings,
+        key: tuple(torch.as_tensor(v) for v in pair) if isinstance(value, Tensor) else pair,
+    }
 
 
 def forward_cell(rule: Row, contender: Any) -> Cell:
@@ -352,13 +387,19 @@ def start_cell(rule: Row, contender: Any) -> Cell:
         moved = {name: p.detach() + h * along[name] for name, p in params.items()}
         return float(task.outer(reference(rule)(rule, task, moved, rule.settings, STEPS)))
 
-    return judged(sum(float((g * v).sum()) for g, v in zip(found, along.values(), strict=True)), slope(at), GRADIENT)
+    return judged(
+        sum(float((g * v).sum()) for g, v in zip(found, along.values(), strict=True)),
+        slope(at),
+        GRADIENT,
+    )
 
 
 def hyper_cell(rule: Row, contender: Any, name: str, value: float) -> Cell:
     task = Task(rule, smooth=True)
     tensor = torch.tensor(float(value), requires_grad=True)
-    outer = task.outer(contender(rule, task, leaves(task), replaced(rule.settings, name, tensor), STEPS))
+    outer = task.outer(
+        contender(rule, task, leaves(task), replaced(rule.settings, name, tensor), STEPS)
+    )
     if not outer.requires_grad:
         return Cell("missing", "no gradient")
     found = torch.autograd.grad(outer, tensor, allow_unused=True)[0]
@@ -367,10 +408,16 @@ def hyper_cell(rule: Row, contender: Any, name: str, value: float) -> Cell:
 
     def at(h: float) -> float:
         return float(
-            task.outer(reference(rule)(rule, task, task.start(), replaced(rule.settings, name, value + h), STEPS))
+            task.outer(
+                reference(rule)(
+                    rule, task, task.start(), replaced(rule.settings, name, value + h), STEPS
+                )
+            )
         )
 
-    return judged(float(found), one_sided(at) if value == 0 else slope(at), 1e-4 if value == 0 else GRADIENT)
+    return judged(
+        float(found), one_sided(at) if value == 0 else slope(at), 1e-4 if value == 0 else GRADIENT
+    )
 
 
 def one_sided(f: Callable[[float], float]) -> float:
@@ -380,8 +427,13 @@ def one_sided(f: Callable[[float], float]) -> float:
 
 
 def zero_cell(rule: Row, contender: Any) -> Cell:
-    """Finite where half of the gradient is exactly zero, from defaults (small eps, no decay) over twelve steps."""
-    settings = {k: v for k, v in rule.settings.items() if k not in ("eps", "weight_decay", "initial_accumulator_value")}
+    """Finite where half of the gradient is exactly zero, from defaults (small eps, no decay) over
+    twelve steps."""
+    settings = {
+        k: v
+        for k, v in rule.settings.items()
+        if k not in ("eps", "weight_decay", "initial_accumulator_value")
+    }
     if rule.name == "SparseAdam":
         settings = {"lr": 0.05}
     task = Task(rule, dead=True)
@@ -397,7 +449,9 @@ class Line(NamedTuple):
     cells: dict[str, Cell]
 
 
-def measure(rules: Sequence[Row] = ROWS, contenders: Sequence[str] = tuple(CONTENDERS)) -> Iterator[Line]:
+def measure(
+    rules: Sequence[Row] = ROWS, contenders: Sequence[str] = tuple(CONTENDERS)
+) -> Iterator[Line]:
     for rule in rules:
         for who in contenders:
             run = CONTENDERS[who]
@@ -407,9 +461,13 @@ def measure(rules: Sequence[Row] = ROWS, contenders: Sequence[str] = tuple(CONTE
                 cells["zero gradient"] = tried(lambda run=run, rule=rule: zero_cell(rule, run))  # type: ignore[misc]
                 for name in rule.hyper:
                     value = read(rule.settings, name)
-                    cells[name] = tried(lambda run=run, rule=rule, n=name, v=value: hyper_cell(rule, run, n, v))  # type: ignore[misc]
+                    cells[name] = tried(
+                        lambda run=run, rule=rule, n=name, v=value: hyper_cell(rule, run, n, v)  # type: ignore[misc]
+                    )
                 for name in rule.zero:
-                    cells[f"{name} = 0"] = tried(lambda run=run, rule=rule, n=name: hyper_cell(rule, run, n, 0.0))  # type: ignore[misc]
+                    cells[f"{name} = 0"] = tried(
+                        lambda run=run, rule=rule, n=name: hyper_cell(rule, run, n, 0.0)  # type: ignore[misc]
+                    )
             yield Line(rule, who, cells)
 
 
@@ -426,7 +484,7 @@ def quiet() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# -- tables -------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def summary(lines: Sequence[Line]) -> str:
@@ -446,7 +504,9 @@ def _counted(cells: Any) -> str:
         return f"all {len(found)} right"
     if counts["missing"] == len(found):
         return "missing"
-    return ", ".join(f"**{n} {v}**" if v in ("wrong", "NaN") else f"{n} {v}" for v, n in counts.items() if n)
+    return ", ".join(
+        f"**{n} {v}**" if v in ("wrong", "NaN") else f"{n} {v}" for v, n in counts.items() if n
+    )
 
 
 def details(lines: Sequence[Line]) -> str:
@@ -454,7 +514,15 @@ def details(lines: Sequence[Line]) -> str:
     rows = []
     for line in lines:
         if all(c.verdict == "missing" for c in line.cells.values()):
-            rows.append((line.rule.title, line.contender, "everything", "missing", line.cells["forward"].detail))
+            rows.append(
+                (
+                    line.rule.title,
+                    line.contender,
+                    "everything",
+                    "missing",
+                    line.cells["forward"].detail,
+                )
+            )
             continue
         rows += [
             (line.rule.title, line.contender, what, c.verdict, c.detail)
@@ -484,7 +552,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if a cell of ours is not right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizers", description=__doc__)
     parser.add_argument("--only", metavar="SGD,Adam", help="some rules")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="rewrite the tables between its marks")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="rewrite the tables between its marks"
+    )
     arguments = parser.parse_args(argv)
     wanted = arguments.only.split(",") if arguments.only else None
     torch.set_num_threads(1)
@@ -496,7 +566,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         start, stop = page.index(BEGIN) + len(BEGIN), page.index(END)
         arguments.out.write_text(f"{page[:start]}\n\n{text}\n\n{page[stop:]}", encoding="utf-8")
     return int(
-        any(c.verdict != "right" for line in lines if line.contender == "innerloop" for c in line.cells.values())
+        any(
+            c.verdict != "right"
+            for line in lines
+            if line.contender == "innerloop"
+            for c in line.cells.values()
+        )
     )
 
 

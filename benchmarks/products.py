@@ -1,7 +1,9 @@
-"""How a step's second derivative is best taken: time of a pullback by each product, over that of one inner gradient.
+"""How a step's second derivative is best taken: time of a pullback by each product, over that of
+one inner gradient.
 
-`Checkpointed(product="auto")` takes the faster exact one of the device's kind (`innerloop.strategy.pullback.PREFERRED`); this is the
-measurement behind it. On CUDA where there is one.
+`Checkpointed(product="auto")` takes the faster exact one of the device's kind
+(`innerloop.strategy._engine.step_pullback.PREFERRED`); this is the measurement behind it. On CUDA where there is
+one.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def measure(repeats: int = 15) -> list[Product]:
 
 
 def _measure(name: str, device: str, repeats: int) -> Product:
-    from innerloop import tree
-    from innerloop.strategy.pullback import Outgoing, Step, pull, state_of
+    from innerloop._utils import tree
+    from innerloop.strategy._engine.step_pullback import Outgoing, Step, pull, state_of
 
     problem, _, model = problem_of(WORKLOADS[name])
     params = {n: p.detach().to(device) for n, p in model.named_parameters()}
@@ -70,7 +72,9 @@ def _measure(name: str, device: str, repeats: int) -> Product:
         base.append(timed(gradient))
         for product, run in runs.items():
             times[product].append(timed(run) / base[-1])
-    return Product(name, device, statistics.median(base), {p: Spread.of(ts) for p, ts in times.items()})
+    return Product(
+        name, device, statistics.median(base), {p: Spread.of(ts) for p, ts in times.items()}
+    )
 
 
 def _finish() -> None:

@@ -25,14 +25,20 @@ def workload_section(result: Result) -> str:
     parts = [f"### {result.workload}: {result.title}", _facts(result), _rows(result)]
     ratios = _ratios(result)
     if ratios:
-        parts.append("Time of ours over time of a peer, round by round: median (quartiles; min to max).\n\n" + ratios)
+        parts.append(
+            "Time of ours over time of a peer, round by round: median (quartiles; min to max).\n\n"
+            + ratios
+        )
     return "\n\n".join(parts)
 
 
 def import_section(times: ImportTimes, facts: Mapping[str, str]) -> str:
     rows = [
         (name, *(f"{value:.3f}" for value in _shown(Spread.of(seconds))))
-        for name, seconds in (("import torch", times.torch), ("then import innerloop", times.innerloop))
+        for name, seconds in (
+            ("import torch", times.torch),
+            ("then import innerloop", times.innerloop),
+        )
     ]
     head = ("seconds", "median", "min", "lower quartile", "upper quartile", "max")
     told = f"{len(times.torch)} fresh processes. {_sentence(facts)}"
@@ -47,7 +53,16 @@ def long_section(times: LongTimes, facts: Mapping[str, str]) -> str:
         "P9: MLP 32-32-10, batch 16": times.endless,
         "M3's conv4, batch 25": times.conv4,
     }
-    head = ("loop of Adam steps", "T", "slots", "peak MB", "above import", "slots (P + S) + 3 A", "s", "ms per step")
+    head = (
+        "loop of Adam steps",
+        "T",
+        "slots",
+        "peak MB",
+        "above import",
+        "slots (P + S) + 3 A",
+        "s",
+        "ms per step",
+    )
     rows = [
         (
             name,
@@ -61,7 +76,9 @@ def long_section(times: LongTimes, facts: Mapping[str, str]) -> str:
         )
         for name, p in peaks.items()
     ]
-    growth = "; ".join(f"T={steps:,}: {_spread(spread)}" for steps, spread in times.growth().items())
+    growth = "; ".join(
+        f"T={steps:,}: {_spread(spread)}" for steps, spread in times.growth().items()
+    )
     told = [
         "### Long loops: `Checkpointed()`, its own choice of slots",
         f"Processor time. {_sentence(facts)}",
@@ -72,8 +89,10 @@ def long_section(times: LongTimes, facts: Mapping[str, str]) -> str:
     if times.gpt_seconds is not None and times.higher_steps is not None:
         steps = TIMES_HIGHER * times.higher_steps
         told.append(
-            f"P8, M4 (SGD): higher does {times.higher_steps} steps in a process of {times.higher_peak:.0f} MB (one more: "
-            f"{times.higher_above:.0f} MB); `Checkpointed()` does {steps} in {times.gpt_peak:.0f} MB and {times.gpt_seconds:.0f} s, "
+            f"P8, M4 (SGD): higher does {times.higher_steps} steps in a process of "
+            f"{times.higher_peak:.0f} MB (one more: "
+            f"{times.higher_above:.0f} MB); `Checkpointed()` does {steps} in {times.gpt_peak:.0f} "
+            f"MB and {times.gpt_seconds:.0f} s, "
             f"{_digits(1e3 * times.gpt_seconds / steps)} ms per step."
         )
     return "\n\n".join(told)
@@ -87,7 +106,8 @@ def figures_table(readings: Sequence[Reading]) -> str:
 def forecast_section(forecasts: Sequence[Forecast], facts: Mapping[str, str]) -> str:
     """What `innerloop.plan` says before, and what is measured then."""
     about = (
-        "Processor time of `unroll` and the backward pass; peak memory of a fresh process above its peak after a warm-up. "
+        "Processor time of `unroll` and the backward pass; peak memory of a fresh process above "
+        "its peak after a warm-up. "
         f"{_sentence(facts)}"
     )
     return f"### Forecasts of `innerloop.plan`\n\n{about}\n\n{table(list(forecasts))}"
@@ -96,13 +116,21 @@ def forecast_section(forecasts: Sequence[Forecast], facts: Mapping[str, str]) ->
 def updates_section(updates: Sequence[Update], facts: Mapping[str, str]) -> str:
     """What a differentiable update of many tensors costs."""
     about = (
-        "Ten recorded updates of 100 tensors from given gradients, without and with the backward pass through them: time over that of "
-        "higher 0.2.1 (its Adam with weight decay beside our AdamW, which it does not have), median (quartiles; min to max). "
+        "Ten recorded updates of 100 tensors from given gradients, without and with the backward "
+        "pass through them: time over that of "
+        "higher 0.2.1 (its Adam with weight decay beside our AdamW, which it does not have), "
+        "median (quartiles; min to max). "
         f"{_sentence(facts)}"
     )
     head = ("rule", "shape", "ms per update", "update / higher's", "with its backward pass")
     rows = [
-        (u.rule, " x ".join(map(str, u.shape)), f"{u.milliseconds:.2f}", _spread(u.update), _spread(u.with_backward))
+        (
+            u.rule,
+            " x ".join(map(str, u.shape)),
+            f"{u.milliseconds:.2f}",
+            _spread(u.update),
+            _spread(u.with_backward),
+        )
         for u in updates
     ]
     return f"### Updates of 100 tensors\n\n{about}\n\n{_table(head, rows)}"
@@ -111,12 +139,18 @@ def updates_section(updates: Sequence[Update], facts: Mapping[str, str]) -> str:
 def products_section(products: Sequence[Product], facts: Mapping[str, str]) -> str:
     """What a pullback costs."""
     about = (
-        "Time of the pullback of one step of `Checkpointed`, eager, over that of one inner gradient: median (quartiles; min to max). "
+        "Time of the pullback of one step of `Checkpointed`, eager, over that of one inner "
+        "gradient: median (quartiles; min to max). "
         f"{_sentence(facts)}"
     )
     head = ["workload", "device", "one gradient", *PRODUCTS]
     rows = [
-        [p.workload, p.device, f"{1e3 * p.gradient:.2f} ms", *(_spread(p.pullbacks[k]) for k in PRODUCTS)]
+        [
+            p.workload,
+            p.device,
+            f"{1e3 * p.gradient:.2f} ms",
+            *(_spread(p.pullbacks[k]) for k in PRODUCTS),
+        ]
         for p in products
     ]
     return f"### Second derivatives of a step\n\n{about}\n\n{_table(head, rows)}"
@@ -125,35 +159,57 @@ def products_section(products: Sequence[Product], facts: Mapping[str, str]) -> s
 def attention_section(steps: Sequence[Measured], facts: Mapping[str, str]) -> str:
     """What a second-order step costs in PyTorch's form, recomputed, and in ours."""
     about = (
-        "An inner gradient with `create_graph=True` and a backward pass through its square: time over that of PyTorch's own form (the math "
-        f"kernel), and peak memory of a fresh process above its peak after a warm-up. {_sentence(facts)}"
+        "An inner gradient with `create_graph=True` and a backward pass through its square: time "
+        "over that of PyTorch's own form (the math "
+        "kernel), and peak memory of a fresh process above its peak after a warm-up. "
+        f"{_sentence(facts)}"
     )
-    head = ["step", "device", "PyTorch", "recomputed", "innerloop", "MB: PyTorch", "recomputed", "innerloop"]
+    head = [
+        "step",
+        "device",
+        "PyTorch",
+        "recomputed",
+        "innerloop",
+        "MB: PyTorch",
+        "recomputed",
+        "innerloop",
+    ]
     rows = [
         [
             m.case.title,
             m.device,
             f"{_digits(1e3 * m.seconds)} ms",
-            *(_spread(m.ratios[form]) if form in m.ratios else "" for form in ("recomputed", "innerloop")),
-            *(f"{m.peaks[form]:,.0f}" if form in m.peaks else "" for form in (PEER, "recomputed", "innerloop")),
+            *(
+                _spread(m.ratios[form]) if form in m.ratios else ""
+                for form in ("recomputed", "innerloop")
+            ),
+            *(
+                f"{m.peaks[form]:,.0f}" if form in m.peaks else ""
+                for form in (PEER, "recomputed", "innerloop")
+            ),
         ]
         for m in steps
     ]
     return f"### Attention and cross-entropy\n\n{about}\n\n{_table(head, rows)}"
 
 
-def as_json(results: Sequence[Result], readings: Sequence[Reading], long: LongTimes | None = None) -> str:
+def as_json(
+    results: Sequence[Result], readings: Sequence[Reading], long: LongTimes | None = None
+) -> str:
     """Every single measurement, for whoever wants to draw or compare them."""
     everything = {
         "workloads": [dataclasses.asdict(result) for result in results],
         "long": None if long is None else dataclasses.asdict(long),
-        "figures": [{**dataclasses.asdict(reading), "verdict": reading.verdict} for reading in readings],
+        "figures": [
+            {**dataclasses.asdict(reading), "verdict": reading.verdict} for reading in readings
+        ],
     }
     return json.dumps(everything, indent=1, ensure_ascii=False) + "\n"
 
 
 def update(document: Path, sections: Mapping[str, str]) -> None:
-    """Replace the named sections of `document`, each between its two marker comments; the others stay as they are."""
+    """Replace the named sections of `document`, each between its two marker comments; the others
+    stay as they are."""
     text = document.read_text(encoding="utf-8") if document.exists() else "# Benchmarks\n"
     for name, section in sections.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
@@ -167,17 +223,21 @@ def update(document: Path, sections: Mapping[str, str]) -> None:
 
 def _facts(result: Result) -> str:
     agreement = (
-        f"every contender agrees with the float64 reference to {result.tolerance:.0e} in its worst parameter "
+        f"every contender agrees with the float64 reference to {result.tolerance:.0e} in its "
+        "worst parameter "
         f"(without second derivatives it would be off by {result.first_order_error:.1e})"
     )
     return (
-        f"{result.repeats} rounds, interleaved, {result.clock} time; {agreement}. {_sentence(result.facts)} "
+        f"{result.repeats} rounds, interleaved, {result.clock} time; {agreement}. "
+        f"{_sentence(result.facts)} "
         f"Load of the machine while timing: {result.load:.1f}."
     )
 
 
 def _sentence(facts: Mapping[str, str]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in facts.items() if name not in ("date", "machine"))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in facts.items() if name not in ("date", "machine")
+    )
     return f"{facts['date']}, {facts['machine']}; {versions}."
 
 
@@ -194,9 +254,18 @@ def _row(row: Row, with_memory: bool) -> list[str]:
         return [name, row.problem] + [""] * (6 if with_memory else 4)
     times = Spread.of([1e3 * s for s in row.seconds])
     quartiles = f"{_digits(times.quarter)} to {_digits(times.three_quarters)}"
-    cells = [name, _digits(times.median), _digits(times.low), quartiles, _digits(times.high), f"{row.error:.0e}"]
+    cells = [
+        name,
+        _digits(times.median),
+        _digits(times.low),
+        quartiles,
+        _digits(times.high),
+        f"{row.error:.0e}",
+    ]
     if with_memory:
-        cells += [f"{row.peak.process:.0f}", f"{row.peak.above_import:.0f}"] if row.peak else ["", ""]
+        cells += (
+            [f"{row.peak.process:.0f}", f"{row.peak.above_import:.0f}"] if row.peak else ["", ""]
+        )
     return cells
 
 
@@ -233,7 +302,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
     ]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)

@@ -29,7 +29,8 @@ class Row:
 
 @dataclasses.dataclass
 class Result:
-    """One workload. `first_order_error` is what the check would see if the second derivatives were missing."""
+    """One workload. `first_order_error` is what the check would see if the second derivatives were
+    missing."""
 
     workload: str
     title: str
@@ -50,14 +51,18 @@ class Result:
     @property
     def failed(self) -> list[Row]:
         """Contenders that are installed and could not be measured."""
-        return [row for row in self.rows if row.problem and not row.problem.startswith("not installed")]
+        return [
+            row for row in self.rows if row.problem and not row.problem.startswith("not installed")
+        ]
 
 
 def ratio(ours: Row, theirs: Row) -> Spread:
     return Spread.of_ratios(ours.seconds, theirs.seconds)
 
 
-def measure(workload: Workload, repeats: int | None = None, with_memory: bool = True, clock: str = "wall") -> Result:
+def measure(
+    workload: Workload, repeats: int | None = None, with_memory: bool = True, clock: str = "wall"
+) -> Result:
     repeats = repeats or workload.repeats
     say(f"{workload.name}: checking every contender against float64")
     reference = handwritten.reference(workload)
@@ -79,7 +84,15 @@ def measure(workload: Workload, repeats: int | None = None, with_memory: bool = 
             say(f"{workload.name}: memory of {row.name}")
             row.peak = memory.measure(workload.name, row.name)
     return Result(
-        workload.name, workload.title, repeats, clock, workload.tolerance, missing_term, machine.describe(), load, rows
+        workload.name,
+        workload.title,
+        repeats,
+        clock,
+        workload.tolerance,
+        missing_term,
+        machine.describe(),
+        load,
+        rows,
     )
 
 
@@ -87,7 +100,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _checked(contender: Contender, workload: Workload, reference: dict[str, Tensor]) -> tuple[Row, MetaGradient | None]:
+def _checked(
+    contender: Contender, workload: Workload, reference: dict[str, Tensor]
+) -> tuple[Row, MetaGradient | None]:
     """The contender's row, and what is to be timed if its meta-gradient is right."""
     row = Row(contender.name, contender.label(), contender.ours)
     missing = contender.missing()
@@ -101,6 +116,8 @@ def _checked(contender: Contender, workload: Workload, reference: dict[str, Tens
         row.problem = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
         return row, None
     if not row.error <= workload.tolerance:
-        row.problem = f"wrong meta-gradient: relative error {row.error:.1e}, allowed {workload.tolerance:.0e}"
+        row.problem = (
+            f"wrong meta-gradient: relative error {row.error:.1e}, allowed {workload.tolerance:.0e}"
+        )
         return row, None
     return row, run

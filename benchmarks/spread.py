@@ -24,5 +24,6 @@ class Spread(NamedTuple):
 
     @classmethod
     def of_ratios(cls, ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-        """The ratio of each round, not of the medians: what slows the machine down for a round slows both."""
+        """The ratio of each round, not of the medians: what slows the machine down for a round
+        slows both."""
         return cls.of([a / b for a, b in zip(ours, theirs, strict=True)])

@@ -62,12 +62,15 @@ def test_the_check_sees_a_missing_second_derivative(name: str) -> None:
 
 
 def test_the_reference_is_the_derivative_of_the_loop() -> None:
-    """Central differences along one direction; their error is h² = 1e-8 times a third derivative."""
+    """Central differences along one direction; their error is h² = 1e-8 times a third
+    derivative."""
     reference = handwritten.reference(WARM_UP)
     torch.manual_seed(3)
     direction = {name: torch.randn_like(g) for name, g in reference.items()}
     h = 1e-4
-    outer = [_outer_loss(WARM_UP, {n: sign * h * d for n, d in direction.items()}) for sign in (1, -1)]
+    outer = [
+        _outer_loss(WARM_UP, {n: sign * h * d for n, d in direction.items()}) for sign in (1, -1)
+    ]
     expected = sum(float((reference[n] * d).sum()) for n, d in direction.items())
     assert (outer[0] - outer[1]) / (2 * h) == pytest.approx(expected, rel=1e-5)
 
@@ -100,7 +103,9 @@ def test_error_of_missing_wrong_and_nan() -> None:
     assert check.error({"a": reference["a"]}, reference) == math.inf
     assert check.error({**reference, "b": torch.full((1,), math.nan)}, reference) == math.inf
     assert check.error({**reference, "a": torch.ones(3)}, reference) == math.inf
-    assert check.error({**reference, "a": torch.tensor([3.0, 4.5])}, reference) == pytest.approx(0.1, rel=2e-3)
+    assert check.error({**reference, "a": torch.tensor([3.0, 4.5])}, reference) == pytest.approx(
+        0.1, rel=2e-3
+    )
 
 
 def test_spread_pairs_rounds() -> None:
@@ -112,12 +117,18 @@ def test_spread_pairs_rounds() -> None:
 
 def test_interleaving_rotates() -> None:
     order: list[str] = []
-    seconds = timing.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3, warm_up=0)  # type: ignore[misc]
+    seconds = timing.interleave(
+        {name: lambda name=name: order.append(name) for name in "abc"},  # type: ignore[misc]
+        3,
+        warm_up=0,
+    )
     assert "".join(order) == "abcbcacab"
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
 
 
-def test_one_contender_that_fails_or_is_absent_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_contender_that_fails_or_is_absent_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(_: Workload) -> object:
         raise ValueError("no such thing")
 
@@ -146,7 +157,9 @@ def test_peak_memory_sees_an_allocation() -> None:
         "from benchmarks.memory import high_water; before = high_water(); "
         "block = bytearray(b'x') * 300_000_000; print(high_water() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=memory.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=memory.ROOT, capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) == pytest.approx(300, rel=0.01)
 
 
@@ -175,8 +188,12 @@ def test_import_figure() -> None:
 def test_long_loops_are_weighed() -> None:
     states, saved = long.weigh(long.LOOPS["P7"])
     parameters = 4 * (32 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10)
-    assert states == pytest.approx(3 * parameters, rel=1e-3)  # Adam keeps two more of each; packing pads a few bytes
-    activations = 4 * 128 * (32 + 256 + 256 + 10) + 8 * 128 + 4  # input, tanh twice, log-probabilities, targets, weight
+    assert states == pytest.approx(
+        3 * parameters, rel=1e-3
+    )  # Adam keeps two more of each; packing pads a few bytes
+    activations = (
+        4 * 128 * (32 + 256 + 256 + 10) + 8 * 128 + 4
+    )  # input, tanh twice, log-probabilities, targets, weight
     assert saved == activations
 
 
@@ -187,7 +204,9 @@ def test_long_loops_are_measured_and_told() -> None:
     assert peak.slots == 3
     timed = long._fresh("ratio", "P9", 3, 2)
     assert timed["difference"] < 1e-10
-    per_step = {int(steps): values for steps, values in long._fresh("growth", "P9", 1, 100, 50, 100).items()}
+    per_step = {
+        int(steps): values for steps, values in long._fresh("growth", "P9", 1, 100, 50, 100).items()
+    }
     assert all(value > 0 for values in per_step.values() for value in values)
     times = long.LongTimes(
         peak,
@@ -208,29 +227,36 @@ def test_long_loops_are_measured_and_told() -> None:
     assert "| conv4" in told or "M3's conv4" in told
     assert "higher does" not in told
     assert "higher does 7 steps" in report.long_section(
-        dataclasses.replace(times, higher_steps=7, higher_peak=1.0, higher_above=2.0, gpt_peak=3.0, gpt_seconds=4.0),
+        dataclasses.replace(
+            times, higher_steps=7, higher_peak=1.0, higher_above=2.0, gpt_peak=3.0, gpt_seconds=4.0
+        ),
         {"date": "today", "machine": "this one"},
     )
     assert json.loads(report.as_json([], readings, times))["long"]["conv4"]["process"] == 3000
 
 
 def test_the_longest_loop_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long, "_fresh", lambda _, __, steps: {"process": 300 + 50 * steps + steps**2 / 10})
+    monkeypatch.setattr(
+        long, "_fresh", lambda _, __, steps: {"process": 300 + 50 * steps + steps**2 / 10}
+    )
     steps, peak, above = long.longest("higher", 2000)
     assert (steps, peak < 2000 < above) == (31, True)
 
 
-@pytest.mark.parametrize("arguments", [["--only", "M9"], ["--repeats", "0"], ["--out", "figures.csv"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "M9"], ["--repeats", "0"], ["--out", "figures.csv"]]
+)
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         __main__.parse(arguments)
 
 
-# -- optimizers ---------------------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------
 
 
 def test_the_table_of_optimizers_tells_right_from_wrong() -> None:
-    """SGD with momentum, by hand: differentiable=True says .90 where .72 is right; higher ignores `maximize`."""
+    """SGD with momentum, by hand: differentiable=True says .90 where .72 is right; higher ignores
+    `maximize`."""
     rules = [rule for rule in optimizers.ROWS if rule.title in ("SGD (momentum)", "SGD (maximize)")]
     lines = {(line.rule.title, line.contender): line.cells for line in optimizers.measure(rules)}
     for (_, who), cells in lines.items():
@@ -241,7 +267,12 @@ def test_the_table_of_optimizers_tells_right_from_wrong() -> None:
     assert lines["SGD (maximize)", "higher"]["forward"].verdict == "wrong"
     assert lines["SGD (momentum)", "higher"]["weight_decay = 0"].verdict == "missing"
     text = optimizers.section(
-        [optimizers.Line(rule, who, cells) for rule in rules for (t, who), cells in lines.items() if t == rule.title]
+        [
+            optimizers.Line(rule, who, cells)
+            for rule in rules
+            for (t, who), cells in lines.items()
+            if t == rule.title
+        ]
     )
     assert "| SGD (momentum) | all 8 right |" in text
 
@@ -249,7 +280,11 @@ def test_the_table_of_optimizers_tells_right_from_wrong() -> None:
 def test_the_page_of_optimizers_has_its_marks_and_no_wrong_cell_of_ours() -> None:
     page = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text(encoding="utf-8")
     table = page[page.index(optimizers.BEGIN) : page.index(optimizers.END)]
-    listed = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| ") and " right" in line]
+    listed = [
+        line.split("|")[1:3]
+        for line in table.splitlines()
+        if line.startswith("| ") and " right" in line
+    ]
     assert {name.strip() for name, _ in listed} == {rule.title for rule in optimizers.ROWS}
     assert all(ours.strip().startswith("all ") for _, ours in listed)
 
@@ -259,6 +294,10 @@ def test_updates_are_those_of_higher_where_it_is_right() -> None:
 
     params, grads = ([torch.linspace(-1, 1, 6) * (i + 1) for i in range(3)] for _ in range(2))
     for rule in ("SGD", "SGD, momentum"):
-        pairs = zip(updates._ours(rule, params, grads)(), updates._theirs(rule, params, grads)(), strict=True)
+        pairs = zip(
+            updates._ours(rule, params, grads)(),
+            updates._theirs(rule, params, grads)(),
+            strict=True,
+        )
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs)

@@ -1,7 +1,9 @@
-"""What one differentiable update of 100 parameter tensors costs, beside higher: `python -m benchmarks --only updates`.
+"""What one differentiable update of 100 parameter tensors costs, beside higher: `python -m
+benchmarks --only updates`.
 
-An update with its share of the backward pass: ten updates from given gradients, recorded, and one backward pass through them. higher
-0.2.1 has no AdamW; its Adam with weight decay takes the place (the same number of operations but one).
+An update with its share of the backward pass: ten updates from given gradients, recorded, and one
+backward pass through them. higher 0.2.1 has no AdamW; its Adam with weight decay takes the place
+(the same number of operations but one).
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ RULES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 
 
 class Update(NamedTuple):
-    """One rule on tensors of one shape: milliseconds per update of ours, and the ratio to higher's, round by round."""
+    """One rule on tensors of one shape: milliseconds per update of ours, and the ratio to higher's,
+    round by round."""
 
     rule: str
     shape: tuple[int, ...]
@@ -40,7 +43,9 @@ def measure(repeats: int | None = None, clock: str = "wall") -> list[Update]:
 
 def _measure(rule: str, shape: tuple[int, ...], repeats: int, clock: str) -> Update:
     generator = torch.Generator().manual_seed(0)
-    params, grads = ([0.1 * torch.randn(shape, generator=generator) for _ in range(TENSORS)] for _ in range(2))
+    params, grads = (
+        [0.1 * torch.randn(shape, generator=generator) for _ in range(TENSORS)] for _ in range(2)
+    )
     ours, theirs = _ours(rule, params, grads), _theirs(rule, params, grads)
     runs: dict[str, Callable[[], object]] = {
         "ours": ours,

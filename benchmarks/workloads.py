@@ -1,9 +1,10 @@
 """The workloads M1 to M4: a network, an inner optimizer, and the data of one whole meta-gradient.
 
-A workload is T inner steps per task, a fresh batch a step, then the same loss on one more batch. What is timed is the
-gradient of the mean outer loss over the tasks with respect to the initial parameters:
+A workload is T inner steps per task, a fresh batch a step, then the same loss on one more batch.
+What is timed is the gradient of the mean outer loss over the tasks with respect to the initial
+parameters:
 
-    d/dθ₀  1/N Σₙ  L(θ_T⁽ⁿ⁾; outer batch n),     θ_{t+1}⁽ⁿ⁾ = step(θ_t⁽ⁿ⁾, ∇L(θ_t⁽ⁿ⁾; inner batch n, t)).
+    d/dθ₀ 1/N Σₙ L(θ_T⁽ⁿ⁾; outer batch n), θ_{t+1}⁽ⁿ⁾ = step(θ_t⁽ⁿ⁾, ∇L(θ_t⁽ⁿ⁾; inner batch n, t)).
 
 A new workload is one entry of `WORKLOADS`.
 """
@@ -39,8 +40,9 @@ class Task(NamedTuple):
 class Workload:
     """One line of the benchmark.
 
-    `data(n)` draws n batches; `forward` is the functional form of the network where there is one; `tolerance` is what
-    float32 can be asked for, as the relative error of the worst parameter's meta-gradient.
+    `data(n)` draws n batches; `forward` is the functional form of the network where there is one;
+    `tolerance` is what float32 can be asked for, as the relative error of the worst parameter's
+    meta-gradient.
     """
 
     name: str
@@ -63,9 +65,9 @@ class Workload:
     def batches(self, dtype: torch.dtype = torch.float32) -> list[Task]:
         """The same data at every call, drawn in float32 so that other dtypes see the same numbers.
 
-        The seed is not arbitrary. Adam's update is g/(|g| + eps) at its first step, so a gradient entry near eps = 1e-8
-        multiplies rounding errors by 1e5; with this seed M2 has none so small, and float32 resolves its meta-gradient
-        to 3e-5.
+        The seed is not arbitrary. Adam's update is g/(|g| + eps) at its first step, so a gradient
+        entry near eps = 1e-8 multiplies rounding errors by 1e5; with this seed M2 has none so
+        small, and float32 resolves its meta-gradient to 3e-5.
         """
         torch.manual_seed(100)
         return [self._task(dtype) for _ in range(self.tasks)]

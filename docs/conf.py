@@ -30,7 +30,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
-# Single backticks in docstrings are names of ours where there is such a name, and code where there is none.
+# Single backticks in docstrings are names of ours where there is such a name, and code where there
+# is none.
 default_role = "py:obj"
 add_module_names = False
 python_maximum_signature_line_length = 100
@@ -47,7 +48,8 @@ napoleon_use_ivar = True  # else a documented field of a dataclass is described 
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
-# The notebook is stored executed: what the pages show is what its author saw, and a test executes it again.
+# The notebook is stored executed: what the pages show is what its author saw, and a test executes
+# it again.
 nb_execution_mode = "off"
 
 html_theme = "furo"
@@ -58,7 +60,9 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 # The notebook lives with the other examples; Sphinx reads only below this folder.
-shutil.copyfile(HERE.parent / "examples" / "walkthrough.ipynb", HERE / "examples" / "walkthrough.ipynb")
+shutil.copyfile(
+    HERE.parent / "examples" / "walkthrough.ipynb", HERE / "examples" / "walkthrough.ipynb"
+)
 
 
 def without_last_empty_line(app: Sphinx, doctree: nodes.document) -> None:
@@ -70,15 +74,25 @@ def without_last_empty_line(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def readable_signature(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: Any,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
 ) -> tuple[str | None, str | None]:
-    """Show a type alias inside of another type by its name; a rule, documented as the function that makes one, makes an Optimizer."""
+    """Show a type alias inside of another type by its name; a rule, documented as the function that
+    makes one, makes an Optimizer."""
     shown = signature and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature)
     return shown, "Optimizer" if what == "function" and inspect.isclass(obj) else returns
 
 
-def field_of_named_tuple(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Its class describes it; what Python writes there by itself ("Alias for field number 0") says nothing."""
+def field_of_named_tuple(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Its class describes it; what Python writes there by itself ("Alias for field number 0") says
+    nothing."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 

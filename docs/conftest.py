@@ -1,4 +1,6 @@
-"""The migration pages run other libraries beside this one: what those warn of is theirs, and a page whose peer is missing is skipped."""
+"""The migration pages run other libraries beside this one: what those warn of is theirs, and a page
+whose peer is missing is skipped.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ PEERS = {
     "migration-from-torchopt.md": ["torchopt"],
 }
 WARNINGS = {
-    # higher takes the square root of a tensor by `math.sqrt`; the page says what that does to the derivative
+    # higher takes the square root of a tensor by `math.sqrt`; the page says what that does to the
+    # derivative
     "migration-from-higher.md": "ignore:Converting a tensor with requires_grad=True to a scalar",
     # JAXopt says at its import that it is no longer maintained; so does the page
     "migration-from-jax.md": "ignore:JAXopt is no longer maintained",
@@ -27,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         page = item.path.name
         missing = [peer for peer in PEERS.get(page, []) if find_spec(peer) is None]
         if missing:
-            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}: see PEERS in the Makefile"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs {', '.join(missing)}: see PEERS in the Makefile")
+            )
         if page in WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(WARNINGS[page]))

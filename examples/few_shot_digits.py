@@ -1,18 +1,21 @@
-"""MAML with learned per-parameter rates on scikit-learn's digits: 3-way 5-shot, against pre-training and random initialisation.
+"""MAML with learned per-parameter rates on scikit-learn's digits: 3-way 5-shot, against
+pre-training and random initialisation.
 
     python examples/few_shot_digits.py                # five class splits, a table at the end
     python examples/few_shot_digits.py --splits 1     # one of them
 
-Ten classes are split into six for training, multiplied by rotations and flips into 48, and four that are only tested, on untouched
-images. A task is: three classes, five images of each to adapt to, fifteen of each to be judged on. Compared are
+Ten classes are split into six for training, multiplied by rotations and flips into 48, and four
+that are only tested, on untouched images. A task is: three classes, five images of each to adapt
+to, fifteen of each to be judged on. Compared are
 
-(a) an initialisation and one learning rate per parameter, meta-learned through five inner steps (Finn et al. 2017, MAML; Li et al. 2017,
+(a) an initialisation and one learning rate per parameter, meta-learned through five inner steps
+(Finn et al. 2017, MAML; Li et al. 2017,
     Meta-SGD),
 (b) ordinary pre-training on the same 48 classes, with a new head,
 (c) a random initialisation.
 
-(b) and (c) adapt all layers with the best rate of a grid, which is picked *on the test tasks themselves*, for each number of steps anew:
-that favours the baselines.
+(b) and (c) adapt all layers with the best rate of a grid, which is picked *on the test tasks
+themselves*, for each number of steps anew: that favours the baselines.
 """
 
 from __future__ import annotations
@@ -78,7 +81,9 @@ class Net(nn.Module):
     def __init__(self, width: int, depth: int, classes: int) -> None:
         super().__init__()
         sizes = [64] + [width] * depth
-        hidden = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
+        hidden = [
+            layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())
+        ]
         self.body = nn.Sequential(nn.Flatten(), *hidden)
         self.head = nn.Linear(width, classes)
 
@@ -87,7 +92,8 @@ class Net(nn.Module):
 
 
 class Split:
-    """Images of training classes ``[classes, images, 8, 8]``, each rotated and flipped copy a class of its own, and of test classes."""
+    """Images of training classes ``[classes, images, 8, 8]``, each rotated and flipped copy a class
+    of its own, and of test classes."""
 
     def __init__(self, args: Args, number: int) -> None:
         digits = load_digits()
@@ -99,7 +105,9 @@ class Split:
         order = torch.randperm(10, generator=torch.Generator().manual_seed(args.seed + number))
         self.test = by_class[order[: args.test_classes]]
         train = by_class[order[args.test_classes :]]
-        turned = [flipped.rot90(k, (-2, -1)) for flipped in (train, train.flip(-1)) for k in range(4)]
+        turned = [
+            flipped.rot90(k, (-2, -1)) for flipped in (train, train.flip(-1)) for k in range(4)
+        ]
         self.train = torch.cat(turned)
 
 
@@ -107,7 +115,9 @@ def sample(bank: Tensor, count: int, args: Args, generator: torch.Generator) -> 
     """Random tasks from images ``[classes, images, 8, 8]``."""
     classes, images = bank.shape[:2]
     chosen = torch.rand(count, classes, generator=generator).argsort(1)[:, : args.ways]
-    drawn = torch.rand(count, args.ways, images, generator=generator).argsort(2)[..., : args.shots + args.queries]
+    drawn = torch.rand(count, args.ways, images, generator=generator).argsort(2)[
+        ..., : args.shots + args.queries
+    ]
     x = bank[chosen[..., None], drawn]
     y = torch.arange(args.ways)[:, None].expand(count, args.ways, args.shots + args.queries)
     support, query = slice(None, args.shots), slice(args.shots, None)
@@ -123,10 +133,14 @@ class Learner:
         self.problem = innerloop.Problem(
             lambda params, log_lr, batch: F.cross_entropy(self.call(params, batch[0]), batch[1]),
             innerloop.optim.sgd(),
-            optimizer_hyper=lambda log_lr, t: {"lr": {name: rate.exp() for name, rate in log_lr.items()}},
+            optimizer_hyper=lambda log_lr, t: {
+                "lr": {name: rate.exp() for name, rate in log_lr.items()}
+            },
         )
 
-    def metagradient(self, params: Named, log_lr: Named, tasks: Tasks) -> tuple[Tensor, dict[str, Named]]:
+    def metagradient(
+        self, params: Named, log_lr: Named, tasks: Tasks
+    ) -> tuple[Tensor, dict[str, Named]]:
         """The mean query loss after adaptation and its gradient, over all tasks at once."""
 
         def of_task(task: Tasks) -> tuple[Tensor, dict[str, Named]]:
@@ -137,13 +151,17 @@ class Learner:
             return innerloop.metagradient(outer, self.problem, params, batches, hyper=log_lr)
 
         value, grads = torch.func.vmap(of_task)(tasks)
-        return value.mean(), {kind: {name: g.mean(0) for name, g in of.items()} for kind, of in grads.items()}
+        return value.mean(), {
+            kind: {name: g.mean(0) for name, g in of.items()} for kind, of in grads.items()
+        }
 
     def accuracy(self, params: Named, log_lr: Named, tasks: Tasks) -> Tensor:
         """Query accuracy ``[tasks, TEST_STEPS]`` after each number of steps."""
 
         def of_task(task: Tasks) -> Tensor:
-            traj = innerloop.unroll(self.problem, params, [(task.x, task.y)] * max(TEST_STEPS), hyper=log_lr)
+            traj = innerloop.unroll(
+                self.problem, params, [(task.x, task.y)] * max(TEST_STEPS), hyper=log_lr
+            )
             predicted = [self.call(traj.at(t).params, task.query_x).argmax(-1) for t in TEST_STEPS]
             return torch.stack([(p == task.query_y).float().mean() for p in predicted])
 
@@ -159,10 +177,14 @@ def meta_learn(learner: Learner, split: Split, bar: tqdm) -> tuple[Named, Named]
     params = {name: p.clone() for name, p in learner.start.items()}
     log_lr = {name: torch.full_like(p, math.log(args.inner_lr)) for name, p in params.items()}
     leaves = {"params": params, "hyper": log_lr}
-    optimizer = torch.optim.Adam([t for of in leaves.values() for t in of.values()], lr=args.outer_lr)
+    optimizer = torch.optim.Adam(
+        [t for of in leaves.values() for t in of.values()], lr=args.outer_lr
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.iterations)
     for _ in range(args.iterations):
-        value, grads = learner.metagradient(params, log_lr, sample(split.train, args.tasks, args, generator))
+        value, grads = learner.metagradient(
+            params, log_lr, sample(split.train, args.tasks, args, generator)
+        )
         for kind, of in leaves.items():
             for name, leaf in of.items():
                 leaf.grad = grads[kind][name]
@@ -191,7 +213,8 @@ def pretrain(args: Args, split: Split) -> Named:
 
 
 def baseline(learner: Learner, params: Named, tasks: Tasks) -> Tensor:
-    """Accuracy ``[tasks, TEST_STEPS]``, for each number of steps with the rate of the grid that is best on these very tasks."""
+    """Accuracy ``[tasks, TEST_STEPS]``, for each number of steps with the rate of the grid that is
+    best on these very tasks."""
     start = {n: learner.start[n] if n.startswith("head") else p for n, p in params.items()}
     found = []
     for rate in GRID:
@@ -206,12 +229,18 @@ def run_split(args: Args, number: int) -> dict[str, Tensor]:
     """Accuracies ``[tasks, TEST_STEPS]`` of (a), (b), (c) on the same test tasks."""
     torch.manual_seed(args.seed + number)
     split, learner = Split(args, number), Learner(args)
-    tasks = sample(split.test, args.test_tasks, args, torch.Generator().manual_seed(args.seed + 1000 + number))
+    tasks = sample(
+        split.test, args.test_tasks, args, torch.Generator().manual_seed(args.seed + 1000 + number)
+    )
     with tqdm(total=args.iterations, desc=f"split {number}: meta-learning", unit="step") as bar:
         learned = learner.accuracy(*meta_learn(learner, split, bar), tasks)
         bar.set_description(f"split {number}: baselines")
         pretrained = baseline(learner, pretrain(args, split), tasks)
-        return {"meta-learned": learned, "pre-trained": pretrained, "random": baseline(learner, learner.start, tasks)}
+        return {
+            "meta-learned": learned,
+            "pre-trained": pretrained,
+            "random": baseline(learner, learner.start, tasks),
+        }
 
 
 def interval(differences: Tensor) -> tuple[float, float]:
@@ -226,8 +255,12 @@ def table(results: dict[str, Tensor], args: Args) -> str:
         lines.append(f"{name:<24}" + "".join(f"{a:>18.3f}" for a in accuracy.mean(0)))
     for name in ("pre-trained", "random"):
         cells = [interval(d) for d in (results["meta-learned"] - results[name]).unbind(1)]
-        lines.append(f"{'(a) minus ' + name:<24}" + "".join(f"{f'{m:+.3f} ± {w:.3f}':>18}" for m, w in cells))
-    return "\n".join([*lines, f"({len(results['random'])} tasks; (a) was trained for {args.inner_steps} steps)"])
+        lines.append(
+            f"{'(a) minus ' + name:<24}" + "".join(f"{f'{m:+.3f} ± {w:.3f}':>18}" for m, w in cells)
+        )
+    return "\n".join(
+        [*lines, f"({len(results['random'])} tasks; (a) was trained for {args.inner_steps} steps)"]
+    )
 
 
 def run(args: Args) -> dict[str, Tensor]:
@@ -236,7 +269,9 @@ def run(args: Args) -> dict[str, Tensor]:
     for number in range(args.splits):
         began = time.perf_counter()
         results.append(run_split(args, number))
-        cells = ", ".join(f"{name} {a[:, TEST_STEPS.index(5)].mean():.3f}" for name, a in results[-1].items())
+        cells = ", ".join(
+            f"{name} {a[:, TEST_STEPS.index(5)].mean():.3f}" for name, a in results[-1].items()
+        )
         tqdm.write(f"split {number}: after 5 steps {cells}; {time.perf_counter() - began:.0f} s")
     return {name: torch.cat([r[name] for r in results]) for name in results[0]}
 
@@ -246,7 +281,9 @@ def parse(argv: list[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for field in dataclasses.fields(Args):
         default = field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(default), default=default
+        )
     return Args(**vars(parser.parse_args(argv)))
 
 

@@ -1,14 +1,17 @@
-"""A learned optimizer, meta-trained through unrolled training, against tuned SGD: random quadratics and scikit-learn's digits.
+"""A learned optimizer, meta-trained through unrolled training, against tuned SGD: random quadratics
+and scikit-learn's digits.
 
-    python examples/learned_optimizer.py                       # both families, about two minutes on one core
-    python examples/learned_optimizer.py --family quadratics   # one of them
+    python examples/learned_optimizer.py # both families, about two minutes on one core python
+    examples/learned_optimizer.py --family quadratics # one of them
 
-A network with a few hundred weights sees, for one entry of one parameter at a time, the gradient and its averages over several time
-scales, and says how far that entry moves (Andrychowicz et al. 2016; features as in Metz et al. 2020). Its weights are trained by the exact
-derivative of the losses along a short training run, over many random tasks at once.
+A network with a few hundred weights sees, for one entry of one parameter at a time, the gradient
+and its averages over several time scales, and says how far that entry moves (Andrychowicz et al.
+2016; features as in Metz et al. 2020). Its weights are trained by the exact derivative of the
+losses along a short training run, over many random tasks at once.
 
-The baselines are SGD, SGD with momentum and Adam. Each has the best setting of a grid, picked on training tasks of the same family, by the
-number that is reported. All are compared on the same held-out tasks, after the same number of steps.
+The baselines are SGD, SGD with momentum and Adam. Each has the best setting of a grid, picked on
+training tasks of the same family, by the number that is reported. All are compared on the same
+held-out tasks, after the same number of steps.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Args:
     seed: int = 0
 
 
-# -- the optimizer ------------------------------------------------------------------------------------------------------
+# -- the optimizer ---------------------------------------------------------------------------------
 
 TIME_SCALES = (0.0, 0.5, 0.9, 0.97)
 """Decays of the averages of the gradient; the first is the gradient itself."""
@@ -64,7 +67,9 @@ def first_state(param: Tensor) -> dict[str, Any]:
     return {"step": 0, "means": means, "square": torch.zeros_like(param), "first": torch.zeros(())}
 
 
-def rule(grad: Tensor, param: Tensor, state: dict[str, Any], weights: Named) -> tuple[Tensor, dict[str, Any]]:
+def rule(
+    grad: Tensor, param: Tensor, state: dict[str, Any], weights: Named
+) -> tuple[Tensor, dict[str, Any]]:
     """One entry at a time: features of its gradients in, direction and length of its move out."""
     step = state["step"] + 1
     decay = torch.tensor(TIME_SCALES).reshape(-1, *[1] * param.ndim)
@@ -75,11 +80,17 @@ def rule(grad: Tensor, param: Tensor, state: dict[str, Any], weights: Named) -> 
     relative = means / ((1 - decay**step) * root)
     size = ((grad**2).mean() + 1e-16).log() / 2
     first = size if step == 1 else state["first"]
-    common = torch.stack([(size - first) / 3, torch.full((), step / 20), torch.exp(torch.full((), -step / 3))])
-    features = torch.cat([relative, param[None], common.reshape(-1, *[1] * param.ndim).expand(-1, *param.shape)])
+    common = torch.stack(
+        [(size - first) / 3, torch.full((), step / 20), torch.exp(torch.full((), -step / 3))]
+    )
+    features = torch.cat(
+        [relative, param[None], common.reshape(-1, *[1] * param.ndim).expand(-1, *param.shape)]
+    )
     features = features.movedim(0, -1)
     hidden = (features @ weights["in"] + weights["bias"]).tanh()
-    direction, length = (hidden @ weights["out"] + features @ weights["direct"] + weights["rate"]).unbind(-1)
+    direction, length = (
+        hidden @ weights["out"] + features @ weights["direct"] + weights["rate"]
+    ).unbind(-1)
     change = -length.exp() * (relative[2] + direction)
     return change, {"step": step, "means": means, "square": square, "first": first}
 
@@ -96,7 +107,7 @@ def first_weights(args: Args) -> Named:
     }
 
 
-# -- two families of tasks ----------------------------------------------------------------------------------------------
+# -- two families of tasks -------------------------------------------------------------------------
 
 
 class Family(NamedTuple):
@@ -124,7 +135,8 @@ class Quadratic(NamedTuple):
 
 
 def quadratics(dimension: int = 10) -> Family:
-    """(x - c)ᵀ A (x - c) / 2: eigenvalues of A between s/100 and s, log-uniform, and s between .1 and 10 from task to task."""
+    """(x - c)ᵀ A (x - c) / 2: eigenvalues of A between s/100 and s, log-uniform, and s between .1
+    and 10 from task to task."""
 
     def sample(count: int, held_out: bool, generator: torch.Generator) -> Quadratic:
         basis = torch.linalg.qr(torch.randn(count, dimension, dimension, generator=generator))[0]
@@ -150,7 +162,8 @@ class Digits(NamedTuple):
 
 
 def digits(steps: int, batch_size: int = 32, width: int = 16) -> Family:
-    """A perceptron 64-16-10 on digits. Training tasks are made of one half of the images, held-out tasks of the other."""
+    """A perceptron 64-16-10 on digits. Training tasks are made of one half of the images, held-out
+    tasks of the other."""
     data = load_digits()
     images = torch.tensor(data.data, dtype=torch.float32) / 16
     images = (images - images.mean()) / images.std()
@@ -172,7 +185,9 @@ def digits(steps: int, batch_size: int = 32, width: int = 16) -> Family:
     def start(task: Digits) -> Named:
         pieces = task.noise.split([math.prod(size) for size in sizes.values()])
         return {
-            name: piece.reshape(size) / size[0] ** 0.5 if len(size) == 2 else torch.zeros_like(piece)
+            name: piece.reshape(size) / size[0] ** 0.5
+            if len(size) == 2
+            else torch.zeros_like(piece)
             for (name, size), piece in zip(sizes.items(), pieces, strict=True)
         }
 
@@ -188,13 +203,16 @@ def digits(steps: int, batch_size: int = 32, width: int = 16) -> Family:
     )
 
 
-# -- training and testing -----------------------------------------------------------------------------------------------
+# -- training and testing --------------------------------------------------------------------------
 
 
 def problem_of(family: Family, optimizer: innerloop.optim.Optimizer) -> innerloop.Problem:
-    """``hyper`` holds the overrides of the optimizer: the weights of the learned one, the rate of another."""
+    """``hyper`` holds the overrides of the optimizer: the weights of the learned one, the rate of
+    another."""
     return innerloop.Problem(
-        lambda params, hyper, batch: family.loss(params, batch), optimizer, optimizer_hyper=lambda hyper, t: hyper
+        lambda params, hyper, batch: family.loss(params, batch),
+        optimizer,
+        optimizer_hyper=lambda hyper, t: hyper,
     )
 
 
@@ -220,11 +238,14 @@ def meta_train(args: Args, family: Family, bar: tqdm) -> Named:
     for _ in range(args.iterations):
         tasks = family.sample(args.tasks, False, generator)
         value, grads = torch.func.vmap(of_task, in_dims=(None, 0))(weights, tasks)
-        # One task whose run explodes must not decide the direction: the gradient of each is scaled to length 1 at most.
+        # One task whose run explodes must not decide the direction: the gradient of each is scaled
+        # to length 1 at most.
         length = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
         share = length.clamp(min=1).reciprocal().nan_to_num(0.0)
         for name, weight in weights.items():
-            weight.grad = torch.einsum("n,n...->...", share, grads[name].nan_to_num(0.0)) / args.tasks
+            weight.grad = (
+                torch.einsum("n,n...->...", share, grads[name].nan_to_num(0.0)) / args.tasks
+            )
         outer_optimizer.step()
         schedule.step()
         bar.set_postfix(outer_loss=f"{value.mean():.3f}")
@@ -233,7 +254,11 @@ def meta_train(args: Args, family: Family, bar: tqdm) -> Named:
 
 
 def final_losses(
-    args: Args, family: Family, optimizer: innerloop.optim.Optimizer, hyper: dict[str, Any], tasks: Any
+    args: Args,
+    family: Family,
+    optimizer: innerloop.optim.Optimizer,
+    hyper: dict[str, Any],
+    tasks: Any,
 ) -> Tensor:
     """log10 of the judged loss after training, for each task."""
     problem = problem_of(family, optimizer)
@@ -259,14 +284,19 @@ def tuned(args: Args, family: Family, grid: list[Any], tasks: Any) -> innerloop.
     """The optimizer of the grid, with one of `RATES`, whose mean on these tasks is best."""
     found = []
     for optimizer in grid:
-        score = torch.func.vmap(lambda rate, o=optimizer: final_losses(args, family, o, {"lr": rate}, tasks).mean())
+        score = torch.func.vmap(
+            lambda rate, o=optimizer: final_losses(args, family, o, {"lr": rate}, tasks).mean()
+        )
         scores = score(torch.tensor(RATES))
-        found.append((scores.min().item(), dataclasses.replace(optimizer, lr=RATES[int(scores.argmin())])))
+        found.append(
+            (scores.min().item(), dataclasses.replace(optimizer, lr=RATES[int(scores.argmin())]))
+        )
     return min(found, key=lambda candidate: candidate[0])[1]
 
 
 class Result(NamedTuple):
-    """log10 of the judged loss ``[test_tasks]`` per optimizer, and which setting the grids chose."""
+    """log10 of the judged loss ``[test_tasks]`` per optimizer, and which setting the grids
+    chose."""
 
     losses: dict[str, Tensor]
     chosen: dict[str, str]
@@ -297,16 +327,22 @@ def mean_and_error(values: Tensor) -> str:
 
 def table(name: str, result: Result, args: Args) -> str:
     lines = [
-        f"{name}: log10 of the loss after {args.test_steps} steps, {args.test_tasks} held-out tasks (mean ± standard error; median)"
+        f"{name}: log10 of the loss after {args.test_steps} steps, {args.test_tasks} held-out "
+        "tasks (mean ± standard error; median)"
     ]
     for kind, losses in result.losses.items():
         median = f"{losses.median().item():+.3f}"
-        lines.append(f"  {kind:<27}{mean_and_error(losses):>16}{median:>9}   {result.chosen.get(kind, '')}")
+        lines.append(
+            f"  {kind:<27}{mean_and_error(losses):>16}{median:>9}   {result.chosen.get(kind, '')}"
+        )
     for kind in result.chosen:
         difference = result.losses["learned"] - result.losses[kind]
         median, won = f"{difference.median().item():+.3f}", (difference < 0).float().mean().item()
         label = f"learned minus {kind}"
-        lines.append(f"  {label:<27}{mean_and_error(difference):>16}{median:>9}   better on {won:.0%} of the tasks")
+        lines.append(
+            f"  {label:<27}{mean_and_error(difference):>16}{median:>9}   better on {won:.0%} of "
+            "the tasks"
+        )
     return "\n".join([*lines, f"  {result.seconds:.0f} s"])
 
 
@@ -324,10 +360,15 @@ def parse(argv: list[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for field in dataclasses.fields(Args):
         default = field.default
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(default), default=default
+        )
     return Args(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    print(f"rates of the grids: {', '.join(map(str, RATES))}; momenta .5, .8, .9, .95, .99; Adam's first beta .5, .9")
+    print(
+        f"rates of the grids: {', '.join(map(str, RATES))}; momenta .5, .8, .9, .95, .99; Adam's "
+        "first beta .5, .9"
+    )
     run(parse())

@@ -1,7 +1,9 @@
-"""Make ``examples/walkthrough.ipynb`` from ``scripts/walkthrough_notebook.py``: split, execute, save with its outputs.
+"""Make ``examples/walkthrough.ipynb`` from ``scripts/walkthrough_notebook.py``: split, execute,
+save with its outputs.
 
-The source is a Python file in the percent format: ``# %%`` begins a code cell, ``# %% [markdown]`` a text cell whose
-lines are comments. What stands before the first cell belongs to the file, not to the notebook.
+The source is a Python file in the percent format: ``# %%`` begins a code cell, ``# %% [markdown]``
+a text cell whose lines are comments. What stands before the first cell belongs to the file, not to
+the notebook.
 
     python scripts/build_notebook.py
 """
@@ -27,7 +29,9 @@ def cells(source: str) -> list[tuple[str, str]]:
     for part in source.split(f"\n{MARK}")[1:]:
         kind, _, body = part.partition("\n")
         if kind.strip() == TEXT:
-            lines = (line.removeprefix("#").removeprefix(" ") for line in body.strip("\n").split("\n"))
+            lines = (
+                line.removeprefix("#").removeprefix(" ") for line in body.strip("\n").split("\n")
+            )
             found.append(("markdown", "\n".join(lines)))
         else:
             found.append(("code", body.strip("\n")))
@@ -35,18 +39,26 @@ def cells(source: str) -> list[tuple[str, str]]:
 
 
 def unexecuted(source: str) -> NotebookNode:
-    """The notebook without outputs. Cell ids are numbers, so that building it twice gives the same file."""
+    """The notebook without outputs. Cell ids are numbers, so that building it twice gives the same
+    file.
+    """
     make = {"code": new_code_cell, "markdown": new_markdown_cell}
-    content = [make[kind](text, id=f"cell-{number}") for number, (kind, text) in enumerate(cells(source))]
+    content = [
+        make[kind](text, id=f"cell-{number}") for number, (kind, text) in enumerate(cells(source))
+    ]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return new_notebook(cells=content, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+    return new_notebook(
+        cells=content, metadata={"kernelspec": kernel, "language_info": {"name": "python"}}
+    )
 
 
 def execute(notebook: NotebookNode) -> NotebookNode:
     """Run every cell in a fresh kernel; an exception in a cell is an exception here."""
     metadata = dict(notebook.metadata)
     NotebookClient(notebook, timeout=300, record_timing=False).execute(cwd=str(NOTEBOOK.parent))
-    notebook.metadata = metadata  # the kernel adds its exact version, which would differ from machine to machine
+    notebook.metadata = (
+        metadata  # the kernel adds its exact version, which would differ from machine to machine
+    )
     return notebook
 
 

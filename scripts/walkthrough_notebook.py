@@ -1,18 +1,21 @@
-"""The source of ``examples/walkthrough.ipynb``; ``scripts/build_notebook.py`` makes the notebook from it."""
+"""The source of ``examples/walkthrough.ipynb``; ``scripts/build_notebook.py`` makes the notebook
+from it.
+"""
 
 # %% [markdown]
 # # Differentiating through a training step
 #
-# Training changes parameters: $\theta_0$ becomes $\theta_1$, then $\theta_2$, and so on. Each is a *function* of the
-# one before. So it has a derivative, and this notebook computes it, for a model small enough that every number can be
-# checked on paper.
+# Training changes parameters: $\theta_0$ becomes $\theta_1$, then $\theta_2$, and so on. Each is a
+# *function* of the one before. So it has a derivative, and this notebook computes it, for a model
+# small enough that
+# every number can be checked on paper.
 #
 # The model has two parameters and one input, the loss is half the squared error:
 #
 # $$\hat y = (a^2 + b^2)\,x, \qquad L = \tfrac12 (\hat y - y)^2 .$$
 #
-# The data comes from $a = 3, b = 4$; training starts at $a_0 = 2, b_0 = 3$. Everything is in float64, so that a formula
-# and a program can be compared to the last digits.
+# The data comes from $a = 3, b = 4$; training starts at $a_0 = 2, b_0 = 3$. Everything is in
+# float64, so that a formula and a program can be compared to the last digits.
 
 # %%
 import io
@@ -49,11 +52,13 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 # %% [markdown]
 # ## One step of SGD, tracked
 #
-# An ordinary loop says `loss.backward(); optimizer.step()`. Under `innerloop.track` it says `loop.step(loss)` and uses
-# `loop.model` in place of `model`. The update is the same; what is new is that every version of the parameters stays
-# connected to the one before. With learning rate 1:
+# An ordinary loop says `loss.backward(); optimizer.step()`. Under `innerloop.track` it says
+# `loop.step(loss)` and uses `loop.model` in place of `model`. The update is the same; what is new
+# is that every version of the
+# parameters stays connected to the one before. With learning rate 1:
 #
-# $$a_1 = a_0 - (\hat y - y)\, 2 a_0 x = 2 - (-1.2)(0.4) = 2.48, \qquad b_1 = 3 - (-1.2)(0.6) = 3.72 .$$
+# $$a_1 = a_0 - (\hat y - y)\, 2 a_0 x = 2 - (-1.2)(0.4) = 2.48, \qquad b_1 = 3 - (-1.2)(0.6) = 3.72
+# .$$
 
 # %%
 model = Model()
@@ -65,20 +70,23 @@ with innerloop.track(model, optimizer) as loop:
 
 print(f"loss at step 0   {loss.item():.10g}")
 for t in (0, 1):
-    print(f"parameters at {t}  ", {name: round(p.item(), 10) for name, p in loop.parameters(time=t).items()})
+    print(
+        f"parameters at {t}  ",
+        {name: round(p.item(), 10) for name, p in loop.parameters(time=t).items()},
+    )
 print(f"loss at step 1   {outer_loss.item():.10g}")
 
 # %% [markdown]
 # ## How $(a_1, b_1)$ depends on $(a_0, b_0)$
 #
-# The gradient is taken *at* $(a_0, b_0)$, so a nudge of $a_0$ alone changes the prediction, hence both gradients, hence
-# both parameters after the step. The product rule gives
+# The gradient is taken *at* $(a_0, b_0)$, so a nudge of $a_0$ alone changes the prediction, hence
+# both gradients, hence both parameters after the step. The product rule gives
 #
-# $$\frac{\partial a_1}{\partial a_0} = 1 - 2x(\hat y - y) - 4 x^2 a_0^2 = 1 + .24 - .16 = 1.08, \qquad
-# \frac{\partial a_1}{\partial b_0} = - 4 x^2 a_0 b_0 = -.24 .$$
+# $$\frac{\partial a_1}{\partial a_0} = 1 - 2x(\hat y - y) - 4 x^2 a_0^2 = 1 + .24 - .16 = 1.08,
+# \qquad \frac{\partial a_1}{\partial b_0} = - 4 x^2 a_0 b_0 = -.24 .$$
 #
-# The first two terms say how the step stretches parameters, the last one comes from the residual's own dependence on
-# them: it is the part with second derivatives of the loss.
+# The first two terms say how the step stretches parameters, the last one comes from the residual's
+# own dependence on them: it is the part with second derivatives of the loss.
 
 # %%
 jacobian = innerloop.inspect.jacobian(loop.trajectory, time=1, wrt=0)
@@ -89,7 +97,8 @@ for later in "ab":
 # %% [markdown]
 # ## The outer gradient, path by path
 #
-# Call the loss after the step the *outer* loss, $TL$. It sees $a_0$ in two ways: through $a_1$ and through $b_1$.
+# Call the loss after the step the *outer* loss, $TL$. It sees $a_0$ in two ways: through $a_1$ and
+# through $b_1$.
 #
 # $$\frac{\partial TL}{\partial a_0}
 # = \frac{\partial TL}{\partial a_1} \frac{\partial a_1}{\partial a_0}
@@ -103,13 +112,18 @@ paths = innerloop.inspect.paths(loop.trajectory, outer_loss, time=1, wrt=0)
 for earlier in "ab":
     through_a, through_b = (paths.through[later][earlier].item() for later in "ab")
     total = paths.total[earlier].item()
-    print(f"d TL / d {earlier}0:  {through_a:+.10f} through a1  {through_b:+.10f} through b1  =  {total:+.10f}")
+    print(
+        f"d TL / d {earlier}0:  {through_a:+.10f} through a1  {through_b:+.10f} through b1  =  "
+        f"{total:+.10f}"
+    )
 
 # %% [markdown]
 # ## The outer step
 #
-# To *use* this gradient nothing new is needed: `backward` leaves it in `.grad` of the model's own parameters, which are
-# still those of step 0, and the ordinary optimizer moves them. What this lowers is the loss one inner step *later*.
+# To *use* this gradient nothing new is needed: `backward` leaves it in `.grad` of the model's own
+# parameters, which are still those of step 0, and the ordinary optimizer moves them. What this
+# lowers is the loss one
+# inner step *later*.
 
 # %%
 outer_loss.backward()
@@ -125,8 +139,8 @@ print(f"outer loss      {outer_loss.item():.4f} before, {loss_of(after.model).it
 # %% [markdown]
 # ## Is it right?
 #
-# A derivative that nobody checked is a guess. `check_metagradient` repeats the computation from nudged starts, in
-# float64, and compares; it raises an error where the two disagree.
+# A derivative that nobody checked is a guess. `check_metagradient` repeats the computation from
+# nudged starts, in float64, and compares; it raises an error where the two disagree.
 
 
 # %%
@@ -141,14 +155,18 @@ def train_once(start: dict[str, torch.Tensor]) -> torch.Tensor:
 start = {name: p.detach() for name, p in Model().named_parameters()}
 report = innerloop.check_metagradient(train_once, start, directions=1)
 for row in report.comparisons:
-    print(f"{row.input}:  autograd {row.autograd:+.10f}   finite differences {row.finite:+.10f}   agree: {row.ok}")
+    print(
+        f"{row.input}:  autograd {row.autograd:+.10f}   finite differences {row.finite:+.10f}   "
+        f"agree: {row.ok}"
+    )
 
 # %% [markdown]
 # ## Two models
 #
-# Often the network that is adapted to a task (*m*) and the one that learns how to start (*M*) are two objects.
-# `params=` begins the loop of *m* at the parameters of *M*. The outer gradient then arrives at *M*, and *m* itself is
-# left as it was.
+# Often the network that is adapted to a task (*m*) and the one that learns how to start (*M*) are
+# two objects.
+# `params=` begins the loop of *m* at the parameters of *M*. The outer gradient then arrives at *M*,
+# and *m* itself is left as it was.
 
 # %%
 M, m = Model(), Model()
@@ -167,10 +185,14 @@ print("m stays at", {name: p.item() for name, p in m.named_parameters()})
 # %% [markdown]
 # ## Many steps: influence fades, stays, or grows
 #
-# Over $k$ steps the Jacobians multiply, $\partial\theta_k/\partial\theta_0 = J_{k-1} \cdots J_1 J_0$. What the product
-# does depends on the direction and on the learning rate. The minima of this loss form a ring, $a^2 + b^2 = 25$: a round
-# valley. A nudge *across* it is corrected by the steps that follow; a nudge *along* it is not, since all places on the
-# ring are equally good. And with a learning rate so large that the steps leap over the valley, a nudge across it grows.
+# Over $k$ steps the Jacobians multiply, $\partial\theta_k/\partial\theta_0 = J_{k-1} \cdots J_1
+# J_0$. What the product does depends on the direction and on the learning rate. The minima of this
+# loss form a ring, $a^2
+# + b^2 = 25$: a round valley. A nudge *across* it is corrected by the steps that follow; a nudge
+# *along* it is not,
+# since all places on the ring are equally good. And with a learning rate so large that the steps
+# leap over the valley, a
+# nudge across it grows.
 
 
 # %%
@@ -194,8 +216,10 @@ influence(rate=2.8)
 
 # %% [markdown]
 # The picture shows the same. Left, in blue: a disc of starts around $\theta_0$, and what the map
-# $\partial\theta_k/\partial\theta_0$ makes of it, squeezed across the valley and stretched along it. In orange, from a
-# start of its own: steps that are too large. Right: how much a nudge at step $t$ still matters at the end.
+# $\partial\theta_k/\partial\theta_0$ makes of it, squeezed across the valley and stretched along
+# it. In orange, from a start of its own: steps that are too large. Right: how much a nudge at step
+# $t$ still matters at
+# the end.
 
 # %%
 result = walkthrough.run()
@@ -206,8 +230,8 @@ Image(picture.getvalue())
 # %% [markdown]
 # ## All of it, three ways
 #
-# `innerloop walkthrough` prints these numbers beside hand-derived formulas and finite differences of a plain
-# `torch.optim` loop, and fails if a column disagrees. From Python it is data:
+# `innerloop walkthrough` prints these numbers beside hand-derived formulas and finite differences
+# of a plain `torch.optim` loop, and fails if a column disagrees. From Python it is data:
 
 # %%
 print(len(result.rows), "rows; all agree:", result.agrees)

@@ -1,8 +1,9 @@
 """Shared fixtures, and the checking of types at run time.
 
-The annotations of the package are executed: every call of a function of ``innerloop`` checks its arguments and its result (beartype
-by way of jaxtyping's import hook). ``torch.compile`` cannot trace the wrappers that do this, so the tests that compile carry the
-marker ``compiled`` and run in a session of their own, ``pytest -m compiled``, without the hook.
+The annotations of the package are executed: every call of a function of ``innerloop`` checks its
+arguments and its result (beartype by way of jaxtyping's import hook). ``torch.compile`` cannot
+trace the wrappers that do this, so the tests that compile carry the marker ``compiled`` and run in
+a session of their own, ``pytest -m compiled``, without the hook.
 """
 
 from __future__ import annotations
@@ -24,24 +25,38 @@ _hook = pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Install the hook before anything imports the package, unless the session was asked for the tests that compile."""
+    """Install the hook before anything imports the package, unless the session was asked for the
+    tests that compile."""
     asked = config.option.markexpr
     if not re.search(r"\bcompiled\b", re.sub(r"\bnot compiled\b", "", asked)):
-        config.stash[_hook] = jaxtyping.install_import_hook(checked_modules(), f"{type_checker.__name__}.checked")
+        config.stash[_hook] = jaxtyping.install_import_hook(
+            checked_modules(), f"{type_checker.__name__}.checked"
+        )
 
 
 FOLDER = Path(importlib.util.find_spec("innerloop").submodule_search_locations[0])  # type: ignore[union-attr, index]
-NOT_CHECKED = {"innerloop.tree", "innerloop.optim.adapted.values", "innerloop.optim.packing"}
-"""Called for every node of every tree, every operation of a foreign optimizer, and every parameter at every step: they alone would double
-the time of the suite."""
+NOT_CHECKED = {
+    "innerloop._utils.tree",
+    "innerloop.optim._adapt.interpreter",
+    "innerloop.optim._adapt.number",
+    "innerloop.optim._adapt.pure_calls",
+    "innerloop.optim._engine.packing",
+}
+"""Called for every node of every tree, every operation of a foreign optimizer, and every parameter
+at every step: they alone would double the time of the suite."""
 
 
 def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[str]:
-    """Modules and packages that hold none of those; a package stands for all that is in it. Nothing is imported here."""
+    """Modules and packages that hold none of those; a package stands for all that is in it. Nothing
+    is imported here."""
     names = [f"{package}.{found.name}" for found in pkgutil.iter_modules([str(folder)])]
     whole = [name for name in names if not any(skipped.startswith(name) for skipped in NOT_CHECKED)]
-    parts = [name for name in names if any(skipped.startswith(f"{name}.") for skipped in NOT_CHECKED)]
-    return whole + [name for part in parts for name in checked_modules(part, folder / part.rpartition(".")[2])]
+    parts = [
+        name for name in names if any(skipped.startswith(f"{name}.") for skipped in NOT_CHECKED)
+    ]
+    return whole + [
+        name for part in parts for name in checked_modules(part, folder / part.rpartition(".")[2])
+    ]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -56,7 +71,8 @@ def _same_numbers_every_time() -> None:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """``torch.optim`` keeps some of its scalars in the default dtype: parity is measured in float64."""
+    """``torch.optim`` keeps some of its scalars in the default dtype: parity is measured in
+    float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield

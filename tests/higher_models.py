@@ -1,4 +1,5 @@
-"""What the tests of the bridge share: the peer itself, small models, and plain PyTorch that trains them."""
+"""What the tests of the bridge share: the peer itself, small models, and plain PyTorch that trains
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ def peer() -> Any:
     """The library ``higher`` itself, whose source makes recent Pythons warn when it is compiled."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("higher", reason="higher is not installed: `make setup` brings it")
+        return pytest.importorskip(
+            "higher", reason="higher is not installed: `make setup` brings it"
+        )
 
 
 class Tied(nn.Module):
@@ -46,16 +49,22 @@ class HalfUsed(nn.Module):
 
 
 def plain() -> Any:
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 2)
+    )
 
 
 def tied_in_sequence() -> Any:
     projection = nn.Linear(4, 3)
-    return nn.Sequential(projection, nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), projection, nn.Tanh(), nn.Linear(3, 2))
+    return nn.Sequential(
+        projection, nn.Tanh(), nn.Linear(3, 4), nn.Sigmoid(), projection, nn.Tanh(), nn.Linear(3, 2)
+    )
 
 
 def with_batch_norm() -> Any:
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(
+        nn.Linear(4, 3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4)
+    )
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -90,9 +99,11 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def call_at(model: nn.Module, params: Iterable[Tensor], *args: Any) -> Any:
-    """The output of a copy of the model in which other tensors stand in the places of the parameters.
+    """The output of a copy of the model in which other tensors stand in the places of the
+    parameters.
 
-    Not ``torch.func.functional_call``, which (torch 2.13) leaves its tensors behind in a module that is registered twice.
+    Not ``torch.func.functional_call``, which (torch 2.13) leaves its tensors behind in a module
+    that is registered twice.
     """
     copied = copy.deepcopy(model)
     given = {id(p): tensor for p, tensor in zip(copied.parameters(), params, strict=True)}
@@ -103,12 +114,16 @@ def call_at(model: nn.Module, params: Iterable[Tensor], *args: Any) -> Any:
     return copied(*args)
 
 
-def unrolled_by_hand(model: nn.Module, inputs: Sequence[Tensor], lr: float) -> tuple[list[Tensor], Tensor]:
+def unrolled_by_hand(
+    model: nn.Module, inputs: Sequence[Tensor], lr: float
+) -> tuple[list[Tensor], Tensor]:
     """``(start, outer loss)`` of gradient descent on all inputs but the last, written out."""
     start = [p.detach().clone().requires_grad_() for p in model.parameters()]
     params = start
     for x in inputs[:-1]:
-        grads = torch.autograd.grad(loss_of(call_at(model, params, x)), params, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            loss_of(call_at(model, params, x)), params, create_graph=True, allow_unused=True
+        )
         params = [p if g is None else p - lr * g for p, g in zip(params, grads, strict=True)]
     return start, loss_of(call_at(model, params, inputs[-1]))
 

@@ -11,7 +11,8 @@ Episode = Callable[[], None]
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """The collector is off, and `gc.get_objects` lists only what comes into being from here on (which makes it fast)."""
+    """The collector is off, and `gc.get_objects` lists only what comes into being from here on
+    (which makes it fast)."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -25,8 +26,8 @@ def without_collector() -> Iterator[None]:
 def assert_nothing_is_left(episode: Episode, count: int) -> None:
     """The number of objects, and what the collector would find, after so many episodes.
 
-    Three times, of which the best counts: what episodes leave behind they leave every time, while a thread of somebody else in
-    this process may make an object at any moment.
+    Three times, of which the best counts: what episodes leave behind they leave every time, while a
+    thread of somebody else in this process may make an object at any moment.
     """
     found = []
     for _ in range(3):

@@ -28,7 +28,10 @@ def network(shift: float = 0.0) -> TwoLayers:
 
 def direction(model: nn.Module) -> dict[str, Tensor]:
     """A fixed direction over all parameters, in which no entry is zero."""
-    return {name: smooth_noise(*p.shape, phase=100.0 + i) for i, (name, p) in enumerate(model.named_parameters())}
+    return {
+        name: smooth_noise(*p.shape, phase=100.0 + i)
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
 
 
 def sgd(model: nn.Module, lr: float = 0.1, momentum: float = 0.9) -> torch.optim.SGD:
@@ -40,7 +43,10 @@ def adam(model: nn.Module, lr: float = 0.05) -> torch.optim.Adam:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Step = regression, steps: range = range(STEPS)
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Step = regression,
+    steps: range = range(STEPS),
 ) -> nn.Module:
     """Plain PyTorch."""
     for t in steps:

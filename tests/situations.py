@@ -1,8 +1,9 @@
 """The one list of module situations under test, and plain PyTorch as their truth.
 
-**To enrol a situation, add one line to ``SITUATIONS``**: how the module is made, its loss at step t and, if it is not SGD over
-everything, its optimizer. The situation then stands under the whole contract of ``test_module_situations.py``: forward, buffers
-and optimizer state equal to ``torch.optim``, gradients equal to finite differences, the user's objects untouched, for ``track``,
+**To enrol a situation, add one line to ``SITUATIONS``**: how the module is made, its loss at step t
+and, if it is not SGD over everything, its optimizer. The situation then stands under the whole
+contract of ``test_module_situations.py``: forward, buffers and optimizer state equal to
+``torch.optim``, gradients equal to finite differences, the user's objects untouched, for ``track``,
 for ``Problem.from_module`` and for ``functional``.
 
 Nothing in this file imports innerloop.
@@ -30,13 +31,15 @@ SEED = 7
 TokenIds = Tensor
 
 
-# -- modules that people really write ------------------------------------------------------------------------------------
+# -- modules that people really write --------------------------------------------------------------
 
 
 class TwoLayers(nn.Module):
     """tanh in between, so that every derivative exists."""
 
-    def __init__(self, middle: Callable[[], nn.Module] = nn.Tanh, features: int = 3, hidden: int = 4) -> None:
+    def __init__(
+        self, middle: Callable[[], nn.Module] = nn.Tanh, features: int = 3, hidden: int = 4
+    ) -> None:
         super().__init__()
         self.body = nn.Linear(features, hidden)
         self.middle = middle()
@@ -86,7 +89,8 @@ class RegisteredTwice(nn.Module):
 
 
 class InPlainContainers(nn.Module):
-    """Modules that are registered and also stand in plain Python containers, by which ``forward`` finds them."""
+    """Modules that are registered and also stand in plain Python containers, by which ``forward``
+    finds them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,11 +104,14 @@ class InPlainContainers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.order:
             x = block(x)
-        return x + self.nested["pair"][1][0](self.nested["named"]["act"](self.nested["pair"][0](x.expand(-1, 3))))
+        return x + self.nested["pair"][1][0](
+            self.nested["named"]["act"](self.nested["pair"][0](x.expand(-1, 3)))
+        )
 
 
 class ParametersInLists(nn.Module):
-    """Parameters that are registered and also stand in a list, in a dict and under a second name."""
+    """Parameters that are registered and also stand in a list, in a dict and under a second
+    name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,8 +128,12 @@ class ParametersInLists(nn.Module):
 class TorchContainers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(smooth_noise(3, 3)), nn.Parameter(smooth_noise(3, 1, phase=1.0))])
-        self.scales = nn.ParameterDict({"in": nn.Parameter(torch.tensor(0.8)), "out": nn.Parameter(torch.tensor(1.2))})
+        self.weights = nn.ParameterList(
+            [nn.Parameter(smooth_noise(3, 3)), nn.Parameter(smooth_noise(3, 1, phase=1.0))]
+        )
+        self.scales = nn.ParameterDict(
+            {"in": nn.Parameter(torch.tensor(0.8)), "out": nn.Parameter(torch.tensor(1.2))}
+        )
         self.modules_by_name = nn.ModuleDict({"act": nn.Tanh(), "skip": nn.Linear(3, 1)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +142,8 @@ class TorchContainers(nn.Module):
 
 
 class StoredMethods(TwoLayers):
-    """Bound methods and partial functions of submodules, kept as attributes and called from ``forward``."""
+    """Bound methods and partial functions of submodules, kept as attributes and called from
+    ``forward``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +166,9 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(
-            self.recurrent(x.unsqueeze(1) * torch.tensor([[[1.0], [-0.5], [0.3]]], dtype=x.dtype))[0][:, -1]
+            self.recurrent(x.unsqueeze(1) * torch.tensor([[[1.0], [-0.5], [0.3]]], dtype=x.dtype))[
+                0
+            ][:, -1]
         )
 
 
@@ -162,7 +176,12 @@ class Convolutional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv1d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(8, 1)
+            nn.Conv1d(1, 4, 2, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.SiLU(),
+            nn.AvgPool1d(2),
+            nn.Flatten(),
+            nn.Linear(8, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +189,8 @@ class Convolutional(nn.Module):
 
 
 class UnusualTensors(nn.Module):
-    """A 0-dim, an empty, a complex and an absent parameter; integer, boolean, absent and unsaved buffers that change."""
+    """A 0-dim, an empty, a complex and an absent parameter; integer, boolean, absent and unsaved
+    buffers that change."""
 
     calls: Tensor
     flags: Tensor
@@ -180,7 +200,9 @@ class UnusualTensors(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.7))
         self.empty = nn.Parameter(torch.zeros(0, 3))
-        self.spectrum = nn.Parameter(torch.tensor([0.5 + 1.0j, -0.8 + 0.2j], dtype=torch.complex128))
+        self.spectrum = nn.Parameter(
+            torch.tensor([0.5 + 1.0j, -0.8 + 0.2j], dtype=torch.complex128)
+        )
         self.register_parameter("absent", None)
         self.register_buffer("calls", torch.tensor(0))
         self.register_buffer("flags", torch.tensor([True, False]))
@@ -190,13 +212,20 @@ class UnusualTensors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.flags.logical_not_()
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()  # replaced, where the others are written in place
+        self.mean = (
+            0.9 * self.mean + 0.1 * x.detach().mean()
+        )  # replaced, where the others are written in place
         waves = (self.spectrum * torch.exp(1j * x[:, :2])).sum(1)
-        return self.scale * (waves.real**2 + waves.imag).unsqueeze(1) + self.empty.sum() + self.mean * self.scale
+        return (
+            self.scale * (waves.real**2 + waves.imag).unsqueeze(1)
+            + self.empty.sum()
+            + self.mean * self.scale
+        )
 
 
 class Quantised(TwoLayers):
-    """Frozen integer weights, as a quantised base model has them, and a large buffer that is written in place."""
+    """Frozen integer weights, as a quantised base model has them, and a large buffer that is
+    written in place."""
 
     table: Tensor
 
@@ -262,7 +291,9 @@ def spectral() -> nn.Module:
 
 
 def orthogonal() -> nn.Module:
-    return prepared(TwoLayers(), lambda m: parametrizations.orthogonal(m.body, orthogonal_map="cayley"))
+    return prepared(
+        TwoLayers(), lambda m: parametrizations.orthogonal(m.body, orthogonal_map="cayley")
+    )
 
 
 def weight_norm() -> nn.Module:
@@ -293,7 +324,7 @@ def two_modules() -> dict[str, nn.Module]:
     }
 
 
-# -- losses: model and step to a scalar ----------------------------------------------------------------------------------
+# -- losses: model and step to a scalar ------------------------------------------------------------
 
 
 def features(t: int) -> Tensor:
@@ -325,7 +356,9 @@ def one_head(model: Any, t: int) -> Tensor:
 
 def actor_critic(models: Any, t: int) -> Tensor:
     x = features(t)
-    return F.mse_loss(models["actor"](x), target(t)) + 0.5 * F.mse_loss(models["critic"](x), target(t + 1))
+    return F.mse_loss(models["actor"](x), target(t)) + 0.5 * F.mse_loss(
+        models["critic"](x), target(t + 1)
+    )
 
 
 def evaluated(model: Any) -> Tensor:
@@ -334,7 +367,7 @@ def evaluated(model: Any) -> Tensor:
     return regression(model, STEPS)
 
 
-# -- optimizers ----------------------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------
 
 
 def named(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -346,11 +379,21 @@ def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, Tenso
     return _once(model, nn.Module.named_buffers)
 
 
-def _once(model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]) -> dict[str, Any]:
+def _once(
+    model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]
+) -> dict[str, Any]:
     if isinstance(model, nn.Module):
         return dict(listing(model))
-    everything = [(f"{key}.{name}", tensor) for key, module in model.items() for name, tensor in listing(module)]
-    return {name: x for i, (name, x) in enumerate(everything) if all(x is not before for _, before in everything[:i])}
+    everything = [
+        (f"{key}.{name}", tensor)
+        for key, module in model.items()
+        for name, tensor in listing(module)
+    ]
+    return {
+        name: x
+        for i, (name, x) in enumerate(everything)
+        if all(x is not before for _, before in everything[:i])
+    }
 
 
 Optimizers = list[torch.optim.Optimizer]
@@ -361,11 +404,17 @@ def everything(model: Any) -> Optimizers:
 
 
 def only_trainable(model: Any) -> Optimizers:
-    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)]
+    return [
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    ]
 
 
 def interleaved(model: Any) -> Optimizers:
-    return [torch.optim.SGD([p for i, p in enumerate(model.parameters()) if i % 2 == 0][::-1], lr=0.1, momentum=0.9)]
+    return [
+        torch.optim.SGD(
+            [p for i, p in enumerate(model.parameters()) if i % 2 == 0][::-1], lr=0.1, momentum=0.9
+        )
+    ]
 
 
 def only_head(model: Any) -> Optimizers:
@@ -381,7 +430,10 @@ def one_per_half(model: Any) -> Optimizers:
 
 
 def two_groups(model: Any) -> Optimizers:
-    groups = [{"params": model.head.parameters(), "lr": 0.03, "momentum": 0.5}, {"params": model.body.parameters()}]
+    groups = [
+        {"params": model.head.parameters(), "lr": 0.03, "momentum": 0.5},
+        {"params": model.body.parameters()},
+    ]
     return [torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)]
 
 
@@ -389,7 +441,7 @@ def adam(model: Any) -> Optimizers:
     return [torch.optim.Adam(named(model).values(), lr=0.05, eps=0.1)]
 
 
-# -- the list ------------------------------------------------------------------------------------------------------------
+# -- the list --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,7 +455,8 @@ class Situation:
         optimizer: the ``torch.optim`` optimizers over the model.
         outer: the outer loss of the trained model; by default the loss on one more batch.
         not_unrolled: why ``Problem.from_module`` does not apply; empty where it does.
-        forward_only: why PyTorch's own backward is not the derivative of its forward, so that there is no truth for gradients.
+        forward_only: why PyTorch's own backward is not the derivative of its forward, so that there
+            is no truth for gradients.
     """
 
     name: str
@@ -428,7 +481,9 @@ SITUATIONS = (
     Situation("plain", TwoLayers),
     Situation("adam", TwoLayers, optimizer=adam),
     Situation(
-        "frozen-layer-in-optimizer", frozen_body, not_unrolled="params are those to train: the optimizer has more"
+        "frozen-layer-in-optimizer",
+        frozen_body,
+        not_unrolled="params are those to train: the optimizer has more",
     ),
     Situation("frozen-layer-filtered", frozen_body, optimizer=only_trainable),
     Situation("interleaved-subset", TwoLayers, optimizer=interleaved),
@@ -437,7 +492,12 @@ SITUATIONS = (
     Situation("two-groups", TwoLayers, optimizer=two_groups),
     Situation("unused-parameter", WithUnused),
     Situation("unused-parameter-adam", WithUnused, optimizer=adam),
-    Situation("head-used-every-second-step", TwoHeads, one_head, not_unrolled="a gradient is zero there, never None"),
+    Situation(
+        "head-used-every-second-step",
+        TwoHeads,
+        one_head,
+        not_unrolled="a gradient is zero there, never None",
+    ),
     Situation("tied-weights", TiedLanguageModel, next_token, adam),
     Situation("registered-twice", RegisteredTwice),
     Situation("modules-in-plain-containers", InPlainContainers),
@@ -447,7 +507,9 @@ SITUATIONS = (
     Situation("submodules-called-alone", TwoLayers, by_parts),
     Situation("own-attribute-access", lambda: OwnAttributeAccess(gain=0.7)),
     Situation("hooks", hooked),
-    Situation("dict-of-modules", two_modules, actor_critic, not_unrolled="from_module takes one module"),
+    Situation(
+        "dict-of-modules", two_modules, actor_critic, not_unrolled="from_module takes one module"
+    ),
     Situation("lstm", lambda: Recurrent(nn.LSTM, layers=2)),
     Situation("gru", lambda: Recurrent(nn.GRU)),
     Situation("convolution-group-norm", Convolutional),
@@ -456,7 +518,9 @@ SITUATIONS = (
     Situation("batch-norm-then-evaluated", batch_norm, outer=evaluated),
     Situation("dropout", dropout),
     Situation("dropout-then-evaluated", dropout, outer=evaluated, optimizer=adam),
-    Situation("spectral-norm", spectral, forward_only="its backward holds the singular vectors constant"),
+    Situation(
+        "spectral-norm", spectral, forward_only="its backward holds the singular vectors constant"
+    ),
     Situation("weight-norm-legacy", weight_norm),
     Situation("orthogonal", orthogonal),
     Situation("unusual-tensors", UnusualTensors),
@@ -465,13 +529,17 @@ SITUATIONS = (
 )
 
 
-def each_situation(choose: Callable[[Situation], bool] = lambda situation: True) -> pytest.MarkDecorator:
+def each_situation(
+    choose: Callable[[Situation], bool] = lambda situation: True,
+) -> pytest.MarkDecorator:
     """Parametrize a test by ``situation``."""
-    chosen = [pytest.param(situation, id=situation.name) for situation in SITUATIONS if choose(situation)]
+    chosen = [
+        pytest.param(situation, id=situation.name) for situation in SITUATIONS if choose(situation)
+    ]
     return pytest.mark.parametrize("situation", chosen)
 
 
-# -- truth: plain PyTorch ------------------------------------------------------------------------------------------------
+# -- truth: plain PyTorch --------------------------------------------------------------------------
 
 
 class PlainRun(NamedTuple):
@@ -493,8 +561,9 @@ def plain_run(
 ) -> PlainRun:
     """Ordinary training from parameters moved by ``shift``, with learning rates moved by ``lr``.
 
-    For a finite difference ``outer_buffers`` are those of the run that was not moved. Running statistics depend on the
-    parameters, but for PyTorch they are constants of the derivative (it updates them without recording), and so for the truth.
+    For a finite difference ``outer_buffers`` are those of the run that was not moved. Running
+    statistics depend on the parameters, but for PyTorch they are constants of the derivative (it
+    updates them without recording), and so for the truth.
     """
     model = situation.model()
     with torch.no_grad():
@@ -544,25 +613,30 @@ def fixed_directions(situation: Situation) -> list[dict[str, Tensor]]:
 
 @functools.cache
 def true_init_derivatives(situation: Situation) -> list[float]:
-    """The outer loss's derivatives along `fixed_directions` of the initial parameters, by finite differences."""
+    """The outer loss's derivatives along `fixed_directions` of the initial parameters, by finite
+    differences."""
     buffers = plain_run(situation).buffers[-1]
 
     def truth(direction: dict[str, Tensor]) -> float:
         moved = lambda h: {name: h * v for name, v in direction.items()}  # noqa: E731
-        return derivative(lambda h: plain_run(situation, shift=moved(h), outer_buffers=buffers).outer)
+        return derivative(
+            lambda h: plain_run(situation, shift=moved(h), outer_buffers=buffers).outer
+        )
 
     return [truth(direction) for direction in fixed_directions(situation)]
 
 
 @functools.cache
 def true_lr_derivative(situation: Situation) -> float:
-    """The outer loss's derivative with respect to a common shift of all learning rates, by finite differences."""
+    """The outer loss's derivative with respect to a common shift of all learning rates, by finite
+    differences."""
     buffers = plain_run(situation).buffers[-1]
     return derivative(lambda h: plain_run(situation, lr=h, outer_buffers=buffers).outer)
 
 
 def along(gradients: Mapping[str, Tensor | None], direction: Mapping[str, Tensor]) -> float:
-    """The scalar product (for complex parameters its real part); a gradient that is None counts as zero."""
+    """The scalar product (for complex parameters its real part); a gradient that is None counts as
+    zero."""
     total = 0.0
     for name, v in direction.items():
         gradient = gradients[name]

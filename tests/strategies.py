@@ -1,8 +1,9 @@
 """The one list of strategies under test, and one training problem with plain PyTorch as its truth.
 
-**To enrol a new strategy, add one line to ``STRATEGIES``.** It then stands under the contract of ``test_strategy_contract.py``:
-forward equal to ``torch.optim``; if it calls itself exact, gradients of everything that a trajectory offers equal to finite
-differences, under ``torch.func`` too; continuation, batches in every form, buffers and dropout.
+**To enrol a new strategy, add one line to ``STRATEGIES``.** It then stands under the contract of
+``test_strategy_contract.py``: forward equal to ``torch.optim``; if it calls itself exact, gradients
+of everything that a trajectory offers equal to finite differences, under ``torch.func`` too;
+continuation, batches in every form, buffers and dropout.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Enrolled:
 
     Attributes:
         strategy: the strategy.
-        lacks: what the contract asks and this strategy promises not to do, by the name of the check: ``"jvp"``, ``"second order"``,
-            ``"every time"`` (states at times that are not in ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the
-            start).
+        lacks: what the contract asks and this strategy promises not to do, by the name of the
+            check: ``"jvp"``, ``"second order"``, ``"every time"`` (states at times that are not in
+            ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the start).
     """
 
     strategy: Strategy
@@ -52,18 +53,22 @@ STRATEGIES = (
 
 def each_strategy(needs: str = "") -> pytest.MarkDecorator:
     """Parametrize a test by ``strategy``, leaving out those that lack what it ``needs``."""
-    chosen = [pytest.param(e.strategy, id=repr(e.strategy)) for e in STRATEGIES if needs not in e.lacks]
+    chosen = [
+        pytest.param(e.strategy, id=repr(e.strategy)) for e in STRATEGIES if needs not in e.lacks
+    ]
     return pytest.mark.parametrize("strategy", chosen)
 
 
 def each_exact_strategy(needs: str = "") -> pytest.MarkDecorator:
     chosen = [
-        pytest.param(e.strategy, id=repr(e.strategy)) for e in STRATEGIES if e.strategy.exact and needs not in e.lacks
+        pytest.param(e.strategy, id=repr(e.strategy))
+        for e in STRATEGIES
+        if e.strategy.exact and needs not in e.lacks
     ]
     return pytest.mark.parametrize("strategy", chosen)
 
 
-# -- the problem: a small regression with learned rates, decay, data and initial weights ---------------------------------
+# -- the problem: a small regression with learned rates, decay, data and initial weights -----------
 
 STEPS = 4
 SAVED = 2
@@ -86,7 +91,8 @@ def start() -> dict[str, Tensor]:
 
 
 def hyper() -> dict[str, Any]:
-    """Rates per step, a decay inside the loss, and the training data themselves; besides, a constant that is no tensor."""
+    """Rates per step, a decay inside the loss, and the training data themselves; besides, a
+    constant that is no tensor."""
     return {
         "log_lr": torch.linspace(-2.5, -1.5, STEPS, dtype=torch.float64),
         "decay": torch.tensor(0.05, dtype=torch.float64),
@@ -96,7 +102,10 @@ def hyper() -> dict[str, Any]:
 
 
 def batches() -> list[Batch]:
-    return [Batch(torch.arange(4) + t % 3, 0.1 * smooth_noise(4, 2, phase=20.0 + t)) for t in range(STEPS)]
+    return [
+        Batch(torch.arange(4) + t % 3, 0.1 * smooth_noise(4, 2, phase=20.0 + t))
+        for t in range(STEPS)
+    ]
 
 
 def loss(params: Named, hyper: Any, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -115,17 +124,23 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "momentum": Rule(innerloop.optim.sgd(momentum=0.9), lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9)),
-    "adam": Rule(innerloop.optim.adam(eps=0.1), lambda ps, lr: torch.optim.Adam(ps, lr=lr, eps=0.1)),
+    "momentum": Rule(
+        innerloop.optim.sgd(momentum=0.9), lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9)
+    ),
+    "adam": Rule(
+        innerloop.optim.adam(eps=0.1), lambda ps, lr: torch.optim.Adam(ps, lr=lr, eps=0.1)
+    ),
 }
 each_rule = pytest.mark.parametrize("rule", list(RULES))
 
 
 def problem(rule: str) -> innerloop.Problem:
-    return innerloop.Problem(loss, RULES[rule].ours, optimizer_hyper=lambda hyper, t: {"lr": hyper["log_lr"][t].exp()})
+    return innerloop.Problem(
+        loss, RULES[rule].ours, optimizer_hyper=lambda hyper, t: {"lr": hyper["log_lr"][t].exp()}
+    )
 
 
-# -- truth: the same training by torch.optim ----------------------------------------------------------------------------
+# -- truth: the same training by torch.optim -------------------------------------------------------
 
 
 class PlainRun(NamedTuple):
@@ -139,7 +154,12 @@ def plain_run(rule: str, params: Named, hyper: Any, data: list[Batch]) -> PlainR
     """Parameters and first moments at times 0 to T, losses and aux at steps 0 to T - 1."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     optimizer = RULES[rule].torch(list(leaves.values()), 0.1)
-    run = PlainRun([copied(leaves)], [{name: torch.zeros_like(p) for name, p in copied(leaves).items()}], [], [])
+    run = PlainRun(
+        [copied(leaves)],
+        [{name: torch.zeros_like(p) for name, p in copied(leaves).items()}],
+        [],
+        [],
+    )
     for t, batch in enumerate(data):
         optimizer.param_groups[0]["lr"] = hyper["log_lr"][t].exp().item()
         optimizer.zero_grad()
@@ -158,7 +178,7 @@ def copied(named: Named) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in named.items()}
 
 
-# -- outer losses: one for each thing that a trajectory offers -----------------------------------------------------------
+# -- outer losses: one for each thing that a trajectory offers -------------------------------------
 
 
 class Seen(NamedTuple):
@@ -178,13 +198,20 @@ def seen(traj: innerloop.Trajectory) -> Seen:
 
 
 def seen_plainly(run: PlainRun) -> Seen:
-    return Seen(run.params[-1], run.params[SAVED], run.moments[SAVED], torch.stack(run.losses), torch.stack(run.aux))
+    return Seen(
+        run.params[-1],
+        run.params[SAVED],
+        run.moments[SAVED],
+        torch.stack(run.losses),
+        torch.stack(run.aux),
+    )
 
 
 def of_params(named: Named) -> Tensor:
     """A smooth scalar in which every entry has another weight."""
     terms = [
-        ((1 + smooth_noise(*p.shape, phase=40.0 + i) / 2) * (p + 0.5).sin()).sum() for i, p in enumerate(named.values())
+        ((1 + smooth_noise(*p.shape, phase=40.0 + i) / 2) * (p + 0.5).sin()).sum()
+        for i, p in enumerate(named.values())
     ]
     return torch.stack(terms).sum()
 
@@ -200,7 +227,10 @@ OUTER: dict[str, Callable[[Seen], Tensor]] = {
     "saved": lambda s: of_params(s.saved),
     "moments": lambda s: of_params({name: s.moments[name] for name in start()}),
     "all": lambda s: (
-        of_params(s.params) + of_steps(s.losses) + of_steps(s.aux) + of_params(s.saved) * of_params(s.params)
+        of_params(s.params)
+        + of_steps(s.losses)
+        + of_steps(s.aux)
+        + of_params(s.saved) * of_params(s.params)
     ),
 }
 each_outer = pytest.mark.parametrize("outer", list(OUTER))
@@ -209,7 +239,10 @@ each_outer = pytest.mark.parametrize("outer", list(OUTER))
 def direction() -> dict[str, Any]:
     """A fixed direction over everything that is differentiated."""
     return {
-        "params": {name: smooth_noise(*p.shape, phase=60.0 + i) for i, (name, p) in enumerate(start().items())},
+        "params": {
+            name: smooth_noise(*p.shape, phase=60.0 + i)
+            for i, (name, p) in enumerate(start().items())
+        },
         "hyper": {
             "log_lr": smooth_noise(STEPS, phase=70.0),
             "decay": torch.tensor(0.7, dtype=torch.float64),
@@ -224,7 +257,9 @@ def moved(h: float, what: str) -> dict[str, Any]:
     if what == "params":
         params = {name: p + h * along["params"][name] for name, p in params.items()}
     elif what == "data":
-        values["data"] = [x + h * v for x, v in zip(values["data"], along["hyper"]["data"], strict=True)]
+        values["data"] = [
+            x + h * v for x, v in zip(values["data"], along["hyper"]["data"], strict=True)
+        ]
     else:
         values[what] = values[what] + h * along["hyper"][what]
     return {"params": params, "hyper": values}
@@ -244,13 +279,16 @@ def truth(rule: str, outer: str, what: str) -> float:
 
     def value(h: float) -> float:
         inputs = moved(h, what)
-        return OUTER[outer](seen_plainly(plain_run(rule, inputs["params"], inputs["hyper"], batches()))).item()
+        return OUTER[outer](
+            seen_plainly(plain_run(rule, inputs["params"], inputs["hyper"], batches()))
+        ).item()
 
     return derivative(value)
 
 
 def along_direction(gradients: Mapping[str, Any], what: str) -> float:
-    """The scalar product of ``{"params": ..., "hyper": ...}`` with `direction`, the part of ``what``."""
+    """The scalar product of ``{"params": ..., "hyper": ...}`` with `direction`, the part of
+    ``what``."""
     along = direction()
     pairs: list[tuple[Any, Tensor]]
     if what == "params":

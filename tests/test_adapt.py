@@ -1,4 +1,5 @@
-"""``optim.adapt``: foreign optimizer classes, each written to lose the gradient in its own way, and the refusals."""
+"""``optim.adapt``: foreign optimizer classes, each written to lose the gradient in its own way, and
+the refusals."""
 
 from __future__ import annotations
 
@@ -13,14 +14,23 @@ from torch import Tensor, nn
 import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError
 from innerloop.optim import adapt
-from tests.oracles import Params, Task, assert_derivative, assert_params, directional, directions, inner
+from tests.oracles import (
+    Params,
+    Task,
+    assert_derivative,
+    assert_params,
+    directional,
+    directions,
+    inner,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 6
 
 
 class Base(torch.optim.Optimizer):
-    """One rule for each parameter; a subclass says what it does with ``p``, ``p.grad`` and its state."""
+    """One rule for each parameter; a subclass says what it does with ``p``, ``p.grad`` and its
+    state."""
 
     def __init__(self, params: Any, lr: float = 0.1, decay: float = 0.01) -> None:
         super().__init__(params, {"lr": lr, "decay": decay})
@@ -45,7 +55,8 @@ class ThroughData(Base):
 
 
 class StateOfAnyKind(Base):
-    """State that appears late, a count in the group, a tensor and a list on the object, a count as a tensor."""
+    """State that appears late, a count in the group, a tensor and a list on the object, a count as
+    a tensor."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings)
@@ -69,7 +80,8 @@ class StateOfAnyKind(Base):
 
 
 class NumbersFromTensors(Base):
-    """``.item()`` in arithmetic, in the group, in comparisons, as ``alpha``; tensors as ``alpha`` and ``value``."""
+    """``.item()`` in arithmetic, in the group, in comparisons, as ``alpha``; tensors as ``alpha``
+    and ``value``."""
 
     def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         size = p.grad.pow(2).mean().item() if p.numel() else 0.0
@@ -129,11 +141,20 @@ class Noisy(Base):
         p.mul_(1 - group["decay"] * torch.rand(()))
 
 
-CLASSES = (ThroughData, StateOfAnyKind, NumbersFromTensors, InPlaceTwiceDifferentiated, Wrapping, Noisy)
+CLASSES = (
+    ThroughData,
+    StateOfAnyKind,
+    NumbersFromTensors,
+    InPlaceTwiceDifferentiated,
+    Wrapping,
+    Noisy,
+)
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
-def plain_run(cls: Any, settings: Mapping[str, Any], start: Params, task: Task, steps: int = STEPS) -> Params:
+def plain_run(
+    cls: Any, settings: Mapping[str, Any], start: Params, task: Task, steps: int = STEPS
+) -> Params:
     """As the users of the class run it."""
     torch.manual_seed(0)
     params = {name: nn.Parameter(p.detach().clone()) for name, p in start.items()}
@@ -146,14 +167,22 @@ def plain_run(cls: Any, settings: Mapping[str, Any], start: Params, task: Task, 
 
 
 def adapted_run(
-    optimizer: innerloop.optim.Optimizer, start: Params, task: Task, hyper: Any = None, strategy: Any = None
+    optimizer: innerloop.optim.Optimizer,
+    start: Params,
+    task: Task,
+    hyper: Any = None,
+    strategy: Any = None,
 ) -> Params:
     torch.manual_seed(0)
     problem = innerloop.Problem(
-        lambda params, hyper, t: task.loss(params, int(t)), optimizer, optimizer_hyper=lambda hyper, t: hyper
+        lambda params, hyper, t: task.loss(params, int(t)),
+        optimizer,
+        optimizer_hyper=lambda hyper, t: hyper,
     )
     batches = list(torch.arange(STEPS))
-    return innerloop.unroll(problem, start, batches, hyper=hyper, strategy=strategy or innerloop.StoreAll()).params
+    return innerloop.unroll(
+        problem, start, batches, hyper=hyper, strategy=strategy or innerloop.StoreAll()
+    ).params
 
 
 def gradients(outer: Tensor, *trees: Params) -> list[Params]:
@@ -169,17 +198,25 @@ def tracked(values: Params) -> Params:
 @each_class
 def test_steps_and_gradients_are_those_of_the_class(cls: Any):
     task, settings = Task(), {"lr": 0.1, "decay": 0.05}
-    start, hyper = tracked(task.params()), tracked({k: torch.tensor(v) for k, v in settings.items()})
+    start, hyper = (
+        tracked(task.params()),
+        tracked({k: torch.tensor(v) for k, v in settings.items()}),
+    )
     final = adapted_run(adapt(cls, lr=0.1, decay=0.05), start, task, hyper)
     assert_params(final, plain_run(cls, settings, start, task), 1e-12)
     found = gradients(task.outer(final), start, hyper)
-    along = [directions(task.params(), 1)[0], {"lr": torch.tensor(0.02), "decay": torch.tensor(0.03)}]
+    along = [
+        directions(task.params(), 1)[0],
+        {"lr": torch.tensor(0.02), "decay": torch.tensor(0.03)},
+    ]
     outer = lambda at: task.outer(  # noqa: E731
         plain_run(cls, {k: float(v) for k, v in at[1].items()}, at[0], task)
     )
     at = [task.params(), {k: torch.tensor(v) for k, v in settings.items()}]
     assert_derivative(
-        inner(found, along), directional(outer, at, along), f"{cls.__name__}: d outer / d (init, lr, decay)"
+        inner(found, along),
+        directional(outer, at, along),
+        f"{cls.__name__}: d outer / d (init, lr, decay)",
     )
 
 
@@ -188,7 +225,12 @@ EXACT = (innerloop.Checkpointed(slots=2), innerloop.Checkpointed(save="gradients
 
 @pytest.mark.parametrize(
     "cls",
-    [pytest.param(c, id=c.__name__, marks=() if c in (StateOfAnyKind, Noisy) else pytest.mark.slow) for c in CLASSES],
+    [
+        pytest.param(
+            c, id=c.__name__, marks=() if c in (StateOfAnyKind, Noisy) else pytest.mark.slow
+        )
+        for c in CLASSES
+    ],
 )
 @pytest.mark.parametrize("strategy", EXACT, ids=repr)
 def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
@@ -202,7 +244,9 @@ def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
         assert_params(ours, truth, 1e-10)
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if c is not Noisy], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [c for c in CLASSES if c is not Noisy], ids=lambda cls: cls.__name__
+)
 def test_forward_mode(cls: Any):
     task = Task()
     found = []
@@ -222,13 +266,21 @@ def test_a_second_derivative_of_the_loop(cls: Any):
         start = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in start.items()}
         outer = task.outer(adapted_run(adapt(cls, lr=0.1), start, task))
         found = torch.autograd.grad(
-            outer, list(start.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+            outer,
+            list(start.values()),
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
-        return sum(((g * v).sum() for g, v in zip(found, along[0].values(), strict=True)), torch.zeros(()))
+        return sum(
+            ((g * v).sum() for g, v in zip(found, along[0].values(), strict=True)), torch.zeros(())
+        )
 
     start = tracked(task.params())
     second = gradients(slope(start, create_graph=True), start)
-    truth = directional(lambda p: slope(p, create_graph=False).detach(), task.params(), along[1], largest=1e-3)
+    truth = directional(
+        lambda p: slope(p, create_graph=False).detach(), task.params(), along[1], largest=1e-3
+    )
     assert_derivative(inner(second, [along[1]]), truth, f"{cls.__name__}: second derivative")
 
 
@@ -262,7 +314,9 @@ def test_zero_gradients_have_a_finite_derivative():
     task = Task(dead=True)
     start = tracked(task.params())
     with torch.autograd.set_detect_anomaly(True):
-        found = gradients(task.outer(adapted_run(adapt(torch.optim.Adam, lr=0.05), start, task)), start)[0]
+        found = gradients(
+            task.outer(adapted_run(adapt(torch.optim.Adam, lr=0.05), start, task)), start
+        )[0]
     assert all(g.isfinite().all() for g in found.values())
 
 
@@ -280,7 +334,7 @@ def test_own_rules_agree_with_adapted_classes():
         assert_params(found[1], found[0], 1e-10)
 
 
-# -- closures and constructors --------------------------------------------------------------------------------------------
+# -- closures and constructors ---------------------------------------------------------------------
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -307,7 +361,9 @@ class SharpnessAware(torch.optim.Optimizer):
         return loss
 
 
-@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=2)], ids=repr)
+@pytest.mark.parametrize(
+    "strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=2)], ids=repr
+)
 def test_a_class_that_needs_a_closure(strategy: Any):
     task = Task()
 
@@ -325,20 +381,27 @@ def test_a_class_that_needs_a_closure(strategy: Any):
             optimizer.step(closure)
         return task.outer({name: p.detach() for name, p in params.items()})
 
-    start, hyper = tracked(task.params()), tracked({"lr": torch.tensor(0.1), "rho": torch.tensor(0.05)})
+    start, hyper = (
+        tracked(task.params()),
+        tracked({"lr": torch.tensor(0.1), "rho": torch.tensor(0.05)}),
+    )
     optimizer = adapt(SharpnessAware, closure=True)
     outer = task.outer(adapted_run(optimizer, start, task, hyper, strategy))
     at = (task.params(), {"lr": torch.tensor(0.1), "rho": torch.tensor(0.05)})
     assert abs(float(outer.detach()) - float(plain(at))) < 1e-12
     along = (directions(task.params(), 1)[0], {"lr": torch.tensor(0.3), "rho": torch.tensor(0.2)})
-    assert_derivative(inner(gradients(outer, start, hyper), list(along)), directional(plain, at, along), "SAM")
+    assert_derivative(
+        inner(gradients(outer, start, hyper), list(along)), directional(plain, at, along), "SAM"
+    )
 
 
 def test_a_strategy_that_cannot_replay_a_closure_says_so():
     task = Task()
     for strategy in (innerloop.FirstOrder(), innerloop.Checkpointed(save="gradients")):
         with pytest.raises(InvalidInputError, match="evaluates the loss within its update"):
-            adapted_run(adapt(SharpnessAware, closure=True), tracked(task.params()), task, strategy=strategy)
+            adapted_run(
+                adapt(SharpnessAware, closure=True), tracked(task.params()), task, strategy=strategy
+            )
 
 
 def test_a_constructor_that_needs_groups():
@@ -369,7 +432,7 @@ def test_a_constructor_that_needs_groups():
     assert_derivative(inner(ours, along), directional(plain, at, along), "two groups")
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 class TakesAFloat(Base):
@@ -388,7 +451,8 @@ class TakesAnArray(Base):
 
 
 class KeepsIdentities(Base):
-    """``id(p)`` as a key: the parameters of the next step are others, so what was kept under it is not found again."""
+    """``id(p)`` as a key: the parameters of the next step are others, so what was kept under it is
+    not found again."""
 
     def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
         kept = self.__dict__.setdefault("kept", {})
@@ -484,14 +548,18 @@ def test_transforms_and_compile_are_refused_by_name():
     with pytest.raises(NotDifferentiableError, match=r"inside torch\.func\.grad"):
         torch.func.grad(step)(params["w"])
     rows = torch.stack([params["w"], 2 * params["w"]])
-    torch.testing.assert_close(torch.func.vmap(step)(rows), torch.stack([step(row) for row in rows]))
+    torch.testing.assert_close(
+        torch.func.vmap(step)(rows), torch.stack([step(row) for row in rows])
+    )
     torch.testing.assert_close(
         torch.func.jvp(step, (params["w"],), (params["w"],))[1],
         torch.autograd.functional.jvp(step, params["w"], params["w"])[1],
     )
     problem = innerloop.Problem(lambda params, hyper, batch: (params["w"] ** 2).sum(), optimizer)
     with pytest.raises(InvalidInputError, match="cannot be compiled"):
-        innerloop.metagradient(lambda traj, hyper: traj.params["w"].sum(), problem, params, None, steps=2, compile=True)
+        innerloop.metagradient(
+            lambda traj, hyper: traj.params["w"].sum(), problem, params, None, steps=2, compile=True
+        )
     strategy = innerloop.Checkpointed(compile=True)
     with pytest.raises(InvalidInputError, match="cannot be compiled"):
         innerloop.unroll(problem, tracked(params), None, steps=2, strategy=strategy)
@@ -502,12 +570,16 @@ def test_the_first_step_on_other_shapes_is_compared_with_the_class():
         """Right on the small problem, wrong on a large tensor."""
 
         def one(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
-            p.sub_(p.grad, alpha=group["lr"] * (1 + (type(p) is not nn.Parameter and p.numel() > 50)))
+            p.sub_(
+                p.grad, alpha=group["lr"] * (1 + (type(p) is not nn.Parameter and p.numel() > 50))
+            )
 
     optimizer = adapt(LargeOnly)
     small, large = {"w": torch.ones(3)}, {"w": torch.ones(51)}
     optimizer.update(small, optimizer.init(small), small)
-    with pytest.raises(NotDifferentiableError, match="its first step moves 'w' otherwise than the class itself"):
+    with pytest.raises(
+        NotDifferentiableError, match="its first step moves 'w' otherwise than the class itself"
+    ):
         optimizer.update(large, optimizer.init(large), large)
 
 

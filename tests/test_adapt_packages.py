@@ -1,6 +1,8 @@
-"""``optim.adapt`` over published optimizers: each class is right, or refused for a reason that holds.
+"""``optim.adapt`` over published optimizers: each class is right, or refused for a reason that
+holds.
 
-The oracle is written here: a small smooth network, the class itself run plainly, fourth-order finite differences of that.
+The oracle is written here: a small smooth network, the class itself run plainly, fourth-order
+finite differences of that.
 """
 
 from __future__ import annotations
@@ -32,17 +34,26 @@ Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 def start() -> Params:
     shapes = {"w1": (3, 5), "b1": (5,), "w2": (5, 2), "b2": (2,)}
-    return {name: 0.5 * smooth_noise(*shape, phase=float(i)) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: 0.5 * smooth_noise(*shape, phase=float(i))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def loss(params: Any, t: int) -> Tensor:
     x, y = smooth_noise(7, 3, phase=10.0 + t), 1.5 * smooth_noise(7, 2, phase=40.0 + t)
-    return ((torch.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"] - y) ** 2).mean()
+    return (
+        (torch.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"] - y) ** 2
+    ).mean()
 
 
 def outer(params: Any) -> Tensor:
-    weights = [1 + smooth_noise(*p.shape, phase=60.0 + i) / 2 for i, p in enumerate(params.values())]
-    return torch.stack([(w * (p + 0.5).sin()).sum() for w, p in zip(weights, params.values(), strict=True)]).sum()
+    weights = [
+        1 + smooth_noise(*p.shape, phase=60.0 + i) / 2 for i, p in enumerate(params.values())
+    ]
+    return torch.stack(
+        [(w * (p + 0.5).sin()).sum() for w, p in zip(weights, params.values(), strict=True)]
+    ).sum()
 
 
 def plain(make: Make, params: Params, closure: bool = False) -> Params:
@@ -74,7 +85,11 @@ def adapted(optimizer: Any, params: Params) -> Params:
         def value_and_grad(params: Any, t: int = t) -> tuple[Tensor, dict[str, Tensor]]:
             value = loss(params, t)
             return value, dict(
-                zip(params, torch.autograd.grad(value, list(params.values()), create_graph=True), strict=True)
+                zip(
+                    params,
+                    torch.autograd.grad(value, list(params.values()), create_graph=True),
+                    strict=True,
+                )
             )
 
         more = {"value_and_grad": value_and_grad} if optimizer.needs_closure else {}
@@ -83,7 +98,8 @@ def adapted(optimizer: Any, params: Params) -> Params:
 
 
 class Verdict(NamedTuple):
-    """Against the oracle: how far parameters are off, how far the derivative is off, how well that is known (both relative)."""
+    """Against the oracle: how far parameters are off, how far the derivative is off, how well that
+    is known (both relative)."""
 
     forward: float
     gradient: float
@@ -103,7 +119,9 @@ def judged(make: Make, optimizer: Any, closure: bool = False) -> Verdict:
     slope = float(torch.stack([(g * v).sum() for g, v in zip(found, along, strict=True)]).sum())
 
     def shifted(h: float) -> float:
-        moved = {name: p.detach() + h * v for (name, p), v in zip(leaves.items(), along, strict=True)}
+        moved = {
+            name: p.detach() + h * v for (name, p), v in zip(leaves.items(), along, strict=True)
+        }
         return float(outer(plain(make, moved, closure)))
 
     def difference(h: float) -> float:
@@ -120,8 +138,20 @@ def load(name: str) -> Any:
 
 
 NAMES = sorted(pytorch_optimizer.get_supported_optimizers())
-SOME = ("adabelief", "adafactor", "adams", "focus", "lamb", "prodigy", "racs", "shampoo", "soap", "adalomo")
-"""One of each kind, for the tests that are always run: numbers, float32, factors, refusals, a class that does not run."""
+SOME = (
+    "adabelief",
+    "adafactor",
+    "adams",
+    "focus",
+    "lamb",
+    "prodigy",
+    "racs",
+    "shampoo",
+    "soap",
+    "adalomo",
+)
+"""One of each kind, for the tests that are always run: numbers, float32, factors, refusals, a class
+that does not run."""
 
 
 def runs_plainly(cls: Any) -> bool:
@@ -161,7 +191,8 @@ def test_each_class_of_pytorch_optimizer_is_right_or_refused_for_a_reason_that_h
 
 
 def check_reason(cls: Any, said: str) -> None:
-    """The line that is named stands in the package's source; or the printed numbers come out again, by this oracle too."""
+    """The line that is named stands in the package's source; or the printed numbers come out again,
+    by this oracle too."""
     named = re.search(r"(\w+\.py):(\d+): `(.*?)`:", said)
     if named:
         file, line, code = named.groups()
@@ -173,24 +204,33 @@ def check_reason(cls: Any, said: str) -> None:
             and code in inspect.getsource(module)
         )
         assert Path(path).read_text().splitlines()[int(line) - 1].strip() == code
-        assert re.search(r"math\.|float\(|int\(|numpy|tolist|\[", code), f"{code} does not do what is said: {said}"
+        assert re.search(r"math\.|float\(|int\(|numpy|tolist|\[", code), (
+            f"{code} does not do what is said: {said}"
+        )
         return
     with pytest.raises(NotDifferentiableError) as again:
         adapt(cls, lr=1e-2)
     numbers = re.findall(r"-?\d+\.\d+(?:e[-+]\d+)?", said)
     if "do not settle" not in said:
-        assert numbers == re.findall(r"-?\d+\.\d+(?:e[-+]\d+)?", str(again.value)), "the numbers do not come out again"
+        assert numbers == re.findall(r"-?\d+\.\d+(?:e[-+]\d+)?", str(again.value)), (
+            "the numbers do not come out again"
+        )
     verdict = judged(lambda params: cls(params, lr=1e-2), adapt(cls, lr=1e-2, verify=False))
-    assert not (verdict.right and verdict.uncertainty < 1e-6), f"refused, and yet right: {verdict}. It said: {said}"
+    assert not (verdict.right and verdict.uncertainty < 1e-6), (
+        f"refused, and yet right: {verdict}. It said: {said}"
+    )
 
 
 @pytest.mark.slow
 def test_at_least_85_percent_are_right(verdicts: dict[str, str]):
-    """Counted over the test above; this one is run alone when a single name is chosen, and then has nothing to count."""
+    """Counted over the test above; this one is run alone when a single name is chosen, and then has
+    nothing to count."""
     counted = Counter(verdicts.values())
     if len(verdicts) < len(NAMES):
         for name in NAMES:
-            test_each_class_of_pytorch_optimizer_is_right_or_refused_for_a_reason_that_holds(name, verdicts)
+            test_each_class_of_pytorch_optimizer_is_right_or_refused_for_a_reason_that_holds(
+                name, verdicts
+            )
         counted = Counter(verdicts.values())
     running = counted["right"] + counted["refused"]
     assert running >= 105
@@ -208,7 +248,9 @@ def train_mode(make: Make) -> Make:
 
 OTHERS: dict[str, Make] = {
     "schedulefree.SGD": train_mode(lambda params: schedulefree.SGDScheduleFree(params, lr=0.1)),
-    "schedulefree.AdamW": train_mode(lambda params: schedulefree.AdamWScheduleFree(params, lr=0.1, warmup_steps=3)),
+    "schedulefree.AdamW": train_mode(
+        lambda params: schedulefree.AdamWScheduleFree(params, lr=0.1, warmup_steps=3)
+    ),
     "schedulefree.RAdam": train_mode(lambda params: schedulefree.RAdamScheduleFree(params, lr=0.1)),
     "prodigyopt.Prodigy": lambda params: prodigyopt.Prodigy(params, lr=1.0, d0=1e-2),
     "lion_pytorch.Lion": lambda params: lion_pytorch.Lion(params, lr=1e-2, weight_decay=0.1),
@@ -222,12 +264,15 @@ OTHERS: dict[str, Make] = {
     "alig, with a closure": lambda params: load("alig")(params, max_lr=0.05),
     "bsam, with a closure and num_data": lambda params: load("bsam")(params, num_data=7, lr=0.05),
     "lbfgs, with a closure": lambda params: load("lbfgs")(params, lr=0.1, max_iter=3),
-    "ranger21, with num_iterations": lambda params: load("ranger21")(params, lr=1e-2, num_iterations=STEPS),
+    "ranger21, with num_iterations": lambda params: load("ranger21")(
+        params, lr=1e-2, num_iterations=STEPS
+    ),
 }
 
 
 REFUSED = {
-    # Newton-Schulz in bfloat16, where a difference quotient means nothing; `innerloop.optim.muon` says which derivative it has.
+    # Newton-Schulz in bfloat16, where a difference quotient means nothing; `innerloop.optim.muon`
+    # says which derivative it has.
     "muon, with groups": "finite differences of the class.*half precision",
     "lbfgs, with a closure": r"float\(orig_loss\)`: it turns a tracked tensor into a float",
 }
@@ -241,5 +286,7 @@ def test_other_packages_and_classes_that_need_more(name: str):
         with pytest.raises(NotDifferentiableError, match=REFUSED[name]):
             adapt(lambda named: make(list(named.values())), closure=closure).init(start())
         return
-    verdict = judged(make, adapt(lambda named: make(list(named.values())), closure=closure), closure)
+    verdict = judged(
+        make, adapt(lambda named: make(list(named.values())), closure=closure), closure
+    )
     assert verdict.right, f"{name}: {verdict}"

@@ -1,4 +1,5 @@
-"""Truncated, FirstOrder and ForwardMode beyond the contract: the limits in which they are exact, and what they refuse."""
+"""Truncated, FirstOrder and ForwardMode beyond the contract: the limits in which they are exact,
+and what they refuse."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def quadratic(lr: float = ETA) -> innerloop.Problem:
 def hyper_gradient(strategy: Strategy, steps: int, lr: float = ETA) -> Tensor:
     """d sum(x_T) / d b."""
     b = torch.tensor([0.3, -0.2, 0.7], requires_grad=True)
-    traj = innerloop.unroll(quadratic(lr), {"x": torch.ones(3)}, None, steps=steps, hyper={"b": b}, strategy=strategy)
+    traj = innerloop.unroll(
+        quadratic(lr), {"x": torch.ones(3)}, None, steps=steps, hyper={"b": b}, strategy=strategy
+    )
     (gradient,) = torch.autograd.grad(traj.params["x"].sum(), b)
     return gradient
 
@@ -43,7 +46,7 @@ def slope(xs: list[float], ys: list[float]) -> float:
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-# -- Truncated ----------------------------------------------------------------------------------------------------------
+# -- Truncated -------------------------------------------------------------------------------------
 
 
 def test_truncation_is_a_shorter_geometric_sum():
@@ -66,7 +69,11 @@ def test_the_error_of_truncation_falls_geometrically():
 def test_truncation_over_an_iterator_needs_its_length():
     with pytest.raises(innerloop.InnerLoopError, match="steps=T"):
         innerloop.unroll(
-            quadratic(), {"x": torch.ones(3)}, iter([1, 2]), hyper={"b": torch.zeros(3)}, strategy=Truncated(1)
+            quadratic(),
+            {"x": torch.ones(3)},
+            iter([1, 2]),
+            hyper={"b": torch.zeros(3)},
+            strategy=Truncated(1),
         )
     for last in (0, True):
         with pytest.raises(innerloop.InnerLoopError, match="1 or more"):
@@ -78,7 +85,9 @@ def test_truncation_keeps_its_graph_over_the_last_steps_only():
 
     def size(strategy: Strategy, steps: int) -> int:
         b = torch.zeros(3, requires_grad=True)
-        traj = innerloop.unroll(quadratic(), {"x": torch.ones(3)}, None, steps=steps, hyper={"b": b}, strategy=strategy)
+        traj = innerloop.unroll(
+            quadratic(), {"x": torch.ones(3)}, None, steps=steps, hyper={"b": b}, strategy=strategy
+        )
         seen, stack = set(), [traj.params["x"].grad_fn]
         while stack:
             node = stack.pop()
@@ -91,12 +100,14 @@ def test_truncation_keeps_its_graph_over_the_last_steps_only():
     assert size(Truncated(6), 50) > 1.5 * size(Truncated(3), 50)
 
 
-# -- FirstOrder ---------------------------------------------------------------------------------------------------------
+# -- FirstOrder ------------------------------------------------------------------------------------
 
 
 def start_gradient(strategy: Strategy, lr: float) -> Tensor:
     x = torch.ones(3, requires_grad=True)
-    traj = innerloop.unroll(quadratic(lr), {"x": x}, None, steps=3, hyper={"b": torch.ones(3)}, strategy=strategy)
+    traj = innerloop.unroll(
+        quadratic(lr), {"x": x}, None, steps=3, hyper={"b": torch.ones(3)}, strategy=strategy
+    )
     (gradient,) = torch.autograd.grad(traj.params["x"].square().sum() / 2, x)
     return gradient
 
@@ -109,18 +120,31 @@ def test_first_order_maml_is_the_outer_gradient_at_the_end():
 
 def test_the_error_of_first_order_is_linear_in_the_step_size():
     sizes = [1e-3, 2e-3, 4e-3]
-    errors = [(start_gradient(FirstOrder(), lr) - start_gradient(StoreAll(), lr)).norm().item() for lr in sizes]
-    assert slope([math.log(s) for s in sizes], [math.log(e) for e in errors]) == pytest.approx(1, abs=0.02)
+    errors = [
+        (start_gradient(FirstOrder(), lr) - start_gradient(StoreAll(), lr)).norm().item()
+        for lr in sizes
+    ]
+    assert slope([math.log(s) for s in sizes], [math.log(e) for e in errors]) == pytest.approx(
+        1, abs=0.02
+    )
 
 
 def test_first_order_keeps_the_direct_effect_of_an_optimizers_hyper_parameter():
     """θ_{t+1} = θ_t - η g_t with constant g_t: d θ_T / d η = -Σ g_t."""
     lr = torch.tensor(ETA, requires_grad=True)
     problem = innerloop.Problem(
-        lambda p, hyper, batch: p["x"].square() / 2, innerloop.optim.sgd(), optimizer_hyper=lambda h, t: h
+        lambda p, hyper, batch: p["x"].square() / 2,
+        innerloop.optim.sgd(),
+        optimizer_hyper=lambda h, t: h,
     )
     traj = innerloop.unroll(
-        problem, {"x": torch.tensor(1.0)}, None, steps=3, hyper={"lr": lr}, strategy=FirstOrder(), save_at=[1]
+        problem,
+        {"x": torch.tensor(1.0)},
+        None,
+        steps=3,
+        hyper={"lr": lr},
+        strategy=FirstOrder(),
+        save_at=[1],
     )
     (gradient,) = torch.autograd.grad(traj.params["x"], lr, retain_graph=True)
     assert gradient.item() == pytest.approx(-(1 + 0.7 + 0.49), rel=1e-12)
@@ -143,18 +167,25 @@ def test_first_order_evaluates_no_second_derivative():
             return 2 * ctx.saved_tensors[0] * g
 
     x = torch.ones(2, requires_grad=True)
-    problem = innerloop.Problem(lambda p, h, b: Once.apply(p["x"]).sum(), innerloop.optim.adam(lr=0.1))
-    innerloop.unroll(problem, {"x": x}, None, steps=3, strategy=FirstOrder()).params["x"].sum().backward()
+    problem = innerloop.Problem(
+        lambda p, h, b: Once.apply(p["x"]).sum(), innerloop.optim.adam(lr=0.1)
+    )
+    innerloop.unroll(problem, {"x": x}, None, steps=3, strategy=FirstOrder()).params[
+        "x"
+    ].sum().backward()
     assert torch.equal(x.grad, torch.ones(2))  # type: ignore[arg-type]
 
 
-# -- ForwardMode --------------------------------------------------------------------------------------------------------
+# -- ForwardMode -----------------------------------------------------------------------------------
 
 
 def trained(strategy: Strategy, rule: str, steps: int, second_too: bool) -> list[Tensor]:
-    """First and second derivatives with respect to hyper-parameters of loss and optimizer, through dropout and batch norm."""
+    """First and second derivatives with respect to hyper-parameters of loss and optimizer, through
+    dropout and batch norm."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 1))
+    model = nn.Sequential(
+        nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.3), nn.Linear(5, 1)
+    )
     rules = {
         "sgd": innerloop.optim.sgd(),
         "momentum": innerloop.optim.sgd(momentum=0.9),
@@ -165,13 +196,16 @@ def trained(strategy: Strategy, rule: str, steps: int, second_too: bool) -> list
         value = (model(smooth_noise(8, 3, phase=float(t))) - hyper["shift"].sum()).square().mean()
         return value, hyper["shift"].square().sum() * value
 
-    problem = innerloop.Problem.from_module(model, loss, rules[rule], optimizer_hyper=lambda h, t: {"lr": h["lr"]})
+    problem = innerloop.Problem.from_module(
+        model, loss, rules[rule], optimizer_hyper=lambda h, t: {"lr": h["lr"]}
+    )
     hyper = {
         "lr": torch.tensor(0.05, requires_grad=True),
         "shift": torch.tensor([0.3, 0.1], requires_grad=True),
         "unused": torch.tensor([1, 2]),
     }
-    # The second outer derivative needs a third one, which torch's batch norm has wrong (2.13), or lacks (2.15).
+    # The second outer derivative needs a third one, which torch's batch norm has wrong (2.13), or
+    # lacks (2.15).
     with innerloop.nn.any_order() if second_too else contextlib.nullcontext():
         traj = innerloop.unroll(
             problem,
@@ -184,16 +218,23 @@ def trained(strategy: Strategy, rule: str, steps: int, second_too: bool) -> list
     ends = [*traj.params.values(), *traj.at(steps // 2).params.values(), traj.losses, traj.aux]
     outer = torch.stack([x.sin().sum() for x in ends]).sum()
     first = torch.autograd.grad(outer, [hyper["lr"], hyper["shift"]], create_graph=second_too)
-    second = torch.autograd.grad(first[0] + first[1].sum(), [hyper["lr"], hyper["shift"]]) if second_too else ()
+    second = (
+        torch.autograd.grad(first[0] + first[1].sum(), [hyper["lr"], hyper["shift"]])
+        if second_too
+        else ()
+    )
     return [outer.detach(), *(x.detach() for x in first), *second, torch.rand(1)]
 
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize(
-    ("steps", "second_too"), [(t, second) for t in (1, 2, 7, 23) for second in (False, True)] + [(100, False)]
+    ("steps", "second_too"),
+    [(t, second) for t in (1, 2, 7, 23) for second in (False, True)] + [(100, False)],
 )
 def test_forward_mode_equals_store_all(rule: str, steps: int, second_too: bool):
-    pairs = zip(*(trained(s, rule, steps, second_too) for s in (ForwardMode(), StoreAll())), strict=True)
+    pairs = zip(
+        *(trained(s, rule, steps, second_too) for s in (ForwardMode(), StoreAll())), strict=True
+    )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -258,7 +299,9 @@ def test_an_operation_without_forward_mode_is_named():
         def backward(ctx: Any, g: Tensor) -> Tensor:
             return 2 * g
 
-    problem = innerloop.Problem(lambda p, h, b: Twice.apply(p["x"] * h).sum(), innerloop.optim.sgd(lr=0.1))
+    problem = innerloop.Problem(
+        lambda p, h, b: Twice.apply(p["x"] * h).sum(), innerloop.optim.sgd(lr=0.1)
+    )
     with pytest.raises(innerloop.NotDifferentiableError, match="needs forward-mode"):
         innerloop.unroll(
             problem,
@@ -270,7 +313,7 @@ def test_an_operation_without_forward_mode_is_named():
         )
 
 
-# -- what is not differentiated -----------------------------------------------------------------------------------------
+# -- what is not differentiated --------------------------------------------------------------------
 
 STRATEGIES = [Truncated(2), FirstOrder(), ForwardMode()]
 
@@ -281,7 +324,10 @@ def test_parameters_may_require_grad_as_long_as_theirs_is_not_asked_for(strategy
     traj = innerloop.unroll(quadratic(), {"x": x}, None, steps=4, hyper={"b": b}, strategy=strategy)
     (gradient,) = torch.autograd.grad(traj.params["x"].sum(), b, retain_graph=True)
     torch.testing.assert_close(gradient, hyper_gradient(strategy, 4), rtol=1e-12, atol=0)
-    for ask in (lambda: torch.autograd.grad(traj.losses[-1], x, retain_graph=True), traj.params["x"].sum().backward):
+    for ask in (
+        lambda: torch.autograd.grad(traj.losses[-1], x, retain_graph=True),
+        traj.params["x"].sum().backward,
+    ):
         with pytest.raises(innerloop.NotDifferentiableError, match="Checkpointed"):
             ask()
     with pytest.raises(innerloop.InnerLoopError, match="does not differentiate"):
@@ -300,7 +346,13 @@ def test_parameters_may_require_grad_as_long_as_theirs_is_not_asked_for(strategy
 def test_what_is_held_constant_raises(strategy: Strategy):
     b = torch.ones(3, requires_grad=True)
     traj = innerloop.unroll(
-        quadratic(), {"x": torch.ones(3)}, None, steps=4, hyper={"b": b}, strategy=strategy, save_at=[1]
+        quadratic(),
+        {"x": torch.ones(3)},
+        None,
+        steps=4,
+        hyper={"b": b},
+        strategy=strategy,
+        save_at=[1],
     )
     asked = {
         "the last loss": (traj.losses[-1], {"FirstOrder"}),
@@ -308,7 +360,9 @@ def test_what_is_held_constant_raises(strategy: Strategy):
         "an early state": (traj.at(1).params["x"].sum(), {"FirstOrder", "Truncated"}),
         "the last state": (traj.params["x"].sum(), {"FirstOrder"}),
     }
-    truth = innerloop.unroll(quadratic(), {"x": torch.ones(3)}, None, steps=4, hyper={"b": b}, save_at=[1])
+    truth = innerloop.unroll(
+        quadratic(), {"x": torch.ones(3)}, None, steps=4, hyper={"b": b}, save_at=[1]
+    )
     exact = {"an early loss": truth.losses[0], "an early state": truth.at(1).params["x"].sum()}
     for name, (value, refused_by) in asked.items():
         if type(strategy).__name__ in refused_by:
@@ -323,7 +377,9 @@ def test_what_is_held_constant_raises(strategy: Strategy):
 
 def test_a_tensor_captured_by_the_loss_is_refused_under_first_order():
     w = torch.tensor(2.0, requires_grad=True)
-    problem = innerloop.Problem(lambda p, h, b: (p["x"] * w).square().sum(), innerloop.optim.sgd(lr=0.1))
+    problem = innerloop.Problem(
+        lambda p, h, b: (p["x"] * w).square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
     x = torch.ones(2, requires_grad=True)
     traj = innerloop.unroll(problem, {"x": x}, None, steps=2, strategy=FirstOrder())
     (gradient,) = torch.autograd.grad(traj.params["x"].sum(), x, retain_graph=True)
@@ -334,7 +390,9 @@ def test_a_tensor_captured_by_the_loss_is_refused_under_first_order():
 
 def test_captured_tensors_are_refused_by_forward_mode():
     w = torch.tensor(2.0, requires_grad=True)
-    problem = innerloop.Problem(lambda p, h, b: (p["x"] * w * h).square().sum(), innerloop.optim.sgd(lr=0.1))
+    problem = innerloop.Problem(
+        lambda p, h, b: (p["x"] * w * h).square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
     with pytest.raises(innerloop.CapturedTensorError):
         innerloop.unroll(
             problem,

@@ -1,4 +1,5 @@
-"""``innerloop.nn.functional.scaled_dot_product_attention``: both forms against the definition, in every derivative."""
+"""``innerloop.nn.functional.scaled_dot_product_attention``: both forms against the definition, in
+every derivative."""
 
 from __future__ import annotations
 
@@ -17,9 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import innerloop
-from innerloop import InnerLoopError, _private
+from innerloop import InnerLoopError
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.nn import attention, blockwise, twice
+from innerloop.nn import _twice_differentiable as twice
+from innerloop.nn._replacements import attention
+from innerloop.nn._replacements import attention_blockwise as blockwise
 from innerloop.nn.functional import scaled_dot_product_attention
 from tests.oracles import directional
 
@@ -48,10 +52,17 @@ def choose(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def definition(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """exp(S) V / sum exp(S), with 0 / 0 = 0: neither softmax nor a masked fill."""
-    scores = torch.einsum("...ie,...je->...ij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("...ie,...je->...ij", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     sees = torch.ones(scores.shape[-2:], dtype=scores.dtype, device=q.device)
     if causal:
         sees = sees.tril()
@@ -70,7 +81,11 @@ def draw(*shape: int, device: str = "cpu") -> Tensor:
 
 def tensors(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """2 sequences, 3 heads, 7 queries, 9 keys."""
-    return draw(2, 3, 7, 4, device=device), draw(2, 3, 9, 4, device=device), draw(2, 3, 9, 5, device=device)
+    return (
+        draw(2, 3, 7, 4, device=device),
+        draw(2, 3, 9, 4, device=device),
+        draw(2, 3, 9, 5, device=device),
+    )
 
 
 def dead_row(mask: Tensor) -> Tensor:
@@ -100,7 +115,9 @@ def curved(attend: Attention, *args: Any) -> Tensor:
     return (out.sin() * torch.arange(1, 1 + out.shape[-1], device=out.device)).sum()
 
 
-def derivatives(attend: Attention, inputs: Sequence[Tensor], along: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def derivatives(
+    attend: Attention, inputs: Sequence[Tensor], along: Sequence[Tensor]
+) -> dict[str, list[Tensor]]:
     """The value and every kind of derivative up to the third, by autograd and by torch.func."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     found = {"value": [attend(*leaves)]}
@@ -119,13 +136,19 @@ def derivatives(attend: Attention, inputs: Sequence[Tensor], along: Sequence[Ten
         torch.func.grad(lambda *x: curved(push, *x), tuple(range(len(inputs))))(*inputs)
     )
     with torch.autograd.forward_ad.dual_level():
-        duals = [torch.autograd.forward_ad.make_dual(x, u) for x, u in zip(leaves, along, strict=True)]
+        duals = [
+            torch.autograd.forward_ad.make_dual(x, u) for x, u in zip(leaves, along, strict=True)
+        ]
         dual = torch.autograd.grad(curved(attend, *duals), duals, create_graph=True)
-        found["dual"] = [t for x in dual if (t := torch.autograd.forward_ad.unpack_dual(x).tangent) is not None]
+        found["dual"] = [
+            t for x in dual if (t := torch.autograd.forward_ad.unpack_dual(x).tangent) is not None
+        ]
     return found
 
 
-def assert_same(ours: dict[str, list[Tensor]], truth: dict[str, list[Tensor]], tolerance: float = 1e-11) -> None:
+def assert_same(
+    ours: dict[str, list[Tensor]], truth: dict[str, list[Tensor]], tolerance: float = 1e-11
+) -> None:
     for name, expected in truth.items():
         assert len(ours[name]) == len(expected), name
         for a, b in zip(ours[name], expected, strict=True):
@@ -133,7 +156,7 @@ def assert_same(ours: dict[str, list[Tensor]], truth: dict[str, list[Tensor]], t
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
 
 
-# -- against the definition --------------------------------------------------------------------------------------------
+# -- against the definition ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,7 +175,11 @@ def test_value_and_derivatives_are_those_of_the_definition(mask: str, device: st
 def test_causal(queries: int, keys: int, device: str, form: str):
     inputs = tuple(draw(2, n, d, device=device) for n, d in ((queries, 4), (keys, 4), (keys, 5)))
     along = [torch.randn_like(x) for x in inputs]
-    ours = derivatives(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), inputs, along)
+    ours = derivatives(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        inputs,
+        along,
+    )
     truth = derivatives(lambda q, k, v: definition(q, k, v, causal=True, scale=0.3), inputs, along)
     assert_same(ours, truth)
 
@@ -161,7 +188,10 @@ def test_causal(queries: int, keys: int, device: str, form: str):
 def test_a_mask_is_differentiated(shape: tuple[int, ...], form: str):
     inputs = (*tensors(), draw(*shape))
     along = [torch.randn_like(x) for x in inputs]
-    assert_same(derivatives(scaled_dot_product_attention, inputs, along), derivatives(definition, inputs, along))
+    assert_same(
+        derivatives(scaled_dot_product_attention, inputs, along),
+        derivatives(definition, inputs, along),
+    )
 
 
 @pytest.mark.parametrize(("bias", "diagonal"), [(causal_lower_right, 2), (causal_upper_left, 0)])
@@ -171,9 +201,16 @@ def test_a_causal_bias_hides_what_it_hides_in_torch(bias: Any, diagonal: int, fo
     mask = torch.ones(7, 9, dtype=torch.bool).tril(diagonal)
     with innerloop.nn.replacing():
         ours = derivatives(
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias(7, 9)), (q, k, v), (q.cos(), k.cos(), v.cos())
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias(7, 9)),
+            (q, k, v),
+            (q.cos(), k.cos(), v.cos()),
         )
-    assert_same(ours, derivatives(lambda q, k, v: definition(q, k, v, mask), (q, k, v), (q.cos(), k.cos(), v.cos())))
+    assert_same(
+        ours,
+        derivatives(
+            lambda q, k, v: definition(q, k, v, mask), (q, k, v), (q.cos(), k.cos(), v.cos())
+        ),
+    )
 
 
 def test_grouped_queries(form: str):
@@ -191,7 +228,10 @@ def test_grouped_queries(form: str):
 def test_any_leading_dimensions(batch: tuple[int, ...], form: str):
     inputs = (draw(*batch, 7, 4), draw(9, 4), draw(*batch[-1:], 9, 5))
     along = [torch.randn_like(x) for x in inputs]
-    assert_same(derivatives(scaled_dot_product_attention, inputs, along), derivatives(definition, inputs, along))
+    assert_same(
+        derivatives(scaled_dot_product_attention, inputs, along),
+        derivatives(definition, inputs, along),
+    )
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -201,8 +241,14 @@ def test_any_shape_and_mask(data: st.DataObject):
     heads, queries, keys, features, values = (data.draw(size) for _ in range(5))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     of = lambda *s: torch.randn(*s, dtype=torch.float64, generator=generator)  # noqa: E731
-    q, k, v = of(2, heads, queries, features), of(2, heads, keys, features), of(2, heads, keys, values)
-    shape = [data.draw(st.sampled_from([1, n])) for n in (2, heads, queries, keys)][data.draw(st.integers(0, 3)) :]
+    q, k, v = (
+        of(2, heads, queries, features),
+        of(2, heads, keys, features),
+        of(2, heads, keys, values),
+    )
+    shape = [data.draw(st.sampled_from([1, n])) for n in (2, heads, queries, keys)][
+        data.draw(st.integers(0, 3)) :
+    ]
     additive = data.draw(st.booleans())
     mask = of(*shape) if additive else torch.rand(*shape, generator=generator) > 0.4
     inputs = (q, k, v, mask) if additive else (q, k, v)
@@ -211,8 +257,12 @@ def test_any_shape_and_mask(data: st.DataObject):
         with pytest.MonkeyPatch.context() as patch:
             choose(form, patch)
             patch.setattr(blockwise, "BLOCK", data.draw(st.integers(8, 100)))
-            ours = derivatives(lambda q, k, v, m=mask: scaled_dot_product_attention(q, k, v, m), inputs, along)
-        assert_same(ours, derivatives(lambda q, k, v, m=mask: definition(q, k, v, m), inputs, along), 1e-10)
+            ours = derivatives(
+                lambda q, k, v, m=mask: scaled_dot_product_attention(q, k, v, m), inputs, along
+            )
+        assert_same(
+            ours, derivatives(lambda q, k, v, m=mask: definition(q, k, v, m), inputs, along), 1e-10
+        )
 
 
 def test_derivatives_are_finite_differences(form: str):
@@ -232,7 +282,9 @@ def test_derivatives_are_finite_differences(form: str):
     x = [t.clone().requires_grad_() for t in leaves.values()]
     first = torch.autograd.grad(loss(*x), x, create_graph=True)
     slope = sum(float((g.detach() * u).sum()) for g, u in zip(first, along.values(), strict=True))
-    assert slope == pytest.approx(directional(lambda at: loss(*at.values()).detach(), leaves, along), rel=1e-7)
+    assert slope == pytest.approx(
+        directional(lambda at: loss(*at.values()).detach(), leaves, along), rel=1e-7
+    )
     weighed = (torch.cat([g.reshape(-1) for g in first]) * weights).sum()
     second = torch.autograd.grad(weighed, x)
     slope = sum(float((g.detach() * u).sum()) for g, u in zip(second, along.values(), strict=True))
@@ -241,7 +293,7 @@ def test_derivatives_are_finite_differences(form: str):
     )
 
 
-# -- against PyTorch ---------------------------------------------------------------------------------------------------
+# -- against PyTorch -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", list(MASKS))
@@ -261,7 +313,9 @@ def test_value_and_two_derivatives_are_those_of_the_math_kernel(mask: str, form:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lower_precision_is_as_accurate_as_the_math_kernel(dtype: torch.dtype, device: str, form: str):
+def test_lower_precision_is_as_accurate_as_the_math_kernel(
+    dtype: torch.dtype, device: str, form: str
+):
     def differentiated(attend: Attention, given: list[Tensor]) -> list[Tensor]:
         x = [t.clone().requires_grad_() for t in given]
         out = attend(*x)
@@ -301,21 +355,34 @@ def test_what_is_not_differentiated_takes_the_fused_kernel(monkeypatch: pytest.M
     scaled_dot_product_attention(*constants)
     assert len(seen) == 2
     scaled_dot_product_attention(*inputs)
-    torch.func.grad(lambda q: scaled_dot_product_attention(q, *inputs[1:]).sum())(inputs[0].detach())
-    torch.func.jvp(lambda q: scaled_dot_product_attention(q, q, q), (inputs[0].detach(),), (inputs[0].detach(),))
+    torch.func.grad(lambda q: scaled_dot_product_attention(q, *inputs[1:]).sum())(
+        inputs[0].detach()
+    )
+    torch.func.jvp(
+        lambda q: scaled_dot_product_attention(q, q, q),
+        (inputs[0].detach(),),
+        (inputs[0].detach(),),
+    )
     assert len(seen) == 2
 
 
-# -- transforms --------------------------------------------------------------------------------------------------------
+# -- transforms ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("in_dims", "causal"), list(itertools.product([(0, 0, 0), (0, None, 1), (None, 2, None)], [False, True]))
+    ("in_dims", "causal"),
+    list(itertools.product([(0, 0, 0), (0, None, 1), (None, 2, None)], [False, True])),
 )
 def test_vmap(in_dims: tuple[int | None, ...], causal: bool, form: str):
     inputs = tensors()
-    stacked = [x if d is None else torch.stack([x, 2 * x, x - 1], d) for x, d in zip(inputs, in_dims, strict=True)]
-    each = [[x if d is None else x.select(d, i) for x, d in zip(stacked, in_dims, strict=True)] for i in range(3)]
+    stacked = [
+        x if d is None else torch.stack([x, 2 * x, x - 1], d)
+        for x, d in zip(inputs, in_dims, strict=True)
+    ]
+    each = [
+        [x if d is None else x.select(d, i) for x, d in zip(stacked, in_dims, strict=True)]
+        for i in range(3)
+    ]
 
     def loss(attend: Attention) -> Callable[..., Any]:
         return torch.func.grad(lambda q, k, v: curved(attend, q, k, v, None, causal), (0, 1, 2))
@@ -358,9 +425,13 @@ def test_the_batching_that_knows_no_function_raises(blocks: None):
 def test_a_tangent_of_a_tangent(form: str):
     """Blocks have none, so plain operations are taken."""
     q, k, v = tensors()
-    f = lambda attend: torch.func.jacfwd(torch.func.jacfwd(lambda s: attend(q * s, k, v).sin().sum()))  # noqa: E731
+    f = lambda attend: torch.func.jacfwd(  # noqa: E731
+        torch.func.jacfwd(lambda s: attend(q * s, k, v).sin().sum())
+    )
     at = torch.tensor(0.7, dtype=torch.float64)
-    torch.testing.assert_close(f(scaled_dot_product_attention)(at), f(definition)(at), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        f(scaled_dot_product_attention)(at), f(definition)(at), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_tangent_of_a_tangent_of_blocks_is_refused():
@@ -376,14 +447,18 @@ def test_a_tangent_of_a_tangent_of_blocks_is_refused():
 def test_gradcheck_of_blocks(blocks: None):
     q, k, v, mask = (draw(*s).requires_grad_() for s in ((2, 3, 2), (2, 4, 2), (2, 4, 1), (3, 4)))
     torch.autograd.gradcheck(scaled_dot_product_attention, (q, k, v, mask), check_forward_ad=True)
-    torch.autograd.gradgradcheck(scaled_dot_product_attention, (q, k, v, mask), check_fwd_over_rev=True)
+    torch.autograd.gradgradcheck(
+        scaled_dot_product_attention, (q, k, v, mask), check_fwd_over_rev=True
+    )
 
 
-# -- dropout -----------------------------------------------------------------------------------------------------------
+# -- dropout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_plain_operations_drop_what_the_math_kernel_drops(causal: bool, monkeypatch: pytest.MonkeyPatch):
+def test_plain_operations_drop_what_the_math_kernel_drops(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+):
     choose("plain", monkeypatch)
     q, k, v = (x.requires_grad_() for x in tensors())
     torch.manual_seed(3)
@@ -391,7 +466,9 @@ def test_plain_operations_drop_what_the_math_kernel_drops(causal: bool, monkeypa
         theirs = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal)
     after = torch.rand(())
     torch.manual_seed(3)
-    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal), theirs)
+    torch.testing.assert_close(
+        scaled_dot_product_attention(q, k, v, dropout_p=0.4, is_causal=causal), theirs
+    )
     assert torch.equal(torch.rand(()), after)
 
 
@@ -403,7 +480,12 @@ def kept(q: Tensor, k: Tensor, **settings: Any) -> Tensor:
         torch.manual_seed(5)
         dropped = scaled_dot_product_attention(q, k, unit, dropout_p=0.4, **settings)
         return (
-            (dropped / definition(q, k, unit, settings.get("attn_mask"), settings.get("is_causal", False)))
+            (
+                dropped
+                / definition(
+                    q, k, unit, settings.get("attn_mask"), settings.get("is_causal", False)
+                )
+            )
             .nan_to_num()
             .view(shape)
         )
@@ -421,7 +503,10 @@ def test_every_derivative_drops_the_same(settings: dict[str, Any], form: str):
 
     def truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         unit = torch.eye(9, dtype=q.dtype).expand(2, 3, -1, -1)
-        return (definition(q, k, unit, settings.get("attn_mask"), settings.get("is_causal", False)) * factors) @ v
+        return (
+            definition(q, k, unit, settings.get("attn_mask"), settings.get("is_causal", False))
+            * factors
+        ) @ v
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.manual_seed(5)
@@ -452,7 +537,9 @@ def test_cotangents_of_one_forward_pass_see_one_draw(blocks: None):
 
 def test_vmap_has_its_own_rules_for_random_numbers(form: str):
     q = draw(3, 2, 5, 4)
-    attend = lambda q: torch.func.grad(lambda q: scaled_dot_product_attention(q, q, q, dropout_p=0.5).sum())(q)  # noqa: E731
+    attend = lambda q: torch.func.grad(  # noqa: E731
+        lambda q: scaled_dot_product_attention(q, q, q, dropout_p=0.5).sum()
+    )(q)
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(attend)(q)
     same = torch.func.vmap(attend, randomness="same")(q[:1].expand(3, -1, -1, -1))
@@ -466,14 +553,22 @@ def test_nothing_or_everything_is_dropped(p: float, form: str):
     q, k, v = (x.requires_grad_() for x in tensors())
     out = scaled_dot_product_attention(q, k, v, dropout_p=p)
     torch.testing.assert_close(out, definition(q, k, v) * (1 - p))
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True))
+    assert all(
+        g.isfinite().all()
+        for g in torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
+    )
 
 
-# -- surroundings ------------------------------------------------------------------------------------------------------
+# -- surroundings ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "shapes", [((2, 0, 4), (2, 5, 4), (2, 5, 3)), ((2, 3, 4), (2, 0, 4), (2, 0, 3)), ((0, 3, 4), (0, 5, 4), (0, 5, 3))]
+    "shapes",
+    [
+        ((2, 0, 4), (2, 5, 4), (2, 5, 3)),
+        ((2, 3, 4), (2, 0, 4), (2, 0, 3)),
+        ((0, 3, 4), (0, 5, 4), (0, 5, 3)),
+    ],
 )
 def test_nothing_to_attend_to(shapes: tuple[tuple[int, ...], ...], form: str):
     q, k, v = (draw(*s).requires_grad_() for s in shapes)
@@ -491,16 +586,23 @@ def test_what_comes_out_may_be_edited_in_place(form: str):
     def second(edit: Callable[[Tensor], Tensor]) -> list[Tensor]:
         out = edit(scaled_dot_product_attention(q, k, v))
         first = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=True)
-        return list(torch.autograd.grad(torch.stack([edit(g).sin().sum() for g in first]).sum(), (q, k, v)))
+        return list(
+            torch.autograd.grad(torch.stack([edit(g).sin().sum() for g in first]).sum(), (q, k, v))
+        )
 
-    torch.testing.assert_close(second(lambda x: x.mul_(2.0).add_(1.0)), second(lambda x: x * 2.0 + 1.0))
+    torch.testing.assert_close(
+        second(lambda x: x.mul_(2.0).add_(1.0)), second(lambda x: x * 2.0 + 1.0)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_autocast_lowers_it_as_it_lowers_torchs(device: str, form: str):
     q, k, v = (x.float().requires_grad_() for x in tensors(device))
     with torch.autocast(device, torch.bfloat16):
-        ours, theirs = scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+        ours, theirs = (
+            scaled_dot_product_attention(q, k, v),
+            F.scaled_dot_product_attention(q, k, v),
+        )
     assert ours.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
     first = torch.autograd.grad(ours.float().sin().sum(), (q, k, v), create_graph=True)
@@ -515,7 +617,10 @@ def test_autocast_lowers_a_mask_too(mask: torch.dtype, form: str):
     q, k, v = (x.float().requires_grad_() for x in tensors())
     m = (draw(7, 9) > 0) if mask == torch.bool else draw(7, 9).to(mask)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = scaled_dot_product_attention(q, k, v, m), F.scaled_dot_product_attention(q, k, v, m)
+        ours, theirs = (
+            scaled_dot_product_attention(q, k, v, m),
+            F.scaled_dot_product_attention(q, k, v, m),
+        )
     assert ours.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
@@ -526,7 +631,9 @@ def test_autocast_leaves_double_precision_alone(form: str):
     expected = definition(q, k, v, mask)
     with torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(q, k, v, mask).dtype == torch.float64
-        torch.testing.assert_close(scaled_dot_product_attention(q, k, v, mask), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            scaled_dot_product_attention(q, k, v, mask), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.usefixtures("types_unchecked")
@@ -542,13 +649,17 @@ def test_autocast_leaves_a_double_mask_alone_which_is_then_refused():
 def largest(run: Callable[[], Any]) -> int:
     """Elements of the largest tensor that any operation of ``run`` returns."""
     sizes = [0]
-    with _private.observing(lambda t: sizes.append(t.untyped_storage().nbytes() // t.element_size())):
+    with torch_private.observing(
+        lambda t: sizes.append(t.untyped_storage().nbytes() // t.element_size())
+    ):
         run()
     return max(sizes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"is_causal": True}, {"dropout_p": 0.2}])
-def test_no_tensor_grows_with_the_square_of_the_length(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_no_tensor_grows_with_the_square_of_the_length(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(attention, "TAKES_BLOCKS", {"cpu": 0, "cuda": 0})
     for name, value in {"BLOCK": 2**11, "ROWS": 2, "CAUSAL_ROWS": 16}.items():
         monkeypatch.setattr(blockwise, name, value)
@@ -576,10 +687,19 @@ def invalid() -> Iterator[Any]:
     yield pytest.param((q, k[:, :3], v[:, :3]), {"enable_gqa": True}, r"must divide", id="groups")
     yield pytest.param((q, k, v), {"dropout_p": 1.5}, r"not a probability", id="dropout")
     yield pytest.param((q, k, v, mask), {"is_causal": True}, r"tril\(\)", id="mask and causal")
-    yield pytest.param((q, k, v, causal_upper_left(5, 6)), {"is_causal": True}, r"CausalBias", id="two causal masks")
-    yield pytest.param((q, k, v, mask.long()), {}, r"attn_mask is torch.int64", id="mask of integers")
+    yield pytest.param(
+        (q, k, v, causal_upper_left(5, 6)),
+        {"is_causal": True},
+        r"CausalBias",
+        id="two causal masks",
+    )
+    yield pytest.param(
+        (q, k, v, mask.long()), {}, r"attn_mask is torch.int64", id="mask of integers"
+    )
     yield pytest.param((q, k, v, mask[:, :4]), {}, r"do not broadcast", id="mask too narrow")
-    yield pytest.param((q, k, v, mask.expand(3, 1, 1, 5, 6)), {}, r"more dimensions", id="mask too large")
+    yield pytest.param(
+        (q, k, v, mask.expand(3, 1, 1, 5, 6)), {}, r"more dimensions", id="mask too large"
+    )
 
 
 @pytest.mark.usefixtures("types_unchecked")

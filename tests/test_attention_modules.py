@@ -1,4 +1,5 @@
-"""``nn.MultiheadAttention`` and the Transformer's layers as they come: meta-gradients of a double-precision training by hand.
+"""``nn.MultiheadAttention`` and the Transformer's layers as they come: meta-gradients of a
+double-precision training by hand.
 
 The truth runs inside ``sdpa_kernel(MATH)``, whose kernel PyTorch can differentiate twice.
 """
@@ -56,16 +57,24 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "MultiheadAttention": (SelfAttention, {}),
     "MultiheadAttention, key_padding_mask": (SelfAttention, {"key_padding_mask": PADDING}),
     "MultiheadAttention, causal": (SelfAttention, {"attn_mask": CAUSAL, "is_causal": True}),
-    "MultiheadAttention, both masks": (SelfAttention, {"attn_mask": CAUSAL.isinf(), "key_padding_mask": PADDING}),
+    "MultiheadAttention, both masks": (
+        SelfAttention,
+        {"attn_mask": CAUSAL.isinf(), "key_padding_mask": PADDING},
+    ),
     "MultiheadAttention, bias_k": (lambda: SelfAttention(add_bias_kv=True, add_zero_attn=True), {}),
     "TransformerEncoderLayer": (layer, {}),
-    "TransformerEncoderLayer, norm first, gelu": (lambda: layer(norm_first=True, activation="gelu"), {}),
+    "TransformerEncoderLayer, norm first, gelu": (
+        lambda: layer(norm_first=True, activation="gelu"),
+        {},
+    ),
     "TransformerEncoderLayer, src_key_padding_mask": (layer, {"src_key_padding_mask": PADDING}),
     "TransformerEncoderLayer, causal": (layer, {"src_mask": CAUSAL, "is_causal": True}),
     "TransformerEncoder": (encoder, {}),
     "TransformerEncoder, causal": (encoder, {"mask": CAUSAL, "is_causal": True}),
     "TransformerDecoderLayer": (
-        lambda: Crossed(nn.TransformerDecoderLayer(WIDTH, HEADS, 12, dropout=0.0, batch_first=True)),
+        lambda: Crossed(
+            nn.TransformerDecoderLayer(WIDTH, HEADS, 12, dropout=0.0, batch_first=True)
+        ),
         {"tgt_mask": CAUSAL, "tgt_is_causal": True, "memory_key_padding_mask": PADDING},
     ),
     "Transformer": (Decoder, {"tgt_mask": CAUSAL, "tgt_is_causal": True}),
@@ -91,7 +100,11 @@ def prepared(name: str, train: bool) -> tuple[nn.Module, sdpa.Loss, list[Tensor]
         out = model(x, **masks)
         return (out.sin() * weights).square().mean()
 
-    return model, loss, [torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64) for _ in range(sdpa.STEPS + 1)]
+    return (
+        model,
+        loss,
+        [torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64) for _ in range(sdpa.STEPS + 1)],
+    )
 
 
 @pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled, sdpa.bridged])
@@ -106,7 +119,8 @@ def test_the_meta_gradient_is_that_of_the_math_kernel(name: str, train: bool, me
 
 @pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled])
 def test_dropout_is_drawn_as_training_draws_it(meta_gradient: Meta):
-    """The same random numbers in the same order as the math kernel: the trained networks are equal."""
+    """The same random numbers in the same order as the math kernel: the trained networks are
+    equal."""
     model, loss, data = prepared("TransformerEncoderLayer", train=True)
     model.dropout.p = model.dropout1.p = model.dropout2.p = model.self_attn.dropout = 0.3  # type: ignore[union-attr]
     torch.manual_seed(3)

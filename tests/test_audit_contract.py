@@ -1,7 +1,9 @@
-"""Training through every operation of the audit: equal to ``torch.optim``, differentiated as finite differences say, or refused.
+"""Training through every operation of the audit: equal to ``torch.optim``, differentiated as finite
+differences say, or refused.
 
-The list of operations is the one of ``innerloop doctor``. What the probe calls supported must be right here; anything else may only fail
-loudly. Truth is a plain loop of ``torch.optim`` over the plain module, and its finite differences.
+The list of operations is the one of ``innerloop doctor``. What the probe calls supported must be
+right here; anything else may only fail loudly. Truth is a plain loop of ``torch.optim`` over the
+plain module, and its finite differences.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import innerloop
 from innerloop.doctor import Case, all_cases, examine
-from innerloop.doctor.cases import value
+from innerloop.doctor._cases.case import value
 from tests.oracles import assert_derivative, derivative, smooth_noise
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore")]
@@ -25,7 +27,10 @@ RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
     "adam": lambda params: torch.optim.Adam(params, lr=0.005, eps=0.1),
 }
-NO_TRUTH = {"torch.cholesky_inverse (full matrix)": "torch.optim descends along a wrong gradient there, ours is right"}
+NO_TRUTH = {
+    "torch.cholesky_inverse (full "
+    "matrix)": "torch.optim descends along a wrong gradient there, ours is right"
+}
 SMOOTH = [case for case in all_cases() if case.smooth]
 
 
@@ -34,14 +39,20 @@ def loss_of(module: nn.Module, t: int) -> Tensor:
 
 
 def direction(case: Case) -> dict[str, Tensor]:
-    return {n: smooth_noise(*p.shape, phase=70.0 + i) for i, (n, p) in enumerate(case.module().named_parameters())}
+    return {
+        n: smooth_noise(*p.shape, phase=70.0 + i)
+        for i, (n, p) in enumerate(case.module().named_parameters())
+    }
 
 
-def plain_run(case: Case, rule: str, h: float = 0.0, constants: tuple[dict[str, Tensor], ...] = ()) -> Any:
+def plain_run(
+    case: Case, rule: str, h: float = 0.0, constants: tuple[dict[str, Tensor], ...] = ()
+) -> Any:
     """``(outer loss, losses, buffers by time)`` of plain PyTorch from parameters moved by h.
 
-    With ``constants``, the buffers of another run take the place of its own: what PyTorch holds constant in a derivative (the
-    singular vectors of spectral norm) is held constant in the difference too. Evaluation mode is what leaves such buffers alone.
+    With ``constants``, the buffers of another run take the place of its own: what PyTorch holds
+    constant in a derivative (the singular vectors of spectral norm) is held constant in the
+    difference too. Evaluation mode is what leaves such buffers alone.
     """
     module = case.module()
     with torch.no_grad():
@@ -100,11 +111,15 @@ def by_unroll(case: Case, rule: str) -> tuple[Tensor, Tensor, dict[str, Tensor |
 
     def outer(traj: innerloop.Trajectory, hyper: Any) -> tuple[Tensor, Tensor]:
         call, _, _ = innerloop.functional(Outer(module))
-        prefixed = [{f"inner.{n}": x for n, x in xs.items()} for xs in (traj.params, traj.at(-1).buffers)]
+        prefixed = [
+            {f"inner.{n}": x for n, x in xs.items()} for xs in (traj.params, traj.at(-1).buffers)
+        ]
         return call(prefixed[0], buffers=prefixed[1])[0], traj.losses.detach()
 
     params = dict(module.named_parameters())
-    (loss, losses), gradients = innerloop.metagradient(outer, problem, params, list(range(STEPS)), wrt=("params",))
+    (loss, losses), gradients = innerloop.metagradient(
+        outer, problem, params, list(range(STEPS)), wrt=("params",)
+    )
     return loss.detach(), losses, gradients["params"]
 
 
@@ -125,15 +140,23 @@ def check(case: Case, rule: str, method: Callable[[Case, str], Any]) -> None:
 
 def first_of_each(cases: list[Case]) -> set[str]:
     """One case per operation."""
-    return {case.name for case in reversed({c.name.partition("(")[0].strip(): c for c in reversed(cases)}.values())}
+    return {
+        case.name
+        for case in reversed(
+            {c.name.partition("(")[0].strip(): c for c in reversed(cases)}.values()
+        )
+    }
 
 
 def parametrized() -> list[Any]:
-    """One case per operation, and all that must be right whatever the probe says; the others take their time."""
+    """One case per operation, and all that must be right whatever the probe says; the others take
+    their time."""
     chosen = first_of_each([c for c in SMOOTH if c.family not in ("functions", "linear algebra")])
     now = lambda c, rule: c.name in chosen and rule == "sgd"  # noqa: E731
     return [
-        pytest.param(case, rule, id=f"{case.name}-{rule}", marks=() if now(case, rule) else pytest.mark.slow)
+        pytest.param(
+            case, rule, id=f"{case.name}-{rule}", marks=() if now(case, rule) else pytest.mark.slow
+        )
         for case in SMOOTH
         for rule in RULES
     ]
@@ -159,7 +182,9 @@ MUST = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [c for c in SMOOTH if c.family in MUST and c.name not in MUST[c.family]], ids=lambda c: c.name
+    "case",
+    [c for c in SMOOTH if c.family in MUST and c.name not in MUST[c.family]],
+    ids=lambda c: c.name,
 )
 def test_what_must_be_right_is_supported(case: Case) -> None:
     assert examine(case).supported

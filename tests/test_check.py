@@ -51,17 +51,28 @@ def train(inputs: dict[str, Any], optimizer: Any = None) -> Tensor:
     return loss(params, -Y)
 
 
-# -- what is right passes -----------------------------------------------------------------------------------------------
+# -- what is right passes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [innerloop.optim.sgd(momentum=0.9), innerloop.optim.adam(eps=1e-3)], ids=repr)
-def test_a_right_gradient_passes_and_is_reported_input_by_input(optimizer: innerloop.optim.Optimizer):
+@pytest.mark.parametrize(
+    "optimizer", [innerloop.optim.sgd(momentum=0.9), innerloop.optim.adam(eps=1e-3)], ids=repr
+)
+def test_a_right_gradient_passes_and_is_reported_input_by_input(
+    optimizer: innerloop.optim.Optimizer,
+):
     report = innerloop.check_metagradient(lambda x: train(x, optimizer), inputs())
     assert report.ok
     assert report.wrong == []
-    assert [c.input for c in report.comparisons[::3]] == ["['params']['w']", "['params']['b']", "['log_lr']"]
+    assert [c.input for c in report.comparisons[::3]] == [
+        "['params']['w']",
+        "['params']['b']",
+        "['log_lr']",
+    ]
     lines = str(report).splitlines()
-    assert all(word in lines[0] for word in ("input", "autograd", "finite diff.", "difference", "uncertainty"))
+    assert all(
+        word in lines[0]
+        for word in ("input", "autograd", "finite diff.", "difference", "uncertainty")
+    )
     assert len(lines) == 2 + len(report.comparisons)
     assert not any("<--" in line for line in lines)
 
@@ -75,7 +86,13 @@ def test_the_numbers_of_the_report_are_directional_derivatives():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda x: x, lambda x: [x], lambda x: (torch.arange(3), {"x": x}), lambda x: {"x": x, "n": None, "k": 3}]
+    "make",
+    [
+        lambda x: x,
+        lambda x: [x],
+        lambda x: (torch.arange(3), {"x": x}),
+        lambda x: {"x": x, "n": None, "k": 3},
+    ],
 )
 def test_inputs_are_any_pytree(make: Any):
     x = torch.tensor([1.0, 2.0])
@@ -105,16 +122,21 @@ def test_inputs_are_not_changed_and_get_no_grad():
 
 def test_empty_tensors_need_no_check():
     report = innerloop.check_metagradient(
-        lambda x: (x["a"] ** 2).sum() + x["none"].sum(), {"a": torch.ones(2), "none": torch.zeros(0, 3)}
+        lambda x: (x["a"] ** 2).sum() + x["none"].sum(),
+        {"a": torch.ones(2), "none": torch.zeros(0, 3)},
     )
     assert {c.input for c in report.comparisons} == {"['a']"}
 
 
 def test_large_and_small_values_are_checked_at_their_own_scale():
     x = {"large": torch.tensor([3e6, -2e6]), "small": torch.tensor([2e-3, 1e-3])}
-    assert innerloop.check_metagradient(lambda x: (x["large"] / 1e6).sin().sum() + (10 * x["small"]).exp().sum(), x).ok
+    assert innerloop.check_metagradient(
+        lambda x: (x["large"] / 1e6).sin().sum() + (10 * x["small"]).exp().sum(), x
+    ).ok
     with pytest.raises(innerloop.MetaGradientError, match=r"\['large'\]"):
-        innerloop.check_metagradient(lambda x: (wrong(x["large"]) / 1e6).sin().sum() + (10 * x["small"]).exp().sum(), x)
+        innerloop.check_metagradient(
+            lambda x: (wrong(x["large"]) / 1e6).sin().sum() + (10 * x["small"]).exp().sum(), x
+        )
 
 
 def test_dropout_is_replayed_and_leaves_the_random_state_alone():
@@ -124,17 +146,21 @@ def test_dropout_is_replayed_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# -- what is wrong is named ---------------------------------------------------------------------------------------------
+# -- what is wrong is named ------------------------------------------------------------------------
 
 
 def test_a_wrong_backward_is_named_and_what_is_right_is_not():
     def outer(x: dict[str, Any]) -> Tensor:
-        return train({"params": {**x["params"], "b": wrong(x["params"]["b"])}, "log_lr": x["log_lr"]})
+        return train(
+            {"params": {**x["params"], "b": wrong(x["params"]["b"])}, "log_lr": x["log_lr"]}
+        )
 
     with pytest.raises(innerloop.MetaGradientError) as caught:
         innerloop.check_metagradient(outer, inputs())
     message = str(caught.value)
-    assert message.splitlines()[0] == "autograd and finite differences disagree for ['params']['b']:"
+    assert (
+        message.splitlines()[0] == "autograd and finite differences disagree for ['params']['b']:"
+    )
     flagged = [line.split()[0] for line in message.splitlines() if "<--" in line]
     assert set(flagged) == {"['params']['b']"}
     assert len(flagged) == 3
@@ -144,7 +170,9 @@ def test_a_wrong_backward_is_named_and_what_is_right_is_not():
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.999, 1.0001])
 def test_a_gradient_that_is_off_by_a_factor_is_found(factor: float):
     with pytest.raises(innerloop.MetaGradientError):
-        innerloop.check_metagradient(lambda x: wrong(x, factor).sin().sum(), torch.tensor([0.3, 0.7]))
+        innerloop.check_metagradient(
+            lambda x: wrong(x, factor).sin().sum(), torch.tensor([0.3, 0.7])
+        )
 
 
 def test_one_wrong_entry_among_a_thousand_is_found():
@@ -160,12 +188,16 @@ def test_a_detached_path_is_named_and_the_verdict_says_that_nothing_arrives():
     def outer(x: dict[str, Any]) -> Tensor:
         return train({"params": x["params"], "log_lr": x["log_lr"].detach()})
 
-    with pytest.raises(innerloop.MetaGradientError, match=r"(?s)disagree for \['log_lr'\]:.*<-- no gradient arrives"):
+    with pytest.raises(
+        innerloop.MetaGradientError,
+        match=r"(?s)disagree for \['log_lr'\]:.*<-- no gradient arrives",
+    ):
         innerloop.check_metagradient(outer, inputs(), directions=1)
 
 
 def test_a_half_detached_path_is_found():
-    """First-order MAML: the identity path is left, so that the gradient is neither zero nor right."""
+    """First-order MAML: the identity path is left, so that the gradient is neither zero nor
+    right."""
 
     def outer(params: Tensor) -> Tensor:
         grad = torch.func.grad(lambda p: (p**3).sum())(params)
@@ -199,7 +231,9 @@ def test_torchs_own_differentiable_sgd_is_found_out():
 
 def test_a_kink_within_reach_is_not_called_a_wrong_gradient():
     with pytest.raises(innerloop.MetaGradientError, match="kink"):
-        innerloop.check_metagradient(lambda x: (x - 1.0001).abs().sum(), torch.ones(1, dtype=torch.float64))
+        innerloop.check_metagradient(
+            lambda x: (x - 1.0001).abs().sum(), torch.ones(1, dtype=torch.float64)
+        )
 
 
 def test_float32_inside_is_not_called_a_wrong_gradient():
@@ -208,12 +242,13 @@ def test_float32_inside_is_not_called_a_wrong_gradient():
 
 
 def test_a_wrong_gradient_drowned_in_rounding_is_not_called_right():
-    """Beside 1e9 a slope of 1e-3 cannot be measured: whatever the report says, it must not say that zero is right."""
+    """Beside 1e9 a slope of 1e-3 cannot be measured: whatever the report says, it must not say that
+    zero is right."""
     with pytest.raises(innerloop.InnerLoopError):
         innerloop.check_metagradient(lambda x: 1e9 + 1e-3 * wrong(x, 0.0).sum(), torch.ones(1))
 
 
-# -- modules ------------------------------------------------------------------------------------------------------------
+# -- modules ---------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -264,7 +299,9 @@ def test_a_float32_module_is_checked_through_a_float64_copy():
 
 def test_captured_float32_data_does_not_stop_the_check_of_a_module():
     x, y = X.float(), Y.float()
-    assert innerloop.check_metagradient(lambda model: (model(x) - y).square().mean(), nn.Linear(3, 2)).ok
+    assert innerloop.check_metagradient(
+        lambda model: (model(x) - y).square().mean(), nn.Linear(3, 2)
+    ).ok
 
 
 def test_a_wrong_layer_of_a_module_is_named():
@@ -300,7 +337,9 @@ def test_a_tracked_loop_is_checked_with_its_own_torch_optimizer():
 
 def test_a_library_owned_loop_is_checked():
     problem = innerloop.Problem(
-        lambda params, hyper, batch: (hyper["weights"] * (X @ params["w"] + params["b"] - Y).square().mean(1)).mean(),
+        lambda params, hyper, batch: (
+            hyper["weights"] * (X @ params["w"] + params["b"] - Y).square().mean(1)
+        ).mean(),
         innerloop.optim.adam(eps=1e-3),
         optimizer_hyper=lambda hyper, t: {"lr": hyper["log_lr"].exp()},
     )
@@ -309,11 +348,14 @@ def test_a_library_owned_loop_is_checked():
         traj = innerloop.unroll(problem, x["params"], None, hyper=x["hyper"], steps=3)
         return (X @ traj.params["w"] + traj.params["b"] + Y).square().mean() + traj.losses.sum()
 
-    given = {"params": inputs()["params"], "hyper": {"weights": torch.ones(6), "log_lr": torch.tensor(-3.0)}}
+    given = {
+        "params": inputs()["params"],
+        "hyper": {"weights": torch.ones(6), "log_lr": torch.tensor(-3.0)},
+    }
     assert innerloop.check_metagradient(outer, given, directions=1).ok
 
 
-# -- what cannot be checked ---------------------------------------------------------------------------------------------
+# -- what cannot be checked ------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_a_function_of_its_inputs():
@@ -344,7 +386,9 @@ def test_a_loss_that_is_not_finite(value: float):
 
 
 @pytest.mark.parametrize(
-    "given", [{}, torch.arange(3), {"a": 1.0}, None], ids=["nothing", "integers", "a number", "None"]
+    "given",
+    [{}, torch.arange(3), {"a": 1.0}, None],
+    ids=["nothing", "integers", "a number", "None"],
 )
 def test_inputs_without_a_floating_point_tensor(given: Any):
     with pytest.raises(innerloop.InnerLoopError, match="floating-point"):
@@ -356,4 +400,6 @@ def test_complex_inputs_are_checked_or_refused_but_not_passed_over():
         return (x["z"].detach().abs() ** 2).sum() + x["a"].sum()
 
     with pytest.raises(innerloop.InnerLoopError, match=r"\['z'\]|complex"):
-        innerloop.check_metagradient(outer, {"z": torch.ones(2, dtype=torch.complex64), "a": torch.ones(1)})
+        innerloop.check_metagradient(
+            outer, {"z": torch.ones(2, dtype=torch.complex64), "a": torch.ones(1)}
+        )

@@ -1,7 +1,8 @@
-"""`Checkpointed`: equal to `StoreAll` wherever it replays, and an error wherever a replay would not be one.
+"""`Checkpointed`: equal to `StoreAll` wherever it replays, and an error wherever a replay would not
+be one.
 
-The contract of all strategies, finite differences of ``torch.optim`` among it, is in ``test_strategy_contract.py``; how often a step
-runs again is in ``test_schedule.py``.
+The contract of all strategies, finite differences of ``torch.optim`` among it, is in
+``test_strategy_contract.py``; how often a step runs again is in ``test_schedule.py``.
 """
 
 from __future__ import annotations
@@ -45,19 +46,23 @@ each_product = pytest.mark.parametrize("product", ["reverse", "mixed"])
 
 
 def assert_equal(ours: Any, truth: Any, tolerance: float = 1e-10) -> None:
-    """Two flat sequences of tensors, relative to the largest entry of each; None only where the truth has none."""
+    """Two flat sequences of tensors, relative to the largest entry of each; None only where the
+    truth has none."""
     assert len(ours) == len(truth)
     for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
         assert (a is None) == (b is None), f"entry {i}: {a}, StoreAll has {b}"
         if b is not None:
             assert a.shape == b.shape
-            error, scale = (a - b).abs().max().item() if b.numel() else 0.0, b.abs().max().item() if b.numel() else 0.0
+            error, scale = (
+                (a - b).abs().max().item() if b.numel() else 0.0,
+                b.abs().max().item() if b.numel() else 0.0,
+            )
             assert error <= tolerance * scale + 1e-14, (
                 f"entry {i}: off by {error:.1e}, where values are up to {scale:.1e}"
             )
 
 
-# -- a noisy module: dropout, running statistics, hyper-parameters everywhere ----------------------------------------------
+# -- a noisy module: dropout, running statistics, hyper-parameters everywhere ----------------------
 
 
 class Noisy(nn.Module):
@@ -85,19 +90,30 @@ def rate(hyper: Any, t: int) -> dict[str, Any]:
 
 
 def leaves() -> dict[str, Tensor]:
-    values = {"log_lr": torch.tensor(-2.5), "decay": torch.tensor(0.02), "scale": torch.tensor([1.0, 0.8, 1.2])}
+    values = {
+        "log_lr": torch.tensor(-2.5),
+        "decay": torch.tensor(0.02),
+        "scale": torch.tensor([1.0, 0.8, 1.2]),
+    }
     return {name: value.requires_grad_() for name, value in values.items()}
 
 
 def mixture(tensors: Sequence[Tensor]) -> Tensor:
     """A smooth scalar in which every entry has another weight."""
     return torch.stack(
-        [((1 + smooth_noise(*x.shape, phase=30.0 + i) / 2) * (x + 0.3).sin()).sum() for i, x in enumerate(tensors)]
+        [
+            ((1 + smooth_noise(*x.shape, phase=30.0 + i) / 2) * (x + 0.3).sin()).sum()
+            for i, x in enumerate(tensors)
+        ]
     ).sum()
 
 
 def floating(state: Any) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(state) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [
+        x
+        for x in torch.utils._pytree.tree_leaves(state)
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
 
 
 def seen_params(traj: innerloop.Trajectory, times: Sequence[int]) -> Tensor:
@@ -118,21 +134,39 @@ def seen_saved(traj: innerloop.Trajectory, times: Sequence[int]) -> Tensor:
 
 
 def seen_all(traj: innerloop.Trajectory, times: Sequence[int]) -> Tensor:
-    return seen_params(traj, times) * seen_losses(traj, times) + seen_aux(traj, times) + seen_saved(traj, times)
+    return (
+        seen_params(traj, times) * seen_losses(traj, times)
+        + seen_aux(traj, times)
+        + seen_saved(traj, times)
+    )
 
 
-SEEN = {"params": seen_params, "losses": seen_losses, "aux": seen_aux, "saved": seen_saved, "all": seen_all}
+SEEN = {
+    "params": seen_params,
+    "losses": seen_losses,
+    "aux": seen_aux,
+    "saved": seen_saved,
+    "all": seen_all,
+}
 
 
-def noisy_run(strategy: Strategy, rule: str, steps: int, seen: str) -> tuple[list[Any], list[Tensor], list[Tensor]]:
-    """``(gradients, results, the user's next random numbers after the forward and after the backward pass)``."""
+def noisy_run(
+    strategy: Strategy, rule: str, steps: int, seen: str
+) -> tuple[list[Any], list[Tensor], list[Tensor]]:
+    """``(gradients, results, the user's next random numbers after the forward and after the
+    backward pass)``."""
     model = Noisy()
     problem = innerloop.Problem.from_module(model, noisy_loss, RULES[rule](), optimizer_hyper=rate)
     params, hyper = dict(model.named_parameters()), leaves()
     times = sorted({0, steps // 3, steps // 2, max(steps - 1, 0), steps})
     torch.manual_seed(steps)
     traj = innerloop.unroll(
-        problem, params, list(range(steps)), hyper=hyper, strategy=strategy, save_at=[*times, -1, times[0]]
+        problem,
+        params,
+        list(range(steps)),
+        hyper=hyper,
+        strategy=strategy,
+        save_at=[*times, -1, times[0]],
     )
     random = [torch.rand(3)]
     results = [*traj.params.values(), *traj.at(-1).buffers.values(), traj.losses, traj.aux]
@@ -167,7 +201,10 @@ def assert_as_stored(strategy: Strategy, rule: str, steps: int, seen: str = "all
 
 @pytest.mark.parametrize(
     ("product", "slots"),
-    [*(("reverse", slots) for slots in (1, 2, 3, 5, "all", None)), *(("mixed", slots) for slots in (2, "all"))],
+    [
+        *(("reverse", slots) for slots in (1, 2, 3, 5, "all", None)),
+        *(("mixed", slots) for slots in (2, "all")),
+    ],
 )
 @pytest.mark.parametrize("steps", [1, 2, 7, 23])
 def test_every_number_of_slots_and_steps(steps: int, product: str, slots: Any):
@@ -176,7 +213,9 @@ def test_every_number_of_slots_and_steps(steps: int, product: str, slots: Any):
 
 
 @each_product
-@pytest.mark.parametrize(("rule", "seen"), [("sgd", "all"), ("momentum", "all"), *(("adam", seen) for seen in SEEN)])
+@pytest.mark.parametrize(
+    ("rule", "seen"), [("sgd", "all"), ("momentum", "all"), *(("adam", seen) for seen in SEEN)]
+)
 def test_every_rule_and_everything_a_trajectory_offers(rule: str, seen: str, product: str):
     assert_as_stored(Checkpointed(slots=2, product=product), rule, 7, seen)
 
@@ -202,13 +241,18 @@ def test_a_hundred_steps(rule: str, product: str):
 @each_rule
 @pytest.mark.parametrize("steps", [3])
 def test_finite_differences(rule: str, steps: int):
-    """Of the loop run forward only, which no strategy differentiates: d / d of each hyper-parameter."""
-    gradients = dict(zip(leaves(), noisy_run(Checkpointed(slots=2), rule, steps, "all")[0][-3:], strict=True))
+    """Of the loop run forward only, which no strategy differentiates: d / d of each
+    hyper-parameter."""
+    gradients = dict(
+        zip(leaves(), noisy_run(Checkpointed(slots=2), rule, steps, "all")[0][-3:], strict=True)
+    )
 
     def value(h: float, name: str) -> float:
         model, hyper = Noisy(), {n: x.detach() for n, x in leaves().items()}
         hyper[name] = hyper[name] + h
-        problem = innerloop.Problem.from_module(model, noisy_loss, RULES[rule](), optimizer_hyper=rate)
+        problem = innerloop.Problem.from_module(
+            model, noisy_loss, RULES[rule](), optimizer_hyper=rate
+        )
         times = sorted({0, steps // 3, steps // 2, steps - 1, steps})
         torch.manual_seed(steps)
         with torch.no_grad():
@@ -227,14 +271,15 @@ def test_finite_differences(rule: str, steps: int):
         assert_derivative(gradient.sum().item(), truth, f"d / d {name}")
 
 
-# -- a plain problem, for everything else ----------------------------------------------------------------------------------
+# -- a plain problem, for everything else ----------------------------------------------------------
 
 
 def plain_loss(params: Any, hyper: Any, batch: Any) -> Tensor:
-    """Third derivatives do not vanish; ``batch`` may be anything that can be added to a number, or None."""
-    error = (params["w"] * (hyper + 1)).sin().square().sum() + (params["b"] - 0.3).square().sum() * params[
-        "w"
-    ].cos().sum()
+    """Third derivatives do not vanish; ``batch`` may be anything that can be added to a number, or
+    None."""
+    error = (params["w"] * (hyper + 1)).sin().square().sum() + (
+        params["b"] - 0.3
+    ).square().sum() * params["w"].cos().sum()
     return error if batch is None else error + (params["w"] * batch).square().sum()
 
 
@@ -252,31 +297,45 @@ def begin() -> dict[str, Tensor]:
 
 
 def inputs() -> tuple[dict[str, Tensor], Tensor]:
-    return {name: p.requires_grad_() for name, p in begin().items()}, torch.tensor(0.4, requires_grad=True)
+    return {name: p.requires_grad_() for name, p in begin().items()}, torch.tensor(
+        0.4, requires_grad=True
+    )
 
 
 def of_end(traj: innerloop.Trajectory) -> Tensor:
     return mixture([*traj.params.values(), traj.losses])
 
 
-def plain_gradients(strategy: Strategy, batches: Any = None, problem: Any = None, **arguments: Any) -> list[Any]:
+def plain_gradients(
+    strategy: Strategy, batches: Any = None, problem: Any = None, **arguments: Any
+) -> list[Any]:
     params, hyper = inputs()
-    traj = innerloop.unroll(problem or plain(), params, batches, hyper=hyper, strategy=strategy, **arguments)
+    traj = innerloop.unroll(
+        problem or plain(), params, batches, hyper=hyper, strategy=strategy, **arguments
+    )
     return list(torch.autograd.grad(of_end(traj), [*params.values(), hyper]))
 
 
 def test_inputs_may_be_one_tensor():
-    """As an initial value that the loss holds on to, under two names, and derived from one another."""
+    """As an initial value that the loss holds on to, under two names, and derived from one
+    another."""
 
     def gradients(strategy: Strategy) -> Sequence[Tensor]:
         w = begin()["w"].requires_grad_()
 
         def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
-            distance = (params["a"] - hyper[0]).square().sum() + (params["b"] * hyper[1]).sin().sum()
+            distance = (params["a"] - hyper[0]).square().sum() + (
+                params["b"] * hyper[1]
+            ).sin().sum()
             return distance + (params["a"] * params["b"]).sum()
 
         traj = innerloop.unroll(
-            plain(loss=loss), {"a": w, "b": w}, None, hyper=[w, w.square()], steps=5, strategy=strategy
+            plain(loss=loss),
+            {"a": w, "b": w},
+            None,
+            hyper=[w, w.square()],
+            steps=5,
+            strategy=strategy,
         )
         return torch.autograd.grad(mixture(list(traj.params.values())), [w])
 
@@ -296,10 +355,16 @@ def test_a_parameter_that_is_not_reached_has_no_gradient(product: str):
 
 
 @pytest.mark.parametrize(
-    "strategy", [StoreAll(), Checkpointed(slots=2), Checkpointed(slots=2, product="mixed")], ids=repr
+    "strategy",
+    [StoreAll(), Checkpointed(slots=2), Checkpointed(slots=2, product="mixed")],
+    ids=repr,
 )
 def test_a_hyper_parameter_that_is_not_reached_has_no_gradient(strategy: Strategy):
-    used, idle, index = torch.tensor(0.4, requires_grad=True), torch.ones(2, requires_grad=True), torch.tensor(1)
+    used, idle, index = (
+        torch.tensor(0.4, requires_grad=True),
+        torch.ones(2, requires_grad=True),
+        torch.tensor(1),
+    )
     problem = plain(loss=lambda p, h, batch: (p["w"][h["index"]] * h["used"]).square())
     hyper = {"used": used, "idle": idle, "index": index, "text": "kept", "nothing": None}
     traj = innerloop.unroll(problem, begin(), None, hyper=hyper, steps=4, strategy=strategy)
@@ -320,7 +385,9 @@ def test_results_may_be_edited_in_place():
             traj.at(t).params["w"].mul_(2)
             with torch.no_grad():
                 traj.at(t).params["b"].detach().zero_()
-        return torch.autograd.grad(mixture([traj.at(t).params["w"] for t in (3, 6, 7)]), [*params.values(), hyper])
+        return torch.autograd.grad(
+            mixture([traj.at(t).params["w"] for t in (3, 6, 7)]), [*params.values(), hyper]
+        )
 
     assert_equal(gradients(Checkpointed(slots="all")), gradients(Checkpointed(slots=1)))
     assert_equal(gradients(Checkpointed(slots="all"))[:1], edited_truth())
@@ -329,14 +396,18 @@ def test_results_may_be_edited_in_place():
 def edited_truth() -> list[Tensor]:
     params, hyper = inputs()
     traj = innerloop.unroll(plain("momentum"), params, None, hyper=hyper, steps=7, save_at=[3, 6])
-    return list(torch.autograd.grad(mixture([2 * traj.at(t).params["w"] for t in (3, 6, 7)]), [params["w"]]))
+    return list(
+        torch.autograd.grad(mixture([2 * traj.at(t).params["w"] for t in (3, 6, 7)]), [params["w"]])
+    )
 
 
-# -- the approximate product -----------------------------------------------------------------------------------------------
+# -- the approximate product -----------------------------------------------------------------------
 
 
 def finite_error(finite_step: float) -> float:
-    found = plain_gradients(Checkpointed(slots=2, product="finite", finite_step=finite_step), steps=5)
+    found = plain_gradients(
+        Checkpointed(slots=2, product="finite", finite_step=finite_step), steps=5
+    )
     truth = plain_gradients(StoreAll(), steps=5)
     return max((a - b).abs().max().item() for a, b in zip(found, truth, strict=True))
 
@@ -351,7 +422,8 @@ def test_the_error_of_the_central_difference_falls_with_the_square_of_its_step()
 
 @each_rule
 def test_the_central_difference_under_dropout(rule: str):
-    """Both of its sides see the masks of the forward pass; another mask would be off by some tens of per cent."""
+    """Both of its sides see the masks of the forward pass; another mask would be off by some tens
+    of per cent."""
     gradients, results, random = noisy_run(Checkpointed(slots=2, product="finite"), rule, 7, "all")
     truth, expected, expected_random = noisy_truth(rule, 7, "all")
     assert_equal(gradients, truth, 1e-6)
@@ -361,7 +433,8 @@ def test_the_central_difference_under_dropout(rule: str):
 
 @pytest.mark.parametrize("product", ["reverse", "mixed", "finite"])
 def test_a_stopped_gradient_stays_stopped(product: str):
-    """``detach`` inside of the loss: constant for the second derivative too; the moved parameters of a difference move it."""
+    """``detach`` inside of the loss: constant for the second derivative too; the moved parameters
+    of a difference move it."""
     problem = plain(loss=lambda p, h, batch: ((p["w"] * (1 + p["w"].detach())).sin() * h).sum())
     strategy = Checkpointed(slots=2, product=product)
     if product == "finite":
@@ -376,10 +449,15 @@ def test_a_stopped_gradient_stays_stopped(product: str):
 
 
 def test_only_the_central_difference_is_not_exact():
-    assert [Checkpointed(product=p).exact for p in ("auto", "reverse", "mixed", "finite")] == [True, True, True, False]
+    assert [Checkpointed(product=p).exact for p in ("auto", "reverse", "mixed", "finite")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
-# -- captured tensors ------------------------------------------------------------------------------------------------------
+# -- captured tensors ------------------------------------------------------------------------------
 
 
 def captured_by(where: str, x: Tensor) -> innerloop.Problem:
@@ -403,18 +481,24 @@ def captured_by(where: str, x: Tensor) -> innerloop.Problem:
     return plain(optimizer_hyper=lambda h, t: {"lr": x / 10})
 
 
-each_capture = pytest.mark.parametrize("where", ["loss", "from step 3 on", "aux", "aux alone", "lr", "optimizer_hyper"])
+each_capture = pytest.mark.parametrize(
+    "where", ["loss", "from step 3 on", "aux", "aux alone", "lr", "optimizer_hyper"]
+)
 
 
 def at_end(where: str, strategy: Strategy, x: Tensor) -> Tensor:
-    traj = innerloop.unroll(captured_by(where, x), begin(), list(range(5)), hyper=torch.tensor(0.4), strategy=strategy)
+    traj = innerloop.unroll(
+        captured_by(where, x), begin(), list(range(5)), hyper=torch.tensor(0.4), strategy=strategy
+    )
     return of_end(traj) + (0 if traj.aux is None else traj.aux.sum())
 
 
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "grad": lambda f: torch.func.grad(f)(torch.tensor(0.5)),
     "vmap(grad)": lambda f: torch.func.vmap(torch.func.grad(f))(torch.tensor([0.5, 0.6])),
-    "grad(vmap)": lambda f: torch.func.grad(lambda xs: torch.func.vmap(f)(xs).sum())(torch.tensor([0.5, 0.6])),
+    "grad(vmap)": lambda f: torch.func.grad(lambda xs: torch.func.vmap(f)(xs).sum())(
+        torch.tensor([0.5, 0.6])
+    ),
     "jvp": lambda f: torch.func.jvp(f, (torch.tensor(0.5),), (torch.tensor(1.0),)),
     "jacfwd": lambda f: torch.func.jacfwd(f)(torch.tensor(0.5)),
     "jacrev": lambda f: torch.func.jacrev(f)(torch.tensor(0.5)),
@@ -429,7 +513,9 @@ def test_a_captured_tensor_is_refused(where: str, known: bool):
     problem = captured_by(where, x)
     params, hyper = inputs() if known else (begin(), torch.tensor(0.4))
     with pytest.raises(CAPTURED, match="hyper"):
-        innerloop.unroll(problem, params, list(range(5)), hyper=hyper, strategy=Checkpointed(slots=2))
+        innerloop.unroll(
+            problem, params, list(range(5)), hyper=hyper, strategy=Checkpointed(slots=2)
+        )
     if known:
         with pytest.raises(CAPTURED, match="hyper"):
             innerloop.metagradient(
@@ -456,7 +542,8 @@ def test_a_constant_may_be_captured():
     x = torch.tensor(0.5)
     problem = captured_by("loss", x)
     assert_equal(
-        plain_gradients(Checkpointed(slots=2), [0] * 5, problem), plain_gradients(StoreAll(), [0] * 5, problem)
+        plain_gradients(Checkpointed(slots=2), [0] * 5, problem),
+        plain_gradients(StoreAll(), [0] * 5, problem),
     )
 
 
@@ -483,12 +570,16 @@ def test_parameters_that_are_left_out():
 @pytest.mark.parametrize("form", ["list", "stacked", "generator", "dict"])
 def test_batches_that_require_grad_are_refused(form: str):
     x = torch.ones(4, 1, requires_grad=True)
-    batches = {"list": list(x), "stacked": x, "generator": (row for row in x), "dict": {"x": x}}[form]
+    batches = {"list": list(x), "stacked": x, "generator": (row for row in x), "dict": {"x": x}}[
+        form
+    ]
     with pytest.raises(INVALID, match="requires grad"):
-        innerloop.unroll(plain(), begin(), batches, hyper=torch.tensor(0.4), strategy=Checkpointed(slots=2))
+        innerloop.unroll(
+            plain(), begin(), batches, hyper=torch.tensor(0.4), strategy=Checkpointed(slots=2)
+        )
 
 
-# -- is a replay a replay? -------------------------------------------------------------------------------------------------
+# -- is a replay a replay? -------------------------------------------------------------------------
 
 DATA = smooth_noise(5, 4, 3)
 
@@ -508,7 +599,9 @@ def impure(kind: str) -> Callable[[Any, Any, int], Any]:
         if kind == "values":
             return DATA[t] + 1e-3 * again
         if kind == "one value":
-            return torch.cat([DATA[t].flatten()[:-1], DATA[t].flatten()[-1:] * (1 + 1e-4 * again)]).reshape(4, 3)
+            return torch.cat(
+                [DATA[t].flatten()[:-1], DATA[t].flatten()[-1:] * (1 + 1e-4 * again)]
+            ).reshape(4, 3)
         if kind == "rows permuted":
             return DATA[t].roll(1, 0) if again else DATA[t]
         if kind == "fewer rows":
@@ -524,7 +617,16 @@ def impure(kind: str) -> Callable[[Any, Any, int], Any]:
     return batches
 
 
-IMPURE = ["values", "one value", "rows permuted", "fewer rows", "more zeros", "numpy", "random", "one replay"]
+IMPURE = [
+    "values",
+    "one value",
+    "rows permuted",
+    "fewer rows",
+    "more zeros",
+    "numpy",
+    "random",
+    "one replay",
+]
 
 
 @each_product
@@ -548,12 +650,18 @@ def test_a_loss_that_is_no_function_of_its_arguments_is_an_error(kind: str):
 
     def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
         count[0] += 1.0
-        factor = {"numpy": lambda: rng.normal(), "random": numbers.random, "counter": lambda: count[0]}[kind]()
+        factor = {
+            "numpy": lambda: rng.normal(),
+            "random": numbers.random,
+            "counter": lambda: count[0],
+        }[kind]()
         return plain_loss(params, hyper, None) * factor
 
     for product in ("reverse", "mixed", "finite"):
         with pytest.raises(INVALID, match="a replayed step is not"):
-            plain_gradients(Checkpointed(slots=2, product=product), problem=plain(loss=loss), steps=5)
+            plain_gradients(
+                Checkpointed(slots=2, product=product), problem=plain(loss=loss), steps=5
+            )
 
 
 @pytest.mark.parametrize("place", ["batches", "loss"])
@@ -561,10 +669,19 @@ def test_impurity_under_jvp_is_an_error(place: str):
     rng = np.random.default_rng(0)
 
     def behind(w: Tensor) -> Tensor:
-        loss = row_loss if place == "batches" else lambda p, h, batch: row_loss(p, h, batch * rng.normal())
+        loss = (
+            row_loss
+            if place == "batches"
+            else lambda p, h, batch: row_loss(p, h, batch * rng.normal())
+        )
         batches = impure("numpy") if place == "batches" else list(DATA)
         traj = innerloop.unroll(
-            plain(loss=loss), {"w": w}, batches, steps=5, hyper=torch.tensor(1.4), strategy=Checkpointed(slots=2)
+            plain(loss=loss),
+            {"w": w},
+            batches,
+            steps=5,
+            hyper=torch.tensor(1.4),
+            strategy=Checkpointed(slots=2),
         )
         return traj.params["w"].sum()
 
@@ -578,7 +695,9 @@ def test_impurity_in_a_second_derivative_is_an_error():
     problem = plain(loss=lambda p, h, batch: plain_loss(p, h, 2.0 if spoiled[0] else None))
     w = begin()["w"].requires_grad_()
     params = {"w": w, "b": begin()["b"]}
-    traj = innerloop.unroll(problem, params, None, steps=5, hyper=torch.tensor(0.4), strategy=Checkpointed(slots=2))
+    traj = innerloop.unroll(
+        problem, params, None, steps=5, hyper=torch.tensor(0.4), strategy=Checkpointed(slots=2)
+    )
     (gradient,) = torch.autograd.grad(of_end(traj), [w], create_graph=True)
     spoiled[0] = True
     with pytest.raises(INVALID, match="a replayed step is not"):
@@ -600,7 +719,9 @@ def test_data_written_in_place_before_the_backward_pass_are_an_error(form: str):
     data = DATA.clone()
     w, hyper = begin()["w"].requires_grad_(), torch.tensor(1.4, requires_grad=True)
     loss = (lambda p, h, batch: row_loss(p, h, batch[0])) if form == "tuple" else row_loss
-    traj = innerloop.unroll(plain(loss=loss), {"w": w}, FORMS[form](data), hyper=hyper, strategy=Checkpointed(slots=2))
+    traj = innerloop.unroll(
+        plain(loss=loss), {"w": w}, FORMS[form](data), hyper=hyper, strategy=Checkpointed(slots=2)
+    )
     if form != "generator of one buffer":
         data.mul_(1.5)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation|written in place"):
@@ -646,9 +767,15 @@ def test_a_callable_may_draw_from_torch_and_from_the_parameters(product: str):
 
 def test_user_random_numbers_between_forward_and_backward_do_not_matter():
     model = Noisy()
-    problem = innerloop.Problem.from_module(model, noisy_loss, RULES["adam"](), optimizer_hyper=rate)
+    problem = innerloop.Problem.from_module(
+        model, noisy_loss, RULES["adam"](), optimizer_hyper=rate
+    )
     params, hyper, found = dict(model.named_parameters()), leaves(), []
-    for strategy, drawn in ((StoreAll(), 0), (Checkpointed(slots=2), 0), (Checkpointed(slots=2), 17)):
+    for strategy, drawn in (
+        (StoreAll(), 0),
+        (Checkpointed(slots=2), 0),
+        (Checkpointed(slots=2), 17),
+    ):
         torch.manual_seed(2)
         traj = innerloop.unroll(problem, params, list(range(7)), hyper=hyper, strategy=strategy)
         torch.manual_seed(9)
@@ -662,7 +789,9 @@ def test_the_model_may_be_switched_to_evaluation_before_the_backward_pass():
     found = []
     for strategy in (StoreAll(), Checkpointed(slots=2)):
         model = Noisy()
-        problem = innerloop.Problem.from_module(model, noisy_loss, RULES["adam"](), optimizer_hyper=rate)
+        problem = innerloop.Problem.from_module(
+            model, noisy_loss, RULES["adam"](), optimizer_hyper=rate
+        )
         params, hyper = dict(model.named_parameters()), leaves()
         torch.manual_seed(2)
         traj = innerloop.unroll(problem, params, list(range(5)), hyper=hyper, strategy=strategy)
@@ -684,7 +813,7 @@ def test_autocast_holds_in_the_replay():
     assert_equal(found[1], found[0], 1e-5)
 
 
-# -- iterators -------------------------------------------------------------------------------------------------------------
+# -- iterators -------------------------------------------------------------------------------------
 
 
 def loader(shuffle: bool = False) -> torch.utils.data.DataLoader[Any]:
@@ -693,7 +822,9 @@ def loader(shuffle: bool = False) -> torch.utils.data.DataLoader[Any]:
 
 
 def first_of(loss: Any) -> Any:
-    return lambda params, hyper, batch: loss(params, hyper, batch[0] if isinstance(batch, list) else batch)
+    return lambda params, hyper, batch: loss(
+        params, hyper, batch[0] if isinstance(batch, list) else batch
+    )
 
 
 ITERATORS: dict[str, Callable[[], tuple[Any, int | None]]] = {
@@ -710,10 +841,16 @@ ITERATORS: dict[str, Callable[[], tuple[Any, int | None]]] = {
 def iterated(strategy: Strategy, given: Any, steps: int | None) -> list[Tensor]:
     w, hyper = begin()["w"].requires_grad_(), torch.tensor(1.4, requires_grad=True)
     problem = plain("adam", first_of(row_loss))
-    traj = innerloop.unroll(problem, {"w": w}, given, hyper=hyper, steps=steps, strategy=strategy, save_at=[0, 2])
+    traj = innerloop.unroll(
+        problem, {"w": w}, given, hyper=hyper, steps=steps, strategy=strategy, save_at=[0, 2]
+    )
     assert traj.steps == 5
     outer = of_end(traj) + traj.at(2).params["w"].square().sum()
-    return [*torch.autograd.grad(outer, [w, hyper]), traj.losses.detach(), traj.params["w"].detach()]
+    return [
+        *torch.autograd.grad(outer, [w, hyper]),
+        traj.losses.detach(),
+        traj.params["w"].detach(),
+    ]
 
 
 @each_product
@@ -721,13 +858,17 @@ def iterated(strategy: Strategy, given: Any, steps: int | None) -> list[Tensor]:
 def test_an_iterator_equals_a_list(form: str, product: str):
     truth = iterated(StoreAll(), list(DATA), None)
     for slots in (2, "all") if product == "mixed" else (1, 3, None):
-        assert_equal(iterated(Checkpointed(slots=slots, product=product), *ITERATORS[form]()), truth)
+        assert_equal(
+            iterated(Checkpointed(slots=slots, product=product), *ITERATORS[form]()), truth
+        )
 
 
 def test_no_more_than_the_steps_is_drawn():
     source = iter([*DATA, *DATA])
     for _ in range(2):  # one iterator for two loops
-        assert_equal(iterated(Checkpointed(slots=2), source, 5), iterated(StoreAll(), list(DATA), None))
+        assert_equal(
+            iterated(Checkpointed(slots=2), source, 5), iterated(StoreAll(), list(DATA), None)
+        )
     assert next(source, None) is None
 
 
@@ -736,7 +877,9 @@ def test_a_long_iterator(product: str):
     given = [0.3 * smooth_noise(3, phase=float(t)) for t in range(25)]
     truth = plain_gradients(StoreAll(), given, plain("momentum"))
     for slots in (3, 6):
-        ours = plain_gradients(Checkpointed(slots=slots, product=product), iter(given), plain("momentum"))
+        ours = plain_gradients(
+            Checkpointed(slots=slots, product=product), iter(given), plain("momentum")
+        )
         assert_equal(ours, truth)
 
 
@@ -761,13 +904,19 @@ def test_an_iterator_of_each_task():
 
     def behind(w: Tensor, data: Tensor, strategy: Strategy) -> Tensor:
         loss = lambda p, h, batch: (p["w"] * batch).sin().square()  # noqa: E731
-        return innerloop.unroll(plain(loss=loss), {"w": w}, (x for x in data.unbind()), strategy=strategy).params["w"]
+        return innerloop.unroll(
+            plain(loss=loss), {"w": w}, (x for x in data.unbind()), strategy=strategy
+        ).params["w"]
 
     found = []
     for strategy in (StoreAll(), Checkpointed(slots=2)):
         gradient = torch.func.grad(functools.partial(behind, strategy=strategy))
         found.append(
-            [torch.func.vmap(gradient)(torch.tensor([0.3, 0.4]), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))]
+            [
+                torch.func.vmap(gradient)(
+                    torch.tensor([0.3, 0.4]), torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+                )
+            ]
         )
     assert_equal(found[1], found[0])
 
@@ -781,9 +930,15 @@ def test_an_iterator_may_draw_before_a_loss_that_draws(source: str):
 
     def gradients(strategy: Strategy) -> list[Tensor]:
         torch.manual_seed(6)
-        given: Any = loader(shuffle=True) if source == "DataLoader" else (torch.randn(4, 3) for _ in range(5))
+        given: Any = (
+            loader(shuffle=True)
+            if source == "DataLoader"
+            else (torch.randn(4, 3) for _ in range(5))
+        )
         w, hyper = begin()["w"].requires_grad_(), torch.tensor(1.4, requires_grad=True)
-        traj = innerloop.unroll(plain(loss=first_of(loss)), {"w": w}, given, hyper=hyper, strategy=strategy)
+        traj = innerloop.unroll(
+            plain(loss=first_of(loss)), {"w": w}, given, hyper=hyper, strategy=strategy
+        )
         return list(torch.autograd.grad(of_end(traj), [w, hyper]))
 
     assert_equal(gradients(Checkpointed(slots=2)), gradients(StoreAll()))
@@ -802,7 +957,13 @@ def test_an_iterator_that_draws_before_a_loss_that_does_not():
 def test_an_iterator_without_its_data_is_refused(form: str):
     given, steps = ITERATORS[form]()
     with pytest.raises(INVALID, match="keep_batches=True"):
-        innerloop.unroll(plain(loss=row_loss), begin(), given, steps=steps, strategy=Checkpointed(keep_batches=False))
+        innerloop.unroll(
+            plain(loss=row_loss),
+            begin(),
+            given,
+            steps=steps,
+            strategy=Checkpointed(keep_batches=False),
+        )
 
 
 def test_without_an_iterator_nothing_has_to_be_kept():
@@ -818,7 +979,9 @@ def test_times_of_an_iterator_count_from_the_start():
 @pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(slots=2)], ids=repr)
 def test_an_iterator_that_ends_before_its_steps_is_an_error(strategy: Strategy):
     with pytest.raises(INVALID, match="steps=5"):
-        innerloop.unroll(plain(), begin(), iter([1.0] * 3), steps=5, hyper=torch.tensor(0.4), strategy=strategy)
+        innerloop.unroll(
+            plain(), begin(), iter([1.0] * 3), steps=5, hyper=torch.tensor(0.4), strategy=strategy
+        )
 
 
 @pytest.mark.parametrize("source", [[], iter([])], ids=["list", "iterator"])
@@ -830,7 +993,7 @@ def test_no_steps(source: Any):
     assert torch.equal(gradient, 2 * begin()["w"])
 
 
-# -- more than one derivative ----------------------------------------------------------------------------------------------
+# -- more than one derivative ----------------------------------------------------------------------
 
 
 @each_product
@@ -840,8 +1003,15 @@ def test_a_graph_may_be_used_again(product: str, options: dict[str, Any]):
     found = []
     for strategy in (StoreAll(), Checkpointed(slots=2, product=product, **options)):
         params, hyper = inputs()
-        traj = innerloop.unroll(plain("adam"), params, None, hyper=hyper, steps=7, save_at=[4], strategy=strategy)
-        ends: list[Tensor] = [of_end(traj), of_end(traj), traj.at(4).params["w"].sum(), traj.losses[2]]
+        traj = innerloop.unroll(
+            plain("adam"), params, None, hyper=hyper, steps=7, save_at=[4], strategy=strategy
+        )
+        ends: list[Tensor] = [
+            of_end(traj),
+            of_end(traj),
+            traj.at(4).params["w"].sum(),
+            traj.losses[2],
+        ]
         leaves = [*params.values(), hyper]
         rows = [torch.autograd.grad(y, leaves, retain_graph=True, allow_unused=True) for y in ends]
         found.append([x for row in rows for x in row])
@@ -863,7 +1033,9 @@ def flat_objective(rule: str, strategy: Strategy) -> Callable[[Tensor], Tensor]:
     def behind(x: Tensor) -> Tensor:
         problem = plain(rule, optimizer_hyper=lambda h, t: {"lr": 0.1 * (h * (t + 1)).cos()})
         params = {"w": x[:3], "b": begin()["b"]}
-        return of_end(innerloop.unroll(problem, params, None, hyper=x[3], steps=5, strategy=strategy))
+        return of_end(
+            innerloop.unroll(problem, params, None, hyper=x[3], steps=5, strategy=strategy)
+        )
 
     return behind
 
@@ -894,7 +1066,8 @@ def second_truth(rule: str, how: str) -> Tensor:
 
 @each_product
 @pytest.mark.parametrize(
-    ("rule", "how"), [("sgd", "autograd"), ("momentum", "hessian"), *(("adam", how) for how in SECOND)]
+    ("rule", "how"),
+    [("sgd", "autograd"), ("momentum", "hessian"), *(("adam", how) for how in SECOND)],
 )
 def test_second_derivatives(rule: str, how: str, product: str):
     ours = SECOND[how](flat_objective(rule, Checkpointed(slots=2, product=product)))
@@ -905,7 +1078,9 @@ def test_second_derivatives(rule: str, how: str, product: str):
 def test_forward_over_forward_is_right_or_an_error(rule: str):
     truth = second_truth(rule, "hessian")
     try:
-        ours = torch.func.jacfwd(torch.func.jacfwd(flat_objective(rule, Checkpointed(slots=2))))(at())
+        ours = torch.func.jacfwd(torch.func.jacfwd(flat_objective(rule, Checkpointed(slots=2))))(
+            at()
+        )
     except NOT_DIFFERENTIABLE:
         return
     assert_equal([ours], [truth])
@@ -915,14 +1090,18 @@ def test_forward_over_forward_is_right_or_an_error(rule: str):
 def test_third_derivatives(rule: str):
     """By eager autograd, against a finite difference of the Hessian of StoreAll."""
     x = at().requires_grad_()
-    (first,) = torch.autograd.grad(flat_objective(rule, Checkpointed(slots=2))(x), x, create_graph=True)
+    (first,) = torch.autograd.grad(
+        flat_objective(rule, Checkpointed(slots=2))(x), x, create_graph=True
+    )
     (second,) = torch.autograd.grad(first[0], x, create_graph=True)
     (third,) = torch.autograd.grad(second[1], x)
     h = 1e-4
     hessian = lambda x: torch.func.hessian(flat_objective(rule, StoreAll()))(x)[0, 1]  # noqa: E731
     for i, step in enumerate(h * torch.eye(4)):
         difference = (hessian(at() + step) - hessian(at() - step)) / (2 * h)
-        assert_derivative(third[i].item(), difference.item(), f"entry {i}", relative=1e-5, absolute=1e-6)
+        assert_derivative(
+            third[i].item(), difference.item(), f"entry {i}", relative=1e-5, absolute=1e-6
+        )
 
 
 @each_product
@@ -940,10 +1119,15 @@ def test_rows_of_a_jacobian_at_once(product: str):
     found = []
     for strategy in (StoreAll(), Checkpointed(slots=2, product=product)):
         params, hyper = inputs()
-        traj = innerloop.unroll(plain("adam"), params, None, hyper=hyper, steps=5, strategy=strategy)
+        traj = innerloop.unroll(
+            plain("adam"), params, None, hyper=hyper, steps=5, strategy=strategy
+        )
         found.append(
             torch.autograd.grad(
-                traj.params["w"], [*params.values(), hyper], grad_outputs=torch.eye(3), is_grads_batched=True
+                traj.params["w"],
+                [*params.values(), hyper],
+                grad_outputs=torch.eye(3),
+                is_grads_batched=True,
             )
         )
     assert_equal(found[1], found[0])
@@ -953,7 +1137,11 @@ def test_rows_of_a_jacobian_at_once(product: str):
 def test_dropout_of_several_tasks(randomness: str):
     def behind(w: Tensor, strategy: Strategy) -> Tensor:
         problem = plain(loss=lambda p, h, batch: row_loss(p, h, F.dropout(batch, 0.3)))
-        return of_end(innerloop.unroll(problem, {"w": w}, list(DATA), hyper=torch.tensor(1.4), strategy=strategy))
+        return of_end(
+            innerloop.unroll(
+                problem, {"w": w}, list(DATA), hyper=torch.tensor(1.4), strategy=strategy
+            )
+        )
 
     found = []
     for strategy in (StoreAll(), Checkpointed(slots=2)):
@@ -973,14 +1161,16 @@ def test_a_transform_inside_of_autograd():
 
         def behind(w: Tensor, strategy: Strategy = strategy, hyper: Tensor = hyper) -> Tensor:
             params = {**begin(), "w": w}
-            return of_end(innerloop.unroll(plain(), params, None, hyper=hyper, steps=4, strategy=strategy))
+            return of_end(
+                innerloop.unroll(plain(), params, None, hyper=hyper, steps=4, strategy=strategy)
+            )
 
         found.append(torch.autograd.grad(torch.func.grad(behind)(begin()["w"]).sum(), [hyper]))
     assert_equal(found[1], found[0])
     assert_equal(found[2], found[0])
 
 
-# -- more than one loop ----------------------------------------------------------------------------------------------------
+# -- more than one loop ----------------------------------------------------------------------------
 
 
 def test_loops_that_share_a_hyper_parameter():
@@ -992,12 +1182,17 @@ def test_loops_that_share_a_hyper_parameter():
         arguments: dict[str, Any] = {"hyper": hyper, "steps": 5}
         a = innerloop.unroll(plain("adam"), params, None, strategy=first, **arguments)
         b = innerloop.unroll(plain("sgd"), params, None, strategy=second, **arguments)
-        c = innerloop.unroll(plain("momentum"), a.params, None, strategy=third, hyper=hyper * b.losses[-1], steps=4)
+        c = innerloop.unroll(
+            plain("momentum"), a.params, None, strategy=third, hyper=hyper * b.losses[-1], steps=4
+        )
         return torch.autograd.grad(of_end(a) + of_end(b) * of_end(c), [*params.values(), hyper])
 
     truth = gradients(*[StoreAll()] * 3)
     assert_equal(gradients(*[Checkpointed(slots=2)] * 3), truth)
-    assert_equal(gradients(Checkpointed(slots=2), StoreAll(), Checkpointed(slots="all", product="mixed")), truth)
+    assert_equal(
+        gradients(Checkpointed(slots=2), StoreAll(), Checkpointed(slots="all", product="mixed")),
+        truth,
+    )
 
 
 INNER = [StoreAll(), Checkpointed(slots=2), Checkpointed(slots=2, product="mixed")]
@@ -1006,12 +1201,20 @@ INNER = [StoreAll(), Checkpointed(slots=2), Checkpointed(slots=2, product="mixed
 @pytest.mark.parametrize("outer", INNER[1:], ids=repr)
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 def test_a_loop_inside_of_a_loop(outer: Strategy, inner: Strategy):
-    """The inner loop stands in the loss of the outer one: outer parameters start it, and are its hyper-parameter."""
+    """The inner loop stands in the loss of the outer one: outer parameters start it, and are its
+    hyper-parameter."""
 
     def nested(inner: Strategy) -> innerloop.Problem:
         def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
             begin = {"w": params["w"], "b": params["b"]}
-            return of_end(innerloop.unroll(plain("momentum"), begin, None, hyper=hyper, steps=3, strategy=inner)) / 10
+            return (
+                of_end(
+                    innerloop.unroll(
+                        plain("momentum"), begin, None, hyper=hyper, steps=3, strategy=inner
+                    )
+                )
+                / 10
+            )
 
         return plain("adam", loss)
 
@@ -1026,16 +1229,23 @@ def test_a_loop_inside_of_a_loop(outer: Strategy, inner: Strategy):
 @each_product
 @each_rule
 def test_a_loop_that_goes_on(rule: str, product: str):
-    """From the end, and from a state in the middle: with dropout and optimizer state; the random numbers come from the carry."""
+    """From the end, and from a state in the middle: with dropout and optimizer state; the random
+    numbers come from the carry."""
 
     def run(strategy: Strategy, time: int) -> list[Tensor]:
         model = Noisy()
-        problem = innerloop.Problem.from_module(model, noisy_loss, RULES[rule](), optimizer_hyper=rate)
+        problem = innerloop.Problem.from_module(
+            model, noisy_loss, RULES[rule](), optimizer_hyper=rate
+        )
         params, hyper = dict(model.named_parameters()), leaves()
         torch.manual_seed(3)
-        first = innerloop.unroll(problem, params, list(range(5)), hyper=hyper, strategy=strategy, save_at=[3])
+        first = innerloop.unroll(
+            problem, params, list(range(5)), hyper=hyper, strategy=strategy, save_at=[3]
+        )
         torch.rand(5)
-        second = innerloop.unroll(problem, first.at(time), [4, 5, 6], hyper=hyper, strategy=strategy)
+        second = innerloop.unroll(
+            problem, first.at(time), [4, 5, 6], hyper=hyper, strategy=strategy
+        )
         state = torch.rand(2)
         gradients = torch.autograd.grad(of_end(second), [*params.values(), *hyper.values()])
         return [*gradients, *second.params.values(), second.losses, state, torch.rand(2)]
@@ -1045,17 +1255,23 @@ def test_a_loop_that_goes_on(rule: str, product: str):
         assert_equal([x.detach() for x in ours], [x.detach() for x in run(StoreAll(), time)])
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def noisy_episode(strategy: Strategy) -> Callable[[], None]:
     model = Noisy()
-    problem = innerloop.Problem.from_module(model, noisy_loss, RULES["adam"](), optimizer_hyper=rate)
+    problem = innerloop.Problem.from_module(
+        model, noisy_loss, RULES["adam"](), optimizer_hyper=rate
+    )
     params, hyper = dict(model.named_parameters()), leaves()
 
     def episode() -> None:
-        traj = innerloop.unroll(problem, params, [0, 1], hyper=hyper, strategy=strategy, save_at=[1])
-        torch.autograd.grad(of_end(traj) + traj.at(1).params["body.bias"].sum(), [*params.values(), *hyper.values()])
+        traj = innerloop.unroll(
+            problem, params, [0, 1], hyper=hyper, strategy=strategy, save_at=[1]
+        )
+        torch.autograd.grad(
+            of_end(traj) + traj.at(1).params["body.bias"].sum(), [*params.values(), *hyper.values()]
+        )
 
     return episode
 
@@ -1068,7 +1284,9 @@ def test_two_hundred_episodes_leave_no_objects():
 
 def second_derivative() -> None:
     params, hyper = inputs()
-    traj = innerloop.unroll(plain(), params, None, hyper=hyper, steps=3, strategy=Checkpointed(slots=2))
+    traj = innerloop.unroll(
+        plain(), params, None, hyper=hyper, steps=3, strategy=Checkpointed(slots=2)
+    )
     (gradient,) = torch.autograd.grad(of_end(traj), [hyper], create_graph=True)
     torch.autograd.grad(gradient, [hyper])
 
@@ -1106,9 +1324,13 @@ def test_other_episodes_leave_no_objects():
 
     def episode() -> None:
         innerloop.unroll(plain(), params, None, hyper=hyper, steps=3, strategy=strategy)
-        traj = innerloop.unroll(plain(), params, iter([0.1, 0.2, 0.3]), hyper=hyper, strategy=strategy)
+        traj = innerloop.unroll(
+            plain(), params, iter([0.1, 0.2, 0.3]), hyper=hyper, strategy=strategy
+        )
         torch.autograd.grad(of_end(traj), [hyper], retain_graph=True)
-        traj = innerloop.unroll(plain(), params, None, hyper=hyper, steps=3, strategy=strategy, progress=stop)
+        traj = innerloop.unroll(
+            plain(), params, None, hyper=hyper, steps=3, strategy=strategy, progress=stop
+        )
         with contextlib.suppress(KeyboardInterrupt):
             torch.autograd.grad(of_end(traj), [hyper])
 
@@ -1116,7 +1338,9 @@ def test_other_episodes_leave_no_objects():
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_the_disk_is_left_as_it_was(backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_disk_is_left_as_it_was(
+    backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     params, hyper = inputs()
     strategy = Checkpointed(slots=4, offload="disk", save="gradients")
@@ -1129,7 +1353,7 @@ def test_the_disk_is_left_as_it_was(backward: bool, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-# -- progress and interruption ---------------------------------------------------------------------------------------------
+# -- progress and interruption ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -1148,7 +1372,9 @@ def test_progress_is_reported(form: str, known: bool):
         assert told == [("forward", t, 5 if known else None) for t in range(1, 6)]
         of_end(traj).backward()
     else:
-        innerloop.metagradient(lambda traj, hyper: of_end(traj), plain(), params, given, hyper=hyper, **arguments)
+        innerloop.metagradient(
+            lambda traj, hyper: of_end(traj), plain(), params, given, hyper=hyper, **arguments
+        )
     assert told[:5] == [("forward", t, 5 if known else None) for t in range(1, 6)]
     assert told[5:] == [("backward", t, 5) for t in range(1, 6)]
 
@@ -1156,9 +1382,13 @@ def test_progress_is_reported(form: str, known: bool):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("form", ["unroll", "metagradient"])
-def test_an_interruption_leaves_everything_as_it_was(form: str, phase: str, error: type[BaseException]):
+def test_an_interruption_leaves_everything_as_it_was(
+    form: str, phase: str, error: type[BaseException]
+):
     model = Noisy()
-    problem = innerloop.Problem.from_module(model, noisy_loss, RULES["adam"](), optimizer_hyper=rate)
+    problem = innerloop.Problem.from_module(
+        model, noisy_loss, RULES["adam"](), optimizer_hyper=rate
+    )
     params, hyper = dict(model.named_parameters()), leaves()
 
     def stop(now: str, done: int, total: int | None) -> None:
@@ -1171,7 +1401,12 @@ def test_an_interruption_leaves_everything_as_it_was(form: str, phase: str, erro
     if form == "metagradient":
         with pytest.raises(error, match="stop"):
             innerloop.metagradient(
-                lambda traj, hyper: of_end(traj), problem, params, list(range(7)), progress=stop, **arguments
+                lambda traj, hyper: of_end(traj),
+                problem,
+                params,
+                list(range(7)),
+                progress=stop,
+                **arguments,
             )
     elif phase == "forward":
         with pytest.raises(error, match="stop"):
@@ -1181,7 +1416,9 @@ def test_an_interruption_leaves_everything_as_it_was(form: str, phase: str, erro
         state = torch.get_rng_state()
         with pytest.raises(error, match="stop"):
             of_end(traj).backward(retain_graph=True)
-    if not (form == "metagradient" and phase == "backward"):  # there the forward pass has drawn its numbers
+    if not (
+        form == "metagradient" and phase == "backward"
+    ):  # there the forward pass has drawn its numbers
         assert torch.equal(torch.get_rng_state(), state)
     assert_untouched(model)
 
@@ -1196,7 +1433,13 @@ def test_after_an_interruption_the_graph_can_be_used():
 
     stops = [False, True]
     traj = innerloop.unroll(
-        plain(), params, None, hyper=hyper, steps=7, strategy=Checkpointed(slots=3, save="gradients"), progress=stop
+        plain(),
+        params,
+        None,
+        hyper=hyper,
+        steps=7,
+        strategy=Checkpointed(slots=3, save="gradients"),
+        progress=stop,
     )
     with pytest.raises(KeyboardInterrupt):
         torch.autograd.grad(of_end(traj), [hyper], retain_graph=True)
@@ -1213,14 +1456,18 @@ def test_a_bar_needs_tqdm(monkeypatch: pytest.MonkeyPatch):
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(innerloop.MissingExtraError, match=r"tqdm.*pip install 'innerloop\[progress\]'"):
+    with pytest.raises(
+        innerloop.MissingExtraError, match=r"tqdm.*pip install 'innerloop\[progress\]'"
+    ):
         innerloop.unroll(plain(), begin(), None, steps=2, strategy=Checkpointed(), progress=True)
 
 
 def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("tqdm")
     params, hyper = inputs()
-    traj = innerloop.unroll(plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True)
+    traj = innerloop.unroll(
+        plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True
+    )
     assert "forward: 100%" in capsys.readouterr().err
     of_end(traj).backward()
     assert "backward: 100%" in capsys.readouterr().err
@@ -1232,7 +1479,7 @@ def test_progress_is_a_function_or_a_bool():
         innerloop.unroll(plain(), begin(), None, steps=2, strategy=Checkpointed(), progress=3)  # type: ignore[arg-type]
 
 
-# -- arguments -------------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no slots": ({"slots": 0}, r"slots=0.*1 or more.*\"all\""),
@@ -1278,7 +1525,12 @@ def test_dual_numbers_are_refused():
         w = torch.autograd.forward_ad.make_dual(begin()["w"], torch.ones(3))
         with pytest.raises(NOT_DIFFERENTIABLE, match=r"torch\.func\.jvp"):
             innerloop.unroll(
-                plain(), {**begin(), "w": w}, None, steps=2, hyper=torch.tensor(0.4), strategy=Checkpointed()
+                plain(),
+                {**begin(), "w": w},
+                None,
+                steps=2,
+                hyper=torch.tensor(0.4),
+                strategy=Checkpointed(),
             )
 
 
@@ -1310,11 +1562,14 @@ def test_what_has_no_derivative_is_an_error_and_not_zero(kind: str, product: str
             )
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated"
+)  # raised inside of torch's compiler
 @pytest.mark.compiled
 @pytest.mark.parametrize("how", ["metagradient", "torch.compile"])
 def test_compiled_code_around_it_is_refused(how: str):
-    """By name where the compilation is ours; what the user compiles raises torch's own error, which quotes ours."""
+    """By name where the compilation is ours; what the user compiles raises torch's own error, which
+    quotes ours."""
     params, hyper = inputs()
     ours = how == "metagradient"
 

@@ -35,7 +35,9 @@ def files(folder: Path) -> list[str]:
 def disagree(computed: Walkthrough) -> Walkthrough:
     first = computed.blocks[0]
     row = first.rows[0]._replace(autograd=0.72 + 1e-11)
-    return replace(computed, blocks=(first._replace(rows=(row, *first.rows[1:])), *computed.blocks[1:]))
+    return replace(
+        computed, blocks=(first._replace(rows=(row, *first.rows[1:])), *computed.blocks[1:])
+    )
 
 
 def test_the_walkthrough_prints_its_tables_and_writes_its_picture(
@@ -132,9 +134,17 @@ def test_help_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["no-such-command"], ["walkthrough", "--picture", "a.png", "--no-picture"], ["walkthrough", "x"]]
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["walkthrough", "--picture", "a.png", "--no-picture"],
+        ["walkthrough", "x"],
+    ],
 )
-def test_wrong_usage_says_so(folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_says_so(
+    folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2

@@ -1,4 +1,5 @@
-"""``Checkpointed(compile=True)``: the step and its pullback, compiled once, are those of uncompiled code."""
+"""``Checkpointed(compile=True)``: the step and its pullback, compiled once, are those of uncompiled
+code."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from tests.strategies import OUTER, SAVED, batches, hyper, problem, seen, start
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # raised inside of torch's compiler
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script_method. is deprecated"
+    ),  # raised inside of torch's compiler
 ]
 
 
@@ -43,7 +46,9 @@ def test_compiled_steps_equal_a_plain_run(rule: str):
         torch.testing.assert_close(ours, value, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found["params"], grads["params"], rtol=1e-10, atol=1e-12)
         for name in ("log_lr", "decay", "data"):
-            torch.testing.assert_close(found["hyper"][name], grads["hyper"][name], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                found["hyper"][name], grads["hyper"][name], rtol=1e-10, atol=1e-12
+            )
 
 
 def test_the_mixed_product_compiled():
@@ -95,7 +100,9 @@ def test_many_problems_in_one_process():
             wrt="params",
             strategy=Checkpointed(compile=True),
         )
-        torch.testing.assert_close(grads["x"], torch.full((2,), (1 - 0.01 * (i + 1) ** 2) ** 2), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            grads["x"], torch.full((2,), (1 - 0.01 * (i + 1) ** 2) ** 2), rtol=1e-12, atol=0
+        )
 
 
 def of_module(layer: Any, drop: float, strategy: Strategy) -> list[Tensor]:
@@ -103,7 +110,9 @@ def of_module(layer: Any, drop: float, strategy: Strategy) -> list[Tensor]:
     model = nn.Sequential(nn.Linear(3, 4), layer(4), nn.Dropout(drop), nn.Linear(4, 1))
     learned = innerloop.Problem.from_module(
         model,
-        lambda model, hyper, t: (model(hyper["x"].index_select(0, t.reshape(1))[0]) - hyper["y"]).square().mean(),
+        lambda model, hyper, t: (
+            (model(hyper["x"].index_select(0, t.reshape(1))[0]) - hyper["y"]).square().mean()
+        ),
         innerloop.optim.adam(eps=0.1, lr=0.1),
     )
     values = {"x": smooth_noise(4, 6, 3), "y": torch.tensor(0.3)}
@@ -120,7 +129,8 @@ def of_module(layer: Any, drop: float, strategy: Strategy) -> list[Tensor]:
 
 @pytest.mark.parametrize("layer", [nn.LayerNorm, nn.BatchNorm1d])
 def test_a_module(layer: type[nn.Module]):
-    """Right, or refused: torch 2.13 compiles the second derivative of batch norm wrongly on the CPU (off by a tenth)."""
+    """Right, or refused: torch 2.13 compiles the second derivative of batch norm wrongly on the CPU
+    (off by a tenth)."""
     try:
         found = of_module(layer, 0.0, Checkpointed(compile=True))
     except innerloop.MetaGradientError:
@@ -137,9 +147,13 @@ def test_random_numbers_are_refused():
 
 def test_captured_tensors_are_refused():
     w = torch.tensor(2.0, requires_grad=True)
-    learned = innerloop.Problem(lambda p, h, b: (p["x"] * w).square().sum(), innerloop.optim.sgd(lr=0.1))
+    learned = innerloop.Problem(
+        lambda p, h, b: (p["x"] * w).square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
     with pytest.raises(innerloop.CapturedTensorError):
-        innerloop.unroll(learned, {"x": torch.ones(2)}, None, steps=2, strategy=Checkpointed(compile=True))
+        innerloop.unroll(
+            learned, {"x": torch.ones(2)}, None, steps=2, strategy=Checkpointed(compile=True)
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,4 +1,5 @@
-"""``innerloop.nn.functional.cross_entropy``: the definition's derivatives, and how many tensors of the logits' size it keeps."""
+"""``innerloop.nn.functional.cross_entropy``: the definition's derivatives, and how many tensors of
+the logits' size it keeps."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from innerloop import InnerLoopError, _private
+from innerloop import InnerLoopError
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
-from innerloop.nn import cross_entropy as module
-from innerloop.nn import softmax_loss
+from innerloop.nn._replacements import cross_entropy as module
+from innerloop.nn._replacements import softmax_loss
 from innerloop.nn.functional import cross_entropy
 from tests.oracles import directional
 from tests.test_attention import DEVICES, assert_same
@@ -70,12 +72,17 @@ def definition(
     return losses.sum() if reduction == "sum" else losses.sum() / count
 
 
-def derivatives(loss: Loss, inputs: tuple[Tensor, ...], along: list[Tensor]) -> dict[str, list[Tensor]]:
-    """The value and every kind of derivative up to the third; of curved functions of it, so that no derivative vanishes."""
+def derivatives(
+    loss: Loss, inputs: tuple[Tensor, ...], along: list[Tensor]
+) -> dict[str, list[Tensor]]:
+    """The value and every kind of derivative up to the third; of curved functions of it, so that no
+    derivative vanishes."""
 
     def curved(*x: Tensor) -> Tensor:
         out = loss(*x)
-        return (out.sin() * torch.arange(1, 1 + out.numel(), device=out.device).view(out.shape)).sum()
+        return (
+            out.sin() * torch.arange(1, 1 + out.numel(), device=out.device).view(out.shape)
+        ).sum()
 
     everything = tuple(range(len(inputs)))
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -83,10 +90,14 @@ def derivatives(loss: Loss, inputs: tuple[Tensor, ...], along: list[Tensor]) -> 
     for name in ("gradient", "second", "third"):
         gradients = torch.autograd.grad(order, leaves, create_graph=True)
         found[name] = list(gradients)
-        order = sum(((g.sin() * u).sum() for g, u in zip(gradients, along, strict=True)), torch.zeros(()))
+        order = sum(
+            ((g.sin() * u).sum() for g, u in zip(gradients, along, strict=True)), torch.zeros(())
+        )
     push = lambda *x: torch.func.jvp(curved, x, tuple(along))[1]  # noqa: E731
     found["push"] = [push(*inputs)]
-    found["forward over reverse"] = list(torch.func.jvp(torch.func.grad(curved, everything), inputs, tuple(along))[1])
+    found["forward over reverse"] = list(
+        torch.func.jvp(torch.func.grad(curved, everything), inputs, tuple(along))[1]
+    )
     found["reverse over forward"] = list(torch.func.grad(push, everything)(*inputs))
     found["hessian"] = [torch.func.hessian(curved)(*inputs)]
     stacked = [torch.stack([x, 0.5 * x, 0.1 * x]) for x in inputs]
@@ -94,7 +105,7 @@ def derivatives(loss: Loss, inputs: tuple[Tensor, ...], along: list[Tensor]) -> 
     return found
 
 
-# -- against the definition --------------------------------------------------------------------------------------------
+# -- against the definition ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -102,12 +113,21 @@ def derivatives(loss: Loss, inputs: tuple[Tensor, ...], along: list[Tensor]) -> 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_class_indices(shape: tuple[int, ...], weighted: bool, smoothing: float, reduction: str, device: str):
+def test_class_indices(
+    shape: tuple[int, ...], weighted: bool, smoothing: float, reduction: str, device: str
+):
     z, y = draw(*shape, device=device), labels(shape, ignored=True).to(device)
-    weight = torch.rand(shape[min(1, len(shape) - 1)], dtype=torch.float64).to(device) if weighted else None
+    weight = (
+        torch.rand(shape[min(1, len(shape) - 1)], dtype=torch.float64).to(device)
+        if weighted
+        else None
+    )
     rest: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
     along = [torch.randn_like(z)]
-    ours, truth = (derivatives(lambda z, f=f: f(z, y, **rest), (z,), along) for f in (cross_entropy, definition))
+    ours, truth = (
+        derivatives(lambda z, f=f: f(z, y, **rest), (z,), along)
+        for f in (cross_entropy, definition)
+    )
     assert_same(ours, truth, 1e-12)
 
 
@@ -119,11 +139,21 @@ def test_class_indices(shape: tuple[int, ...], weighted: bool, smoothing: float,
 def test_probabilities_that_are_differentiated_too(
     shape: tuple[int, ...], weighted: bool, smoothing: float, reduction: str, device: str
 ):
-    inputs = (draw(*shape, device=device), draw(*shape, device=device).softmax(min(1, len(shape) - 1)))
-    weight = torch.rand(shape[min(1, len(shape) - 1)], dtype=torch.float64).to(device) if weighted else None
+    inputs = (
+        draw(*shape, device=device),
+        draw(*shape, device=device).softmax(min(1, len(shape) - 1)),
+    )
+    weight = (
+        torch.rand(shape[min(1, len(shape) - 1)], dtype=torch.float64).to(device)
+        if weighted
+        else None
+    )
     rest: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
     along = [torch.randn_like(x) for x in inputs]
-    ours, truth = (derivatives(lambda z, q, f=f: f(z, q, **rest), inputs, along) for f in (cross_entropy, definition))
+    ours, truth = (
+        derivatives(lambda z, q, f=f: f(z, q, **rest), inputs, along)
+        for f in (cross_entropy, definition)
+    )
     assert_same(ours, truth, 1e-12)
 
 
@@ -144,11 +174,17 @@ def test_class_weights_are_differentiated():
 def test_it_is_torchs(data: st.DataObject):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     classes = data.draw(st.integers(1, 6))
-    shape = (data.draw(st.integers(1, 5)), classes, *data.draw(st.lists(st.integers(1, 3), max_size=2)))
+    shape = (
+        data.draw(st.integers(1, 5)),
+        classes,
+        *data.draw(st.lists(st.integers(1, 3), max_size=2)),
+    )
     z = 5 * torch.randn(*shape, dtype=torch.float64, generator=generator)
     y = torch.randint(classes, shape[:1] + shape[2:], generator=generator)
     rest: dict[str, Any] = {
-        "weight": torch.rand(classes, dtype=torch.float64, generator=generator) if data.draw(st.booleans()) else None,
+        "weight": torch.rand(classes, dtype=torch.float64, generator=generator)
+        if data.draw(st.booleans())
+        else None,
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
         "label_smoothing": data.draw(st.sampled_from([0.0, 0.1, 1.0])),
         "ignore_index": data.draw(st.sampled_from([-100, 0])),
@@ -180,22 +216,29 @@ def test_the_second_derivative_is_a_finite_difference():
     assert float((second * along).sum()) == pytest.approx(directional(weighed, z, along), rel=1e-7)
 
 
-@pytest.mark.parametrize("target", [torch.tensor([0, 2, 1, 4]), torch.full((4, 5), 0.2, dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "target", [torch.tensor([0, 2, 1, 4]), torch.full((4, 5), 0.2, dtype=torch.float64)]
+)
 def test_losses_may_be_edited_in_place(target: Tensor):
     z = draw(4, 5).requires_grad_()
     edited = cross_entropy(z, target, reduction="none").mul_(2.0)
     (found,) = torch.autograd.grad(edited.sum(), z)
-    torch.testing.assert_close(found, torch.autograd.grad(2 * definition(z, target, reduction="sum"), z)[0])
+    torch.testing.assert_close(
+        found, torch.autograd.grad(2 * definition(z, target, reduction="sum"), z)[0]
+    )
 
 
 def test_gradcheck():
     z, y, q = draw(2, 3).requires_grad_(), labels((2, 3)), draw(2, 3).softmax(1).requires_grad_()
-    for f, inputs in ((lambda z: cross_entropy(z, y, label_smoothing=0.2), (z,)), (cross_entropy, (z, q))):
+    for f, inputs in (
+        (lambda z: cross_entropy(z, y, label_smoothing=0.2), (z,)),
+        (cross_entropy, (z, q)),
+    ):
         torch.autograd.gradcheck(f, inputs, check_forward_ad=True)
         torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True)
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def test_large_logits_lose_nothing():
@@ -249,7 +292,7 @@ def test_dtypes_under_autocast_are_torchs():
         assert cross_entropy(z, y).dtype == F.cross_entropy(z, y).dtype == torch.float32
 
 
-# -- what is kept -------------------------------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------
 
 
 class Alive:
@@ -260,24 +303,28 @@ class Alive:
 
     def see(self, x: Tensor) -> None:
         if x.untyped_storage().nbytes() == self.nbytes:
-            reference = _private.storage_weakref(x)
+            reference = torch_private.storage_weakref(x)
             self._seen[reference.cdata] = reference
             self.most = max(self.most, self.now())
 
     def now(self) -> int:
-        self._seen = {key: reference for key, reference in self._seen.items() if not reference.expired()}
+        self._seen = {
+            key: reference for key, reference in self._seen.items() if not reference.expired()
+        }
         return len(self._seen)
 
 
 def kept(f: Loss, **rest: Any) -> tuple[int, int]:
-    """Logits and their like that are alive between the inner gradient and the outer backward pass, and at most until its end.
+    """Logits and their like that are alive between the inner gradient and the outer backward pass,
+    and at most until its end.
 
-    The logits are those of a linear layer, as in a language model. The user holds the gradient of its weights, nothing else.
+    The logits are those of a linear layer, as in a language model. The user holds the gradient of
+    its weights, nothing else.
     """
     x, weight = draw(32, 8), draw(8, 1000).requires_grad_()
     target = labels((32, 1000))
     alive = Alive(32 * 1000 * 8)
-    with _private.observing(alive.see):
+    with torch_private.observing(alive.see):
         (first,) = torch.autograd.grad(f(x @ weight, target, **rest), weight, create_graph=True)
         between, alive.most = alive.now(), 0
         torch.autograd.grad((first**2).sum(), weight)
@@ -285,10 +332,14 @@ def kept(f: Loss, **rest: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "rest", [{}, {"label_smoothing": 0.1}, {"weight": torch.linspace(0.5, 2, 1000, dtype=torch.float64)}]
+    "rest",
+    [{}, {"label_smoothing": 0.1}, {"weight": torch.linspace(0.5, 2, 1000, dtype=torch.float64)}],
 )
-def test_at_most_three_tensors_of_the_logits_size(rest: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """torch 2.13 keeps two and needs seven at once; here one (the logits) is kept and three are needed: cotangent and result besides."""
+def test_at_most_three_tensors_of_the_logits_size(
+    rest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """torch 2.13 keeps two and needs seven at once; here one (the logits) is kept and three are
+    needed: cotangent and result besides."""
     monkeypatch.setattr(softmax_loss, "CHUNK", 4000)
     assert kept(F.cross_entropy, **rest)[1] >= 6
     between, most = kept(cross_entropy, **rest)
@@ -308,15 +359,21 @@ def test_a_tangent_of_a_tangent():
     z, y = draw(4, 5), labels((4, 5))
     twice = lambda f: torch.func.jacfwd(torch.func.jacfwd(lambda s: f(z * s, y)))  # noqa: E731
     at = torch.tensor(0.7, dtype=torch.float64)
-    torch.testing.assert_close(twice(cross_entropy)(at), twice(definition)(at), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        twice(cross_entropy)(at), twice(definition)(at), rtol=1e-10, atol=1e-12
+    )
 
 
-# -- arguments ----------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("old", "reduction"),
-    [({"reduce": False}, "none"), ({"size_average": False}, "sum"), ({"size_average": True}, "mean")],
+    [
+        ({"reduce": False}, "none"),
+        ({"size_average": False}, "sum"),
+        ({"size_average": True}, "mean"),
+    ],
 )
 def test_deprecated_arguments(old: Any, reduction: str):
     z, y = draw(4, 5).requires_grad_(), labels((4, 5))

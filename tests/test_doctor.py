@@ -1,4 +1,5 @@
-"""The audit as a command: what it finds on the PyTorch that it was written with, and when it says so by its exit code."""
+"""The audit as a command: what it finds on the PyTorch that it was written with, and when it says
+so by its exit code."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from innerloop import cli, doctor
-from innerloop.doctor import probe
-from innerloop.doctor.cases import Applied, Case, noise
+from innerloop.doctor import _probe as probe
+from innerloop.doctor._cases.case import Applied, Case, noise
 
 
 def find(name: str) -> Case:
@@ -17,7 +18,8 @@ def find(name: str) -> Case:
 
 
 class TwiceWrong(torch.autograd.Function):
-    """x³, whose gradient says 3x² and whose second derivative says 5x: made up, so that the probe has something to find."""
+    """x³, whose gradient says 3x² and whose second derivative says 5x: made up, so that the probe
+    has something to find."""
 
     @staticmethod
     def forward(ctx, x):
@@ -43,7 +45,8 @@ def test_a_second_derivative_that_is_wrong_without_an_error_is_found():
 
 
 @pytest.mark.skipif(
-    not torch.__version__.startswith("2.13"), reason="what a newer PyTorch has mended shows in the table"
+    not torch.__version__.startswith("2.13"),
+    reason="what a newer PyTorch has mended shows in the table",
 )
 @pytest.mark.parametrize(
     ("name", "derivative", "action"),
@@ -61,7 +64,9 @@ def test_a_second_derivative_that_is_wrong_without_an_error_is_found():
         ("torch.bessel_j0", "first", "raises"),
     ],
 )
-def test_what_is_wrong_in_torch_2_13_is_found_and_does_not_pass(name: str, derivative: str, action: str):
+def test_what_is_wrong_in_torch_2_13_is_found_and_does_not_pass(
+    name: str, derivative: str, action: str
+):
     finding = doctor.examine(find(name))
     assert finding.torch[derivative] == "wrong"
     assert not finding.silent
@@ -91,6 +96,8 @@ def test_the_command_prints_a_table_and_fails_only_if_something_passes(
     assert "nn.utils.weight_norm" in shown
     assert "nn.Linear" not in shown
     assert "innerloop lets 0 pass" in shown
-    monkeypatch.setattr(probe, "all_cases", lambda: [*cases, dataclasses.replace(WRONG, name="broken")])
+    monkeypatch.setattr(
+        probe, "all_cases", lambda: [*cases, dataclasses.replace(WRONG, name="broken")]
+    )
     assert cli.main(["doctor"]) == cli.DISAGREES
     assert "SILENT" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def learned() -> ModuleType:
     return imported("learned_optimizer")
 
 
-# -- few-shot digits ----------------------------------------------------------------------------------------------------
+# -- few-shot digits -------------------------------------------------------------------------------
 
 
 def test_training_classes_are_multiplied_and_test_classes_are_not(example: ModuleType) -> None:
@@ -45,9 +45,12 @@ def test_training_classes_are_multiplied_and_test_classes_are_not(example: Modul
     # No test image is among the training images, turned or not.
     train = {image.numpy().tobytes() for image in split.train.flatten(0, 1)}
     assert not any(image.numpy().tobytes() in train for image in split.test.flatten(0, 1))
-    # The eight copies of an image are its rotations and reflections: the same numbers in another order.
+    # The eight copies of an image are its rotations and reflections: the same numbers in another
+    # order.
     first = split.train.unflatten(0, (8, 6))[:, 0, 0]
-    assert torch.equal(first.flatten(1).sort(1).values, first[0].flatten().sort().values.expand(8, 64))
+    assert torch.equal(
+        first.flatten(1).sort(1).values, first[0].flatten().sort().values.expand(8, 64)
+    )
     assert torch.equal(first[1], first[0].rot90(1))
 
 
@@ -57,7 +60,9 @@ def test_tasks_do_not_share_images_between_support_and_query(example: ModuleType
     tasks = example.sample(split.test, 20, args, torch.Generator().manual_seed(0))
     assert tasks.x.shape == (20, 15, 8, 8)
     assert tasks.query_x.shape == (20, 45, 8, 8)
-    assert (tasks.y.bincount(minlength=3) if tasks.y.ndim == 1 else tasks.y[0].bincount()).tolist() == [5, 5, 5]
+    assert (
+        tasks.y.bincount(minlength=3) if tasks.y.ndim == 1 else tasks.y[0].bincount()
+    ).tolist() == [5, 5, 5]
     for support, query in zip(tasks.x, tasks.query_x, strict=True):
         distances = (support[:, None] - query[None]).abs().amax((-1, -2))
         assert distances.min() > 0
@@ -78,10 +83,18 @@ def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
     for x, y, query_x, query_y in zip(*tasks, strict=True):
         params = dict(start)
         for _ in range(2):
-            loss = torch.nn.functional.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
+            loss = torch.nn.functional.cross_entropy(
+                torch.func.functional_call(net, params, (x,)), y
+            )
             inner = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params = {n: p - rates[n].exp() * g for (n, p), g in zip(params.items(), inner, strict=True)}
-        losses.append(torch.nn.functional.cross_entropy(torch.func.functional_call(net, params, (query_x,)), query_y))
+            params = {
+                n: p - rates[n].exp() * g for (n, p), g in zip(params.items(), inner, strict=True)
+            }
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                torch.func.functional_call(net, params, (query_x,)), query_y
+            )
+        )
     expected = torch.stack(losses).mean()
     expected.backward()
     assert torch.allclose(value, expected, rtol=1e-5)
@@ -91,10 +104,10 @@ def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
             assert torch.allclose(found, leaf.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_short_run_learns_and_prints_a_table(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    options = (
-        "--splits 1 --iterations 30 --tasks 4 --width 32 --depth 1 --pretrain-iterations 30 --test-tasks 20".split()
-    )
+def test_a_short_run_learns_and_prints_a_table(
+    example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--splits 1 --iterations 30 --tasks 4 --width 32 --depth 1 --pretrain-iterations 30 --test-tasks 20".split()
     args = example.parse(options)
     results = example.run(args)
     assert set(results) == {"meta-learned", "pre-trained", "random"}
@@ -113,10 +126,12 @@ def test_intervals_are_those_of_paired_differences(example: ModuleType) -> None:
     assert half == pytest.approx(1.96 * (5 / 3) ** 0.5 / 2)
 
 
-# -- a learned optimizer ------------------------------------------------------------------------------------------------
+# -- a learned optimizer ---------------------------------------------------------------------------
 
 
-def test_quadratics_have_the_minimum_and_the_curvature_that_they_promise(learned: ModuleType) -> None:
+def test_quadratics_have_the_minimum_and_the_curvature_that_they_promise(
+    learned: ModuleType,
+) -> None:
     family = learned.quadratics()
     tasks = family.sample(50, True, torch.Generator().manual_seed(0))
     for hessian, minimum, start in zip(*tasks, strict=True):
@@ -137,12 +152,15 @@ def test_held_out_digits_share_no_image_with_the_training_tasks(learned: ModuleT
     assert not images(torch.cat([seen.x.flatten(0, 2), seen.test_x.flatten(0, 1)])) & images(
         torch.cat([held_out.x.flatten(0, 2), held_out.test_x.flatten(0, 1)])
     )
-    for x, test_x in zip(held_out.x, held_out.test_x, strict=True):  # nor a task's training images with its test images
+    for x, test_x in zip(
+        held_out.x, held_out.test_x, strict=True
+    ):  # nor a task's training images with its test images
         assert not images(x) & images(test_x)
 
 
 def test_the_untrained_learned_rule_is_normalised_momentum(learned: ModuleType) -> None:
-    """All output weights start at zero: what is left is Adam's direction, at the first step the sign, times a rate."""
+    """All output weights start at zero: what is left is Adam's direction, at the first step the
+    sign, times a rate."""
     args = learned.Args()
     weights = learned.first_weights(args)
     param, grad = torch.randn(3, 2), torch.randn(3, 2)
@@ -150,9 +168,12 @@ def test_the_untrained_learned_rule_is_normalised_momentum(learned: ModuleType) 
     assert torch.allclose(change, -weights["rate"][1].exp() * grad.sign(), rtol=1e-4)
 
 
-def test_a_short_meta_training_beats_sgd_on_quadratics(learned: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_meta_training_beats_sgd_on_quadratics(
+    learned: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = learned.parse(
-        "--family quadratics --iterations 15 --steps 12 --test-steps 12 --tasks 16 --tuning-tasks 16 --test-tasks 16".split()
+        "--family quadratics --iterations 15 --steps 12 --test-steps 12 --tasks 16 --tuning-tasks "
+        "16 --test-tasks 16".split()
     )
     result = learned.run(args)["quadratics"]
     assert set(result.losses) == {"learned", "SGD", "SGD, momentum", "Adam"}

@@ -1,4 +1,5 @@
-"""`innerloop.functional` as a function; that it is the module itself, in every situation, is in ``test_module_situations.py``."""
+"""`innerloop.functional` as a function; that it is the module itself, in every situation, is in
+``test_module_situations.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Standardised(nn.Module):
-    """Counts its calls and keeps a running mean; takes arguments of every kind and returns a dict."""
+    """Counts its calls and keeps a running mean; takes arguments of every kind and returns a
+    dict."""
 
     mean: Tensor
     calls: Tensor
@@ -31,7 +33,10 @@ class Standardised(nn.Module):
     def forward(self, x: Tensor, *more: Tensor, power: int = 1) -> dict[str, Any]:
         self.calls += 1
         self.mean.mul_(0.5).add_(x.detach(), alpha=0.5)
-        return {"out": (self.weight * (x - self.mean) + sum(more)) ** power, "calls": int(self.calls)}
+        return {
+            "out": (self.weight * (x - self.mean) + sum(more)) ** power,
+            "calls": int(self.calls),
+        }
 
 
 def test_arguments_and_results_go_through():
@@ -53,7 +58,9 @@ def test_buffers_are_inputs_and_outputs():
     assert after["mean"].tolist() == [0.5, -0.5]
     assert later["mean"].tolist() == [0.75, -0.75]
     assert int(model.calls) == 0
-    assert call(params, x)["calls"] == 1  # without buffers: the module's own, and what becomes of them is dropped
+    assert (
+        call(params, x)["calls"] == 1
+    )  # without buffers: the module's own, and what becomes of them is dropped
     assert int(model.calls) == 0
 
 
@@ -78,7 +85,8 @@ def test_it_is_a_snapshot_of_the_structure_and_reads_the_values_of_now():
 
 
 def test_gradients_vmap_and_jvp():
-    """Per-example gradients against one backward pass per example; forward mode against reverse mode."""
+    """Per-example gradients against one backward pass per example; forward mode against reverse
+    mode."""
     model = network()
     call, params, _ = innerloop.functional(model)
     x = features(0)
@@ -99,7 +107,8 @@ def test_gradients_vmap_and_jvp():
 
 
 def test_buffers_under_vmap():
-    """Running statistics of several tasks at once: in place inside the module, functional outside."""
+    """Running statistics of several tasks at once: in place inside the module, functional
+    outside."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     call, params, buffers = innerloop.functional(model)
     tasks = torch.stack([features(t) for t in range(3)])
@@ -111,7 +120,9 @@ def test_buffers_under_vmap():
         assert_params({n: b[i] for n, b in after.items()}, expected, 1e-12)
 
 
-@pytest.mark.parametrize("model", [network(), nn.LSTM(3, 4).double(), Standardised()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model", [network(), nn.LSTM(3, 4).double(), Standardised()], ids=lambda m: type(m).__name__
+)
 def test_the_module_is_itself_again_after_an_exception(model: nn.Module):
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: x.detach().clone() for name, x in before.items()}
@@ -139,7 +150,8 @@ def test_a_module_called_inside_itself():
         for p in doubled.parameters():
             p.mul_(2)
     torch.testing.assert_close(
-        call_outer(outer_params, features(0)), (network()(features(0)) + doubled(features(0))).detach()
+        call_outer(outer_params, features(0)),
+        (network()(features(0)) + doubled(features(0))).detach(),
     )
 
 
@@ -153,7 +165,11 @@ def test_the_same_function_reentered():
 
         def forward(self, x: Tensor, depth: int = 2) -> Tensor:
             out = self.inner(x)
-            return out + call({n: p * 0.5 for n, p in self.named_parameters()}, x, depth=depth - 1) if depth else out
+            return (
+                out + call({n: p * 0.5 for n, p in self.named_parameters()}, x, depth=depth - 1)
+                if depth
+                else out
+            )
 
     call, params, _ = innerloop.functional(Outer())
     expected = torch.zeros(6, 1)

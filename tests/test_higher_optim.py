@@ -1,4 +1,5 @@
-"""Differentiable optimizers: the trajectory of torch.optim, and derivatives equal to finite differences of it."""
+"""Differentiable optimizers: the trajectory of torch.optim, and derivatives equal to finite
+differences of it."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ from torch import Tensor, nn
 
 import innerloop
 import innerloop.higher as higher
-from innerloop.differences import four_point
+from innerloop._utils.differences import four_point
 from innerloop.higher.optim import DifferentiableOptimizer, DifferentiableRule, DifferentiableSGD
-from tests.higher_models import MODELS, SEEDS, assert_close, batches, loss_of, peer, plain, seeded, zeros_for_none
+from tests.higher_models import (
+    MODELS,
+    SEEDS,
+    assert_close,
+    batches,
+    loss_of,
+    peer,
+    plain,
+    seeded,
+    zeros_for_none,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -39,7 +50,10 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "asgd": (torch.optim.ASGD, {}),
     "asgd-weight-decay": (torch.optim.ASGD, {"weight_decay": 0.1, "lambd": 0.1}),
     "rmsprop": (torch.optim.RMSprop, {}),
-    "rmsprop-centered": (torch.optim.RMSprop, {"centered": True, "momentum": 0.1, "weight_decay": 0.1, "eps": 1e-3}),
+    "rmsprop-centered": (
+        torch.optim.RMSprop,
+        {"centered": True, "momentum": 0.1, "weight_decay": 0.1, "eps": 1e-3},
+    ),
     "rprop": (torch.optim.Rprop, {}),
     "nadam": (torch.optim.NAdam, {}),
     "radam": (torch.optim.RAdam, {}),
@@ -50,7 +64,9 @@ STEPS = 3
 LR = 0.05
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[Tensor], scheduler: Any = None) -> nn.Module:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[Tensor], scheduler: Any = None
+) -> nn.Module:
     """Plain PyTorch."""
     for x in inputs:
         optimizer.zero_grad()
@@ -71,18 +87,24 @@ def grouped(model: nn.Module) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "batch-norm"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_trajectory_is_that_of_torch(rule: str, name: str, seed: int) -> None:
-    """Over one group and over two; the torch optimizer goes on in between, and its state is taken over."""
+    """Over one group and over two; the torch optimizer goes on in between, and its state is taken
+    over."""
     cls, settings = RULES[rule]
     for groups in (lambda m: m.parameters(), grouped):
         model = seeded(seed, MODELS[name])
         optimizer = cls(groups(model), lr=LR, **settings)
         for round_ in range(2):
             inputs = batches(10 * seed + round_, STEPS, 10, 4)
-            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+                fmodel,
+                diffopt,
+            ):
                 for x in inputs:
                     diffopt.step(loss_of(fmodel(x)))
             train(model, optimizer, inputs)
-            tolerance = 1e-7 if rule == "adafactor" else 1e-12  # torch keeps the bias in single precision there
+            tolerance = (
+                1e-7 if rule == "adafactor" else 1e-12
+            )  # torch keeps the bias in single precision there
             assert_close(fmodel.parameters(), model.parameters(), tolerance)
 
 
@@ -91,7 +113,10 @@ def test_the_gradient_is_that_of_finite_differences(rule: str) -> None:
     cls, settings = RULES[rule]
     inputs = batches(1, STEPS + 1, 10, 4)
     model = seeded(1, plain)
-    ways = [torch.sin(torch.arange(1.0, p.numel() + 1) + i).reshape(p.shape) for i, p in enumerate(model.parameters())]
+    ways = [
+        torch.sin(torch.arange(1.0, p.numel() + 1) + i).reshape(p.shape)
+        for i, p in enumerate(model.parameters())
+    ]
 
     def after(h: float) -> float:
         moved = copy.deepcopy(model)
@@ -101,14 +126,18 @@ def test_the_gradient_is_that_of_finite_differences(rule: str) -> None:
         train(moved, cls(moved.parameters(), lr=LR, **settings), inputs[:-1])
         return float(loss_of(moved(inputs[-1])).detach())
 
-    with higher.innerloop_ctx(model, cls(model.parameters(), lr=LR, **settings), copy_initial_weights=False) as (
+    with higher.innerloop_ctx(
+        model, cls(model.parameters(), lr=LR, **settings), copy_initial_weights=False
+    ) as (
         fmodel,
         diffopt,
     ):
         for x in inputs[:-1]:
             diffopt.step(loss_of(fmodel(x)))
         loss_of(fmodel(inputs[-1])).backward()
-    slope = sum(float((p.grad * way).sum()) for p, way in zip(model.parameters(), ways, strict=True))
+    slope = sum(
+        float((p.grad * way).sum()) for p, way in zip(model.parameters(), ways, strict=True)
+    )
     assert slope == pytest.approx(four_point(after, 1e-4), rel=1e-6, abs=1e-8)
 
 
@@ -118,7 +147,8 @@ def learnable(value: Any) -> Any:
 
 @pytest.mark.parametrize("stepwise", [True, False])
 def test_settings_of_two_groups_are_learned(stepwise: bool) -> None:
-    """Override at creation or at the step: lr for both groups, betas for each; against finite differences."""
+    """Override at creation or at the step: lr for both groups, betas for each; against finite
+    differences."""
     model, inputs = seeded(0, plain), batches(0, STEPS + 1, 10, 4)
     values = [0.3, 0.9, 0.999, 0.8, 0.888]
 
@@ -130,11 +160,16 @@ def test_settings_of_two_groups_are_learned(stepwise: bool) -> None:
         train(trained, optimizer, inputs[:-1])
         return float(loss_of(trained(inputs[-1])).detach())
 
-    override = {"lr": [learnable(values[0])], "betas": [learnable(tuple(values[1:3])), learnable(tuple(values[3:5]))]}
+    override = {
+        "lr": [learnable(values[0])],
+        "betas": [learnable(tuple(values[1:3])), learnable(tuple(values[3:5]))],
+    }
     meta = higher.utils.flatten(override)
     optimizer = torch.optim.Adam(grouped(model), lr=LR)
     fmodel = higher.monkeypatch(model)
-    diffopt = higher.get_diff_optim(optimizer, model.parameters(), fmodel, override=None if stepwise else override)
+    diffopt = higher.get_diff_optim(
+        optimizer, model.parameters(), fmodel, override=None if stepwise else override
+    )
     for x in inputs[:-1]:
         diffopt.step(loss_of(fmodel(x)), override=override if stepwise else None)
     found = torch.autograd.grad(loss_of(fmodel(inputs[-1])), meta)
@@ -178,7 +213,9 @@ def test_wrong_overrides_are_named() -> None:
 def test_a_wrong_override_changes_nothing() -> None:
     model = nn.Linear(2, 1)
     fmodel = higher.monkeypatch(model)
-    diffopt = higher.get_diff_optim(torch.optim.SGD(model.parameters(), lr=0.1), model.parameters(), fmodel)
+    diffopt = higher.get_diff_optim(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.parameters(), fmodel
+    )
     with pytest.raises(innerloop.InvalidInputError, match="no such setting"):
         diffopt.step(loss_of(fmodel(torch.ones(1, 2))), override={"lr": [0.5], "rate": [1.0]})
     assert diffopt.param_groups[0]["lr"] == 0.1
@@ -205,11 +242,18 @@ def test_an_override_may_be_any_list_of_values() -> None:
         for library in (peer(), higher):
             model, rates = seeded(0, plain), make()
             optimizer = torch.optim.SGD(grouped(model), lr=LR)
-            with library.innerloop_ctx(model, optimizer, override={"lr": rates}) as (fmodel, diffopt):
+            with library.innerloop_ctx(model, optimizer, override={"lr": rates}) as (
+                fmodel,
+                diffopt,
+            ):
                 for x in inputs:
                     diffopt.step(loss_of(fmodel(x)))
                 outer = loss_of(fmodel(inputs[0]))
-            leaves = [t for t in (rates, *rates) if isinstance(t, Tensor) and t.is_leaf and t.requires_grad]
+            leaves = [
+                t
+                for t in (rates, *rates)
+                if isinstance(t, Tensor) and t.is_leaf and t.requires_grad
+            ]
             found.append([outer, *(torch.autograd.grad(outer, leaves) if leaves else ())])
         assert_close(found[1], found[0], 1e-13)
 
@@ -217,7 +261,8 @@ def test_an_override_may_be_any_list_of_values() -> None:
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim.Adagrad itself
 def test_sparse_gradients(cls: Any) -> None:
-    """Against central differences of a plain run, in which PyTorch makes the same sparse gradients."""
+    """Against central differences of a plain run, in which PyTorch makes the same sparse
+    gradients."""
     rows = torch.tensor([[0, 1], [1, 3]])
 
     class Model(nn.Module):
@@ -241,36 +286,45 @@ def test_sparse_gradients(cls: Any) -> None:
             optimizer.step()
         return float(loss_of(moved()).detach())
 
-    with higher.innerloop_ctx(model, cls(model.parameters(), lr=LR), copy_initial_weights=False) as (fmodel, diffopt):
+    with higher.innerloop_ctx(
+        model, cls(model.parameters(), lr=LR), copy_initial_weights=False
+    ) as (fmodel, diffopt):
         for _ in range(2):
             diffopt.step(loss_of(fmodel()))
         loss_of(fmodel()).backward()
-    assert model.table.weight.grad.to_dense().sum().item() == pytest.approx(four_point(after, 1e-4), rel=1e-6)
+    assert model.table.weight.grad.to_dense().sum().item() == pytest.approx(
+        four_point(after, 1e-4), rel=1e-6
+    )
     with pytest.raises(innerloop.NotDifferentiableError, match="SparseAdam needs"):
         higher.create_diff_optim(torch.optim.SparseAdam, fmodel=fmodel).step(loss_of(fmodel()))
 
 
 def test_settings_may_be_changed_between_steps() -> None:
-    """By hand in the groups of the diffopt, by a scheduler in those of the torch optimizer; an override goes before both."""
+    """By hand in the groups of the diffopt, by a scheduler in those of the torch optimizer; an
+    override goes before both."""
     model, inputs = seeded(0, plain), batches(0, 4, 10, 4)
     trained = copy.deepcopy(model)
     own = torch.optim.SGD(trained.parameters(), lr=0.4)
     train(trained, own, inputs, torch.optim.lr_scheduler.StepLR(own, 1, 0.5))
     for way in ("groups", "scheduler", "override"):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5 if way == "scheduler" else 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer, 1, 0.5 if way == "scheduler" else 0.1
+        )
         with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
             for t, x in enumerate(inputs):
                 rate = 0.4 * 0.5**t
                 if way == "groups":
                     diffopt.param_groups[0]["lr"] = torch.tensor(rate)
-                diffopt.step(loss_of(fmodel(x)), override={"lr": [rate]} if way == "override" else None)
+                diffopt.step(
+                    loss_of(fmodel(x)), override={"lr": [rate]} if way == "override" else None
+                )
                 if way != "groups":
                     scheduler.step()
         assert_close(fmodel.parameters(), trained.parameters(), 1e-14)
 
 
-# -- grad_callback -----------------------------------------------------------------------------------------------------
+# -- grad_callback ---------------------------------------------------------------------------------
 
 
 def test_a_callback_at_creation_or_at_the_step() -> None:
@@ -279,7 +333,9 @@ def test_a_callback_at_creation_or_at_the_step() -> None:
 
     def run(at_creation: Any = None, at_step: Any = None) -> list[Tensor]:
         fmodel = higher.monkeypatch(model)
-        diffopt = higher.get_diff_optim(optimizer, model.parameters(), fmodel, grad_callback=at_creation)
+        diffopt = higher.get_diff_optim(
+            optimizer, model.parameters(), fmodel, grad_callback=at_creation
+        )
         for x in inputs:
             diffopt.step(loss_of(fmodel(x)), grad_callback=at_step)
         return list(fmodel.parameters())
@@ -291,11 +347,14 @@ def test_a_callback_at_creation_or_at_the_step() -> None:
     train(slower, torch.optim.SGD(slower.parameters(), lr=0.2 * LR), inputs)
     assert_close(run(scaled(0.2)), slower.parameters(), 1e-14)
     assert_close(run(at_step=scaled(0.2)), slower.parameters(), 1e-14)
-    assert_close(run(scaled(5.0), scaled(0.2)), slower.parameters(), 1e-14)  # the step's own goes first
+    assert_close(
+        run(scaled(5.0), scaled(0.2)), slower.parameters(), 1e-14
+    )  # the step's own goes first
 
 
 def test_a_callback_gets_one_entry_for_each_parameter_of_the_model() -> None:
-    """Also for those that the optimizer does not step; None for frozen ones and for those that the loss does not use."""
+    """Also for those that the optimizer does not step; None for frozen ones and for those that the
+    loss does not use."""
     model, seen = MODELS["half-used"](), []
 
     def look(grads: list[Any]) -> list[Any]:
@@ -327,9 +386,13 @@ def test_a_callback_gets_one_entry_for_each_parameter_of_the_model() -> None:
 def test_a_callback_is_differentiated_through() -> None:
     """One step on w²/2 with the gradient scaled by s: dw₁/ds = -lr w."""
     model, scale = nn.Linear(1, 1, bias=False), torch.tensor(2.0, requires_grad=True)
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(
-            fmodel(torch.ones(1, 1)).square().sum() / 2, grad_callback=lambda grads: [scale * g for g in grads]
+            fmodel(torch.ones(1, 1)).square().sum() / 2,
+            grad_callback=lambda grads: [scale * g for g in grads],
         )
     (found,) = torch.autograd.grad(fmodel.weight.sum(), scale)
     assert found.item() == pytest.approx(-0.5 * model.weight.item())
@@ -342,13 +405,16 @@ def test_hooks_on_parameters_run_as_in_training() -> None:
     trained.weight.register_hook(lambda g: 3 * g)  # a deepcopy has no hooks
     inputs = batches(0, 2, 5, 2)
     train(trained, torch.optim.SGD(trained.parameters(), lr=LR), inputs)
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (
+        fmodel,
+        diffopt,
+    ):
         for x in inputs:
             diffopt.step(loss_of(fmodel(x)))
     assert_close(fmodel.parameters(), trained.parameters(), 1e-14)
 
 
-# -- frozen, partial, without a module ---------------------------------------------------------------------------------
+# -- frozen, partial, without a module -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tracked", [True, False])
@@ -359,7 +425,9 @@ def test_frozen_parameters_stay(tracked: bool, filtered: bool) -> None:
     trained = copy.deepcopy(model)
     inputs = batches(0, 3, 16, 30)
     train(trained, torch.optim.SGD(trained.parameters(), lr=LR), inputs)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad or not filtered], lr=LR)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad or not filtered], lr=LR
+    )
     with higher.innerloop_ctx(model, optimizer, track_higher_grads=tracked) as (fmodel, diffopt):
         for x in inputs:
             diffopt.step(loss_of(fmodel(x)))
@@ -396,7 +464,11 @@ def test_an_optimizer_for_a_patched_module_alone() -> None:
     fmodel = higher.monkeypatch(model)
     rate = torch.tensor(0.5, requires_grad=True)
     diffopt = higher.create_diff_optim(
-        torch.optim.Adam, {"eps": 1e-3}, fmodel=fmodel, override={"lr": [rate]}, track_higher_grads=True
+        torch.optim.Adam,
+        {"eps": 1e-3},
+        fmodel=fmodel,
+        override={"lr": [rate]},
+        track_higher_grads=True,
     )
     diffopt.step(loss_of(fmodel(torch.ones(1, 2))))
     trained = copy.deepcopy(model)
@@ -420,9 +492,15 @@ def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
     create, apply = bridge.create_diff_optim, bridge.optim.apply_trainable_opt_params
     others: list[Any] = [None, torch.optim.SGD, schedule, diffopt, innerloop.optim.sgd(lr=0.1)]
     bad: list[tuple[Callable[[], Any], str]] = [
-        *((bridge.innerloop_ctx(model, other).__enter__, "expected a torch optimizer") for other in others),
+        *(
+            (bridge.innerloop_ctx(model, other).__enter__, "expected a torch optimizer")
+            for other in others
+        ),
         (lambda: bridge.get_diff_optim(optimizer, model.named_parameters()), "holds a tuple"),
-        (lambda: bridge.get_diff_optim(optimizer, model.parameters(), grad_callback=3), "pass a function"),
+        (
+            lambda: bridge.get_diff_optim(optimizer, model.parameters(), grad_callback=3),
+            "pass a function",
+        ),
         (lambda: bridge.register_optim(5, 6), "subclass of Optimizer"),
         (lambda: bridge.register_optim(torch.optim.SGD, 6), "subclass of DifferentiableOptimizer"),
         (lambda: create("SGD", fmodel=fmodel), "pass a class"),
@@ -443,7 +521,9 @@ def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
         ([None, None], "holds a NoneType"),
     ):
         bad.append((functools.partial(diffopt.step, fmodel(torch.ones(2)).sum(), params), message))
-    bad.append((lambda: diffopt.step(fmodel(torch.ones(2)).sum(), grad_callback=5), "pass a function"))
+    bad.append(
+        (lambda: diffopt.step(fmodel(torch.ones(2)).sum(), grad_callback=5), "pass a function")
+    )
     bad.append((lambda: diffopt.step((fmodel(torch.ones(2)).sum(), 1)), "takes the loss alone"))
     for use, message in bad:
         with pytest.raises(innerloop.InvalidInputError, match=message):
@@ -453,12 +533,17 @@ def test_what_is_no_optimizer_and_what_is_no_parameter_is_named() -> None:
 
 def test_parameters_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="reference_params"):
-        higher.innerloop_ctx(nn.Linear(2, 1), torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)).__enter__()
+        higher.innerloop_ctx(
+            nn.Linear(2, 1), torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+        ).__enter__()
 
 
 def test_losses_that_are_none() -> None:
     model, x = nn.Linear(2, 1), torch.ones(3, 2)
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (
+        fmodel,
+        diffopt,
+    ):
         for loss, message in (
             (fmodel(x).square(), "must be a scalar"),
             (fmodel(x).sum().detach(), "does not depend on any parameter"),
@@ -466,7 +551,9 @@ def test_losses_that_are_none() -> None:
         ):
             with pytest.raises(innerloop.InvalidInputError, match=message):
                 diffopt.step(loss)
-        diffopt.step(fmodel(x[:1]).square().reshape(1))  # as in higher, a single number of any shape will do
+        diffopt.step(
+            fmodel(x[:1]).square().reshape(1)
+        )  # as in higher, a single number of any shape will do
 
 
 def test_step_hooks_are_refused() -> None:
@@ -477,7 +564,7 @@ def test_step_hooks_are_refused() -> None:
         higher.get_diff_optim(optimizer, model.parameters())
 
 
-# -- state -------------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -512,9 +599,13 @@ def test_state_has_the_names_of_torch_and_its_graph() -> None:
 
 EDITS: dict[str, Callable[[Any], Any]] = {
     "assigned": lambda d: setattr(d, "state", higher.utils._recursive_detach(d.state)),
-    "copied": lambda d: setattr(d, "state", [{i: dict(kept) for i, kept in held.items()} for held in d.state]),
+    "copied": lambda d: setattr(
+        d, "state", [{i: dict(kept) for i, kept in held.items()} for held in d.state]
+    ),
     "replaced": lambda d: [
-        kept.update({k: v.detach() for k, v in kept.items()}) for h in d.state for kept in h.values()
+        kept.update({k: v.detach() for k, v in kept.items()})
+        for h in d.state
+        for kept in h.values()
     ],
     "cleared": lambda d: [held.clear() for held in d.state],
 }
@@ -528,24 +619,32 @@ def test_an_edited_state_counts(edit: str) -> None:
     for library in (peer(), higher):
         model = seeded(0, plain)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
-        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+            fmodel,
+            diffopt,
+        ):
             for x in inputs[:-1]:
                 diffopt.step(loss_of(fmodel(x)))
                 EDITS[edit](diffopt)
             loss_of(fmodel(inputs[-1])).backward()
-        found.append([*(p.grad for p in model.parameters()), *(p.detach() for p in fmodel.parameters())])
+        found.append(
+            [*(p.grad for p in model.parameters()), *(p.detach() for p in fmodel.parameters())]
+        )
     assert_close(found[1], found[0], 1e-13)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_emptied_state_is_that_of_a_new_optimizer(rule: str) -> None:
-    """The same after each step as with a new torch optimizer for each; an untouched copy changes neither values nor gradients."""
+    """The same after each step as with a new torch optimizer for each; an untouched copy changes
+    neither values nor gradients."""
     cls, settings = RULES[rule]
     inputs = batches(1, 3, 10, 4)
 
     def run(between: Callable[[Any], Any]) -> tuple[list[Tensor], list[Tensor]]:
         model = seeded(0, plain)
-        with higher.innerloop_ctx(model, cls(model.parameters(), lr=LR, **settings), copy_initial_weights=False) as (
+        with higher.innerloop_ctx(
+            model, cls(model.parameters(), lr=LR, **settings), copy_initial_weights=False
+        ) as (
             fmodel,
             diffopt,
         ):
@@ -556,12 +655,16 @@ def test_an_emptied_state_is_that_of_a_new_optimizer(rule: str) -> None:
         return [p.detach() for p in fmodel.parameters()], [p.grad for p in model.parameters()]
 
     def copied(diffopt: Any) -> None:
-        diffopt.state = higher.utils._recursive_map(diffopt.state, lambda v: 1 * v if isinstance(v, Tensor) else v)
+        diffopt.state = higher.utils._recursive_map(
+            diffopt.state, lambda v: 1 * v if isinstance(v, Tensor) else v
+        )
 
     trained = seeded(0, plain)
     for x in inputs:
         train(trained, cls(trained.parameters(), lr=LR, **settings), [x])
-    assert_close(run(EDITS["cleared"])[0], trained.parameters(), 1e-7 if rule == "adafactor" else 1e-12)
+    assert_close(
+        run(EDITS["cleared"])[0], trained.parameters(), 1e-7 if rule == "adafactor" else 1e-12
+    )
     for a, b in zip(run(copied), run(lambda diffopt: None), strict=True):
         assert_close(a, b, 0.0)
 
@@ -572,7 +675,10 @@ def test_the_step_count_may_be_set_back_in_place(way: Any) -> None:
     model, inputs = seeded(0, plain), batches(0, 3, 10, 4)
     trained = copy.deepcopy(model)
     optimizer = torch.optim.Adam(trained.parameters(), lr=LR)
-    with higher.innerloop_ctx(model, torch.optim.Adam(model.parameters(), lr=LR)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.Adam(model.parameters(), lr=LR)) as (
+        fmodel,
+        diffopt,
+    ):
         for x in inputs:
             train(trained, optimizer, [x])
             diffopt.step(loss_of(fmodel(x)))
@@ -593,26 +699,35 @@ def test_a_state_of_another_form_is_named() -> None:
                 diffopt.state = wrong
         for value in (torch.zeros(7), 3.0):
             diffopt.state[0][0]["momentum_buffer"] = value
-            with pytest.raises(innerloop.InvalidInputError, match=r"'momentum_buffer' in diffopt\.state"):
+            with pytest.raises(
+                innerloop.InvalidInputError, match=r"'momentum_buffer' in diffopt\.state"
+            ):
                 diffopt.step(loss_of(fmodel(torch.ones(1, 2))))
 
 
 def test_the_state_of_an_adapted_class_may_be_edited() -> None:
     """Rates 1/2 and 1/4 on w²/2; emptied, the second is 1/2 again."""
     model = nn.Linear(1, 1, bias=False)
-    with higher.innerloop_ctx(model, Decayed(model.parameters(), lr=0.5), copy_initial_weights=False) as (f, diffopt):
+    with higher.innerloop_ctx(
+        model, Decayed(model.parameters(), lr=0.5), copy_initial_weights=False
+    ) as (f, diffopt):
         for _ in range(2):
             diffopt.step(f(torch.ones(1, 1)).square().sum() / 2)
             diffopt.state[0].clear()
-    assert torch.autograd.grad(f.weight.sum(), model.weight)[0].item() == pytest.approx(0.75**2, abs=1e-14)
+    assert torch.autograd.grad(f.weight.sum(), model.weight)[0].item() == pytest.approx(
+        0.75**2, abs=1e-14
+    )
 
 
 def test_a_cold_adagrad_keeps_what_torch_keeps() -> None:
-    """A rule of the user's own reads it before the first step: the sum starts at 4, so that the first step on w²/2 is w/√(4 + w²)."""
+    """A rule of the user's own reads it before the first step: the sum starts at 4, so that the
+    first step on w²/2 is w/√(4 + w²)."""
 
     class Mine(higher.optim.DifferentiableAdagrad):
         def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
-            for group, grads, held in zip(self.param_groups, grouped_grads, self.state, strict=True):
+            for group, grads, held in zip(
+                self.param_groups, grouped_grads, self.state, strict=True
+            ):
                 for i, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
                     held[i]["step"] += 1
                     held[i]["sum"] = held[i]["sum"] + g * g
@@ -650,7 +765,7 @@ def test_device_and_dtype_are_kept(rule: str) -> None:
     assert {p.dtype for p in fmodel.parameters()} == {torch.float32}
 
 
-# -- other classes -----------------------------------------------------------------------------------------------------
+# -- other classes ---------------------------------------------------------------------------------
 
 
 class Decayed(torch.optim.Optimizer):
@@ -692,7 +807,8 @@ def registry() -> Any:
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_class_that_nobody_knows(registered: bool, warm: bool) -> None:
-    """Registered as in higher, or adapted and verified. Two steps of rate 1/2 and 1/4 (then 1/8, 1/16 if warm) on w²/2."""
+    """Registered as in higher, or adapted and verified. Two steps of rate 1/2 and 1/4 (then 1/8,
+    1/16 if warm) on w²/2."""
     if registered:
         higher.register_optim(Decayed, DifferentiableDecayed)
     model = nn.Linear(1, 1, bias=False)
@@ -704,15 +820,22 @@ def test_a_class_that_nobody_knows(registered: bool, warm: bool) -> None:
             diffopt.step(fmodel(torch.ones(1, 1)).square().sum() / 2)
     rates = (0.125, 0.0625) if warm else (0.5, 0.25)
     expected = (1 - 0.5 * rates[0]) * (1 - 0.5 * rates[1])
-    assert torch.autograd.grad(fmodel.weight.sum(), model.weight)[0].item() == pytest.approx(expected, abs=1e-14)
+    assert torch.autograd.grad(fmodel.weight.sum(), model.weight)[0].item() == pytest.approx(
+        expected, abs=1e-14
+    )
     assert diffopt.state[0][0]["rate"] == rates[1]
-    assert isinstance(diffopt, DifferentiableDecayed if registered else higher.optim.DifferentiableAdapted)
+    assert isinstance(
+        diffopt, DifferentiableDecayed if registered else higher.optim.DifferentiableAdapted
+    )
 
 
 def test_settings_of_an_adapted_class_are_learned() -> None:
     """One step on w²/2: dw₁/dlr = -w/2."""
     model, rate = nn.Linear(1, 1, bias=False), torch.tensor(0.5, requires_grad=True)
-    with higher.innerloop_ctx(model, Decayed(model.parameters()), override={"lr": [rate]}) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, Decayed(model.parameters()), override={"lr": [rate]}) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(fmodel(torch.ones(1, 1)).square().sum() / 2)
     assert torch.autograd.grad(fmodel.weight.sum(), rate)[0].item() == pytest.approx(
         -model.weight.item() / 2, abs=1e-14
@@ -743,15 +866,24 @@ def test_subclasses_count_as_their_parent() -> None:
         pass
 
     model = nn.Linear(2, 1)
-    assert type(higher.get_diff_optim(Named(model.parameters(), lr=0.1), model.parameters())) is DifferentiableSGD
-    assert type(higher.create_diff_optim(Named, {"lr": 0.1}, params=[torch.ones(1)])) is DifferentiableSGD
+    assert (
+        type(higher.get_diff_optim(Named(model.parameters(), lr=0.1), model.parameters()))
+        is DifferentiableSGD
+    )
+    assert (
+        type(higher.create_diff_optim(Named, {"lr": 0.1}, params=[torch.ones(1)]))
+        is DifferentiableSGD
+    )
 
 
 @pytest.mark.parametrize("rule", NEVER_IN_HIGHER)
 def test_optimizers_that_higher_never_had(rule: str) -> None:
     cls, settings = RULES[rule]
     model = nn.Linear(2, 1)
-    assert type(higher.get_diff_optim(cls(model.parameters(), **settings), model.parameters())) is DifferentiableRule
+    assert (
+        type(higher.get_diff_optim(cls(model.parameters(), **settings), model.parameters()))
+        is DifferentiableRule
+    )
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
@@ -785,14 +917,19 @@ def test_lbfgs_takes_a_function(search: str | None) -> None:
         loss_of(fmodel(inputs[-1])).backward()
     assert_close(fmodel.parameters(), trained(0.0).parameters(), 1e-10)
     slope = sum(float(p.grad.sum()) for p in model.parameters())
-    assert slope == pytest.approx(four_point(lambda h: float(loss_of(trained(h)(inputs[-1])).detach()), 1e-4), rel=1e-5)
+    assert slope == pytest.approx(
+        four_point(lambda h: float(loss_of(trained(h)(inputs[-1])).detach()), 1e-4), rel=1e-5
+    )
     with pytest.raises(innerloop.InvalidInputError, match="a function"):
         diffopt.step(loss_of(fmodel(inputs[0])))
 
 
 def test_a_function_will_do_for_other_rules() -> None:
     model, x = nn.Linear(2, 1), torch.ones(1, 2)
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(lambda: fmodel(x).sum())
     assert torch.equal(fmodel.weight, model.weight - 0.5)
 
@@ -803,7 +940,9 @@ def test_a_subclass_that_watches_and_changes_the_rule() -> None:
 
     class Watching(DifferentiableSGD):
         def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
-            seen.append(([g.item() for g in grouped_grads[0]], kwargs, self.state[0][0].get("calls", 0)))
+            seen.append(
+                ([g.item() for g in grouped_grads[0]], kwargs, self.state[0][0].get("calls", 0))
+            )
             self.state[0][0]["calls"] = len(seen)
             super()._update([[2 * g for g in grads] for grads in grouped_grads], **kwargs)
 
@@ -820,7 +959,7 @@ def test_a_subclass_that_watches_and_changes_the_rule() -> None:
     assert diffopt.param_groups[0]["mine"] == 1.0
 
 
-# -- settings as tensors, and back -------------------------------------------------------------------------------------
+# -- settings as tensors, and back -----------------------------------------------------------------
 
 
 def test_settings_as_tensors_and_back() -> None:
@@ -841,7 +980,9 @@ def test_settings_as_tensors_and_back() -> None:
 def test_what_is_written_back() -> None:
     weight = torch.tensor(0.5)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=weight, momentum=0, nesterov=False)
-    higher.optim.apply_trainable_opt_params(optimizer, {"lr": [torch.tensor(0.25)], "momentum": [torch.tensor(0.37)]})
+    higher.optim.apply_trainable_opt_params(
+        optimizer, {"lr": [torch.tensor(0.25)], "momentum": [torch.tensor(0.37)]}
+    )
     assert optimizer.param_groups[0]["lr"] is weight
     assert weight.item() == 0.25
     assert optimizer.param_groups[0]["momentum"] == 0.37
@@ -856,13 +997,15 @@ def test_what_is_written_back() -> None:
 
 def test_tensors_among_the_settings_are_copied() -> None:
     rate = torch.tensor(0.5)
-    (found,) = higher.optim.get_trainable_opt_params(torch.optim.SGD([torch.zeros(1)], lr=rate))["lr"]
+    (found,) = higher.optim.get_trainable_opt_params(torch.optim.SGD([torch.zeros(1)], lr=rate))[
+        "lr"
+    ]
     assert found.requires_grad
     assert found.item() == 0.5
     assert found is not rate
 
 
-# -- helpers -----------------------------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def test_sums_with_a_factor() -> None:
@@ -877,7 +1020,9 @@ def test_sums_with_a_factor() -> None:
 
 def test_masks_stop_gradients_of_every_order() -> None:
     mask = torch.tensor([False, True])
-    assert torch.equal(higher.optim._get_mask_closure(mask)(torch.ones(2)), torch.tensor([1.0, 0.0]))
+    assert torch.equal(
+        higher.optim._get_mask_closure(mask)(torch.ones(2)), torch.tensor([1.0, 0.0])
+    )
     x = torch.tensor([2.0, 0.0], requires_grad=True)
     y = x**2
     higher.optim._maybe_mask(y, mask)
@@ -895,7 +1040,9 @@ def test_maps_keep_the_kinds_of_containers() -> None:
     assert higher.utils.flatten(5) == [5]
     size = torch.Size([1, 2])
     assert isinstance(higher.utils._recursive_map(size, lambda v: v + 1), torch.Size)
-    shared = higher.utils.get_func_params(nn.Linear(1, 1), device=torch.device("cpu"), safe_copy=False)
+    shared = higher.utils.get_func_params(
+        nn.Linear(1, 1), device=torch.device("cpu"), safe_copy=False
+    )
     assert all(p.is_leaf and p.requires_grad for p in shared)
 
 

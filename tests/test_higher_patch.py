@@ -18,8 +18,8 @@ from torch.nn import functional
 
 import innerloop
 import innerloop.higher as higher
-from innerloop import _private
-from innerloop.differences import four_point
+from innerloop._utils import torch_private
+from innerloop._utils.differences import four_point
 from innerloop.higher import PatchedModule
 from tests.higher_models import (
     MODELS,
@@ -74,7 +74,9 @@ def test_values_and_outputs_are_those_of_the_module(name: str, seed: int) -> Non
         assert copied.is_leaf
         assert copied.requires_grad
     for x in batches(seed, 3, *shape(name)):
-        for a, b in zip(higher.utils.flatten(fmodel(x)), higher.utils.flatten(model(x)), strict=True):
+        for a, b in zip(
+            higher.utils.flatten(fmodel(x)), higher.utils.flatten(model(x)), strict=True
+        ):
             assert torch.equal(a, b)
 
 
@@ -102,8 +104,16 @@ def test_a_call_with_params_is_the_functional_forward(name: str, seed: int) -> N
         expected = higher.utils.flatten(call_at(model, params, x))
         call, _, buffers = innerloop.functional(model)
         own = call(dict(zip(names_of(model), params, strict=True)), x, buffers=buffers)[0]
-        for found in (fmodel(x, params=params), functional(x, params=params), fmodel.forward(x, params=params), own):
-            assert all(torch.equal(a, b) for a, b in zip(higher.utils.flatten(found), expected, strict=True))
+        for found in (
+            fmodel(x, params=params),
+            functional(x, params=params),
+            fmodel.forward(x, params=params),
+            own,
+        ):
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(higher.utils.flatten(found), expected, strict=True)
+            )
         assert all(a is b for a, b in zip(fmodel.parameters(), params, strict=True))
 
 
@@ -118,12 +128,18 @@ def test_gradient_descent_by_fast_params(name: str, seed: int) -> None:
     fmodel = higher.monkeypatch(model)
     for x in inputs[:-1]:
         params = list(fmodel.parameters())
-        grads = torch.autograd.grad(loss_of(fmodel(x)), params, create_graph=True, allow_unused=True)
-        fmodel.fast_params = [p if g is None else p - LR * g for p, g in zip(params, grads, strict=True)]
+        grads = torch.autograd.grad(
+            loss_of(fmodel(x)), params, create_graph=True, allow_unused=True
+        )
+        fmodel.fast_params = [
+            p if g is None else p - LR * g for p, g in zip(params, grads, strict=True)
+        ]
     found = loss_of(fmodel(inputs[-1]))
     first = list(fmodel.parameters(time=0))
     assert_close([found], [outer], 1e-12)
-    assert_close(zeros_for_none(torch.autograd.grad(found, first, allow_unused=True), first), expected, 1e-10)
+    assert_close(
+        zeros_for_none(torch.autograd.grad(found, first, allow_unused=True), first), expected, 1e-10
+    )
 
 
 @each_seed
@@ -153,7 +169,9 @@ def test_gradient_descent_by_the_context_manager(name: str, seed: int, copied: b
 def test_evaluation_reaches_nothing(name: str, seed: int) -> None:
     model = seeded(seed, ALL[name])
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, track_higher_grads=False) as (
+    with higher.innerloop_ctx(
+        model, optimizer, copy_initial_weights=False, track_higher_grads=False
+    ) as (
         fmodel,
         diffopt,
     ):
@@ -179,22 +197,33 @@ def test_a_convolutional_net_with_batch_norm_over_ten_steps(seed: int) -> None:
                 (f"pool{i}", nn.MaxPool2d(2, 2)),
             ]
         features = nn.Sequential(OrderedDict(parts))
-        return nn.Sequential(OrderedDict([("features", features), ("flat", nn.Flatten()), ("fc", nn.Linear(8, 5))]))
+        return nn.Sequential(
+            OrderedDict([("features", features), ("flat", nn.Flatten()), ("fc", nn.Linear(8, 5))])
+        )
 
     model = seeded(seed, build)
     inputs = batches(seed, 6, 7, 3, 28, 28)
     start, outer = unrolled_by_hand(model, inputs, 0.01)
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.01)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.01)) as (
+        fmodel,
+        diffopt,
+    ):
         assert names_of(fmodel) == names_of(model)
-        assert all(torch.equal(a, b) for a, b in zip(fmodel.parameters(), model.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(fmodel.parameters(), model.parameters(), strict=True)
+        )
         for x in inputs[:-1]:
             diffopt.step(loss_of(fmodel(x)))
         found = loss_of(fmodel(inputs[-1]))
     assert_close([found], [outer], 1e-12)
-    assert_close(torch.autograd.grad(found, list(fmodel.parameters(time=0))), torch.autograd.grad(outer, start), 1e-8)
+    assert_close(
+        torch.autograd.grad(found, list(fmodel.parameters(time=0))),
+        torch.autograd.grad(outer, start),
+        1e-8,
+    )
 
 
-# -- parameters by time ------------------------------------------------------------------------------------------------
+# -- parameters by time ----------------------------------------------------------------------------
 
 
 def test_times_and_what_counts_as_one() -> None:
@@ -204,7 +233,10 @@ def test_times_and_what_counts_as_one() -> None:
     fmodel.fast_params = [3 * p for p in zero]
     fmodel(torch.ones(1, 4), params=[4 * p for p in zero])
     for time, factor in ((0, 1), (1, 2), (2, 3), (3, 4), (-1, 4), (None, 4), (-2, 3), (-4, 1)):
-        assert all(torch.equal(p, factor * q) for p, q in zip(fmodel.parameters(time=time), zero, strict=True))
+        assert all(
+            torch.equal(p, factor * q)
+            for p, q in zip(fmodel.parameters(time=time), zero, strict=True)
+        )
     assert all(p is q for p, q in zip(fmodel.init_fast_params, zero, strict=True))
     assert all(p is q for p, q in zip(fmodel.fast_params, fmodel.parameters(), strict=True))
     for time in (4, -5):
@@ -229,7 +261,9 @@ def test_without_tracking_only_the_newest_parameters_are_kept() -> None:
     fmodel = higher.monkeypatch(nn.Linear(2, 1), track_higher_grads=False)
     fmodel.update_params([2 * p for p in fmodel.parameters()])
     for time in (0, -1, None):  # as in higher, 0 is not refused
-        assert all(a is b for a, b in zip(fmodel.parameters(time=time), fmodel.fast_params, strict=True))
+        assert all(
+            a is b for a, b in zip(fmodel.parameters(time=time), fmodel.fast_params, strict=True)
+        )
     with pytest.raises(innerloop.InvalidInputError, match="keeps no history"):
         fmodel.parameters(time=1)
     with pytest.raises(innerloop.InvalidInputError, match="only the newest"):
@@ -255,9 +289,9 @@ def test_a_weight_may_be_assigned() -> None:
     fmodel[0].weight = 3 * fmodel[0].weight
     (grad,) = torch.autograd.grad(fmodel[0].weight.sum(), model[0].weight)
     assert grad.item() == 6.0
-    assert [next(fmodel.parameters(time=t)).item() / model[0].weight.item() for t in range(3)] == pytest.approx(
-        [1, 2, 6]
-    )
+    assert [
+        next(fmodel.parameters(time=t)).item() / model[0].weight.item() for t in range(3)
+    ] == pytest.approx([1, 2, 6])
     assert torch.equal(fmodel[1].weight, model[1].weight)
     with pytest.raises(innerloop.InvalidInputError, match="must be a tensor"):
         fmodel[0].weight = 3.0
@@ -283,24 +317,33 @@ def test_wrong_parameters_are_named() -> None:
             fmodel.update_params(params)
         with pytest.raises(innerloop.InvalidInputError, match=message):
             fmodel(torch.ones(1, 2), params=params)
-    assert [p is q for p, q in zip(fmodel.parameters(), (weight, bias), strict=True)] == [True, True]
+    assert [p is q for p, q in zip(fmodel.parameters(), (weight, bias), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_one_tensor_for_two_parameters() -> None:
-    fmodel = higher.monkeypatch(nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)))
+    fmodel = higher.monkeypatch(
+        nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    )
     shared = torch.full((1, 1), 3.0)
     assert fmodel(torch.ones(1, 1), params=[shared, shared]).item() == 9.0
     assert len(list(fmodel.parameters())) == 2
 
 
-# -- make_functional ---------------------------------------------------------------------------------------------------
+# -- make_functional -------------------------------------------------------------------------------
 
 
 def test_make_functional_has_no_parameters_until_they_are_given() -> None:
     model: Any = nn.Linear(2, 1, bias=False)
     fmodel = higher.patch.make_functional(model)
     assert not fmodel.fast_params
-    for use in (lambda: fmodel(torch.ones(2)), lambda: fmodel.forward(torch.ones(2)), lambda: fmodel.parameters()):
+    for use in (
+        lambda: fmodel(torch.ones(2)),
+        lambda: fmodel.forward(torch.ones(2)),
+        lambda: fmodel.parameters(),
+    ):
         with pytest.raises(ValueError, match="params="):
             use()
     given = [torch.tensor([[3.0, 4.0]])]
@@ -331,7 +374,7 @@ def test_boxed_forward_is_the_forward() -> None:
     assert fmodel(x).item() == 7.0
 
 
-# -- the tree of modules -----------------------------------------------------------------------------------------------
+# -- the tree of modules ---------------------------------------------------------------------------
 
 
 def test_root_and_parts() -> None:
@@ -355,12 +398,15 @@ def test_parts_can_be_called_alone_before_during_and_after(seed: int) -> None:
     assert torch.equal(fmodel(x), model(x))
     assert torch.equal(fmodel[4](fmodel[3](fmodel[2](fmodel[1](fmodel[0](x))))), model(x))
     doubled = [2 * p for p in model.parameters()]
-    assert torch.equal(fmodel[0](x, params=doubled), nn.functional.linear(x, doubled[0], doubled[1]))
+    assert torch.equal(
+        fmodel[0](x, params=doubled), nn.functional.linear(x, doubled[0], doubled[1])
+    )
     assert torch.equal(fmodel(x), call_at(model, doubled, x))
 
 
 def test_hooks_see_the_newest_parameters() -> None:
-    """Each hook fires once per call; the one before the forward already computes with the parameters of the call."""
+    """Each hook fires once per call; the one before the forward already computes with the
+    parameters of the call."""
     seen: list[Any] = []
     model: Any = nn.Sequential(nn.Linear(1, 1, bias=False))
     model.register_forward_pre_hook(lambda module, args: seen.append(module[0].weight.item()))
@@ -390,7 +436,9 @@ def test_buffers_are_copied_and_synchronised() -> None:
     assert torch.equal(model[0].running_mean, torch.zeros(2))
     model(torch.randn(8, 2))
     higher.patch.buffer_sync(model, fmodel)
-    for (name, own), (other, theirs) in zip(model.named_buffers(), fmodel.named_buffers(), strict=True):
+    for (name, own), (other, theirs) in zip(
+        model.named_buffers(), fmodel.named_buffers(), strict=True
+    ):
         assert name == other
         assert torch.equal(own, theirs)
         assert own is not theirs
@@ -408,7 +456,9 @@ def test_modes_are_independent() -> None:
     assert not model[1].training
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated"
+)  # raised inside of torch's compiler
 def test_what_wraps_a_module() -> None:
     model, x = nn.Sequential(nn.Linear(2, 1)), torch.ones(3, 2)
     assert torch.equal(higher.monkeypatch(nn.DataParallel(model))(x), model(x))
@@ -429,7 +479,7 @@ def test_a_loop_inside_a_loop() -> None:
     assert grad.item() == pytest.approx(1 - 0.5 * 0.75**2, abs=1e-15)
 
 
-# -- names of the user's own -------------------------------------------------------------------------------------------
+# -- names of the user's own -----------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -491,7 +541,9 @@ class Holds(nn.Module):
 
 
 def attribute(name: str) -> Callable[[Any, Tensor], Tensor]:
-    return lambda part, x: part(x) * (getattr(part, name) if not isinstance(getattr(part, name), nn.Module) else 1)
+    return lambda part, x: (
+        part(x) * (getattr(part, name) if not isinstance(getattr(part, name), nn.Module) else 1)
+    )
 
 
 PARTS: dict[str, Callable[[], nn.Module]] = {
@@ -499,11 +551,17 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "methods": lambda: Holds(OwnMethods(), lambda part, x: part(x)),
     "params": lambda: Holds(OwnWord(), lambda part, x: part(x, params=3.0) + part(x)),
     "is_root": lambda: Holds(Layer(is_root=5.0), attribute("is_root")),
-    "track_higher_grads": lambda: Holds(Layer(track_higher_grads=5.0), attribute("track_higher_grads")),
+    "track_higher_grads": lambda: Holds(
+        Layer(track_higher_grads=5.0), attribute("track_higher_grads")
+    ),
     "fast_params": lambda: Holds(Layer(fast_params=5.0), attribute("fast_params")),
     "_ready": lambda: Holds(Layer(_ready=5.0, _kernels=3.0), attribute("_ready")),
-    "module": lambda: Holds(Layer(update_params=nn.Linear(2, 1)), lambda part, x: part(x) * part.update_params(x)),
-    "module root": lambda: Holds(Layer(root=nn.Linear(2, 1)), lambda part, x: part(x) * part.root(x)),
+    "module": lambda: Holds(
+        Layer(update_params=nn.Linear(2, 1)), lambda part, x: part(x) * part.update_params(x)
+    ),
+    "module root": lambda: Holds(
+        Layer(root=nn.Linear(2, 1)), lambda part, x: part(x) * part.root(x)
+    ),
 }
 
 
@@ -524,7 +582,9 @@ def test_a_part_keeps_names_of_its_own(name: str) -> None:
             optimizer.step()
         return float(loss_of(moved(x)).detach())
 
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR), copy_initial_weights=False) as (
+    with higher.innerloop_ctx(
+        model, torch.optim.SGD(model.parameters(), lr=LR), copy_initial_weights=False
+    ) as (
         fmodel,
         diffopt,
     ):
@@ -561,7 +621,9 @@ def test_the_root_may_not_have_names_of_the_bridge() -> None:
         with pytest.raises(innerloop.InvalidInputError, match=f"has an attribute '{name}'"):
             higher.monkeypatch(model)
         assert torch.equal(higher.monkeypatch(nn.Sequential(model))(x), model(x))
-    with pytest.raises(innerloop.InvalidInputError, match=r"lists 1 tensors, while its modules hold 2"):
+    with pytest.raises(
+        innerloop.InvalidInputError, match=r"lists 1 tensors, while its modules hold 2"
+    ):
         higher.monkeypatch(OwnParameters())
     with pytest.raises(innerloop.InvalidInputError, match="read only"):
         higher.monkeypatch(Layer()).root = 3
@@ -581,12 +643,13 @@ def test_subclasses_that_register_themselves_are_not_told() -> None:
 
     model = Tagged(2, 1)
     assert torch.equal(
-        higher.monkeypatch(nn.Sequential(model))(torch.ones(2)), higher.monkeypatch(model)(torch.ones(2))
+        higher.monkeypatch(nn.Sequential(model))(torch.ones(2)),
+        higher.monkeypatch(model)(torch.ones(2)),
     )
     assert told == ["mine"]
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("types_unchecked")
@@ -595,7 +658,10 @@ def test_what_cannot_be_patched_or_asked_for_is_named() -> None:
     bridge: Any = higher
     fmodel: Any = bridge.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
     bad: list[tuple[Callable[[], Any], str]] = [
-        (lambda: bridge.monkeypatch(nn.Sequential(torch.jit.script(nn.Linear(2, 1)))), "ScriptModule"),
+        (
+            lambda: bridge.monkeypatch(nn.Sequential(torch.jit.script(nn.Linear(2, 1)))),
+            "ScriptModule",
+        ),
         (lambda: bridge.monkeypatch(nn.Linear(2, 1), copy_initial_weights="no"), "True or False"),
         (lambda: bridge.patch.make_functional(nn.Linear(2, 1), 5), "encapsulator"),
         (lambda: bridge.patch.buffer_sync(None, fmodel), "buffer_sync got NoneType"),
@@ -613,7 +679,7 @@ def test_what_cannot_be_patched_or_asked_for_is_named() -> None:
     assert fmodel(torch.ones(1, 2)).shape == (1, 1)
 
 
-# -- inside the outer backward pass ------------------------------------------------------------------------------------
+# -- inside the outer backward pass ----------------------------------------------------------------
 
 
 def test_a_hook_may_read_the_newest_parameters() -> None:
@@ -626,7 +692,8 @@ def test_a_hook_may_read_the_newest_parameters() -> None:
 
 
 def test_what_is_computed_again_in_the_backward_pass_is_refused() -> None:
-    """It would be computed with the newest parameters, also where it asks for them by ``parameters()``."""
+    """It would be computed with the newest parameters, also where it asks for them by
+    ``parameters()``."""
     fmodel = higher.monkeypatch(nn.Linear(2, 1), copy_initial_weights=False)
     checkpoint = torch.utils.checkpoint.checkpoint
     losses = [
@@ -655,14 +722,17 @@ def test_operations_are_replaced_in_every_way_of_calling(way: str) -> None:
     model, (x,) = seeded(0, NormsItself), batches(0, 1, 4, 3)
     found = []
     for name in ("__call__", way):
-        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (
+            fmodel,
+            diffopt,
+        ):
             diffopt.step(loss_of(getattr(fmodel, name)(x)))
             outer = loss_of(getattr(fmodel, name)(x))
         found.append(torch.autograd.grad(outer, list(fmodel.parameters(time=0))))
     assert_close(found[1], found[0], 1e-14)
 
 
-# -- copies ------------------------------------------------------------------------------------------------------------
+# -- copies ----------------------------------------------------------------------------------------
 
 
 def through_pickle(fmodel: Any) -> Any:
@@ -693,7 +763,9 @@ def test_a_copy_starts_where_the_original_is(name: str, duplicate: Callable[[Any
         assert mine.is_leaf
         assert mine.requires_grad
     (x,) = batches(0, 1, *shape(name))
-    for a, b in zip(higher.utils.flatten(twin.eval()(x)), higher.utils.flatten(fmodel.eval()(x)), strict=True):
+    for a, b in zip(
+        higher.utils.flatten(twin.eval()(x)), higher.utils.flatten(fmodel.eval()(x)), strict=True
+    ):
         assert torch.equal(a, b)
     twin.update_params([0 * p for p in twin.parameters()])
     assert any(p.abs().sum() > 0 for p in fmodel.parameters())
@@ -705,7 +777,9 @@ def test_a_copy_keeps_what_tracking_and_freezing_say(duplicate: Callable[[Any], 
     model[0].requires_grad_(False)
     twin = duplicate(higher.monkeypatch(model, track_higher_grads=False))
     assert not twin.track_higher_grads
-    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
     empty = duplicate(higher.patch.make_functional(model))
     assert empty.fast_params is None
     assert torch.equal(empty(torch.ones(4), params=list(model.parameters())), model(torch.ones(4)))
@@ -746,11 +820,13 @@ def test_state_dict_goes_back_into_the_module() -> None:
     assert list(state) == list(model.state_dict())
     assert not any(t.requires_grad for t in state.values())
     model.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fmodel.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), fmodel.parameters(), strict=True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), fmodel.buffers(), strict=True))
 
 
-# -- nothing is left behind --------------------------------------------------------------------------------------------
+# -- nothing is left behind ------------------------------------------------------------------------
 
 
 class Slowed(torch.optim.SGD):
@@ -770,7 +846,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
             m.training,
             set(vars(m)),
             {k: id(v) for k, v in vars(m).items()},
-            {k: (id(p), p.requires_grad, p.detach().clone(), p.grad) for k, p in m.named_parameters(recurse=False)},
+            {
+                k: (id(p), p.requires_grad, p.detach().clone(), p.grad)
+                for k, p in m.named_parameters(recurse=False)
+            },
             {k: (id(b), b.clone()) for k, b in m.named_buffers(recurse=False)},
         )
         for m in model.modules()
@@ -802,7 +881,10 @@ def test_an_exception_in_the_block_leaves_nothing_changed(copied: bool, tracked:
 
     def episode() -> None:
         override = {"lr": [torch.tensor(0.1)]}
-        with higher.innerloop_ctx(model, optimizer, None, copied, override, tracked) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, optimizer, None, copied, override, tracked) as (
+            fmodel,
+            diffopt,
+        ):
             diffopt.step(loss_of(fmodel(x)))
             fmodel.eval()
             raise KeyError
@@ -840,7 +922,9 @@ def test_episodes_leave_no_objects_behind(tracked: bool) -> None:
     optimizer = torch.optim.Adam(model.parameters())
 
     def episode() -> None:
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, track_higher_grads=tracked) as (
+        with higher.innerloop_ctx(
+            model, optimizer, copy_initial_weights=False, track_higher_grads=tracked
+        ) as (
             fmodel,
             diffopt,
         ):
@@ -885,7 +969,9 @@ def test_the_random_state_is_left_alone(tracked: bool) -> None:
     model, (x,) = plain(), batches(0, 1, 8, 4)
     before = torch.get_rng_state()
     for make in (torch.optim.Adam, Slowed):
-        with higher.innerloop_ctx(model, make(model.parameters(), lr=LR), track_higher_grads=tracked) as (
+        with higher.innerloop_ctx(
+            model, make(model.parameters(), lr=LR), track_higher_grads=tracked
+        ) as (
             fmodel,
             diffopt,
         ):
@@ -898,18 +984,22 @@ def test_the_random_state_is_left_alone(tracked: bool) -> None:
 
 def test_the_unused_half_is_the_same_at_all_times() -> None:
     model = HalfUsed()
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(loss_of(fmodel(torch.ones(2, 4))))
     now, start = list(fmodel.parameters()), list(fmodel.parameters(time=0))
     assert torch.equal(now[1], start[1])
     assert torch.autograd.grad(now[1].sum(), start[1])[0].eq(1).all()
 
 
-# -- operations that lack a derivative -----------------------------------------------------------------------------------
+# -- operations that lack a derivative -------------------------------------------------------------
 
 
 def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
-    """``F.hardsigmoid`` has no second derivative in PyTorch; nothing stays on, whatever order the blocks end in."""
+    """``F.hardsigmoid`` has no second derivative in PyTorch; nothing stays on, whatever order the
+    blocks end in."""
     model = nn.Linear(3, 2).double()
     x = smooth_noise(4, 3)
 
@@ -918,8 +1008,12 @@ def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
         with torch.no_grad():
             b += h
         for _ in range(2):
-            grads = torch.autograd.grad(functional.hardsigmoid(functional.linear(x, w, b)).square().sum(), (w, b))
-            w, b = ((p - 0.1 * g).detach().requires_grad_() for p, g in zip((w, b), grads, strict=True))
+            grads = torch.autograd.grad(
+                functional.hardsigmoid(functional.linear(x, w, b)).square().sum(), (w, b)
+            )
+            w, b = (
+                (p - 0.1 * g).detach().requires_grad_() for p, g in zip((w, b), grads, strict=True)
+            )
         return float(functional.linear(x, w, b).square().sum().detach())
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -930,5 +1024,7 @@ def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
     (found,) = torch.autograd.grad(fmodel(x).square().sum(), model.bias)
     for block in blocks:
         block.__exit__(None, None, None)
-    assert _private.function_mode() is None
-    assert float(found.sum()) == pytest.approx(four_point(outer, 1e-4), rel=1e-6)  # torch rounds a sixth to 8 digits
+    assert torch_private.function_mode() is None
+    assert float(found.sum()) == pytest.approx(
+        four_point(outer, 1e-4), rel=1e-6
+    )  # torch rounds a sixth to 8 digits

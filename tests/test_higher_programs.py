@@ -1,4 +1,5 @@
-"""What higher's two example programs do, written anew: the same numbers from the bridge and from higher, in one process, in float32."""
+"""What higher's two example programs do, written anew: the same numbers from the bridge and from
+higher, in one process, in float32."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, theirs[name], rtol=TOLERANCE, atol=TOLERANCE)
 
 
-# -- few-shot learning with a small convolutional net ------------------------------------------------------------------
+# -- few-shot learning with a small convolutional net ----------------------------------------------
 
 
 def block(channels: int) -> list[nn.Module]:
@@ -43,8 +44,11 @@ def block(channels: int) -> list[nn.Module]:
     ]
 
 
-def few_shot(library: Any, seed: int, ways: int = 5, tasks: int = 3, steps: int = 5) -> dict[str, Tensor]:
-    """Two rounds of MAML, then an evaluation without tracking: losses, meta-gradients, final weights and accuracy."""
+def few_shot(
+    library: Any, seed: int, ways: int = 5, tasks: int = 3, steps: int = 5
+) -> dict[str, Tensor]:
+    """Two rounds of MAML, then an evaluation without tracking: losses, meta-gradients, final
+    weights and accuracy."""
     found: dict[str, Tensor] = {}
     with same_random_numbers(seed):
         net = nn.Sequential(*block(1), *block(8), nn.Flatten(), nn.Linear(200, ways))
@@ -60,7 +64,10 @@ def few_shot(library: Any, seed: int, ways: int = 5, tasks: int = 3, steps: int 
             meta.zero_grad()
             for task in range(tasks):
                 (x, y), (x_query, y_query) = sample(1), sample(2)
-                with library.innerloop_ctx(net, inner, copy_initial_weights=False) as (fnet, diffopt):
+                with library.innerloop_ctx(net, inner, copy_initial_weights=False) as (
+                    fnet,
+                    diffopt,
+                ):
                     for _ in range(steps):
                         diffopt.step(F.cross_entropy(fnet(x), y))
                     query = F.cross_entropy(fnet(x_query), y_query)
@@ -70,7 +77,9 @@ def few_shot(library: Any, seed: int, ways: int = 5, tasks: int = 3, steps: int 
             if round_ == 0:
                 meta.step()
         (x, y), (x_query, y_query) = sample(1), sample(2)
-        with library.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1), track_higher_grads=False) as (
+        with library.innerloop_ctx(
+            net, torch.optim.SGD(net.parameters(), lr=0.1), track_higher_grads=False
+        ) as (
             fnet,
             diffopt,
         ):
@@ -81,8 +90,13 @@ def few_shot(library: Any, seed: int, ways: int = 5, tasks: int = 3, steps: int 
 
 
 def gradients(net: nn.Module, round_: int) -> dict[str, Tensor]:
-    """All but those that are rounding: of the bias of a convolution before batch norm, of an offset of the energy."""
-    found = {f"{name} grad {round_}": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    """All but those that are rounding: of the bias of a convolution before batch norm, of an offset
+    of the energy."""
+    found = {
+        f"{name} grad {round_}": p.grad.clone()
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
     return {name: grad for name, grad in found.items() if grad.abs().max() > 1e-6}
 
 
@@ -91,7 +105,7 @@ def test_few_shot_learning(seed: int) -> None:
     assert_same(few_shot(bridge, seed), few_shot(peer(), seed))
 
 
-# -- learning an energy by minimising it over its argument -------------------------------------------------------------
+# -- learning an energy by minimising it over its argument -----------------------------------------
 
 
 class Energy(nn.Module):
@@ -108,8 +122,11 @@ class Energy(nn.Module):
         return self.head(torch.cat([self.features(x), y], dim=1)).squeeze(1)
 
 
-def energy_learning(library: Any, seed: int, rule: Any, classes: int = 4, steps: int = 5) -> dict[str, Tensor]:
-    """The label is found by unrolled descent on the energy, and the energy learns from the loss of that label."""
+def energy_learning(
+    library: Any, seed: int, rule: Any, classes: int = 4, steps: int = 5
+) -> dict[str, Tensor]:
+    """The label is found by unrolled descent on the energy, and the energy learns from the loss of
+    that label."""
     found: dict[str, Tensor] = {}
     with same_random_numbers(seed):
         energy = Energy(classes)

@@ -1,4 +1,5 @@
-"""Nothing that code written against higher calls is missing from the bridge, and nothing takes other arguments."""
+"""Nothing that code written against higher calls is missing from the bridge, and nothing takes
+other arguments."""
 
 from __future__ import annotations
 
@@ -23,17 +24,33 @@ GIT_HEAD = {
 """What the release from PyPI lacks."""
 
 PRIVATE = {
-    ".optim": ("_get_mask_closure", "_maybe_mask", "_add", "_addcdiv", "_addcmul", "_opt_mapping", "_OverrideType"),
+    ".optim": (
+        "_get_mask_closure",
+        "_maybe_mask",
+        "_add",
+        "_addcdiv",
+        "_addcmul",
+        "_opt_mapping",
+        "_OverrideType",
+    ),
     ".optim ": ("_GradCallbackType", "_GroupedGradsType", "_StateType"),
     ".patch": ("_MonkeyPatchBase",),
-    ".utils": ("_recursive_map", "_copy_tensor", "_find_param_in_list", "_is_container", "_recursive_copy_and_cast"),
+    ".utils": (
+        "_recursive_map",
+        "_copy_tensor",
+        "_find_param_in_list",
+        "_is_container",
+        "_recursive_copy_and_cast",
+    ),
 }
 """Private names that higher's own tests and README, or other people's annotations, use."""
 
 
 def modules(suffix: str) -> tuple[Any, Any]:
     peer()
-    return importlib.import_module("higher" + suffix), importlib.import_module("innerloop.higher" + suffix)
+    return importlib.import_module("higher" + suffix), importlib.import_module(
+        "innerloop.higher" + suffix
+    )
 
 
 def public(module: Any) -> Iterator[str]:
@@ -64,7 +81,9 @@ def functions(module: Any) -> Iterator[tuple[str, Any]]:
         value = getattr(module, name)
         if inspect.isclass(value):
             yield from (
-                (f"{name}.{key}", fn) for key, fn in inspect.getmembers(value, inspect.isfunction) if wanted(key)
+                (f"{name}.{key}", fn)
+                for key, fn in inspect.getmembers(value, inspect.isfunction)
+                if wanted(key)
             )
         elif inspect.isfunction(value):
             yield name, value
@@ -97,7 +116,11 @@ def test_signatures_are_compatible(suffix: str) -> None:
     theirs, _ = modules(suffix)
     found = {}
     for name, function in functions(theirs):
-        if name.endswith("Optimizer.__init__") or ".__init__" not in name or "Differentiable" in name:
+        if (
+            name.endswith("Optimizer.__init__")
+            or ".__init__" not in name
+            or "Differentiable" in name
+        ):
             mine: Any = importlib.import_module("innerloop.higher" + suffix)
             for part in name.split("."):
                 mine = getattr(mine, part)
@@ -144,7 +167,9 @@ def test_what_can_be_assigned_in_higher_can_be_assigned_here() -> None:
         with library.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
             diffopt.step(fmodel(torch.ones(1, 3)).sum())
             names = {name for x in (fmodel, diffopt) for name in dir(x) if not name.startswith("_")}
-            written.append({name for name in names if assigned(fmodel, name) or assigned(diffopt, name)})
+            written.append(
+                {name for name in names if assigned(fmodel, name) or assigned(diffopt, name)}
+            )
     assert not written[0] - written[1]
     assert {"state", "param_groups", "fast_params", "track_higher_grads"} <= written[1]
 
@@ -164,9 +189,13 @@ def assigned(target: Any, name: str) -> bool:
 def test_patched_parameters_take_the_same_arguments() -> None:
     theirs = type(peer().monkeypatch(nn.Linear(1, 1)))
     ours = bridge.PatchedModule
-    assert list(inspect.signature(ours.parameters).parameters) == list(inspect.signature(theirs.parameters).parameters)
+    assert list(inspect.signature(ours.parameters).parameters) == list(
+        inspect.signature(theirs.parameters).parameters
+    )
     assert inspect.signature(ours.parameters).parameters["time"].default is None
-    assert inspect.signature(ours.forward).parameters["params"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert (
+        inspect.signature(ours.forward).parameters["params"].kind is inspect.Parameter.KEYWORD_ONLY
+    )
 
 
 def test_the_modules_are_modules() -> None:

@@ -31,7 +31,7 @@ def untouched(model: nn.Module) -> bool:
     return all(p.grad is None for p in model.parameters())
 
 
-# -- they bite ---------------------------------------------------------------------------------------------------------
+# -- they bite -------------------------------------------------------------------------------------
 
 
 def test_copied_initial_weights() -> None:
@@ -54,7 +54,9 @@ def test_tracking_switched_off() -> None:
     assert untouched(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"copy_initial_weights": False, "track_higher_grads": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"copy_initial_weights": False, "track_higher_grads": False}]
+)
 def test_it_is_said_once_for_each_episode(options: dict[str, Any]) -> None:
     _, outer = episode(nn.Linear(2, 1), **options)
     with pytest.warns(UnreachedGradientWarning):
@@ -70,7 +72,9 @@ class Closes(nn.Module):
         self.hidden, self.last = nn.Linear(2, 2), nn.Linear(2, 1)
         self.function = (lambda x: self.hidden(x)) if way == "function" else None
         if way == "hook":
-            self.hidden.register_forward_hook(lambda module, args, output: output + self.hidden.bias)
+            self.hidden.register_forward_hook(
+                lambda module, args, output: output + self.hidden.bias
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last((self.function or self.hidden)(x))
@@ -79,23 +83,30 @@ class Closes(nn.Module):
 @pytest.mark.parametrize("way", ["function", "hook"])
 def test_weights_of_the_model_itself(way: str) -> None:
     model = Closes(way)
-    with pytest.warns(CapturedParameterWarning, match=r"own parameter 'hidden\.(weight|bias)'") as caught:
+    with pytest.warns(
+        CapturedParameterWarning, match=r"own parameter 'hidden\.(weight|bias)'"
+    ) as caught:
         episode(model, copy_initial_weights=False)
     assert len(caught) == 1
     assert caught[0].filename == __file__
 
 
 def test_a_proximal_term() -> None:
-    """Its starting point written in three ways: the model's own parameters (which could be a mistake), time 0, constants."""
+    """Its starting point written in three ways: the model's own parameters (which could be a
+    mistake), time 0, constants."""
 
     def pulled(start: Any) -> list[Any]:
         torch.manual_seed(0)
         model = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+            fmodel,
+            diffopt,
+        ):
             for _ in range(2):
                 pull = sum(
-                    (p - q).square().sum() for p, q in zip(fmodel.parameters(), start(model, fmodel), strict=True)
+                    (p - q).square().sum()
+                    for p, q in zip(fmodel.parameters(), start(model, fmodel), strict=True)
                 )
                 diffopt.step(loss(fmodel) + pull)
             loss(fmodel).backward()
@@ -117,7 +128,7 @@ def test_by_hand_too() -> None:
         loss(fmodel).backward()
 
 
-# -- right use is silent (a warning in a test is an error) -------------------------------------------------------------
+# -- right use is silent (a warning in a test is an error) -----------------------------------------
 
 
 def test_the_gradient_of_the_model() -> None:
@@ -130,14 +141,18 @@ def test_autograd_grad_of_anything() -> None:
     fmodel, outer = episode(nn.Linear(2, 1))
     torch.autograd.grad(outer, list(fmodel.parameters(time=0)))
     for copied in (True, False):
-        fmodel, outer = episode(nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=False)
+        fmodel, outer = episode(
+            nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=False
+        )
         torch.autograd.grad(outer, list(fmodel.parameters()))
 
 
 def test_evaluation() -> None:
     for copied in (True, False):
         for tracked in (True, False):
-            _, outer = episode(nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=tracked)
+            _, outer = episode(
+                nn.Linear(2, 1), copy_initial_weights=copied, track_higher_grads=tracked
+            )
             assert outer.item() >= 0
 
 
@@ -161,7 +176,10 @@ def test_a_learned_setting(at_step: bool) -> None:
     model, rate = nn.Linear(2, 1), torch.tensor(0.1, requires_grad=True)
     override = {"lr": [rate]}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with higher.innerloop_ctx(model, optimizer, override=None if at_step else override) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, optimizer, override=None if at_step else override) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(loss(fmodel), override=override if at_step else None)
         loss(fmodel).backward()
     assert rate.grad is not None
@@ -170,7 +188,10 @@ def test_a_learned_setting(at_step: bool) -> None:
 def test_a_learned_loss_or_callback() -> None:
     for where in ("loss", "callback"):
         model, weight = nn.Linear(2, 1), torch.tensor(2.0, requires_grad=True)
-        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (
+            fmodel,
+            diffopt,
+        ):
             if where == "loss":
                 diffopt.step(weight * loss(fmodel))
             else:
@@ -182,7 +203,10 @@ def test_a_learned_loss_or_callback() -> None:
 def test_what_the_outer_loss_alone_depends_on() -> None:
     """A generator against a critic that has taken some steps."""
     generator, critic = nn.Linear(2, 2), nn.Linear(2, 1)
-    with higher.innerloop_ctx(critic, torch.optim.SGD(critic.parameters(), lr=0.1)) as (fcritic, diffopt):
+    with higher.innerloop_ctx(critic, torch.optim.SGD(critic.parameters(), lr=0.1)) as (
+        fcritic,
+        diffopt,
+    ):
         diffopt.step(fcritic(generator(X).detach()).square().mean())
         fcritic(generator(X)).mean().backward()
     assert not untouched(generator)

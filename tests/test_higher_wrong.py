@@ -1,6 +1,8 @@
-"""What higher gets wrong, with the number that it gives, beside what the bridge gives and where the truth comes from.
+"""What higher gets wrong, with the number that it gives, beside what the bridge gives and where the
+truth comes from.
 
-Each test runs both libraries in one process. If one of higher's numbers moves, a fact of docs/migration-from-higher.md has moved.
+Each test runs both libraries in one process. If one of higher's numbers moves, a fact of
+docs/migration-from-higher.md has moved.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 import innerloop
 import innerloop.higher as bridge
-from innerloop.differences import four_point
+from innerloop._utils.differences import four_point
 from tests.higher_models import peer
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -68,7 +70,9 @@ def by(
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if scheduled else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # higher warns of some of its rules
-        with library.innerloop_ctx(model, optimizer, copy_initial_weights=False, override=override) as (
+        with library.innerloop_ctx(
+            model, optimizer, copy_initial_weights=False, override=override
+        ) as (
             fmodel,
             diffopt,
         ):
@@ -84,7 +88,7 @@ def approx(value: float) -> Any:
     return pytest.approx(value, rel=1e-3)
 
 
-# -- another trajectory ------------------------------------------------------------------------------------------------
+# -- another trajectory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,9 +96,16 @@ def approx(value: float) -> Any:
     [
         (lambda p: torch.optim.Adam(p, lr=0.1, eps=1e-2), 0.15659),
         (lambda p: torch.optim.SGD(p, lr=0.05, maximize=True), 0.29883),
-        (lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True), 0.11444),
+        (
+            lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.3, decoupled_weight_decay=True),
+            0.11444,
+        ),
     ],
-    ids=["Adam eps before the bias correction", "maximize ignored", "decoupled_weight_decay ignored"],
+    ids=[
+        "Adam eps before the bias correction",
+        "maximize ignored",
+        "decoupled_weight_decay ignored",
+    ],
 )
 def test_the_trajectory(make: Make, wrong: float) -> None:
     truth = by_torch(make)
@@ -105,7 +116,8 @@ def test_the_trajectory(make: Make, wrong: float) -> None:
 
 
 def test_a_large_eps_moves_the_trajectory_by_a_fifth() -> None:
-    """facts: "eps=1e-2: trajectory off .21"; here on gradients of size 1e-3, for one parameter over 20 steps of rate .1."""
+    """facts: "eps=1e-2: trajectory off .21"; here on gradients of size 1e-3, for one parameter over
+    20 steps of rate .1."""
     found: dict[str | None, float] = {}
     for library in (peer(), bridge, None):
         model = nn.Linear(1, 1, bias=False)
@@ -128,11 +140,17 @@ def test_a_large_eps_moves_the_trajectory_by_a_fifth() -> None:
 
 def test_schedulers() -> None:
     make: Make = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
-    assert by(bridge, make, scheduled=True)[1].item() == pytest.approx(by_torch(make, scheduled=True), rel=1e-12)
-    assert by(peer(), make, scheduled=True)[1].item() == pytest.approx(by_torch(make), rel=1e-12) == approx(0.93362)
+    assert by(bridge, make, scheduled=True)[1].item() == pytest.approx(
+        by_torch(make, scheduled=True), rel=1e-12
+    )
+    assert (
+        by(peer(), make, scheduled=True)[1].item()
+        == pytest.approx(by_torch(make), rel=1e-12)
+        == approx(0.93362)
+    )
 
 
-# -- hyper-gradients ---------------------------------------------------------------------------------------------------
+# -- hyper-gradients -------------------------------------------------------------------------------
 
 
 def adam(p: Any, beta2: float = 0.999) -> torch.optim.Optimizer:
@@ -180,7 +198,9 @@ def test_a_learned_setting_of_exactly_zero(name: str) -> None:
         learned = torch.tensor(0.0, requires_grad=True)
         outer = by(library, make, {name: [learned]})[1]
         (found,) = torch.autograd.grad(outer, learned, allow_unused=True)
-        assert found is None if expected is None else found.item() == pytest.approx(expected, rel=1e-5)
+        assert (
+            found is None if expected is None else found.item() == pytest.approx(expected, rel=1e-5)
+        )
 
 
 def test_a_tensor_learning_rate_of_the_torch_optimizer() -> None:
@@ -205,7 +225,12 @@ def test_a_learned_value_written_back_over_an_integer() -> None:
 def test_flags_are_no_learnable_settings() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     assert "nesterov" in peer().optim.get_trainable_opt_params(optimizer)
-    assert set(bridge.optim.get_trainable_opt_params(optimizer)) == {"lr", "momentum", "dampening", "weight_decay"}
+    assert set(bridge.optim.get_trainable_opt_params(optimizer)) == {
+        "lr",
+        "momentum",
+        "dampening",
+        "weight_decay",
+    }
 
 
 def test_centered_rmsprop_where_a_gradient_is_zero() -> None:
@@ -220,7 +245,7 @@ def test_centered_rmsprop_where_a_gradient_is_zero() -> None:
             assert found.isnan().all()
 
 
-# -- optimizers that are refused ---------------------------------------------------------------------------------------
+# -- optimizers that are refused -------------------------------------------------------------------
 
 
 class Renamed(torch.optim.SGD):
@@ -246,7 +271,7 @@ def test_optimizers_that_higher_refuses(make: Make) -> None:
     assert by(bridge, make)[1].item() == pytest.approx(by_torch(make), rel=1e-6)
 
 
-# -- patching ----------------------------------------------------------------------------------------------------------
+# -- patching --------------------------------------------------------------------------------------
 
 
 def fails(error: type[Exception], use: Callable[[], Any]) -> None:
@@ -278,7 +303,9 @@ def test_copies() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(bridge.monkeypatch(model)))(X), model(X))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated"
+)  # raised inside of torch's compiler
 def test_a_compiled_module() -> None:
     model: Any = torch.compile(nn.Linear(2, 1))
     fails(RecursionError, lambda: peer().monkeypatch(model)(X))
@@ -346,7 +373,10 @@ def test_legacy_weight_norm_over_two_episodes() -> None:
             model = nn.utils.weight_norm(nn.Linear(2, 1))
         for _ in range(2):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+            with library.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+                fmodel,
+                diffopt,
+            ):
                 diffopt.step(fmodel(X).square().sum())
                 fmodel(X).square().sum().backward()
 
@@ -385,7 +415,10 @@ def test_the_loss_of_the_wrong_model() -> None:
     """higher takes no step, and says nothing."""
     for library in (peer(), bridge):
         model = nn.Linear(2, 1)
-        with library.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+        with library.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (
+            fmodel,
+            diffopt,
+        ):
             if library is bridge:
                 with pytest.raises(innerloop.InvalidInputError, match="patched module"):
                     diffopt.step(model(X).sum())

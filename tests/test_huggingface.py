@@ -1,6 +1,8 @@
-"""Models of Hugging Face with their default attention: the meta-gradient of the same model with eager attention.
+"""Models of Hugging Face with their default attention: the meta-gradient of the same model with
+eager attention.
 
-Tiny ones, randomly initialised. Nothing is set by the user: the fused attention that they call has no second derivative.
+Tiny ones, randomly initialised. Nothing is set by the user: the fused attention that they call has
+no second derivative.
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ DROPOUTS = (
 
 def gpt2() -> tuple[Any, Any]:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return transformers.GPT2LMHeadModel, config
 
@@ -87,7 +95,9 @@ def build(name: str, attention: str | None, train: bool) -> nn.Module:
     torch.manual_seed(1)
     model = cls(config)
     model.config.use_cache = False
-    for p in model.parameters():  # as initialised attention is so uniform that its second derivative hardly counts
+    for p in (
+        model.parameters()
+    ):  # as initialised attention is so uniform that its second derivative hardly counts
         p.data.mul_(3.0 if p.ndim > 1 else 1.0)
     return model.train(train)
 
@@ -95,11 +105,16 @@ def build(name: str, attention: str | None, train: bool) -> nn.Module:
 def batches(name: str, padded: bool) -> list[dict[str, Tensor]]:
     def draw() -> dict[str, Tensor]:
         if name == "vit":
-            return {"pixel_values": torch.randn(BATCH, 1, 8, 8), "labels": torch.randint(5, (BATCH,))}
+            return {
+                "pixel_values": torch.randn(BATCH, 1, 8, 8),
+                "labels": torch.randint(5, (BATCH,)),
+            }
         tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
         batch = {"input_ids": tokens, "labels": tokens}
         if padded:
-            seen = torch.arange(LENGTH) < torch.tensor([LENGTH, LENGTH - 3, LENGTH - 7]).unsqueeze(1)
+            seen = torch.arange(LENGTH) < torch.tensor([LENGTH, LENGTH - 3, LENGTH - 7]).unsqueeze(
+                1
+            )
             batch |= {"attention_mask": seen.long(), "labels": tokens.masked_fill(~seen, -100)}
         return batch
 
@@ -114,7 +129,9 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("name", "padded"), [(n, p) for n in MODELS for p in (False, True) if not (n == "vit" and p)])
+@pytest.mark.parametrize(
+    ("name", "padded"), [(n, p) for n in MODELS for p in (False, True) if not (n == "vit" and p)]
+)
 def test_two_steps_give_the_meta_gradient_of_eager_attention(
     name: str, padded: bool, train: bool, meta_gradient: Callable[..., dict[str, Tensor]]
 ):
@@ -127,7 +144,8 @@ def test_two_steps_give_the_meta_gradient_of_eager_attention(
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_second_derivatives_count(name: str):
-    """What the comparison above could miss: without second derivatives the meta-gradient is ten times its tolerance off, or more."""
+    """What the comparison above could miss: without second derivatives the meta-gradient is ten
+    times its tolerance off, or more."""
     data, eager = batches(name, padded=False), build(name, "eager", train=False)
     truth = sdpa.by_hand(eager, loss, data)
     with pytest.raises(AssertionError, match="off by"):

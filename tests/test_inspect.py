@@ -1,4 +1,5 @@
-"""`innerloop.inspect`: derivatives between times and the paths of an outer gradient, against closed forms and finite differences."""
+"""`innerloop.inspect`: derivatives between times and the paths of an outer gradient, against closed
+forms and finite differences."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def power(steps: int) -> Tensor:
 
 def by_unroll() -> innerloop.Trajectory:
     start = {"a": START[0].clone().requires_grad_(), "b": START[1:].clone().requires_grad_()}
-    return innerloop.unroll(innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), start, None, steps=4)
+    return innerloop.unroll(
+        innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), start, None, steps=4
+    )
 
 
 def by_track(learn: Any = "init") -> innerloop.Trajectory:
@@ -55,7 +58,10 @@ def by_track(learn: Any = "init") -> innerloop.Trajectory:
 
 
 def as_matrix(jacobian: dict[str, dict[str, Tensor]]) -> Tensor:
-    rows = [torch.cat([jacobian[i]["a"].reshape(-1, 1), jacobian[i]["b"].reshape(-1, 2)], 1) for i in ("a", "b")]
+    rows = [
+        torch.cat([jacobian[i]["a"].reshape(-1, 1), jacobian[i]["b"].reshape(-1, 2)], 1)
+        for i in ("a", "b")
+    ]
     return torch.cat(rows)
 
 
@@ -64,7 +70,7 @@ EVERY_TRAJECTORY = pytest.mark.parametrize(
 )
 
 
-# -- jacobian -----------------------------------------------------------------------------------------------------------
+# -- jacobian --------------------------------------------------------------------------------------
 
 
 @EVERY_TRAJECTORY
@@ -76,13 +82,16 @@ def test_a_jacobian_is_a_matrix_power(make: Any, time: int, wrt: int):
         "a": {"a": (), "b": (2,)},
         "b": {"a": (2,), "b": (2, 2)},
     }
-    torch.testing.assert_close(as_matrix(jacobian), power(time % 5 - wrt % 5), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(
+        as_matrix(jacobian), power(time % 5 - wrt % 5), rtol=1e-13, atol=1e-15
+    )
     again = innerloop.inspect.jacobian(traj, time=time, wrt=wrt)  # the graph is still there
     assert torch.equal(as_matrix(again), as_matrix(jacobian))
 
 
 def test_a_jacobian_of_a_network_equals_finite_differences():
-    """With momentum, whose buffer carries influence past a single step, and parameters that are matrices."""
+    """With momentum, whose buffer carries influence past a single step, and parameters that are
+    matrices."""
     model = network()
     with innerloop.track(model, sgd(model)) as loop:
         for t in range(STEPS):
@@ -94,15 +103,32 @@ def test_a_jacobian_of_a_network_equals_finite_differences():
         train(start, sgd(start))
         return float(start.get_parameter(name).detach()[index])
 
-    for name, index in (("body.weight", (2, 1)), ("body.bias", (0,)), ("head.weight", (0, 3)), ("head.bias", (0,))):
-        ours = sum((row[index] * direction(model)[i]).sum().item() for i, row in jacobian[name].items())
-        assert_derivative(ours, derivative(lambda h, n=name, k=index: end(h, n, k)), f"d {name}{index}")  # type: ignore[misc]
+    for name, index in (
+        ("body.weight", (2, 1)),
+        ("body.bias", (0,)),
+        ("head.weight", (0, 3)),
+        ("head.bias", (0,)),
+    ):
+        ours = sum(
+            (row[index] * direction(model)[i]).sum().item() for i, row in jacobian[name].items()
+        )
+        assert_derivative(
+            ours,
+            derivative(lambda h, n=name, k=index: end(h, n, k)),  # type: ignore[misc]
+            f"d {name}{index}",
+        )
 
 
 def test_a_jacobian_with_respect_to_hyper_parameters():
-    """x_T = (1 - lr A)^T x_0, so dx_T/dlr = -T A (1 - lr A)^(T-1) x_0; also with respect to what has no influence."""
-    hyper = {"lr": torch.tensor(LR, requires_grad=True), "unused": torch.zeros(2, requires_grad=True)}
-    problem = innerloop.Problem(quadratic, innerloop.optim.sgd(), optimizer_hyper=lambda hyper, t: {"lr": hyper["lr"]})
+    """x_T = (1 - lr A)^T x_0, so dx_T/dlr = -T A (1 - lr A)^(T-1) x_0; also with respect to what
+    has no influence."""
+    hyper = {
+        "lr": torch.tensor(LR, requires_grad=True),
+        "unused": torch.zeros(2, requires_grad=True),
+    }
+    problem = innerloop.Problem(
+        quadratic, innerloop.optim.sgd(), optimizer_hyper=lambda hyper, t: {"lr": hyper["lr"]}
+    )
     traj = innerloop.unroll(problem, {"a": START[0], "b": START[1:]}, None, steps=4, hyper=hyper)
     jacobian = innerloop.inspect.jacobian(traj, time=-1, wrt=hyper)
     truth = -4 * CURVATURE @ power(3) @ START
@@ -128,7 +154,8 @@ def head_by_unroll() -> innerloop.Trajectory:
 
 @pytest.mark.parametrize("make", [head_by_track, head_by_unroll])
 def test_a_parameter_that_is_not_stepped_has_times_of_its_own(make: Any):
-    """ANIL: the body does not move, but at each step it moves the head. Steps before s must not count for the body at time s."""
+    """ANIL: the body does not move, but at each step it moves the head. Steps before s must not
+    count for the body at time s."""
     late = innerloop.inspect.jacobian(make(), time=STEPS, wrt=STEPS - 1)
     assert torch.equal(late["body.bias"]["body.bias"], torch.eye(4))
 
@@ -142,12 +169,16 @@ def test_a_parameter_that_is_not_stepped_has_times_of_its_own(make: Any):
         train(start, optimizer, steps=range(STEPS - 1, STEPS))
         return start.head.bias.item()
 
-    assert_derivative(late["head.bias"]["body.bias"][0, 1].item(), derivative(last_step), "the last step alone")
+    assert_derivative(
+        late["head.bias"]["body.bias"][0, 1].item(), derivative(last_step), "the last step alone"
+    )
 
 
 def test_zero_elements_and_scalars():
     start = {"s": torch.tensor(2.0, requires_grad=True), "e": torch.zeros(0, 3, requires_grad=True)}
-    problem = innerloop.Problem(lambda p, hyper, batch: p["s"] ** 2 / 2 + p["e"].sum(), innerloop.optim.sgd(lr=0.5))
+    problem = innerloop.Problem(
+        lambda p, hyper, batch: p["s"] ** 2 / 2 + p["e"].sum(), innerloop.optim.sgd(lr=0.5)
+    )
     jacobian = innerloop.inspect.jacobian(innerloop.unroll(problem, start, None, steps=2), time=2)
     assert jacobian["s"]["s"].item() == 0.25
     assert jacobian["e"]["s"].shape == (0, 3)
@@ -155,7 +186,7 @@ def test_zero_elements_and_scalars():
     assert jacobian["e"]["e"].shape == (0, 3, 0, 3)
 
 
-# -- paths --------------------------------------------------------------------------------------------------------------
+# -- paths -----------------------------------------------------------------------------------------
 
 
 def vector(named: Any) -> Tensor:
@@ -165,10 +196,13 @@ def vector(named: Any) -> Tensor:
 @EVERY_TRAJECTORY
 @pytest.mark.parametrize(("time", "wrt"), [(1, 0), (2, 0), (-1, 0), (3, 2), (4, 4)])
 def test_paths_of_a_final_loss(make: Any, time: int, wrt: int):
-    """The outer gradient is g'M^(T-s); through parameter i at time t goes (g'M^(T-t))_i times row i of M^(t-s)."""
+    """The outer gradient is g'M^(T-s); through parameter i at time t goes (g'M^(T-t))_i times row i
+    of M^(t-s)."""
     traj = make()
     weights = torch.tensor([1.0, -0.5, 2.0])
-    found = innerloop.inspect.paths(traj, (weights * vector(traj.params).sin()).sum(), time=time, wrt=wrt)
+    found = innerloop.inspect.paths(
+        traj, (weights * vector(traj.params).sin()).sum(), time=time, wrt=wrt
+    )
     t = time % 5
     outer = (weights * vector(traj.params).detach().cos()) @ power(4 - t)
     jacobian = power(t - wrt)
@@ -183,9 +217,14 @@ def test_paths_of_a_final_loss(make: Any, time: int, wrt: int):
 
 @EVERY_TRAJECTORY
 def test_what_goes_around_a_time_is_direct(make: Any):
-    """Through the inner losses and the parameters before time t: here the loss at step 0 and |x₁|²/2, seen from time 2."""
+    """Through the inner losses and the parameters before time t: here the loss at step 0 and
+    |x₁|²/2, seen from time 2."""
     traj = make()
-    outer = traj.losses[0] + vector(traj.at(1).params).square().sum() / 2 + vector(traj.params).square().sum() / 2
+    outer = (
+        traj.losses[0]
+        + vector(traj.at(1).params).square().sum() / 2
+        + vector(traj.params).square().sum() / 2
+    )
     found = innerloop.inspect.paths(traj, outer, time=2, wrt=0)
     x1, x4 = power(1) @ START, power(4) @ START
     direct = CURVATURE @ START + power(1) @ x1
@@ -196,16 +235,21 @@ def test_what_goes_around_a_time_is_direct(make: Any):
 
 
 def test_paths_past_a_parameter_that_is_not_stepped():
-    """ANIL again: what the body does through the head at time 1 must not also count as going through the body."""
+    """ANIL again: what the body does through the head at time 1 must not also count as going
+    through the body."""
     model = network()
     with innerloop.track(model, torch.optim.SGD(model.head.parameters(), lr=0.3)) as loop:
         for t in range(2):
             loop.step(regression(loop.model, t))
         outer = loop.model.head.bias.square().sum()
         found = innerloop.inspect.paths(loop.trajectory, outer, time=1, wrt=0)
-    assert all(torch.equal(x, torch.zeros_like(x)) or x.abs().max() < 1e-14 for x in found.direct.values())
+    assert all(
+        torch.equal(x, torch.zeros_like(x)) or x.abs().max() < 1e-14 for x in found.direct.values()
+    )
     outer.backward()
-    torch.testing.assert_close(found.total["body.bias"], model.body.bias.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        found.total["body.bias"], model.body.bias.grad, rtol=1e-12, atol=1e-14
+    )
 
     def through_body_at_one(h: float) -> float:
         start = network()
@@ -218,7 +262,9 @@ def test_paths_past_a_parameter_that_is_not_stepped():
         return start.head.bias.square().sum().item()
 
     truth = derivative(through_body_at_one)
-    assert_derivative(found.through["body.bias"]["body.bias"][2].item(), truth, "through the body at time 1")
+    assert_derivative(
+        found.through["body.bias"]["body.bias"][2].item(), truth, "through the body at time 1"
+    )
 
 
 def test_paths_print_as_a_table():
@@ -228,7 +274,9 @@ def test_paths_print_as_a_table():
         return (0.1 * (params["a"] ** 2 + params["b"] ** 2) - 2.5) ** 2 / 2
 
     start = {"a": torch.tensor(2.0, requires_grad=True), "b": torch.tensor(3.0, requires_grad=True)}
-    traj = innerloop.unroll(innerloop.Problem(loss, innerloop.optim.sgd(lr=1.0)), start, None, steps=1)
+    traj = innerloop.unroll(
+        innerloop.Problem(loss, innerloop.optim.sgd(lr=1.0)), start, None, steps=1
+    )
     found = innerloop.inspect.paths(traj, loss(traj.params, None, None))
     assert found.through["a"]["a"].item() == pytest.approx(-0.24855552 * 1.08, abs=1e-12)
     assert found.through["b"]["a"].item() == pytest.approx(-0.37283328 * -0.24, abs=1e-12)
@@ -241,7 +289,7 @@ def test_paths_print_as_a_table():
     assert len({len(line) for line in table}) == 1
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_asked():
@@ -268,7 +316,9 @@ def test_what_cannot_be_asked():
     with pytest.raises(invalid, match="64,000,000 elements"):
         innerloop.inspect.jacobian(long)
     constant = {"a": START[0], "b": START[1:]}
-    plain = innerloop.unroll(innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), constant, None, steps=2)
+    plain = innerloop.unroll(
+        innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), constant, None, steps=2
+    )
     with pytest.raises(missing, match="no graph"):
         innerloop.inspect.jacobian(plain)
     with pytest.raises((invalid, missing)):
@@ -295,7 +345,9 @@ def test_a_graph_that_is_gone():
 def test_half_of_the_parameters_learned():
     """Only what requires grad is an input; all parameters are outputs."""
     start = {"a": START[0].clone().requires_grad_(), "b": START[1:]}
-    traj = innerloop.unroll(innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), start, None, steps=1)
+    traj = innerloop.unroll(
+        innerloop.Problem(quadratic, innerloop.optim.sgd(lr=LR)), start, None, steps=1
+    )
     jacobian = innerloop.inspect.jacobian(traj)
     assert {name: list(row) for name, row in jacobian.items()} == {"a": ["a"], "b": ["a"]}
     torch.testing.assert_close(jacobian["b"]["a"], power(1)[1:, 0], rtol=1e-13, atol=1e-15)

@@ -1,4 +1,5 @@
-"""L-BFGS against ``torch.optim.LBFGS``: every bit of its forward pass, finite differences of it for every derivative.
+"""L-BFGS against ``torch.optim.LBFGS``: every bit of its forward pass, finite differences of it for
+every derivative.
 
 And closures in ``track``, for all rules that evaluate the loss themselves.
 """
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 import innerloop
 from innerloop import InvalidInputError, PrecisionWarning
+from innerloop._utils import tree
 from innerloop.optim import from_torch, lbfgs
+from innerloop.optim._engine.precision import forget_warning
 from tests.oracles import (
     Params,
     Settings,
@@ -37,7 +40,8 @@ STEPS = 2
 
 
 class Valley(Task):
-    """The regression of the other rules, in a bowl: L-BFGS would follow its linear terms to infinity."""
+    """The regression of the other rules, in a bowl: L-BFGS would follow its linear terms to
+    infinity."""
 
     def loss(self, params: Params, t: int) -> Tensor:
         bowl = torch.stack([(0.2 * p**2 + 0.02 * p**4).sum() for p in params.values()]).sum()
@@ -68,7 +72,9 @@ def fresh(params: Params) -> Params:
 
 def plain(settings: Settings, params: Params, steps: int = STEPS, loss: Loss = TASK.loss) -> Params:
     leaves = fresh(params)
-    return torch_steps(torch.optim.LBFGS(list(leaves.values()), **settings), leaves, range(steps), loss)
+    return torch_steps(
+        torch.optim.LBFGS(list(leaves.values()), **settings), leaves, range(steps), loss
+    )
 
 
 def problem(rule: Any, loss: Loss = TASK.loss) -> innerloop.Problem:
@@ -78,7 +84,12 @@ def problem(rule: Any, loss: Loss = TASK.loss) -> innerloop.Problem:
 
 
 def trained(
-    rule: Any, params: Params, steps: Any = range(STEPS), hyper: Any = None, loss: Loss = TASK.loss, **options: Any
+    rule: Any,
+    params: Params,
+    steps: Any = range(STEPS),
+    hyper: Any = None,
+    loss: Loss = TASK.loss,
+    **options: Any,
 ) -> Params:
     return innerloop.unroll(problem(rule, loss), params, list(steps), hyper=hyper, **options).params
 
@@ -94,7 +105,7 @@ GRID = [
 ]
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chosen", GRID, ids=str)
@@ -108,7 +119,9 @@ def test_every_bit_of_torch_cold_and_warm(chosen: dict[str, Any]):
     assert_params(ours, torch_steps(optimizer, leaves, range(3, 5)), 0.0)
 
 
-@pytest.mark.parametrize("chosen", [{"max_iter": 3}, {"max_iter": 3, "line_search_fn": WOLFE}], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [{"max_iter": 3}, {"max_iter": 3, "line_search_fn": WOLFE}], ids=str
+)
 def test_torch_goes_on_from_what_is_written_back(chosen: dict[str, Any]):
     truth = plain(chosen, TASK.params(), 4)
     leaves = fresh(TASK.params())
@@ -127,10 +140,13 @@ def test_torch_goes_on_from_what_is_written_back(chosen: dict[str, Any]):
 
 def test_settings_and_state_are_taken_over():
     leaves = fresh(TASK.params())
-    optimizer = torch.optim.LBFGS(list(leaves.values()), lr=0.5, max_iter=3, history_size=2, line_search_fn=WOLFE)
+    optimizer = torch.optim.LBFGS(
+        list(leaves.values()), lr=0.5, max_iter=3, history_size=2, line_search_fn=WOLFE
+    )
     rule = from_torch(optimizer, leaves)
     assert (
-        repr(rule) == "from_torch(lbfgs(lr=0.5, max_iter=3, max_eval=3, history_size=2, line_search_fn='strong_wolfe'))"
+        repr(rule) == "from_torch(lbfgs(lr=0.5, max_iter=3, max_eval=3, history_size=2, "
+        "line_search_fn='strong_wolfe'))"
     )
     torch_steps(optimizer, leaves, range(2))
     kept = optimizer.state[leaves["weight"]]
@@ -145,7 +161,9 @@ LANDSCAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "quartic": lambda w: (w**4).sum() / 4 + w[0] * w[1] / 2 + w[0],
     "banana": lambda w: 5 * (w[1] - w[0] ** 2) ** 2 + (1 - w[0]) ** 2,
     "waves": lambda w: (3 * w).sin().sum() + (w**2).sum() / 5,
-    "wall": lambda w: torch.where(w @ w < 1, w[0] + w[1] / 3 - (1 - w @ w).clamp_min(1e-9).log(), torch.inf),
+    "wall": lambda w: torch.where(
+        w @ w < 1, w[0] + w[1] / 3 - (1 - w @ w).clamp_min(1e-9).log(), torch.inf
+    ),
     "steep": lambda w: (2 * w).exp().sum() - w.sum(),
     "flat": lambda w: (1 + (w - 0.2) ** 2).log().sum(),
 }
@@ -154,15 +172,23 @@ LANDSCAPES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("lr", [0.01, 0.7, 1.0, 30.0])
 @pytest.mark.parametrize("landscape", list(LANDSCAPES))
 def test_every_branch_of_the_line_search(landscape: str, lr: float):
-    """Steps far too short and far too long, bounds, bisection where a trial is not finite, budgets that run out."""
+    """Steps far too short and far too long, bounds, bisection where a trial is not finite, budgets
+    that run out."""
     start = {"w": torch.tensor([0.4, -0.3])}
 
     def loss(params: Params, t: int) -> Tensor:
         return LANDSCAPES[landscape](params["w"] + 0.05 * t)
 
-    for more in ({"max_iter": 2}, {"max_iter": 6, "max_eval": 4}, {"max_iter": 2, "max_eval": 2}, {"max_iter": 3}):
+    for more in (
+        {"max_iter": 2},
+        {"max_iter": 6, "max_eval": 4},
+        {"max_iter": 2, "max_eval": 2},
+        {"max_iter": 3},
+    ):
         chosen: dict[str, Any] = {"lr": lr, "line_search_fn": WOLFE, **more}
-        assert_params(trained(lbfgs(**chosen), start, loss=loss), plain(chosen, start, loss=loss), 0.0)
+        assert_params(
+            trained(lbfgs(**chosen), start, loss=loss), plain(chosen, start, loss=loss), 0.0
+        )
 
 
 @pytest.mark.parametrize("line_search", [None, WOLFE])
@@ -186,12 +212,12 @@ def test_other_dtypes_are_kept_and_as_in_torch(dtype: torch.dtype, line_search: 
 
 def test_half_precision_is_warned_of():
     start = {"w": torch.tensor([0.4, -0.3], dtype=torch.bfloat16, requires_grad=True)}
-    innerloop.optim.precision.forget_warning()
+    forget_warning()
     with pytest.warns(PrecisionWarning, match="float32"):
         trained(lbfgs(max_iter=2), start, [0], loss=lambda params, t: (params["w"] ** 4).sum())
 
 
-# -- derivatives --------------------------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 SMOOTH = [
     *grid(lr=[1.0, 0.3], max_iter=[4], history_size=[2, 100], line_search_fn=[None, WOLFE]),
@@ -201,7 +227,9 @@ SMOOTH = [
 ]
 
 
-def meta_gradient(chosen: Settings, params: Params, lr: float, loss: Loss = TASK.loss, **options: Any) -> Any:
+def meta_gradient(
+    chosen: Settings, params: Params, lr: float, loss: Loss = TASK.loss, **options: Any
+) -> Any:
     leaves, rate = fresh(params), torch.tensor(float(lr), requires_grad=True)
     outer = TASK.outer(trained(lbfgs(**chosen), leaves, hyper={"lr": rate}, loss=loss, **options))
     # A line search that takes no step at all does not depend on lr.
@@ -311,27 +339,51 @@ EXACT = [
 @pytest.mark.parametrize("strategy", EXACT, ids=repr)
 @pytest.mark.parametrize("line_search", [None, WOLFE])
 def test_every_strategy_that_takes_it_equals_store_all(strategy: Any, line_search: str | None):
-    chosen: dict[str, Any] = {"lr": 0.5, "max_iter": 3, "history_size": 2, "line_search_fn": line_search}
-    found = [meta_gradient(chosen, TASK.params(), 0.5, strategy=s) for s in (innerloop.StoreAll(), strategy)]
+    chosen: dict[str, Any] = {
+        "lr": 0.5,
+        "max_iter": 3,
+        "history_size": 2,
+        "line_search_fn": line_search,
+    }
+    found = [
+        meta_gradient(chosen, TASK.params(), 0.5, strategy=s)
+        for s in (innerloop.StoreAll(), strategy)
+    ]
     assert_params(found[1][0], found[0][0], 1e-12)
     assert_params({"lr": found[1][1]}, {"lr": found[0][1]}, 1e-12)
 
 
-@pytest.mark.parametrize("strategy", [innerloop.ForwardMode(), innerloop.Truncated(STEPS)], ids=repr)
+@pytest.mark.parametrize(
+    "strategy", [innerloop.ForwardMode(), innerloop.Truncated(STEPS)], ids=repr
+)
 @pytest.mark.parametrize("line_search", [None, WOLFE])
 def test_strategies_for_hyper_parameters(strategy: Any, line_search: str | None):
-    """Two hyper-parameters: `ForwardMode` pushes both derivatives at once, inside ``vmap``, past decisions that are the same for both."""
+    """Two hyper-parameters: `ForwardMode` pushes both derivatives at once, inside ``vmap``, past
+    decisions that are the same for both."""
     rule = lbfgs(max_iter=3, line_search_fn=line_search)
     setting = innerloop.Problem(
-        lambda params, hyper, t: TASK.loss(params, t) + hyper["decay"] * (params["weight"] ** 2).sum(),
+        lambda params, hyper, t: (
+            TASK.loss(params, t) + hyper["decay"] * (params["weight"] ** 2).sum()
+        ),
         rule,
         optimizer_hyper=lambda hyper, t: {"lr": hyper["lr"]},
     )
     found = []
     for s in (innerloop.StoreAll(), strategy):
-        hyper = {name: torch.tensor(value, requires_grad=True) for name, value in (("lr", 0.5), ("decay", 0.1))}
+        hyper = {
+            name: torch.tensor(value, requires_grad=True)
+            for name, value in (("lr", 0.5), ("decay", 0.1))
+        }
         traj = innerloop.unroll(setting, TASK.params(), list(range(STEPS)), hyper=hyper, strategy=s)
-        found.append(dict(zip(hyper, torch.autograd.grad(TASK.outer(traj.params), list(hyper.values())), strict=True)))
+        found.append(
+            dict(
+                zip(
+                    hyper,
+                    torch.autograd.grad(TASK.outer(traj.params), list(hyper.values())),
+                    strict=True,
+                )
+            )
+        )
     assert all(found[0].values())
     assert_params(found[1], found[0], 1e-10)
 
@@ -346,19 +398,22 @@ REFUSED = [
 
 @pytest.mark.parametrize("strategy", REFUSED, ids=repr)
 def test_strategies_that_take_loss_and_update_apart_refuse_it(strategy: Any):
-    with pytest.raises(InvalidInputError, match=r"lbfgs.*evaluates the loss within its update.*StoreAll\(\)"):
+    with pytest.raises(
+        InvalidInputError, match=r"lbfgs.*evaluates the loss within its update.*StoreAll\(\)"
+    ):
         meta_gradient({"max_iter": 2}, TASK.params(), 1.0, strategy=strategy)
 
 
 def test_auto_finds_a_strategy_that_takes_it():
     chosen: dict[str, Any] = {"max_iter": 2}
     found = [
-        meta_gradient(chosen, TASK.params(), 0.5, strategy=s) for s in (innerloop.StoreAll(), innerloop.Auto("1GB"))
+        meta_gradient(chosen, TASK.params(), 0.5, strategy=s)
+        for s in (innerloop.StoreAll(), innerloop.Auto("1GB"))
     ]
     assert_params(found[1][0], found[0][0], 1e-12)
 
 
-# -- places where a rule of this kind could break ------------------------------------------------------------------------
+# -- places where a rule of this kind could break --------------------------------------------------
 
 
 @pytest.mark.parametrize("line_search", [None, WOLFE])
@@ -381,10 +436,15 @@ def test_entries_without_a_gradient_stay_where_they_are(line_search: str | None)
     task = Task(dead=True)
 
     def loss(params: Params, t: int) -> Tensor:
-        return task.loss(params, 0) + torch.stack([(p**2).sum() for n, p in params.items() if n != "bias"]).sum() / 5
+        return (
+            task.loss(params, 0)
+            + torch.stack([(p**2).sum() for n, p in params.items() if n != "bias"]).sum() / 5
+        )
 
     start = fresh(task.params())
-    traj = innerloop.unroll(problem(lbfgs(max_iter=4, line_search_fn=line_search), loss), start, list(range(12)))
+    traj = innerloop.unroll(
+        problem(lbfgs(max_iter=4, line_search_fn=line_search), loss), start, list(range(12))
+    )
     assert torch.equal(traj.params["bias"][4], start["bias"][4])
     found = torch.autograd.grad(task.outer(traj.params), list(start.values()))
     assert all(g.isfinite().all() for g in found)
@@ -393,7 +453,9 @@ def test_entries_without_a_gradient_stay_where_they_are(line_search: str | None)
 def test_a_missing_gradient_counts_as_zero():
     rule, params = lbfgs(lr=0.5, max_iter=1), {"w": torch.tensor(2.0), "v": torch.tensor(3.0)}
     grads = {"w": torch.tensor(0.5), "v": None}
-    new, state = rule.update(grads, rule.init(params), params, value_and_grad=lambda at: (at["w"] ** 2, grads))
+    new, state = rule.update(
+        grads, rule.init(params), params, value_and_grad=lambda at: (at["w"] ** 2, grads)
+    )
     assert new == {"w": torch.tensor(1.75), "v": torch.tensor(3.0)}
     assert torch.equal(state.d, torch.tensor([-0.5, 0.0]))
 
@@ -411,9 +473,9 @@ def test_arguments_are_left_alone():
     rule = from_torch(optimizer, leaves)
     params = {name: p.detach().clone() for name, p in leaves.items()}
     carry = problem(rule).init(params)
-    before = [t.clone() for t in innerloop.tree.tensors((carry.params, carry.optimizer_state))]
+    before = [t.clone() for t in tree.tensors((carry.params, carry.optimizer_state))]
     innerloop.unroll(problem(rule), carry, [2, 3])
-    after = list(innerloop.tree.tensors((carry.params, carry.optimizer_state)))
+    after = list(tree.tensors((carry.params, carry.optimizer_state)))
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -435,8 +497,17 @@ def test_random_settings(
     tolerances: tuple[float, float],
     line_search: str | None,
 ):
-    chosen: dict[str, Any] = {"lr": lr, "max_iter": max_iter, "max_eval": max_eval, "history_size": history_size}
-    chosen |= {"tolerance_grad": tolerances[0], "tolerance_change": tolerances[1], "line_search_fn": line_search}
+    chosen: dict[str, Any] = {
+        "lr": lr,
+        "max_iter": max_iter,
+        "max_eval": max_eval,
+        "history_size": history_size,
+    }
+    chosen |= {
+        "tolerance_grad": tolerances[0],
+        "tolerance_change": tolerances[1],
+        "line_search_fn": line_search,
+    }
     start = fresh(TASK.params())
     ours = trained(lbfgs(**chosen), start)
     assert_params(ours, plain(chosen, TASK.params()), 1e-12)
@@ -444,7 +515,7 @@ def test_random_settings(
     assert all(g.isfinite().all() for g in found)
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 BAD_SETTINGS: dict[str, dict[str, Any]] = {
     "line_search_fn='wolfe'": {"line_search_fn": "wolfe"},
@@ -463,8 +534,14 @@ def test_settings_on_which_torch_fails(message: str):
     chosen = BAD_SETTINGS[message]
     with pytest.raises(InvalidInputError, match=message):
         lbfgs(**chosen)
-    with pytest.raises((ValueError, RuntimeError, IndexError, UnboundLocalError, ZeroDivisionError, TypeError)):
-        plain(chosen, {"w": torch.tensor([0.4, -0.3])}, loss=lambda params, t: ((params["w"] - t) ** 4).sum())
+    with pytest.raises(
+        (ValueError, RuntimeError, IndexError, UnboundLocalError, ZeroDivisionError, TypeError)
+    ):
+        plain(
+            chosen,
+            {"w": torch.tensor([0.4, -0.3])},
+            loss=lambda params, t: ((params["w"] - t) ** 4).sum(),
+        )
 
 
 def test_a_nan_that_torch_stumbles_over():
@@ -493,16 +570,31 @@ def test_it_is_refused_where_it_cannot_work():
     with pytest.raises(InvalidInputError, match="evaluates the loss"):
         innerloop.optim.in_float32(rule)
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    both = [torch.optim.LBFGS(layers[0].parameters()), torch.optim.SGD(layers[1].parameters(), lr=0.1)]
-    with pytest.raises(InvalidInputError, match=r"evaluates the loss itself.*one optimizer for all"):
+    both = [
+        torch.optim.LBFGS(layers[0].parameters()),
+        torch.optim.SGD(layers[1].parameters(), lr=0.1),
+    ]
+    with pytest.raises(
+        InvalidInputError, match=r"evaluates the loss itself.*one optimizer for all"
+    ):
         from_torch(both, layers)
     with pytest.raises(InvalidInputError, match=r"cannot be compiled.*compile=False"):
         innerloop.metagradient(
-            lambda traj, _: TASK.outer(traj.params), problem(rule), params, [0], wrt="params", compile=True
+            lambda traj, _: TASK.outer(traj.params),
+            problem(rule),
+            params,
+            [0],
+            wrt="params",
+            compile=True,
         )
     _, state = problem(rule).init(params), trained_state(params)
     with pytest.raises(InvalidInputError, match="belongs to other parameters"):
-        rule.update({"w": torch.ones(2)}, state, {"w": torch.ones(2)}, value_and_grad=lambda at: (torch.ones(()), at))
+        rule.update(
+            {"w": torch.ones(2)},
+            state,
+            {"w": torch.ones(2)},
+            value_and_grad=lambda at: (torch.ones(()), at),
+        )
 
 
 def trained_state(params: Params) -> Any:
@@ -519,21 +611,27 @@ def test_vmap_over_tasks_is_refused_and_over_what_it_does_not_depend_on_is_not()
     with pytest.raises(InvalidInputError, match=r"vmap over tasks.*Python loop"):
         torch.func.vmap(outer)(torch.tensor([1.0, 0.9]))
     final = trained(lbfgs(max_iter=2), params)
-    both = torch.func.vmap(lambda x: x * TASK.outer(trained(lbfgs(max_iter=2), params)))(torch.ones(2))
+    both = torch.func.vmap(lambda x: x * TASK.outer(trained(lbfgs(max_iter=2), params)))(
+        torch.ones(2)
+    )
     assert_params({"outer": both}, {"outer": TASK.outer(final).expand(2)}, 1e-15)
 
 
-# -- modules: random numbers and running statistics ------------------------------------------------------------------------
+# -- modules: random numbers and running statistics ------------------------------------------------
 
 X, Y = 1.2 * smooth_noise(16, 3), smooth_noise(16, 1, phase=1.0)
 
 
 def network(noisy: bool = False) -> nn.Sequential:
-    between: list[nn.Module] = [nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2)] if noisy else [nn.Tanh()]
+    between: list[nn.Module] = (
+        [nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2)] if noisy else [nn.Tanh()]
+    )
     model = nn.Sequential(nn.Linear(3, 4), *between, nn.Linear(4, 1))
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p.copy_(0.6 * smooth_noise(*p.shape, phase=20.0 + i) + (1 if noisy and i in (2, 3) else 0))
+            p.copy_(
+                0.6 * smooth_noise(*p.shape, phase=20.0 + i) + (1 if noisy and i in (2, 3) else 0)
+            )
     return model
 
 
@@ -543,7 +641,10 @@ def model_loss(model: Any) -> Tensor:
 
 
 def torch_on_model(
-    make: Callable[[Any], Any], model: nn.Module, steps: int = STEPS, also: Callable[[Any], Any] = lambda model: None
+    make: Callable[[Any], Any],
+    model: nn.Module,
+    steps: int = STEPS,
+    also: Callable[[Any], Any] = lambda model: None,
 ) -> nn.Module:
     optimizer = make(model.parameters())
     for _ in range(steps):
@@ -590,9 +691,15 @@ class SharpnessAware(torch.optim.Optimizer):
 
 CLOSURE_RULES: dict[str, tuple[Callable[[Any], Any], Callable[[nn.Module], Any]]] = {
     "torch LBFGS": (closure_rule(None), lambda model: closure_rule(None)(model.parameters())),
-    "torch LBFGS, line search": (closure_rule(WOLFE), lambda model: closure_rule(WOLFE)(model.parameters())),
+    "torch LBFGS, line search": (
+        closure_rule(WOLFE),
+        lambda model: closure_rule(WOLFE)(model.parameters()),
+    ),
     "lbfgs": (closure_rule(WOLFE), lambda model: lbfgs(lr=0.5, max_iter=4, line_search_fn=WOLFE)),
-    "adapt(closure=True)": (SharpnessAware, lambda model: innerloop.optim.adapt(SharpnessAware, closure=True)),
+    "adapt(closure=True)": (
+        SharpnessAware,
+        lambda model: innerloop.optim.adapt(SharpnessAware, closure=True),
+    ),
     "torch SGD": (
         lambda params: torch.optim.SGD(params, lr=0.1),
         lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
@@ -604,7 +711,8 @@ each_closure_rule = pytest.mark.parametrize("rule", list(CLOSURE_RULES))
 @each_closure_rule
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 def test_track_draws_and_writes_as_often_as_torch(rule: str, learn: Any):
-    """Dropout and batch norm, in every evaluation: parameters, running statistics and the random state end up the same."""
+    """Dropout and batch norm, in every evaluation: parameters, running statistics and the random
+    state end up the same."""
     of_torch, of_ours = CLOSURE_RULES[rule]
     plainly = network(noisy=True)
     torch.manual_seed(1)
@@ -635,19 +743,35 @@ def test_unroll_draws_and_writes_as_often_as_torch(rule: str):
         model = network(noisy=True)
         pure = of_ours(model)
         pure = from_torch(pure, model) if isinstance(pure, torch.optim.Optimizer) else pure
-        setting = innerloop.Problem.from_module(model, lambda model, hyper, batch: model_loss(model), pure)
+        setting = innerloop.Problem.from_module(
+            model, lambda model, hyper, batch: model_loss(model), pure
+        )
         torch.manual_seed(1)
-        traj = innerloop.unroll(setting, dict(model.named_parameters()), None, steps=STEPS, strategy=strategy)
+        traj = innerloop.unroll(
+            setting, dict(model.named_parameters()), None, steps=STEPS, strategy=strategy
+        )
         assert_params(
-            {**truth, **{n: p.detach() for n, p in (*traj.params.items(), *traj.at(-1).buffers.items())}}, truth, 1e-12
+            {
+                **truth,
+                **{n: p.detach() for n, p in (*traj.params.items(), *traj.at(-1).buffers.items())},
+            },
+            truth,
+            1e-12,
         )
         outer = torch.stack([p.sin().sum() for p in traj.params.values()]).sum()
-        found.append(dict(zip(traj.params, torch.autograd.grad(outer, list(model.parameters())), strict=True)))
+        found.append(
+            dict(
+                zip(traj.params, torch.autograd.grad(outer, list(model.parameters())), strict=True)
+            )
+        )
     assert_params(found[1], found[0], 1e-12)
 
 
 def final(params: Mapping[str, Tensor]) -> Tensor:
-    terms = [((1 + smooth_noise(*p.shape, phase=40.0 + i) / 2) * p.sin()).sum() for i, p in enumerate(params.values())]
+    terms = [
+        ((1 + smooth_noise(*p.shape, phase=40.0 + i) / 2) * p.sin()).sum()
+        for i, p in enumerate(params.values())
+    ]
     return torch.stack(terms).sum()
 
 
@@ -673,7 +797,10 @@ def test_track_with_a_closure_has_the_derivative_of_torch(rule: str):
 
         return final(dict(torch_on_model(make, model).named_parameters())).detach()
 
-    v = {name: smooth_noise(*p.shape, phase=90.0 + i) for i, (name, p) in enumerate(model.named_parameters())}
+    v = {
+        name: smooth_noise(*p.shape, phase=90.0 + i)
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
     at = (named(network()), 0.3)
     still = {name: torch.zeros_like(p) for name, p in v.items()}
     assert_derivative(inner(found, v), directional(plainly, at, (v, 0.0)), "d/dinit")
@@ -683,15 +810,20 @@ def test_track_with_a_closure_has_the_derivative_of_torch(rule: str):
 
 @pytest.mark.parametrize("line_search", [None, WOLFE])
 def test_first_order_keeps_the_identity_path(line_search: str | None):
-    """With constant losses and gradients every direction and step length is a constant: d θ_T / d θ_0 is the identity."""
+    """With constant losses and gradients every direction and step length is a constant: d θ_T / d
+    θ_0 is the identity."""
     model = network()
-    with innerloop.track(model, closure_rule(line_search)(model.parameters()), first_order=True) as loop:
+    with innerloop.track(
+        model, closure_rule(line_search)(model.parameters()), first_order=True
+    ) as loop:
         for _ in range(STEPS):
             loop.step(lambda: model_loss(loop.model))
         end = {name: p.detach().requires_grad_() for name, p in loop.parameters().items()}
         final(loop.parameters()).backward()
     truth = dict(zip(end, torch.autograd.grad(final(end), list(end.values())), strict=True))
-    assert_params({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, truth, 1e-14)
+    assert_params(
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, truth, 1e-14
+    )
 
 
 def test_a_callback_and_hooks_see_every_evaluation():
@@ -773,7 +905,7 @@ def test_a_frozen_layer_and_an_optimizer_over_a_part():
     assert_params(found[1], found[0], 1e-12)
 
 
-# -- closures that cannot work -------------------------------------------------------------------------------------------
+# -- closures that cannot work ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -784,7 +916,8 @@ def model() -> nn.Sequential:
 def test_a_loss_where_a_closure_is_needed(model: nn.Sequential):
     with innerloop.track(model, lbfgs()) as loop:
         with pytest.raises(
-            InvalidInputError, match=r"lbfgs.*given a Tensor.*loop\.step\(lambda: loss_fn\(loop\.model\(x\), y\)\)"
+            InvalidInputError,
+            match=r"lbfgs.*given a Tensor.*loop\.step\(lambda: loss_fn\(loop\.model\(x\), y\)\)",
         ):
             loop.step(model_loss(loop.model))
         with pytest.raises(InvalidInputError, match="given a Tensor"):

@@ -1,4 +1,5 @@
-"""Learned optimizers: the network's weights get their meta-gradient, whatever differentiates the loop."""
+"""Learned optimizers: the network's weights get their meta-gradient, whatever differentiates the
+loop."""
 
 from __future__ import annotations
 
@@ -29,10 +30,16 @@ STEPS = 5
 
 
 def weights() -> Params:
-    return {"in": smooth_noise(3, 4), "bias": 0.2 * smooth_noise(4, phase=1.0), "out": smooth_noise(4, phase=2.0)}
+    return {
+        "in": smooth_noise(3, 4),
+        "bias": 0.2 * smooth_noise(4, phase=1.0),
+        "out": smooth_noise(4, phase=2.0),
+    }
 
 
-def small_network(grad: Tensor, param: Tensor, state: Tensor, weights: Params) -> tuple[Tensor, Tensor]:
+def small_network(
+    grad: Tensor, param: Tensor, state: Tensor, weights: Params
+) -> tuple[Tensor, Tensor]:
     """Entry by entry: gradient, its running mean, and the parameter."""
     mean = 0.8 * state + 0.2 * grad
     hidden = (torch.stack([grad, mean, param], -1) @ weights["in"] + weights["bias"]).tanh()
@@ -80,7 +87,10 @@ def test_a_rule_written_by_hand_is_that_of_torch():
         return -weights["lr"] * buffer, buffer
 
     task = Task()
-    numbers = {"lr": torch.tensor(0.1, dtype=torch.float64), "mu": torch.tensor(0.9, dtype=torch.float64)}
+    numbers = {
+        "lr": torch.tensor(0.1, dtype=torch.float64),
+        "mu": torch.tensor(0.9, dtype=torch.float64),
+    }
 
     def gradient(params: Params, t: int) -> dict[str, Tensor | None]:
         grads: dict[str, Tensor | None] = dict(task.gradient(params, t))
@@ -90,7 +100,11 @@ def test_a_rule_written_by_hand_is_that_of_torch():
 
     truth = torch_run(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, task.params(), gradient, 8)
     opt = learned(momentum, init=torch.zeros_like)
-    assert_params(train(opt, task, task.params(), {"weights": numbers}, steps=8, gradient=gradient), truth, 1e-12)
+    assert_params(
+        train(opt, task, task.params(), {"weights": numbers}, steps=8, gradient=gradient),
+        truth,
+        1e-12,
+    )
 
 
 @each_exact_strategy()
@@ -114,7 +128,9 @@ def test_every_exact_strategy_gives_what_store_all_gives(strategy: innerloop.str
         )[1]
 
     for a, b in zip(
-        pytree.tree_leaves(gradient(strategy)), pytree.tree_leaves(gradient(innerloop.StoreAll())), strict=True
+        pytree.tree_leaves(gradient(strategy)),
+        pytree.tree_leaves(gradient(innerloop.StoreAll())),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -137,7 +153,11 @@ def test_vmap_over_networks_and_forward_mode():
 def test_a_compiled_meta_gradient_is_the_eager_one():
     def outer(phi: Params, w: Tensor) -> Tensor:
         gradient = torch.func.grad(lambda params, t: (params["w"].sin() * (1 + params["w"])).sum())
-        return train(NETWORK, Task(), {"w": w}, {"weights": phi}, steps=2, gradient=gradient)["w"].square().sum()
+        return (
+            train(NETWORK, Task(), {"w": w}, {"weights": phi}, steps=2, gradient=gradient)["w"]
+            .square()
+            .sum()
+        )
 
     meta = torch.func.grad(outer, argnums=(0, 1))
     torch.compiler.reset()
@@ -149,11 +169,18 @@ def test_a_compiled_meta_gradient_is_the_eager_one():
 
 def test_a_network_of_modules_in_groups_and_after_a_clip():
     """What a user writes: an ``nn.Module``, made a function; its parameters are the weights."""
-    net = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    ).double()
     call, start, _ = innerloop.functional(net)
-    opt = learned(lambda grad, param, state, phi: (0.1 * call(phi, grad.unsqueeze(-1)).squeeze(-1), state))
+    opt = learned(
+        lambda grad, param, state, phi: (0.1 * call(phi, grad.unsqueeze(-1)).squeeze(-1), state)
+    )
     rule = innerloop.optim.groups(
-        {"a": innerloop.optim.chain(innerloop.optim.clip_by_value(0.5), opt), "*": innerloop.optim.sgd(lr=1.0)}
+        {
+            "a": innerloop.optim.chain(innerloop.optim.clip_by_value(0.5), opt),
+            "*": innerloop.optim.sgd(lr=1.0),
+        }
     )
     params = {"a": smooth_noise(4), "b": smooth_noise(2)}
     grads = {"a": 3 * smooth_noise(4), "b": smooth_noise(2)}
@@ -179,20 +206,33 @@ untyped: Any = learned  # what is passed here is wrong
 BAD: dict[str, tuple[Any, str]] = {
     "no function": (lambda: untyped(3), "fn=3 is no function"),
     "init is no function": (lambda: untyped(small_network, init=3), "init=3 is no function"),
-    "weights in a list": (lambda: untyped(small_network, [torch.ones(2)]), "weights is list.*named_parameters"),
+    "weights in a list": (
+        lambda: untyped(small_network, [torch.ones(2)]),
+        "weights is list.*named_parameters",
+    ),
     "no weights": (lambda: update(NETWORK, None), "weights is NoneType.*hyper="),
-    "another name": (lambda: update(NETWORK, {"lr": 1.0}), "does not know the hyper-parameter 'lr'.*'weights'"),
-    "no pair": (lambda: update(learned(lambda *a: a[0]), {"weights": {}}), "returned Tensor for 'w'.*pair"),
+    "another name": (
+        lambda: update(NETWORK, {"lr": 1.0}),
+        "does not know the hyper-parameter 'lr'.*'weights'",
+    ),
+    "no pair": (
+        lambda: update(learned(lambda *a: a[0]), {"weights": {}}),
+        "returned Tensor for 'w'.*pair",
+    ),
     "another shape": (
         lambda: update(learned(lambda g, p, s, w: (g.sum(), s)), {"weights": {}}),
         r"shape \(\) for 'w', which has \(2,\)",
     ),
     "unknown gradient": (
-        lambda: NETWORK.update({"v": torch.ones(2)}, NETWORK.init(PARAMS), PARAMS, {"weights": weights()}),
+        lambda: NETWORK.update(
+            {"v": torch.ones(2)}, NETWORK.init(PARAMS), PARAMS, {"weights": weights()}
+        ),
         "does not know the gradient 'v'",
     ),
     "wrong gradient": (
-        lambda: NETWORK.update({"w": torch.ones(3)}, NETWORK.init(PARAMS), PARAMS, {"weights": weights()}),
+        lambda: NETWORK.update(
+            {"w": torch.ones(3)}, NETWORK.init(PARAMS), PARAMS, {"weights": weights()}
+        ),
         r"'w' has shape \(3,\), the parameter has \(2,\)",
     ),
 }

@@ -1,4 +1,5 @@
-"""The replacing mode itself: which derivatives it counts, what lies above it, autocast, names by which operations are reached."""
+"""The replacing mode itself: which derivatives it counts, what lies above it, autocast, names by
+which operations are reached."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
-from innerloop import _private
-from innerloop.nn import replace
+from innerloop._utils import torch_private
+from innerloop.nn._derivative_order import _thread
 from tests.oracles import assert_derivative, derivative, smooth_noise
 
 F: Any = functional  # the stubs of torch lag behind its arguments
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.usefixtures("float64")
 @pytest.fixture(autouse=True)
 def _nothing_is_left_on() -> Any:
     yield
-    assert _private.function_mode() is None
-    assert (replace._thread.loops, replace._thread.levels, replace._thread.any_order) == (0, 0, False)
+    assert torch_private.function_mode() is None
+    assert (_thread.loops, _thread.levels, _thread.any_order) == (0, 0, False)
 
 
-# -- a gradient inside of the inner loss ---------------------------------------------------------------------------------
+# -- a gradient inside of the inner loss -----------------------------------------------------------
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "layer": lambda: nn.LayerNorm(4),
@@ -74,7 +75,9 @@ def tracked(norm: str, transform: bool = False) -> float:
     torch.manual_seed(0)
     lr = torch.tensor(0.05, requires_grad=True)
     model = network(norm)
-    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.05), hyper={"lr": lr}) as loop:
+    with innerloop.track(
+        model, torch.optim.SGD(model.parameters(), lr=0.05), hyper={"lr": lr}
+    ) as loop:
         for _ in range(3):
             loop.step(penalised(loop.model, transform))
         outer = penalised(loop.model, transform)
@@ -91,14 +94,20 @@ def test_a_gradient_penalty_is_refused_and_right_in_any_order(norm: str):
 
 
 def test_a_gradient_penalty_through_group_norm_needs_nothing():
-    assert_derivative(tracked("group"), derivative(lambda h: plainly("group", 0.05 + h)), "group norm")
+    assert_derivative(
+        tracked("group"), derivative(lambda h: plainly("group", 0.05 + h)), "group norm"
+    )
 
 
 def test_a_gradient_penalty_by_a_transform_is_noticed():
-    assert_derivative(tracked("layer", transform=True), derivative(lambda h: plainly("layer", 0.05 + h)), "layer norm")
+    assert_derivative(
+        tracked("layer", transform=True),
+        derivative(lambda h: plainly("layer", 0.05 + h)),
+        "layer norm",
+    )
 
 
-# -- transforms and autograd around a loop -------------------------------------------------------------------------------
+# -- transforms and autograd around a loop ---------------------------------------------------------
 
 
 def meta_loss(lr: Tensor) -> Tensor:
@@ -136,7 +145,13 @@ def second_by_dual_numbers(lr: Tensor) -> Tensor:
         lambda lr: torch.func.hessian(meta_loss)(lr.detach()),
         lambda lr: torch.func.jacrev(torch.func.jacfwd(meta_loss))(lr.detach()),
     ],
-    ids=["autograd of grad", "autograd of jvp", "dual numbers of autograd", "hessian", "reverse over forward"],
+    ids=[
+        "autograd of grad",
+        "autograd of jvp",
+        "dual numbers of autograd",
+        "hessian",
+        "reverse over forward",
+    ],
 )
 def test_second_derivatives_of_a_meta_loss_through_layer_norm(second: Any):
     def slope(h: float) -> float:
@@ -156,10 +171,16 @@ def test_solving_by_reverse_over_forward_is_refused():
             innerloop.optim.sgd(),
             optimizer_hyper=lambda h, t: h,
         )
-        return innerloop.unroll(problem, {"w": smooth_noise(3, 3)}, None, steps=2, hyper={"lr": lr}).params["w"].sum()
+        return (
+            innerloop.unroll(problem, {"w": smooth_noise(3, 3)}, None, steps=2, hyper={"lr": lr})
+            .params["w"]
+            .sum()
+        )
 
     at = torch.tensor(0.1)
-    with pytest.raises(innerloop.NotDifferentiableError, match=r"linalg\.solve .*reverse mode over forward mode"):
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match=r"linalg\.solve .*reverse mode over forward mode"
+    ):
         torch.func.jacrev(torch.func.jacfwd(of_solution))(at)
     slope = torch.func.grad(of_solution)
     found = torch.func.hessian(of_solution)(at)
@@ -168,7 +189,8 @@ def test_solving_by_reverse_over_forward_is_refused():
 
 @pytest.mark.parametrize("block", [innerloop.nn.any_order, None])
 def test_a_functional_module_differentiated_by_reverse_over_forward(block: Any):
-    """PyTorch 2.13 has even the second derivative wrong in this order; the third needs the block."""
+    """PyTorch 2.13 has even the second derivative wrong in this order; the third needs the
+    block."""
     call, params, _ = innerloop.functional(nn.LayerNorm(4))
     x, shift = smooth_noise(3, 4), smooth_noise(3, 4, phase=2.0)
 
@@ -194,7 +216,10 @@ def test_a_functional_module_differentiated_by_reverse_over_forward(block: Any):
     [
         ("layer", lambda z: torch.layer_norm(z, (5,))),
         ("batch", lambda z: torch.batch_norm(z, None, None, None, None, True, 0.1, 1e-5, False)),
-        ("instance", lambda z: torch.instance_norm(z, None, None, None, None, True, 0.1, 1e-5, False)),
+        (
+            "instance",
+            lambda z: torch.instance_norm(z, None, None, None, None, True, 0.1, 1e-5, False),
+        ),
     ],
 )
 def test_norms_by_the_names_that_torch_itself_uses(name: str, call: Callable[[Tensor], Tensor]):
@@ -205,7 +230,7 @@ def test_norms_by_the_names_that_torch_itself_uses(name: str, call: Callable[[Te
     assert "Norm" not in type(out.grad_fn).__name__
 
 
-# -- what lies above -----------------------------------------------------------------------------------------------------
+# -- what lies above -------------------------------------------------------------------------------
 
 
 class Watching(TorchFunctionMode):
@@ -221,16 +246,18 @@ def test_a_mode_of_the_user_during_the_first_step():
         with Watching():
             loop.step(loop.model(torch.ones(2)).square().sum())
         loop.step(loop.model(torch.ones(2)).square().sum())
-    assert _private.function_mode() is None
+    assert torch_private.function_mode() is None
 
 
 def test_a_mode_of_the_user_around_the_whole_block():
     model = nn.Linear(2, 1)
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+        loop = stack.enter_context(
+            innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        )
         stack.enter_context(Watching())
         loop.step(loop.model(torch.ones(2)).square().sum())
-    assert _private.function_mode() is None
+    assert torch_private.function_mode() is None
 
 
 def test_checkpointed_attention_is_named():
@@ -252,7 +279,7 @@ def test_checkpointed_attention_is_named():
         loop.step(loop.model(smooth_noise(2, 3, 4)).square().mean())
 
 
-# -- at a later step -----------------------------------------------------------------------------------------------------
+# -- at a later step -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +296,9 @@ def test_a_wrong_operation_of_a_later_step_is_refused(late: Callable[[Tensor], T
         loop.step(loop.model.weight.square().sum())
         with pytest.raises(innerloop.NotDifferentiableError, match="wrong second derivative"):
             loop.step(late(loop.model.weight))
-        loop.step(F.embedding(torch.tensor([0, 0, 1]), loop.model.weight).square().sum())  # nothing wrong with this one
+        loop.step(
+            F.embedding(torch.tensor([0, 0, 1]), loop.model.weight).square().sum()
+        )  # nothing wrong with this one
 
 
 def test_a_distance_of_the_users_inside_of_a_loss_is_seen():
@@ -288,7 +317,7 @@ def test_a_distance_of_the_users_inside_of_a_loss_is_seen():
     assert ["Hardsigmoid" in type(node).__name__ for node in seen] == [True, True, False, False]
 
 
-# -- autocast ------------------------------------------------------------------------------------------------------------
+# -- autocast --------------------------------------------------------------------------------------
 
 FAR = (3 + 0.05 * smooth_noise(40, 8)).float()
 
@@ -312,4 +341,6 @@ def test_autocast_changes_neither_dtype_nor_precision(call: Any, half: bool):
         with innerloop.nn.replacing():
             found = call(x)
     assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=2e-2 if expected.dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        found, expected, rtol=2e-2 if expected.dtype == torch.bfloat16 else 1e-4, atol=1e-3
+    )

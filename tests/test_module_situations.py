@@ -1,4 +1,5 @@
-"""The contract of every entry of ``situations.SITUATIONS``: innerloop does what plain PyTorch does, and differentiates it."""
+"""The contract of every entry of ``situations.SITUATIONS``: innerloop does what plain PyTorch does,
+and differentiates it."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ EVERY_LEARN = pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 
 
 @contextlib.contextmanager
-def running(situation: Situation, model: Any, optimizers: Optimizers, **arguments: Any) -> Iterator[Any]:
+def running(
+    situation: Situation, model: Any, optimizers: Optimizers, **arguments: Any
+) -> Iterator[Any]:
     """A loop that has taken its steps."""
     torch.manual_seed(SEED)
     with innerloop.track(model, optimizers, **arguments) as loop:
@@ -44,7 +47,9 @@ def running(situation: Situation, model: Any, optimizers: Optimizers, **argument
         yield loop
 
 
-def outer_loss(situation: Situation, model: Any, optimizers: Optimizers, **arguments: Any) -> Tensor:
+def outer_loss(
+    situation: Situation, model: Any, optimizers: Optimizers, **arguments: Any
+) -> Tensor:
     with running(situation, model, optimizers, **arguments) as loop:
         return situation.outer_loss(loop.model)
 
@@ -62,7 +67,7 @@ def lr_leaves(optimizers: Optimizers) -> list[Tensor]:
     return [torch.tensor(group["lr"], requires_grad=True) for group in all_groups(optimizers)]
 
 
-# -- track --------------------------------------------------------------------------------------------------------------
+# -- track -----------------------------------------------------------------------------------------
 
 
 @EVERY_LEARN
@@ -71,7 +76,9 @@ def test_track_runs_as_torch_does(situation: Situation, learn: Learn):
     truth = plain_run(situation)
     model = situation.model()
     with running(situation, model, situation.optimizer(model), learn=learn) as loop:
-        torch.testing.assert_close(loop.trajectory.losses.detach(), torch.tensor(truth.losses), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            loop.trajectory.losses.detach(), torch.tensor(truth.losses), rtol=1e-12, atol=0
+        )
         for time in (0, -1) if learn == "nothing" else range(STEPS + 1):
             assert_params(loop.parameters(time=time), truth.params[time], 1e-12)
             assert_params(loop.buffers(time=time), truth.buffers[time], 1e-12)
@@ -84,7 +91,9 @@ def test_track_differentiates_with_respect_to_initial_parameters(situation: Situ
     outer_loss(situation, model, situation.optimizer(model)).backward()
     gradients = {name: p.grad for name, p in named(model).items()}
     assert all(gradients[name] is None for name, p in named(model).items() if not p.requires_grad)
-    for truth, direction in zip(true_init_derivatives(situation), fixed_directions(situation), strict=True):
+    for truth, direction in zip(
+        true_init_derivatives(situation), fixed_directions(situation), strict=True
+    ):
         assert_derivative(along(gradients, direction), truth, situation.name)
 
 
@@ -103,7 +112,8 @@ def test_track_differentiates_with_respect_to_learning_rates(situation: Situatio
 
 @each_situation()
 def test_track_commits_what_torch_would_have_left(situation: Situation):
-    """After every step, so that the state also goes into the user's optimizer and out of it again."""
+    """After every step, so that the state also goes into the user's optimizer and out of it
+    again."""
     truth = plain_run(situation)
     model = situation.model()
     optimizers = situation.optimizer(model)
@@ -151,12 +161,16 @@ def test_track_gives_the_same_in_every_episode(situation: Situation):
 
 
 class Everything:
-    """The user's objects as they were: identities, values, flags, gradients, attributes, optimizer state."""
+    """The user's objects as they were: identities, values, flags, gradients, attributes, optimizer
+    state."""
 
     def __init__(self, model: Any, optimizers: Optimizers) -> None:
         self.model, self.optimizers = model, optimizers
         self.tensors = dict(self._tensors())
-        self.values = {name: (x.detach().clone(), x.requires_grad, x._version) for name, x in self.tensors.items()}
+        self.values = {
+            name: (x.detach().clone(), x.requires_grad, x._version)
+            for name, x in self.tensors.items()
+        }
         self.attributes = self._attributes()
         self.states = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
 
@@ -168,7 +182,8 @@ class Everything:
         return [module for root in roots for module in root.modules()]
 
     def _attributes(self) -> list[dict[str, Any]]:
-        # torch.func.functional_call renews this cache of nn.RNNBase, which notices by itself when it is out of date.
+        # torch.func.functional_call renews this cache of nn.RNNBase, which notices by itself when
+        # it is out of date.
         return [
             {
                 key: copy.copy(x) if isinstance(x, (dict, list)) else x
@@ -179,7 +194,9 @@ class Everything:
         ]
 
     def assert_unchanged(self, *, but_gradients: bool = False) -> None:
-        assert [(name, id(x)) for name, x in self._tensors()] == [(name, id(x)) for name, x in self.tensors.items()]
+        assert [(name, id(x)) for name, x in self._tensors()] == [
+            (name, id(x)) for name, x in self.tensors.items()
+        ]
         for name, x in self.tensors.items():
             value, requires_grad, version = self.values[name]
             assert torch.equal(x.detach(), value), name
@@ -208,7 +225,7 @@ def assert_states(ours: Any, truth: Any, tolerance: float) -> None:
     torch.testing.assert_close(ours["state"], truth["state"], rtol=tolerance, atol=tolerance)
 
 
-# -- Problem.from_module -------------------------------------------------------------------------------------------------
+# -- Problem.from_module ---------------------------------------------------------------------------
 
 
 class Outer(nn.Module):
@@ -223,7 +240,9 @@ class Outer(nn.Module):
         return self.outer_loss(self.model)
 
 
-def unrolled(situation: Situation) -> tuple[Tensor, innerloop.Trajectory, dict[str, Any], nn.Module]:
+def unrolled(
+    situation: Situation,
+) -> tuple[Tensor, innerloop.Trajectory, dict[str, Any], nn.Module]:
     """``(outer loss, trajectory, gradients, the user's model)``."""
     model = situation.model()
     optimizers = situation.optimizer(model)
@@ -238,14 +257,17 @@ def unrolled(situation: Situation) -> tuple[Tensor, innerloop.Trajectory, dict[s
     def outer(traj: innerloop.Trajectory, hyper: Any) -> tuple[Tensor, innerloop.Trajectory]:
         call, start, _ = innerloop.functional(Outer(situation, situation.model()))
         prefixed = [
-            {f"model.{name}": x for name, x in tensors.items()} for tensors in (traj.params, traj.at(-1).buffers)
+            {f"model.{name}": x for name, x in tensors.items()}
+            for tensors in (traj.params, traj.at(-1).buffers)
         ]
         return call({**start, **prefixed[0]}, buffers=prefixed[1])[0], traj
 
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lrs = [lr.detach() for lr in lr_leaves(optimizers)]
     torch.manual_seed(SEED)
-    (loss, traj), gradients = innerloop.metagradient(outer, problem, params, list(range(STEPS)), hyper=lrs)
+    (loss, traj), gradients = innerloop.metagradient(
+        outer, problem, params, list(range(STEPS)), hyper=lrs
+    )
     before.assert_unchanged()
     return loss, traj, gradients, model
 
@@ -257,7 +279,9 @@ def test_unroll_runs_as_torch_does(situation: Situation):
     assert loss.item() == pytest.approx(truth.outer, rel=1e-12)
     torch.testing.assert_close(traj.losses, torch.tensor(truth.losses), rtol=1e-12, atol=0)
     for time in range(STEPS + 1):
-        expected = {name: p for name, p in truth.params[time].items() if name in traj.at(time).params}
+        expected = {
+            name: p for name, p in truth.params[time].items() if name in traj.at(time).params
+        }
         assert_params(traj.at(time).params, expected, 1e-12)
         assert_params(traj.at(time).buffers, truth.buffers[time], 1e-12)
 
@@ -265,16 +289,21 @@ def test_unroll_runs_as_torch_does(situation: Situation):
 @each_situation(lambda situation: is_unrolled(situation) and has_gradient(situation))
 def test_unroll_differentiates(situation: Situation):
     _, _, gradients, _ = unrolled(situation)
-    for truth, direction in zip(true_init_derivatives(situation), fixed_directions(situation), strict=True):
+    for truth, direction in zip(
+        true_init_derivatives(situation), fixed_directions(situation), strict=True
+    ):
         assert_derivative(along(gradients["params"], direction), truth, situation.name)
-    assert_derivative(sum(g.item() for g in gradients["hyper"]), true_lr_derivative(situation), situation.name)
+    assert_derivative(
+        sum(g.item() for g in gradients["hyper"]), true_lr_derivative(situation), situation.name
+    )
 
 
-# -- functional ----------------------------------------------------------------------------------------------------------
+# -- functional ------------------------------------------------------------------------------------
 
 
 class Loss(nn.Module):
-    """A situation's loss as a module's forward, so that `innerloop.functional` meets every situation."""
+    """A situation's loss as a module's forward, so that `innerloop.functional` meets every
+    situation."""
 
     def __init__(self, situation: Situation, model: nn.Module) -> None:
         super().__init__()
@@ -292,7 +321,10 @@ def is_one_module(situation: Situation) -> bool:
 def moved(params: Mapping[str, Tensor], situation: Situation) -> dict[str, Tensor]:
     """Other parameters than the model's own."""
     direction = fixed_directions(situation)[0]
-    return {name: p + 0.1 * direction.get(name.removeprefix("model."), torch.zeros(())) for name, p in params.items()}
+    return {
+        name: p + 0.1 * direction.get(name.removeprefix("model."), torch.zeros(()))
+        for name, p in params.items()
+    }
 
 
 @each_situation(is_one_module)
@@ -316,7 +348,11 @@ def test_functional_is_the_module_at_other_parameters(situation: Situation):
     torch.manual_seed(SEED)
     output, new_buffers = call(params, 0, buffers=buffers)
     torch.testing.assert_close(output, expected.detach(), rtol=1e-13, atol=0)
-    assert_params({n.removeprefix("model."): b for n, b in new_buffers.items()}, named_buffers(reference), 1e-13)
+    assert_params(
+        {n.removeprefix("model."): b for n, b in new_buffers.items()},
+        named_buffers(reference),
+        1e-13,
+    )
     before.assert_unchanged()
     torch.manual_seed(SEED)
     assert torch.equal(call(params, 0), output)

@@ -1,4 +1,5 @@
-"""Where the arithmetic of an update rule is delicate: gradients of exactly zero, tiny and infinite ones, mixed dtypes, closed forms."""
+"""Where the arithmetic of an update rule is delicate: gradients of exactly zero, tiny and infinite
+ones, mixed dtypes, closed forms."""
 
 from __future__ import annotations
 
@@ -48,22 +49,25 @@ STEPS = 12
 
 @contextmanager
 def anomaly_detection() -> Iterator[None]:
-    """Any backward function that returns a NaN raises, also where the NaN would be multiplied away later."""
+    """Any backward function that returns a NaN raises, also where the NaN would be multiplied away
+    later."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled", UserWarning)
         with torch.autograd.set_detect_anomaly(True):
             yield
 
 
-# -- gradient entries that are exactly zero -----------------------------------------------------------------------------
+# -- gradient entries that are exactly zero --------------------------------------------------------
 
 
 def autograd_gradient(task: Task) -> Any:
-    """The inner gradient as a hand-written loop takes it, with a graph; ``torch.func.grad`` is the other way."""
+    """The inner gradient as a hand-written loop takes it, with a graph; ``torch.func.grad`` is the
+    other way."""
 
     def gradient(params: Params, t: int) -> Params:
         inputs = {
-            name: value if value.requires_grad else value.clone().requires_grad_() for name, value in params.items()
+            name: value if value.requires_grad else value.clone().requires_grad_()
+            for name, value in params.items()
         }
         grads = torch.autograd.grad(task.loss(inputs, t), list(inputs.values()), create_graph=True)
         return dict(zip(inputs, grads, strict=True))
@@ -84,11 +88,16 @@ def dead_entries(task: Task) -> Params:
 
 
 @cases(lambda rule: has_eps(rule)[:5], always=1)
-def test_meta_gradients_are_right_where_gradient_entries_are_zero(rule: Rule, settings: dict[str, Any]):
-    """All hyper-parameters are numbers, so that only the initial parameters are differentiated; then all are tensors."""
+def test_meta_gradients_are_right_where_gradient_entries_are_zero(
+    rule: Rule, settings: dict[str, Any]
+):
+    """All hyper-parameters are numbers, so that only the initial parameters are differentiated;
+    then all are tensors."""
     task, full = Task(dead=True), defaults(rule, settings)
     outer = outer_of_torch(rule, settings, task, STEPS)
-    numbers = {name: read(full, name) for name in rule.smooth(full) if not bends(name, read(full, name))}
+    numbers = {
+        name: read(full, name) for name in rule.smooth(full) if not bends(name, read(full, name))
+    }
     along = {name: smooth_noise(*value.shape, phase=7.0) for name, value in task.params().items()}
     for values, direction in (({}, dead_entries(task)), (numbers, along)):
         with anomaly_detection():
@@ -101,59 +110,80 @@ def test_meta_gradients_are_right_where_gradient_entries_are_zero(rule: Rule, se
 
 
 def bends(name: str, value: float) -> bool:
-    """At decay 0 and a zero gradient, Adam's update is g / (|g| + eps) of g = decay · p: its second derivative jumps."""
+    """At decay 0 and a zero gradient, Adam's update is g / (|g| + eps) of g = decay · p: its second
+    derivative jumps."""
     return name == "weight_decay" and value == 0
 
 
 @each_hyper(always=2)
 def test_each_hyper_gradient_is_right_where_gradient_entries_are_zero(rule: Rule, name: str):
-    """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries nonzero."""
+    """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries
+    nonzero."""
     task, settings = Task(dead=True), rule.undecayed
     value = read(settings, name)
     with anomaly_detection():
         ours = meta_gradient(rule, settings, task, {name: value}, STEPS)[1][name]
     outer = outer_of_torch(rule, settings, task, STEPS)
-    # Where the second derivative jumps, the difference quotient is right to first order in its step only (see test_oracles).
+    # Where the second derivative jumps, the difference quotient is right to first order in its step
+    # only (see test_oracles).
     options = {"largest": 1e-6, "need": 1e-5} if bends(name, value) else {"largest": 5e-5}
     truth = directional(lambda v: outer(task.params(), {name: v}), value, 1.0, **options)
     assert abs(truth) > 1e-3
-    assert_derivative(float(ours), truth, f"d outer / d {name}", relative=1e-5 if bends(name, value) else 1e-6)
+    assert_derivative(
+        float(ours), truth, f"d outer / d {name}", relative=1e-5 if bends(name, value) else 1e-6
+    )
 
 
 @each_rule()
 def test_an_inner_gradient_taken_by_autograd_is_as_clean(rule: Rule):
-    """A hand-written loop takes it with ``create_graph``, where ``Problem`` uses ``torch.func.grad``."""
+    """A hand-written loop takes it with ``create_graph``, where ``Problem`` uses
+    ``torch.func.grad``."""
     task, found = Task(dead=True), []
     for gradient in (autograd_gradient(task), torch.func.grad(task.loss)):
         params = leaves(task.params())
         with anomaly_detection():
-            outer = task.outer(train(rule.make(**rule.typical), task, params, steps=STEPS, gradient=gradient))
-            found.append(dict(zip(params, torch.autograd.grad(outer, list(params.values())), strict=True)))
+            outer = task.outer(
+                train(rule.make(**rule.typical), task, params, steps=STEPS, gradient=gradient)
+            )
+            found.append(
+                dict(zip(params, torch.autograd.grad(outer, list(params.values())), strict=True))
+            )
     assert_params(found[0], found[1], 1e-12)
 
 
 @each_rule()
 def test_every_gradient_zero_at_every_step(rule: Rule):
-    """A fully clipped minibatch: nothing moves but by weight decay, and the derivative says exactly that."""
+    """A fully clipped minibatch: nothing moves but by weight decay, and the derivative says exactly
+    that."""
     settings = {**rule.undecayed, **({"lambd": 0.0} if "lambd" in rule.hyper else {})}
     params = {"p": smooth_noise(5).requires_grad_()}
     zero = lambda params, t: {"p": params["p"] * 0}  # noqa: E731
     hyper = {name: leaf(read(settings, name)) for name in rule.hyper}
     with anomaly_detection():
         final = train(
-            rule.make(**settings), Task(), params, override(rule, settings, hyper), steps=STEPS, gradient=zero
+            rule.make(**settings),
+            Task(),
+            params,
+            override(rule, settings, hyper),
+            steps=STEPS,
+            gradient=zero,
         )["p"]
         found = torch.autograd.grad(final.sum(), [params["p"], *hyper.values()])
     assert torch.equal(final, params["p"])
     assert torch.equal(found[0], torch.ones(5))
     by_name = dict(zip(hyper, found[1:], strict=True))
     assert all(value.isfinite() for value in by_name.values())
-    assert all(value == 0 for name, value in by_name.items() if name not in ("weight_decay", "lambd"))
+    assert all(
+        value == 0 for name, value in by_name.items() if name not in ("weight_decay", "lambd")
+    )
 
 
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
-    [(torch.float64, (1e-12, 1e-160, 1e-200, 1e-320)), (torch.float32, (1e-12, 1e-21, 1e-30, 1e-42))],
+    [
+        (torch.float64, (1e-12, 1e-160, 1e-200, 1e-320)),
+        (torch.float32, (1e-12, 1e-21, 1e-30, 1e-42)),
+    ],
     ids=["float64", "float32"],
 )
 @cases(has_eps)
@@ -168,10 +198,14 @@ def test_tiny_gradients_have_the_forward_of_torch_and_finite_derivatives(
         truth = torch_run(rule.torch, {**settings, "foreach": False}, params, gradient, 4)
         given, lr = leaves(params), leaf(settings["lr"], dtype)
         with anomaly_detection():
-            final = train(rule.make(**settings), Task(), given, {"lr": lr}, steps=4, gradient=gradient)
+            final = train(
+                rule.make(**settings), Task(), given, {"lr": lr}, steps=4, gradient=gradient
+            )
             found = torch.autograd.grad(final["p"].sum(), [given["p"], lr])
         assert all(value.isfinite().all() for value in found)
-        assert_params(train(rule.make(**settings), Task(), params, steps=4, gradient=gradient), truth, 0)
+        assert_params(
+            train(rule.make(**settings), Task(), params, steps=4, gradient=gradient), truth, 0
+        )
 
 
 @cases(covering)
@@ -180,21 +214,29 @@ def test_infinite_and_undefined_gradients_pass_as_in_torch(rule: Rule, settings:
     bad = torch.tensor([1.0, math.inf, -math.inf, math.nan, 1e200, -1e308], dtype=torch.float64)
     gradient = lambda params, t: {"p": bad if t == 1 else smooth_noise(6, phase=float(t))}  # noqa: E731
     truth = torch_run(rule.torch, {**settings, "foreach": False}, params, gradient, 3)
-    good = torch_run(rule.torch, settings, params, lambda params, t: {"p": smooth_noise(6, phase=float(t))}, 3)
+    good = torch_run(
+        rule.torch, settings, params, lambda params, t: {"p": smooth_noise(6, phase=float(t))}, 3
+    )
     assert not torch.allclose(truth["p"], good["p"])
-    assert_params(train(rule.make(**settings), Task(), params, steps=3, gradient=gradient), truth, 0)
+    assert_params(
+        train(rule.make(**settings), Task(), params, steps=3, gradient=gradient), truth, 0
+    )
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if "eps" in rule.hyper], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES if "eps" in rule.hyper], ids=lambda rule: rule.name
+)
 def test_eps_zero_at_a_zero_gradient_is_undefined_as_in_torch(rule: Rule):
     params, zero = {"p": torch.ones(2)}, lambda params, t: {"p": torch.tensor([0.0, 1.0])}
     settings = {"lr": 0.1, "eps": 0.0}
     truth = torch_run(rule.torch, settings, params, zero, rule.steps)
     assert truth["p"][0].isnan()
-    assert_params(train(rule.make(**settings), Task(), params, steps=rule.steps, gradient=zero), truth, 0)
+    assert_params(
+        train(rule.make(**settings), Task(), params, steps=rule.steps, gradient=zero), truth, 0
+    )
 
 
-# -- closed forms -------------------------------------------------------------------------------------------------------
+# -- closed forms ----------------------------------------------------------------------------------
 
 CURVATURE = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
 START = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -208,17 +250,24 @@ def test_sgd_with_momentum_on_a_quadratic_is_a_matrix_power():
     lr, momentum, decay, steps = leaf(0.1), leaf(0.9), leaf(0.05), 10
     start = leaves({"x": START})
     hyper = {"lr": lr, "momentum": momentum, "weight_decay": decay}
-    final = train(innerloop.optim.sgd(momentum=0.5), Task(), start, hyper, steps=steps, gradient=quadratic)["x"]
+    final = train(
+        innerloop.optim.sgd(momentum=0.5), Task(), start, hyper, steps=steps, gradient=quadratic
+    )["x"]
     eye = torch.eye(3, dtype=torch.float64)
 
     def closed(lr: Tensor, momentum: Tensor, decay: Tensor, x: Tensor) -> Tensor:
         gradient = CURVATURE + decay * eye
         step = torch.cat(
-            [torch.cat([eye - lr * gradient, -lr * momentum * eye], 1), torch.cat([gradient, momentum * eye], 1)]
+            [
+                torch.cat([eye - lr * gradient, -lr * momentum * eye], 1),
+                torch.cat([gradient, momentum * eye], 1),
+            ]
         )
         return (torch.linalg.matrix_power(step, steps)[:3, :3] @ x).sum()
 
-    torch.testing.assert_close(final.sum(), closed(lr, momentum, decay, start["x"]), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        final.sum(), closed(lr, momentum, decay, start["x"]), rtol=1e-13, atol=1e-13
+    )
     wanted = [lr, momentum, decay, start["x"]]
     ours = torch.autograd.grad(final.sum(), wanted)
     truth = torch.autograd.grad(closed(*wanted), wanted)
@@ -230,7 +279,11 @@ def test_two_steps_of_momentum_by_hand():
     """facts.md: .72, where ``torch.optim.SGD(differentiable=True)`` says .90."""
     p = leaf(1.0)
     final = train(
-        innerloop.optim.sgd(lr=0.1, momentum=0.9), Task(), {"p": p}, steps=2, gradient=lambda params, t: params
+        innerloop.optim.sgd(lr=0.1, momentum=0.9),
+        Task(),
+        {"p": p},
+        steps=2,
+        gradient=lambda params, t: params,
     )["p"]
     assert torch.autograd.grad(final, p)[0].item() == pytest.approx(0.72, abs=1e-14)
 
@@ -255,22 +308,34 @@ def test_two_adam_steps_by_hand(amsgrad: bool):
     closed = -lr * g1 / (g1 + eps) - lr * mean / (square.sqrt() + eps)
     torch.testing.assert_close(final, closed, rtol=1e-14, atol=1e-16)
     wanted = [lr, beta1, beta2, eps]
-    for got, expected in zip(torch.autograd.grad(final, wanted), torch.autograd.grad(closed, wanted), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(final, wanted), torch.autograd.grad(closed, wanted), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-15)
 
 
 def test_the_padding_between_packed_tensors_never_reaches_a_gradient():
-    """Small tensors are updated side by side, padded: a learning rate far too large for the padding must not turn 0 · inf to NaN."""
+    """Small tensors are updated side by side, padded: a learning rate far too large for the padding
+    must not turn 0 · inf to NaN."""
     for rule in RULES:
         params = {f"p{i}": torch.full((i + 1,), 1e-3, dtype=torch.float32) for i in range(3)}
 
         def slope(params: Params, rule: Rule = rule) -> Tensor:
             lr = leaf(1e30, torch.float32)
             tiny = lambda params, t: {n: 1e-32 * p for n, p in params.items()}  # noqa: E731
-            final = train(rule.make(**rule.typical), Task(), leaves(params), {"lr": lr}, steps=6, gradient=tiny)
+            final = train(
+                rule.make(**rule.typical),
+                Task(),
+                leaves(params),
+                {"lr": lr},
+                steps=6,
+                gradient=tiny,
+            )
             return torch.autograd.grad(sum(p.sum() for p in final.values()), lr)[0]  # type: ignore[arg-type]
 
-        alone = [slope({name: value}) for name, value in params.items()]  # nothing lies beside a tensor on its own
+        alone = [
+            slope({name: value}) for name, value in params.items()
+        ]  # nothing lies beside a tensor on its own
         assert slope(params).isfinite() or not all(value.isfinite() for value in alone)
 
 
@@ -279,7 +344,8 @@ SMOOTHED = [rule for rule in RULES if "eps_root" in rule.make.hyper_names]  # ty
 
 @pytest.mark.parametrize("rule", SMOOTHED, ids=lambda rule: rule.name)
 def test_eps_root_makes_the_update_smooth_at_a_zero_gradient(rule: Rule):
-    """``torch.optim`` has none: the truth is the finite difference of the forward pass, and of its slope."""
+    """``torch.optim`` has none: the truth is the finite difference of the forward pass, and of its
+    slope."""
     optimizer = rule.make(**{**rule.undecayed, "eps": 1e-8, "eps_root": 0.3})
 
     def final(x: Tensor) -> Tensor:
@@ -294,7 +360,9 @@ def test_eps_root_makes_the_update_smooth_at_a_zero_gradient(rule: Rule):
             (bend,) = torch.autograd.grad(slope, at)
         truth = directional(lambda v: float(final(torch.tensor(v))), x, 1.0, largest=1e-3)
         assert_derivative(float(slope.detach()), truth, "slope")
-        second = directional(lambda v: float(torch.func.grad(final)(torch.tensor(v)).detach()), x, 1.0, largest=1e-3)
+        second = directional(
+            lambda v: float(torch.func.grad(final)(torch.tensor(v)).detach()), x, 1.0, largest=1e-3
+        )
         assert_derivative(float(bend), second, "second derivative")
 
 
@@ -302,10 +370,14 @@ def test_eps_root_makes_the_update_smooth_at_a_zero_gradient(rule: Rule):
 def test_eps_root_is_a_hyper_parameter(rule: Rule):
     given, task = leaf(0.2), Task(dead=True)
     optimizer = rule.make(**rule.undecayed)
-    value = lambda v: task.outer(train(optimizer, task, task.params(), {"eps_root": v}, steps=rule.steps))  # noqa: E731
+    value = lambda v: task.outer(  # noqa: E731
+        train(optimizer, task, task.params(), {"eps_root": v}, steps=rule.steps)
+    )
     truth = directional(lambda v: float(value(v)), 0.2, 1.0)
     assert abs(truth) > 1e-5
-    assert_derivative(float(torch.autograd.grad(value(given), given)[0]), truth, "d outer / d eps_root")
+    assert_derivative(
+        float(torch.autograd.grad(value(given), given)[0]), truth, "d outer / d eps_root"
+    )
     zero = leaf(0.0)
     assert torch.autograd.grad(value(zero), zero)[0].isfinite()
     torch.testing.assert_close(value(zero), value(0.0), rtol=1e-12, atol=1e-12)
@@ -318,17 +390,27 @@ def test_adagrad_feels_its_first_sums_at_zero():
     first, g = leaf(0.0), torch.tensor([0.5, -2.0], dtype=torch.float64)
     optimizer = innerloop.optim.adagrad(lr=0.1, eps=0.0)
     hyper = {"initial_accumulator_value": first}
-    final = train(optimizer, Task(), {"p": torch.zeros_like(g)}, hyper, steps=1, gradient=lambda params, t: {"p": g})
+    final = train(
+        optimizer,
+        Task(),
+        {"p": torch.zeros_like(g)},
+        hyper,
+        steps=1,
+        gradient=lambda params, t: {"p": g},
+    )
     (found,) = torch.autograd.grad((final["p"] * torch.tensor([1.0, -3.0])).sum(), first)
     truth = 0.1 / (2 * 0.25) * 1.0 + -0.1 / (2 * 4.0) * -3.0
     assert found.item() == pytest.approx(truth, rel=1e-14)
 
 
 def test_rmsprop_feels_a_momentum_of_zero():
-    """Torch keeps no buffer below 0, so the slope at 0 is that from the right: the last step's, times the step before."""
+    """Torch keeps no buffer below 0, so the slope at 0 is that from the right: the last step's,
+    times the step before."""
     momentum, g = leaf(0.0), torch.tensor(0.5, dtype=torch.float64)
     optimizer = innerloop.optim.rmsprop(lr=0.1, alpha=0.75, eps=0.0)
     p = {"p": torch.zeros_like(g)}
-    final = train(optimizer, Task(), p, {"momentum": momentum}, steps=2, gradient=lambda params, t: {"p": g})
+    final = train(
+        optimizer, Task(), p, {"momentum": momentum}, steps=2, gradient=lambda params, t: {"p": g}
+    )
     # b₂ = μ b₁ + g / √v₂ with b₁ = g / √v₁ = 1 / √(1 - α) = 2, and p₂ = -lr (b₁ + b₂).
     assert torch.autograd.grad(final["p"], momentum)[0].item() == pytest.approx(-0.1 * 2, rel=1e-14)

@@ -1,4 +1,5 @@
-"""Optimizers inside ``torch.compile(fullgraph=True)``: the compiled meta-gradient is the eager one."""
+"""Optimizers inside ``torch.compile(fullgraph=True)``: the compiled meta-gradient is the eager
+one."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def start() -> Params:
 
 def loss(params: Params, t: int) -> Tensor:
     """Smaller than `Task`, because compiling takes seconds per hundred operations."""
-    return (params["w"].sin().sum() * params["b"] + 1.5 * params["w"].sum()).sin() + params["none"].sum()
+    return (params["w"].sin().sum() * params["b"] + 1.5 * params["w"].sum()).sin() + params[
+        "none"
+    ].sum()
 
 
 def outer(params: Params) -> Tensor:
@@ -47,11 +50,16 @@ def outer(params: Params) -> Tensor:
 def check(rule: Rule, settings: dict[str, Any], backend: str, tolerance: float) -> None:
     """The whole meta-gradient, inner gradients and all, is one graph."""
     optimizer, full = rule.make(**settings), defaults(rule, settings)
-    values = {name: torch.tensor(float(read(full, name)), dtype=torch.float64) for name in rule.smooth(full)}
+    values = {
+        name: torch.tensor(float(read(full, name)), dtype=torch.float64)
+        for name in rule.smooth(full)
+    }
 
     def value(params: Params, values: dict[str, Tensor]) -> Tensor:
         hyper = override(rule, settings, values)
-        return outer(train(optimizer, Task(), params, hyper, steps=STEPS, gradient=torch.func.grad(loss)))
+        return outer(
+            train(optimizer, Task(), params, hyper, steps=STEPS, gradient=torch.func.grad(loss))
+        )
 
     def meta(params: Params, values: dict[str, Tensor]) -> Any:
         return torch.func.grad(value, argnums=(0, 1))(params, values)
@@ -72,7 +80,9 @@ def test_compiled_meta_gradient_is_the_eager_one(rule: Rule, settings: dict[str,
 
 @pytest.mark.slow
 @cases(lambda rule: [settings for settings in accepted(rule) if settings != covering(rule)[1]])
-def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(rule: Rule, settings: dict[str, Any]):
+def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(
+    rule: Rule, settings: dict[str, Any]
+):
     check(rule, settings, "aot_eager", 1e-12)
 
 
@@ -87,7 +97,8 @@ def test_meta_gradient_compiled_by_inductor_is_the_eager_one(rule: Rule):
 
 @each_rule()
 def test_a_compiled_update_is_not_compiled_anew_at_every_step(rule: Rule):
-    """A state is carried from call to call; its step count becomes data as soon as it changes. Hyper-parameters are numbers."""
+    """A state is carried from call to call; its step count becomes data as soon as it changes.
+    Hyper-parameters are numbers."""
     optimizer = rule.make(**rule.typical)
     params, state = start(), optimizer.init(start())
     torch.compiler.reset()
@@ -102,7 +113,11 @@ def test_a_compiled_update_is_not_compiled_anew_at_every_step(rule: Rule):
         params, state = step(params, state)
         compilations.append(counter.frame_count)
     truth = torch_run(
-        rule.torch, rule.typical, start(), lambda params, t: plain_gradient(loss, params, 0), rule.steps + 6
+        rule.torch,
+        rule.typical,
+        start(),
+        lambda params, t: plain_gradient(loss, params, 0),
+        rule.steps + 6,
     )
     assert_params(params, truth, 1e-12)
     assert compilations[rule.steps - 1] == compilations[-1]

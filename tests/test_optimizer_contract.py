@@ -1,4 +1,5 @@
-"""The contract of every optimizer in ``optimizers.RULES``: values and derivatives are those of ``torch.optim``."""
+"""The contract of every optimizer in ``optimizers.RULES``: values and derivatives are those of
+``torch.optim``."""
 
 from __future__ import annotations
 
@@ -54,12 +55,13 @@ from tests.oracles import (
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------
 
 
 @cases(accepted, always=5)
 def test_forward_equals_torch_whatever_kernel_torch_uses(rule: Rule, settings: dict[str, Any]):
-    """``foreach``, ``fused``, ``differentiable``: torch's own results differ by rounding, and ours is one of them."""
+    """``foreach``, ``fused``, ``differentiable``: torch's own results differ by rounding, and ours
+    is one of them."""
     task = Task()
     params = task.params()
     ours = train(rule.make(**settings), task, params, steps=10)
@@ -76,7 +78,9 @@ def test_arguments_that_choose_a_kernel_are_accepted_and_change_nothing(rule: Ru
     task = Task()
     ours = train(rule.make(**rule.typical), task, task.params(), steps=3)
     for flags in kernels_of(rule):
-        assert_params(train(rule.make(**rule.typical, **flags), task, task.params(), steps=3), ours, 0)
+        assert_params(
+            train(rule.make(**rule.typical, **flags), task, task.params(), steps=3), ours, 0
+        )
 
 
 def kernels_of(rule: Rule) -> list[dict[str, Any]]:
@@ -85,16 +89,22 @@ def kernels_of(rule: Rule) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @cases(accepted)
-def test_numbers_as_hyper_parameters_give_every_bit_of_torch(rule: Rule, settings: dict[str, Any], dtype: torch.dtype):
+def test_numbers_as_hyper_parameters_give_every_bit_of_torch(
+    rule: Rule, settings: dict[str, Any], dtype: torch.dtype
+):
     task = Task(large=True)
     params = task.params(dtype)
     truth = torch_run(rule.torch, {**settings, "foreach": False}, params, task.gradient, 10)
-    assert_params(train(rule.make(**settings), task, params, steps=10, gradient=task.gradient), truth, 0)
+    assert_params(
+        train(rule.make(**settings), task, params, steps=10, gradient=task.gradient), truth, 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @cases(accepted)
-def test_forward_continues_a_warm_torch_optimizer(rule: Rule, settings: dict[str, Any], dtype: torch.dtype):
+def test_forward_continues_a_warm_torch_optimizer(
+    rule: Rule, settings: dict[str, Any], dtype: torch.dtype
+):
     task = Task(large=True)
     run = TorchRun.start(rule.torch, {**settings, "foreach": False}, task.params(dtype))
     for t in range(4):
@@ -102,20 +112,28 @@ def test_forward_continues_a_warm_torch_optimizer(rule: Rule, settings: dict[str
     tensors = {name: pieces[0] for name, pieces in run.leaves.items()}
     optimizer = innerloop.optim.from_torch(run.optimizer, tensors)
     warm = run.params
-    ours = train(optimizer, task, warm, steps=6, start=4, state=optimizer.init(warm), gradient=task.gradient)
+    ours = train(
+        optimizer, task, warm, steps=6, start=4, state=optimizer.init(warm), gradient=task.gradient
+    )
     for t in range(4, 10):
         run.step(task.gradient(run.params, t))
     assert_params(ours, run.params, 0)
 
 
 @cases(covering)
-def test_tensors_as_hyper_parameters_do_not_move_the_forward_pass(rule: Rule, settings: dict[str, Any]):
+def test_tensors_as_hyper_parameters_do_not_move_the_forward_pass(
+    rule: Rule, settings: dict[str, Any]
+):
     task = Task()
     params = task.params()
     truth = torch_run(rule.torch, settings, params, task.gradient, 10)
     full = defaults(rule, settings)
     values = {name: leaf(read(full, name)) for name in rule.smooth(full) if read(full, name) != 0}
-    assert_params(train(rule.make(**settings), task, params, override(rule, settings, values), steps=10), truth, 1e-12)
+    assert_params(
+        train(rule.make(**settings), task, params, override(rule, settings, values), steps=10),
+        truth,
+        1e-12,
+    )
     assert_params(train(rule.make(**replace(full, values)), task, params, steps=10), truth, 1e-12)
 
 
@@ -125,10 +143,15 @@ def test_parameters_of_several_dtypes_and_layouts():
         params = {**task.params(), "bias": task.params(torch.float32)["bias"]}
         params["weight"] = params["weight"].t().contiguous().t()
         assert not params["weight"].is_contiguous()
-        grads = [{n: smooth_noise(*p.shape, phase=float(t)).to(p.dtype) for n, p in params.items()} for t in range(5)]
+        grads = [
+            {n: smooth_noise(*p.shape, phase=float(t)).to(p.dtype) for n, p in params.items()}
+            for t in range(5)
+        ]
         given = lambda params, t, grads=grads: grads[t]  # noqa: E731
         truth = torch_run(rule.torch, {**rule.typical, "foreach": False}, params, given, 5)
-        assert_params(train(rule.make(**rule.typical), task, params, steps=5, gradient=given), truth, 0)
+        assert_params(
+            train(rule.make(**rule.typical), task, params, steps=5, gradient=given), truth, 0
+        )
 
 
 @cases(covering)
@@ -154,7 +177,9 @@ def test_complex_parameters(rule: Rule, settings: dict[str, Any]):
 
 
 @cases(covering)
-def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(rule: Rule, settings: dict[str, Any]):
+def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(
+    rule: Rule, settings: dict[str, Any]
+):
     task = Task()
 
     def gradient(params: Params, t: int) -> dict[str, Tensor | None]:
@@ -170,12 +195,13 @@ def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(rule: 
     assert_params(train(rule.make(**settings), task, params, steps=10, gradient=gradient), truth, 0)
 
 
-# -- derivatives --------------------------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 
 @cases(accepted)
 def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
-    """In the initial parameters, with every hyper-parameter a number; then along directions that move everything at once."""
+    """In the initial parameters, with every hyper-parameter a number; then along directions that
+    move everything at once."""
     task, steps = Task(), max(6, rule.steps)
     outer, full = outer_of_torch(rule, settings, task, steps), defaults(rule, settings)
     along = directions(task.params(), 2)
@@ -192,14 +218,21 @@ def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: 
 
 
 @cases(covering)
-def test_each_hyper_gradient_equals_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
+def test_each_hyper_gradient_equals_finite_differences_of_torch(
+    rule: Rule, settings: dict[str, Any]
+):
     """One hyper-parameter a tensor, the others numbers."""
     task, steps = Task(), max(6, rule.steps)
     outer, full = outer_of_torch(rule, settings, task, steps), defaults(rule, settings)
     for name in rule.smooth(full):
         value = read(full, name)
         _, found = meta_gradient(rule, settings, task, {name: value}, steps)
-        truth = directional(lambda v: outer(task.params(), v), {name: value}, {name: 1.0}, largest=largest_step(name))
+        truth = directional(
+            lambda v: outer(task.params(), v),
+            {name: value},
+            {name: 1.0},
+            largest=largest_step(name),
+        )
         assert_derivative(float(found[name]), truth, f"d outer / d {name}")
 
 
@@ -207,7 +240,9 @@ def test_each_hyper_gradient_equals_finite_differences_of_torch(rule: Rule, sett
 def test_a_tensor_hyper_parameter_of_value_zero_has_its_gradient(rule: Rule, name: str):
     task, steps = Bowl(), max(6, rule.steps)
     settings = replace(rule.typical, {name: 1e-12 if name == "eps" else 0.0})
-    if name == "momentum" and "dampening" in settings:  # with dampening it would be a jump, see `buffer_appears`
+    if (
+        name == "momentum" and "dampening" in settings
+    ):  # with dampening it would be a jump, see `buffer_appears`
         settings["dampening"] = 0.0
     if name not in rule.smooth(settings) and not accepts(rule.torch, settings):
         return
@@ -217,19 +252,29 @@ def test_a_tensor_hyper_parameter_of_value_zero_has_its_gradient(rule: Rule, nam
         assert by_update.isfinite()
         return
     outer = outer_of_torch(rule, settings, task, steps)
-    truth = directional(lambda v: outer(task.params(), {name: v}), value, 1.0, largest=largest_step(name))
+    truth = directional(
+        lambda v: outer(task.params(), {name: v}), value, 1.0, largest=largest_step(name)
+    )
     assert abs(truth) > 1e-4
     assert_derivative(float(by_update), truth, f"d outer / d {name} at {value}")
     given = leaf(value)
-    by_constructor = task.outer(train(rule.make(**replace(settings, {name: given})), task, task.params(), steps=steps))
-    assert_derivative(float(torch.autograd.grad(by_constructor, given)[0]), truth, f"d outer / d {name} at {value}")
+    by_constructor = task.outer(
+        train(rule.make(**replace(settings, {name: given})), task, task.params(), steps=steps)
+    )
+    assert_derivative(
+        float(torch.autograd.grad(by_constructor, given)[0]),
+        truth,
+        f"d outer / d {name} at {value}",
+    )
 
 
 @each_rule()
 def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
     task, steps = Task(large=True), rule.steps
     names = rule.smooth(rule.typical)
-    ours, found = meta_gradient(rule, rule.typical, task, {name: read(rule.typical, name) for name in names}, steps)
+    ours, found = meta_gradient(
+        rule, rule.typical, task, {name: read(rule.typical, name) for name in names}, steps
+    )
     outer = outer_of_torch(rule, rule.typical, task, steps)
     at = {"params": task.params(), "hyper": {name: read(rule.typical, name) for name in names}}
     for weights in (smooth_noise(len(names)), smooth_noise(len(names), phase=1.0)):
@@ -238,7 +283,9 @@ def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
             "hyper": gentle(names, (0.1 * weights).tolist()),
         }
         truth = directional(lambda x: outer(x["params"], x["hyper"]), at, direction)
-        assert_derivative(inner({"params": ours, "hyper": found}, direction), truth, "along a joint direction")
+        assert_derivative(
+            inner({"params": ours, "hyper": found}, direction), truth, "along a joint direction"
+        )
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["one number each", "of the parameter's shape"])
@@ -248,18 +295,26 @@ def test_a_hyper_parameter_per_parameter_by_name(rule: Rule, name: str, full: bo
     params = task.params()
     value = read(rule.typical, name)
     by_name = {
-        key: (value * (1 + 0.2 * smooth_noise(*(p.shape if full else ()), phase=float(i)))).clamp(*rule.range(name))
+        key: (value * (1 + 0.2 * smooth_noise(*(p.shape if full else ()), phase=float(i)))).clamp(
+            *rule.range(name)
+        )
         for i, (key, p) in enumerate(params.items())
     }
     outer = outer_of_torch(rule, rule.typical, task, steps)
     given = leaves(by_name)
     hyper = override(rule, rule.typical, {name: given})
     final = train(rule.make(**rule.typical), task, params, hyper, steps=steps)
-    truth = torch_run(rule.torch, replace(rule.typical, {name: by_name}), params, task.gradient, steps)
+    truth = torch_run(
+        rule.torch, replace(rule.typical, {name: by_name}), params, task.gradient, steps
+    )
     assert_params(final, truth, 1e-12)
-    ours = dict(zip(given, torch.autograd.grad(task.outer(final), list(given.values())), strict=True))
+    ours = dict(
+        zip(given, torch.autograd.grad(task.outer(final), list(given.values())), strict=True)
+    )
     direction = {key: torch.cos(3.0 * b + i) for i, (key, b) in enumerate(by_name.items())}
-    slope = directional(lambda v: outer(params, {name: v}), by_name, direction, largest=largest_step(name))
+    slope = directional(
+        lambda v: outer(params, {name: v}), by_name, direction, largest=largest_step(name)
+    )
     assert abs(slope) > 1e-4
     assert_derivative(inner(ours, direction), slope, f"d outer / d {name} by name")
 
@@ -270,25 +325,34 @@ def test_meta_gradient_through_steps_that_skip_a_parameter(rule: Rule):
     skipped = lambda t: "weight" if t in (0, 3) else "cube" if t == 1 else "no parameter"  # noqa: E731
 
     def sparse(gradient: Any) -> Any:
-        return lambda params, t: {n: None if n == skipped(t) else g for n, g in gradient(params, t).items()}
+        return lambda params, t: {
+            n: None if n == skipped(t) else g for n, g in gradient(params, t).items()
+        }
 
     given, lr = leaves(task.params()), leaf(rule.typical["lr"])
     final = train(
-        rule.make(**rule.typical), task, given, {"lr": lr}, steps=steps, gradient=sparse(torch.func.grad(task.loss))
+        rule.make(**rule.typical),
+        task,
+        given,
+        {"lr": lr},
+        steps=steps,
+        gradient=sparse(torch.func.grad(task.loss)),
     )
     found = torch.autograd.grad(task.outer(final), [*given.values(), lr])
     ours = {"params": dict(zip(given, found, strict=False)), "lr": found[-1]}
 
     def outer(at: dict[str, Any]) -> float:
         settings = {**rule.typical, "lr": at["lr"]}
-        return float(task.outer(torch_run(rule.torch, settings, at["params"], sparse(task.gradient), steps)))
+        return float(
+            task.outer(torch_run(rule.torch, settings, at["params"], sparse(task.gradient), steps))
+        )
 
     direction = {"params": directions(task.params(), 1)[0], "lr": 0.1}
     truth = directional(outer, {"params": task.params(), "lr": rule.typical["lr"]}, direction)
     assert_derivative(inner(ours, direction), truth, "d outer / d (init, lr)")
 
 
-# -- random settings and shapes -----------------------------------------------------------------------------------------
+# -- random settings and shapes --------------------------------------------------------------------
 
 
 @st.composite
@@ -304,7 +368,9 @@ def random_case(draw: st.DrawFn) -> tuple[Rule, dict[str, Any], Bowl, int]:
 
 
 @given(random_case())
-@hypothesis_settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 def test_random_settings_and_shapes(case: tuple[Rule, dict[str, Any], Bowl, int]):
     rule, settings, bowl, steps = case
     params = bowl.params()
@@ -318,7 +384,10 @@ def test_random_settings_and_shapes(case: tuple[Rule, dict[str, Any], Bowl, int]
     assert_params(final, truth, 1e-11)
     assert_params(train(optimizer, bowl, params, steps=steps), truth, 1e-12)
     found = torch.autograd.grad(
-        bowl.outer(final), [*start.values(), *values.values()], allow_unused=True, materialize_grads=True
+        bowl.outer(final),
+        [*start.values(), *values.values()],
+        allow_unused=True,
+        materialize_grads=True,
     )
     at = {"params": params, "hyper": {name: read(settings, name) for name in names}}
     ours = {
@@ -332,11 +401,20 @@ def test_random_settings_and_shapes(case: tuple[Rule, dict[str, Any], Bowl, int]
 
     def outer(x: dict[str, Any]) -> float:
         return float(
-            bowl.outer(torch_run(rule.torch, replace(settings, x["hyper"]), x["params"], bowl.gradient, steps))
+            bowl.outer(
+                torch_run(
+                    rule.torch, replace(settings, x["hyper"]), x["params"], bowl.gradient, steps
+                )
+            )
         )
 
     try:
         slope = directional(outer, at, direction)
-    except (NoDerivative, TypeError):  # TypeError: torch takes the root of a negative number, a beta beyond 1
+    except (
+        NoDerivative,
+        TypeError,
+    ):  # TypeError: torch takes the root of a negative number, a beta beyond 1
         assume(False)
-    assert_derivative(inner(ours, direction), slope, f"{rule.name}({label(settings)})", absolute=1e-8)
+    assert_derivative(
+        inner(ours, direction), slope, f"{rule.name}({label(settings)})", absolute=1e-8
+    )

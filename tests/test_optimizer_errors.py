@@ -35,7 +35,11 @@ TAKEN_FROM_ANYWHERE = ("dampening", "alpha", "lambd", "step_sizes.0", "step_size
 @each_hyper()
 def test_values_that_torch_refuses_are_refused_with_their_name(rule: Rule, name: str):
     candidates = (-0.1, 1.0, 1.5) if name.startswith("betas") else (-0.1,)
-    values = [value for value in candidates if not accepts(rule.torch, replace(rule.typical, {name: value}))]
+    values = [
+        value
+        for value in candidates
+        if not accepts(rule.torch, replace(rule.typical, {name: value}))
+    ]
     assert values == list(candidates) or name in TAKEN_FROM_ANYWHERE
     optimizer, params = rule.make(**rule.typical), Task().params()
     for value in values:
@@ -43,7 +47,9 @@ def test_values_that_torch_refuses_are_refused_with_their_name(rule: Rule, name:
         with pytest.raises(innerloop.InnerLoopError, match=message):
             rule.make(**replace(rule.typical, {name: value}))
         with pytest.raises(innerloop.InnerLoopError, match=message):
-            optimizer.update(params, optimizer.init(params), params, override(rule, rule.typical, {name: value}))
+            optimizer.update(
+                params, optimizer.init(params), params, override(rule, rule.typical, {name: value})
+            )
 
 
 @each_rule()
@@ -57,10 +63,16 @@ BAD_HYPER: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown name": ({"learning_rate": 0.1}, r"learning_rate.*\blr\b"),
     "a flag": ({"maximize": True}, "maximize.*constructor"),
     "a missing parameter": ({"lr": {"weight": 0.1}}, r"lr.*no entry for.*bias.*\bweight\b"),
-    "a wrong shape": ({"lr": {**dict.fromkeys(NAMES, 0.1), "weight": torch.ones(2)}}, r"weight.*\(2,\).*\(3, 5\)"),
+    "a wrong shape": (
+        {"lr": {**dict.fromkeys(NAMES, 0.1), "weight": torch.ones(2)}},
+        r"weight.*\(2,\).*\(3, 5\)",
+    ),
     "one tensor of one parameter's shape": ({"lr": torch.ones(3, 5)}, r"lr.*\(3, 5\).*by name"),
     "a string": ({"lr": "0.1"}, "lr.*'0.1'.*number"),
-    "a negative number for one parameter": ({"lr": {**dict.fromkeys(NAMES, 0.1), "cube": -0.1}}, "lr.*-0.1"),
+    "a negative number for one parameter": (
+        {"lr": {**dict.fromkeys(NAMES, 0.1), "cube": -0.1}},
+        "lr.*-0.1",
+    ),
     "None": ({"lr": None}, "lr.*None"),
 }
 
@@ -76,8 +88,12 @@ def test_bad_hyper_parameters_in_update(rule: Rule, what: str):
 
 
 @pytest.mark.usefixtures("types_unchecked")
-@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), torch.tensor([0.9, 0.99])], ids=str)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if "betas.0" in rule.hyper], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "betas", [0.9, (0.9,), (0.9, 0.99, 0.999), torch.tensor([0.9, 0.99])], ids=str
+)
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES if "betas.0" in rule.hyper], ids=lambda rule: rule.name
+)
 def test_betas_must_be_a_pair(rule: Rule, betas: Any):
     params = Task().params()
     optimizer = rule.make(**rule.typical)
@@ -96,7 +112,8 @@ def test_bad_gradients(rule: Rule):
     wrong = {**params, "weight": params["weight"][:2]}
     with pytest.raises(innerloop.InnerLoopError, match=r"(?s)weight.*\(2, 5\).*\(3, 5\)"):
         optimizer.update(wrong, state, params)
-    # Of the right size in all, but two shapes swapped: packed flat, this would train the wrong entries without a word.
+    # Of the right size in all, but two shapes swapped: packed flat, this would train the wrong
+    # entries without a word.
     swapped = {**params, "bias": params["bias"].new_zeros(6), "cube": params["cube"].new_zeros(5)}
     with pytest.raises(innerloop.InnerLoopError, match=r"(?s)bias.*\(6,\).*\(5,\)"):
         optimizer.update(swapped, state, params)

@@ -1,4 +1,5 @@
-"""What an update keeps and what it leaves alone: dtypes are kept, inputs are not written, nothing is remembered outside the state."""
+"""What an update keeps and what it leaves alone: dtypes are kept, inputs are not written, nothing
+is remembered outside the state."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from tests.optimizers import (
 )
 from tests.oracles import Params, Task, TorchRun, assert_params, torch_run
 
-# -- dtypes -------------------------------------------------------------------------------------------------------------
+# -- dtypes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:an update of torch:innerloop.PrecisionWarning")
@@ -48,7 +49,10 @@ def test_parameters_keep_their_dtype_and_so_do_the_gradients(
     full = defaults(rule, settings)
 
     def shaped(value: float) -> Params:
-        return {n: torch.full_like(p, value, dtype=hyper).requires_grad_() for n, p in task.params().items()}
+        return {
+            n: torch.full_like(p, value, dtype=hyper).requires_grad_()
+            for n, p in task.params().items()
+        }
 
     for make in (lambda value: leaf(value, hyper), shaped):
         start = leaves(task.params(params))
@@ -62,16 +66,23 @@ def test_parameters_keep_their_dtype_and_so_do_the_gradients(
             )
             assert {value.dtype for value in now.values()} == {params}
             held = [t for t in pytree.tree_leaves(state) if isinstance(t, Tensor)]
-            assert {t.dtype for t in held if t.ndim} <= {params}  # torch keeps single numbers in more precision, too
+            assert {t.dtype for t in held if t.ndim} <= {
+                params
+            }  # torch keeps single numbers in more precision, too
         wanted = [*start.values(), *pytree.tree_leaves(values)]
-        found = torch.autograd.grad(task.outer(now), wanted, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            task.outer(now), wanted, allow_unused=True, materialize_grads=True
+        )
         assert [g.dtype for g in found] == [x.dtype for x in wanted]
         assert all(g.shape == x.shape for g, x in zip(found, wanted, strict=True))
 
 
 @cases(covering)
-def test_float32_parameters_with_float64_hyper_parameters_are_as_exact_as_torch(rule: Rule, settings: dict[str, Any]):
-    """Both are compared with a float64 run: the tensor hyper-parameters cost no more than rounding."""
+def test_float32_parameters_with_float64_hyper_parameters_are_as_exact_as_torch(
+    rule: Rule, settings: dict[str, Any]
+):
+    """Both are compared with a float64 run: the tensor hyper-parameters cost no more than
+    rounding."""
     task = Task()
     settings = {**settings, "foreach": False}
     exact = torch_run(rule.torch, settings, task.params(), task.gradient, 10)
@@ -86,21 +97,28 @@ def test_float32_parameters_with_float64_hyper_parameters_are_as_exact_as_torch(
         steps=10,
         gradient=task.gradient,
     )
-    error = lambda run: max(float((run[n].detach().double() - exact[n]).abs().max()) for n in exact if exact[n].numel())  # noqa: E731
+    error = lambda run: max(  # noqa: E731
+        float((run[n].detach().double() - exact[n]).abs().max()) for n in exact if exact[n].numel()
+    )
     assert error(ours) <= 3 * error(theirs) + 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @cases(covering)
-def test_half_precision_rounds_as_torch_does(rule: Rule, settings: dict[str, Any], dtype: torch.dtype):
-    """One step from a warm state. In half precision the vectorised part of a tensor and its tail round differently, so that
-    small tensors, which lie side by side in memory here, need not agree with torch in the last bit; the large one must."""
+def test_half_precision_rounds_as_torch_does(
+    rule: Rule, settings: dict[str, Any], dtype: torch.dtype
+):
+    """One step from a warm state. In half precision the vectorised part of a tensor and its tail
+    round differently, so that small tensors, which lie side by side in memory here, need not agree
+    with torch in the last bit; the large one must."""
     task = Task(large=True)
     settings = {**settings, "foreach": False, **({"eps": 1e-3} if "eps" in rule.hyper else {})}
     run = TorchRun.start(rule.torch, settings, task.params(dtype))
     for t in range(3):
         run.step(task.gradient(run.params, t))
-    optimizer = innerloop.optim.from_torch(run.optimizer, {name: pieces[0] for name, pieces in run.leaves.items()})
+    optimizer = innerloop.optim.from_torch(
+        run.optimizer, {name: pieces[0] for name, pieces in run.leaves.items()}
+    )
     warm = run.params
     grads = task.gradient(warm, 3)
     ours, _ = optimizer.update(grads, optimizer.init(warm), warm)
@@ -112,7 +130,7 @@ def test_half_precision_rounds_as_torch_does(rule: Rule, settings: dict[str, Any
         torch.testing.assert_close(ours[name].double(), truth.double(), rtol=unit, atol=unit / 4)
 
 
-# -- purity -------------------------------------------------------------------------------------------------------------
+# -- purity ----------------------------------------------------------------------------------------
 
 
 @cases(covering)
@@ -125,10 +143,15 @@ def test_an_update_writes_into_nothing_and_keeps_nothing(rule: Rule, settings: d
     params, state = task.params(), optimizer.init(task.params())
     for t in range(3):
         grads = task.gradient(params, t)
-        given = [x for x in pytree.tree_leaves((grads, state, params, hyper)) if isinstance(x, Tensor)]
+        given = [
+            x for x in pytree.tree_leaves((grads, state, params, hyper)) if isinstance(x, Tensor)
+        ]
         before = [(x._version, x.clone()) for x in given]
         params, state = optimizer.update(grads, state, params, hyper)
-        assert all(x._version == v and torch.equal(x, old) for x, (v, old) in zip(given, before, strict=True))
+        assert all(
+            x._version == v and torch.equal(x, old)
+            for x, (v, old) in zip(given, before, strict=True)
+        )
     assert not tensors_reachable_from(optimizer)
 
 

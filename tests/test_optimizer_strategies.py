@@ -1,4 +1,5 @@
-"""Every rule under every exact strategy, and once more under the usual default dtype; random settings for rules on whole tensors."""
+"""Every rule under every exact strategy, and once more under the usual default dtype; random
+settings for rules on whole tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +27,15 @@ from tests.oracles import (
     smooth_noise,
     torch_run,
 )
-from tests.test_per_tensor_rules import SHAPES, gradient, meta_gradient, outer, sparse_loss, start, train
+from tests.test_per_tensor_rules import (
+    SHAPES,
+    gradient,
+    meta_gradient,
+    outer,
+    sparse_loss,
+    start,
+    train,
+)
 
 STEPS = 5
 STRATEGIES = (
@@ -41,9 +50,12 @@ each_strategy = pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
 def gradients_under(
     strategy: Any, problem: innerloop.Problem, params: Params, hyper: Params, value: Any
 ) -> tuple[Params, dict[str, Params]]:
-    """The final parameters, and the outer gradient in those of the two that the strategy differentiates."""
+    """The final parameters, and the outer gradient in those of the two that the strategy
+    differentiates."""
     given = {"params": leaves(params), "hyper": leaves(hyper)}
-    given = {kind: tensors if kind in strategy.differentiates else {} for kind, tensors in given.items()}
+    given = {
+        kind: tensors if kind in strategy.differentiates else {} for kind, tensors in given.items()
+    }
     traj = innerloop.unroll(
         problem,
         given["params"] or params,
@@ -53,10 +65,14 @@ def gradients_under(
     )
     flat = [t for tensors in given.values() for t in tensors.values()]
     found = iter(torch.autograd.grad(value(traj.params), flat))
-    return traj.params, {kind: {name: next(found) for name in tensors} for kind, tensors in given.items()}
+    return traj.params, {
+        kind: {name: next(found) for name in tensors} for kind, tensors in given.items()
+    }
 
 
-def compare(strategy: Any, problem: innerloop.Problem, params: Params, hyper: Params, value: Any) -> None:
+def compare(
+    strategy: Any, problem: innerloop.Problem, params: Params, hyper: Params, value: Any
+) -> None:
     truth_params, truth = gradients_under(innerloop.StoreAll(), problem, params, hyper, value)
     found_params, found = gradients_under(strategy, problem, params, hyper, value)
     assert_params(found_params, truth_params, 1e-12)
@@ -84,10 +100,17 @@ def test_an_exact_strategy_gives_the_gradients_of_store_all(rule: Rule, strategy
 
 
 WHOLE: dict[str, tuple[innerloop.optim.Optimizer, Params]] = {
-    "adafactor": (innerloop.optim.adafactor(), {"lr": torch.tensor(0.05), "weight_decay": torch.tensor(0.1)}),
+    "adafactor": (
+        innerloop.optim.adafactor(),
+        {"lr": torch.tensor(0.05), "weight_decay": torch.tensor(0.1)},
+    ),
     "muon": (
         innerloop.optim.muon(ns_dtype=torch.float64),
-        {"lr": torch.tensor(0.05), "momentum": torch.tensor(0.9), "weight_decay": torch.tensor(0.1)},
+        {
+            "lr": torch.tensor(0.05),
+            "momentum": torch.tensor(0.9),
+            "weight_decay": torch.tensor(0.1),
+        },
     ),
 }
 
@@ -120,7 +143,9 @@ def test_sparse_gradients_are_right_under_an_exact_strategy_or_refused_by_name(s
     )
     case = (strategy, problem, {"w": smooth_noise(6, 3)}, {"lr": torch.tensor(0.05)}, outer)
     if getattr(strategy, "product", "forward") in ("forward", "mixed"):
-        with pytest.raises(innerloop.NotDifferentiableError, match=r"forward-mode derivatives.* write "):
+        with pytest.raises(
+            innerloop.NotDifferentiableError, match=r"forward-mode derivatives.* write "
+        ):
             compare(*case)
     else:
         compare(*case)
@@ -128,7 +153,8 @@ def test_sparse_gradients_are_right_under_an_exact_strategy_or_refused_by_name(s
 
 @each_rule()
 def test_forward_under_the_usual_default_dtype(rule: Rule):
-    """torch keeps NAdam's ``mu_product`` and ASGD's ``eta`` in the default dtype; nothing else may depend on it."""
+    """torch keeps NAdam's ``mu_product`` and ASGD's ``eta`` in the default dtype; nothing else may
+    depend on it."""
     assert torch.get_default_dtype() == torch.float32
     task, tolerance = Task(), 1e-8 if rule.name in ("nadam", "asgd") else 1e-12
     params = task.params()
@@ -162,17 +188,26 @@ def random_muon(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(random_adafactor())
-@hypothesis_settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @pytest.mark.usefixtures("float64")
 def test_random_settings_of_adafactor(settings: dict[str, Any]):
-    truth = torch_run(torch.optim.Adafactor, {**settings, "foreach": False}, start(), gradient, STEPS)
+    truth = torch_run(
+        torch.optim.Adafactor, {**settings, "foreach": False}, start(), gradient, STEPS
+    )
     assert_params(train(innerloop.optim.adafactor(**settings), start()), truth, 1e-11)
     values = {name: settings[name] for name in ("lr", "beta2_decay", "weight_decay")}
     ours = meta_gradient(innerloop.optim.adafactor, settings, start(), values)
-    along = (directions(start(), 1)[0], {"lr": 0.1 * settings["lr"], "beta2_decay": 0.05, "weight_decay": 0.02})
+    along = (
+        directions(start(), 1)[0],
+        {"lr": 0.1 * settings["lr"], "beta2_decay": 0.05, "weight_decay": 0.02},
+    )
 
     def of_torch(at: Any) -> float:
-        return float(outer(torch_run(torch.optim.Adafactor, {**settings, **at[1]}, at[0], gradient, STEPS)))
+        return float(
+            outer(torch_run(torch.optim.Adafactor, {**settings, **at[1]}, at[0], gradient, STEPS))
+        )
 
     try:
         slope = directional(of_torch, (start(), values), along)
@@ -182,12 +217,16 @@ def test_random_settings_of_adafactor(settings: dict[str, Any]):
 
 
 @given(random_muon())
-@hypothesis_settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @pytest.mark.usefixtures("float64")
 def test_random_settings_of_muon_have_every_bit_of_torch(settings: dict[str, Any]):
     params = start(("wide", "tall"))
     truth = torch_run(torch.optim.Muon, settings, params, gradient, STEPS)
     assert_params(train(innerloop.optim.muon(**settings), params, None, gradient), truth, 0)
     rate = leaf(settings["lr"])
-    found = torch.autograd.grad(outer(train(innerloop.optim.muon(**settings), params, {"lr": rate})), rate)[0]
+    found = torch.autograd.grad(
+        outer(train(innerloop.optim.muon(**settings), params, {"lr": rate})), rate
+    )[0]
     assert found.isfinite()

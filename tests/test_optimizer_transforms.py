@@ -57,13 +57,16 @@ def joint_direction(task: Task | Bowl, values: dict[str, float]) -> tuple[Params
     return directions(task.params(), 1)[0], gentle(values, itertools.repeat(0.1))
 
 
-# -- vmap ---------------------------------------------------------------------------------------------------------------
+# -- vmap ------------------------------------------------------------------------------------------
 
 
 @cases(covering)
 def test_vmap_over_tasks_is_a_loop_of_torch_runs(rule: Rule, settings: dict[str, Any]):
     task, values = Task(), numbers(rule, settings)
-    starts = [{n: p + 0.1 * smooth_noise(*p.shape, phase=float(i)) for n, p in task.params().items()} for i in range(3)]
+    starts = [
+        {n: p + 0.1 * smooth_noise(*p.shape, phase=float(i)) for n, p in task.params().items()}
+        for i in range(3)
+    ]
     several = [{n: v * (0.7 + 0.1 * i) for n, v in values.items()} for i in range(3)]
     optimizer = rule.make(**settings)
 
@@ -71,11 +74,15 @@ def test_vmap_over_tasks_is_a_loop_of_torch_runs(rule: Rule, settings: dict[str,
         return train(optimizer, task, params, override(rule, settings, values), steps=STEPS)
 
     def truth(params: Params, values: dict[str, float]) -> Params:
-        return torch_run(rule.torch, replace(defaults(rule, settings), values), params, task.gradient, STEPS)
+        return torch_run(
+            rule.torch, replace(defaults(rule, settings), values), params, task.gradient, STEPS
+        )
 
     both = torch.func.vmap(final)(stacked(starts), stacked([tensors(v) for v in several]))
     only_init = torch.func.vmap(final, in_dims=(0, None))(stacked(starts), tensors(values))
-    only_hyper = torch.func.vmap(final, in_dims=(None, 0))(task.params(), stacked([tensors(v) for v in several]))
+    only_hyper = torch.func.vmap(final, in_dims=(None, 0))(
+        task.params(), stacked([tensors(v) for v in several])
+    )
     for i in range(3):
         assert_params(row(both, i), truth(starts[i], several[i]), 1e-12)
         assert_params(row(only_init, i), truth(starts[i], values), 1e-12)
@@ -93,10 +100,15 @@ def row(batch: Params, i: int) -> Params:
 @each_rule()
 def test_vmap_of_meta_gradients_is_a_loop_of_finite_differences(rule: Rule):
     task, values = Task(), numbers(rule, rule.typical)
-    outer, truth = outer_of_rule(rule, rule.typical, task, STEPS), outer_of_torch(rule, rule.typical, task, STEPS)
+    outer, truth = (
+        outer_of_rule(rule, rule.typical, task, STEPS),
+        outer_of_torch(rule, rule.typical, task, STEPS),
+    )
     rates = torch.tensor([0.02, 0.05, 0.08], dtype=torch.float64)
     grads = torch.func.vmap(
-        lambda lr: torch.func.grad(outer, argnums=(0, 1))(task.params(), {**tensors(values), "lr": lr})
+        lambda lr: torch.func.grad(outer, argnums=(0, 1))(
+            task.params(), {**tensors(values), "lr": lr}
+        )
     )(rates)
     direction = joint_direction(task, values)
     for i, lr in enumerate(rates.tolist()):
@@ -111,29 +123,44 @@ def test_vmap_with_a_hyper_parameter_of_the_parameters_shape(rule: Rule):
     task = Task()
     optimizer = rule.make(**rule.typical)
     rates = [
-        {n: 0.05 * (1 + 0.3 * smooth_noise(*p.shape, phase=float(i))) for n, p in task.params().items()}
+        {
+            n: 0.05 * (1 + 0.3 * smooth_noise(*p.shape, phase=float(i)))
+            for n, p in task.params().items()
+        }
         for i in range(2)
     ]
-    final = torch.func.vmap(lambda lr: train(optimizer, task, task.params(), {"lr": lr}, steps=STEPS))(stacked(rates))
+    final = torch.func.vmap(
+        lambda lr: train(optimizer, task, task.params(), {"lr": lr}, steps=STEPS)
+    )(stacked(rates))
     for i, lr in enumerate(rates):
-        truth = torch_run(rule.torch, {**rule.typical, "lr": lr}, task.params(), task.gradient, STEPS)
+        truth = torch_run(
+            rule.torch, {**rule.typical, "lr": lr}, task.params(), task.gradient, STEPS
+        )
         assert_params(row(final, i), truth, 1e-12)
 
 
-# -- forward mode -------------------------------------------------------------------------------------------------------
+# -- forward mode ----------------------------------------------------------------------------------
 
 
 @cases(covering)
 def test_jvp_equals_finite_differences_and_reverse_mode(rule: Rule, settings: dict[str, Any]):
     task, values = Task(), numbers(rule, settings)
-    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
+    outer, truth = (
+        outer_of_rule(rule, settings, task, STEPS),
+        outer_of_torch(rule, settings, task, STEPS),
+    )
     direction = joint_direction(task, values)
     at, along = (task.params(), tensors(values)), (direction[0], tensors(direction[1]))
     value, slope, *_ = torch.func.jvp(outer, at, along)
     assert value.item() == pytest.approx(truth(task.params(), values), rel=1e-12)
-    assert_derivative(float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp")
     assert_derivative(
-        inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction), float(slope), "vjp", relative=1e-11
+        float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp"
+    )
+    assert_derivative(
+        inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction),
+        float(slope),
+        "vjp",
+        relative=1e-11,
     )
 
 
@@ -141,44 +168,65 @@ def test_jvp_equals_finite_differences_and_reverse_mode(rule: Rule, settings: di
 def test_jvp_is_right_where_gradient_entries_are_zero(rule: Rule):
     task = Task(dead=True)
     settings = rule.undecayed
-    values = {name: value for name, value in numbers(rule, settings).items() if name != "weight_decay"}
-    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
+    values = {
+        name: value for name, value in numbers(rule, settings).items() if name != "weight_decay"
+    }
+    outer, truth = (
+        outer_of_rule(rule, settings, task, STEPS),
+        outer_of_torch(rule, settings, task, STEPS),
+    )
     direction = joint_direction(task, values)
-    slope = torch.func.jvp(outer, (task.params(), tensors(values)), (direction[0], tensors(direction[1])))[1]
-    assert_derivative(float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp")
+    slope = torch.func.jvp(
+        outer, (task.params(), tensors(values)), (direction[0], tensors(direction[1]))
+    )[1]
+    assert_derivative(
+        float(slope), directional(lambda x: truth(*x), (task.params(), values), direction), "jvp"
+    )
 
 
 @each_rule()
 def test_a_jacobian_in_all_rates_at_once(rule: Rule):
-    """``jacfwd`` is vmap over jvp: its rows are the derivatives of every parameter in each hyper-parameter."""
+    """``jacfwd`` is vmap over jvp: its rows are the derivatives of every parameter in each
+    hyper-parameter."""
     task, values = Task(), numbers(rule, rule.typical)
     optimizer = rule.make(**rule.typical)
 
     def weight(values: Params) -> Tensor:
-        return train(optimizer, task, task.params(), override(rule, rule.typical, values), steps=2)["weight"].sum()
+        return train(optimizer, task, task.params(), override(rule, rule.typical, values), steps=2)[
+            "weight"
+        ].sum()
 
     rows = torch.func.jacfwd(weight)(tensors(values))
     for name, value in values.items():
 
         def moved(v: float, name: str = name) -> float:
             return float(
-                torch_run(rule.torch, replace(rule.typical, {name: v}), task.params(), task.gradient, 2)["weight"].sum()
+                torch_run(
+                    rule.torch, replace(rule.typical, {name: v}), task.params(), task.gradient, 2
+                )["weight"].sum()
             )
 
         truth = directional(moved, value, 1.0, largest=1e-6 if name == "eps" else 2e-4)
         assert_derivative(float(rows[name]), truth, f"d weight / d {name}")
 
 
-# -- second derivatives -------------------------------------------------------------------------------------------------
+# -- second derivatives ----------------------------------------------------------------------------
 
 
 @cases(lambda rule: [rule.typical, *covering(rule)[:3]], always=1)
 def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
-    """The curvature of the outer loss along one direction, by each order of forward and reverse mode."""
+    """The curvature of the outer loss along one direction, by each order of forward and reverse
+    mode."""
     if "eps" in rule.hyper:
-        settings = {**settings, "eps": 0.1}  # a tiny eps bends the update so sharply that no second difference settles
+        settings = {
+            **settings,
+            "eps": 0.1,
+        }  # a tiny eps bends the update so sharply that no second difference settles
     task, values = Bowl(), numbers(rule, settings)
-    outer, truth = outer_of_rule(rule, settings, task, STEPS), outer_of_torch(rule, settings, task, STEPS)
+    outer, truth = (
+        outer_of_rule(rule, settings, task, STEPS),
+        outer_of_torch(rule, settings, task, STEPS),
+    )
     direction = joint_direction(task, values)
     along = (direction[0], tensors(direction[1]))
 
@@ -202,12 +250,15 @@ def test_second_derivatives_equal_finite_differences_of_torch(rule: Rule, settin
         assert_derivative(float(second(zero)), expected, way, relative=1e-5)
     h = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(line(h), h, create_graph=True)
-    assert_derivative(float(torch.autograd.grad(slope, h)[0]), expected, "create_graph", relative=1e-5)
+    assert_derivative(
+        float(torch.autograd.grad(slope, h)[0]), expected, "create_graph", relative=1e-5
+    )
 
 
 @each_hyper()
 def test_second_derivatives_are_finite_where_gradient_entries_are_zero(rule: Rule, name: str):
-    """There Adam's update has no second derivative (it bends); a number must come out nevertheless, not NaN."""
+    """There Adam's update has no second derivative (it bends); a number must come out nevertheless,
+    not NaN."""
     task = Task(dead=True)
     settings = rule.undecayed
     outer = outer_of_rule(rule, settings, task, STEPS)
@@ -215,7 +266,9 @@ def test_second_derivatives_are_finite_where_gradient_entries_are_zero(rule: Rul
 
     def slope(params: Params, value: Params) -> Tensor:
         grads = torch.func.grad(outer, argnums=(0, 1))(params, value)
-        return sum((g.sum() for g in pytree.tree_leaves(grads)), torch.zeros((), dtype=torch.float64))
+        return sum(
+            (g.sum() for g in pytree.tree_leaves(grads)), torch.zeros((), dtype=torch.float64)
+        )
 
     second = torch.func.grad(slope, argnums=(0, 1))(task.params(), value)
     assert all(g.isfinite().all() for g in pytree.tree_leaves(second))

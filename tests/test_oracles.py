@@ -1,4 +1,5 @@
-"""The oracles themselves, against closed forms: nothing here touches the optimizers of innerloop."""
+"""The oracles themselves, against closed forms: nothing here touches the optimizers of
+innerloop."""
 
 from __future__ import annotations
 
@@ -33,11 +34,16 @@ def quadratic(params: Params, t: int) -> Params:
 
 
 def momentum_matrix(lr: float, momentum: float, decay: float) -> Tensor:
-    """One step of SGD with momentum on the quadratic, as a matrix that acts on (parameters, buffer)."""
+    """One step of SGD with momentum on the quadratic, as a matrix that acts on (parameters,
+    buffer)."""
     eye = torch.eye(3, dtype=torch.float64)
     gradient = CURVATURE + decay * eye
     return torch.cat(
-        [torch.cat([eye - lr * gradient, -lr * momentum * eye], 1), torch.cat([gradient, momentum * eye], 1)], 0
+        [
+            torch.cat([eye - lr * gradient, -lr * momentum * eye], 1),
+            torch.cat([gradient, momentum * eye], 1),
+        ],
+        0,
     )
 
 
@@ -63,7 +69,9 @@ def test_finite_differences_of_a_torch_run_are_the_derivative_of_the_matrix_powe
 
     def final(lr: float) -> float:
         settings = {"lr": lr, "momentum": 0.9, "weight_decay": 0.05}
-        return float(torch_run(torch.optim.SGD, settings, {"x": START}, quadratic, steps)["x"].sum())
+        return float(
+            torch_run(torch.optim.SGD, settings, {"x": START}, quadratic, steps)["x"].sum()
+        )
 
     assert directional(final, 0.1, 1.0) == pytest.approx(float(truth), rel=1e-9)
 
@@ -75,9 +83,13 @@ def test_finite_differences_of_two_adam_steps_are_the_closed_form():
         settings = {"lr": lr, "betas": (beta1, beta2), "eps": eps}
         gradients = (torch.tensor([first]).double(), torch.tensor([second]).double())
         return float(
-            torch_run(torch.optim.Adam, settings, {"x": torch.zeros(1).double()}, lambda _, t: {"x": gradients[t]}, 2)[
-                "x"
-            ]
+            torch_run(
+                torch.optim.Adam,
+                settings,
+                {"x": torch.zeros(1).double()},
+                lambda _, t: {"x": gradients[t]},
+                2,
+            )["x"]
         )
 
     first, second = (
@@ -88,13 +100,17 @@ def test_finite_differences_of_two_adam_steps_are_the_closed_form():
     mean = (beta1 * first + second) / (1 + beta1)
     root = math.sqrt((beta2 * first**2 + second**2) / (1 + beta2))
     in_root = (first**2 - second**2) / (1 + beta2) ** 2 / (2 * root)
-    assert final(beta2) == pytest.approx(-lr * first / (abs(first) + eps) - lr * mean / (root + eps), rel=1e-13)
+    assert final(beta2) == pytest.approx(
+        -lr * first / (abs(first) + eps) - lr * mean / (root + eps), rel=1e-13
+    )
     assert directional(final, beta2, 1.0, largest=1e-3) == pytest.approx(
         lr * mean / (root + eps) ** 2 * in_root, rel=1e-8
     )
 
 
-@pytest.mark.parametrize("f", [abs, lambda x: max(x, 0.0), lambda x: float(x > 0), lambda x: abs(x) ** 0.5])
+@pytest.mark.parametrize(
+    "f", [abs, lambda x: max(x, 0.0), lambda x: float(x > 0), lambda x: abs(x) ** 0.5]
+)
 def test_no_derivative_at_a_kink_or_a_jump(f):
     with pytest.raises(NoDerivative):
         derivative(f)
@@ -109,13 +125,16 @@ def test_derivative_of_what_is_smooth_within_reach(f, truth):
 
 
 def test_a_second_derivative_that_jumps_needs_small_steps():
-    """Adam at a gradient of zero is of this kind, g / (|g| + eps): the error is of first order in the step."""
+    """Adam at a gradient of zero is of this kind, g / (|g| + eps): the error is of first order in
+    the step."""
     with pytest.raises(NoDerivative):
         derivative(lambda x: x * abs(x) + x)
     assert derivative(lambda x: x * abs(x) + x, largest=1e-7) == pytest.approx(1.0, abs=1e-7)
 
 
-@pytest.mark.parametrize(("f", "truth"), [(math.exp, 1.0), (math.sin, 0.0), (lambda x: (1 + x) ** 5, 20.0)])
+@pytest.mark.parametrize(
+    ("f", "truth"), [(math.exp, 1.0), (math.sin, 0.0), (lambda x: (1 + x) ** 5, 20.0)]
+)
 def test_curvature(f, truth):
     assert curvature(f) == pytest.approx(truth, rel=1e-6, abs=1e-6)
 
@@ -130,7 +149,10 @@ def test_element_wise_settings_make_groups_that_agree_with_the_whole():
     params = task.params()
     typical = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     whole = torch_run(torch.optim.SGD, typical, params, task.gradient, 5)
-    by_element = {**typical, "lr": {name: torch.full_like(value, 0.1) for name, value in params.items()}}
+    by_element = {
+        **typical,
+        "lr": {name: torch.full_like(value, 0.1) for name, value in params.items()},
+    }
     assert_params(torch_run(torch.optim.SGD, by_element, params, task.gradient, 5), whole, 0)
     other = {**typical, "lr": {name: torch.tensor(0.1 * (i + 1)) for i, name in enumerate(params)}}
     moved = torch_run(torch.optim.SGD, other, params, task.gradient, 1)
@@ -138,7 +160,10 @@ def test_element_wise_settings_make_groups_that_agree_with_the_whole():
     for i, name in enumerate(params):
         lr = torch.tensor(0.1 * (i + 1)).item()
         torch.testing.assert_close(
-            moved[name], params[name] - lr * (gradient[name] + 0.1 * params[name]), rtol=1e-13, atol=1e-15
+            moved[name],
+            params[name] - lr * (gradient[name] + 0.1 * params[name]),
+            rtol=1e-13,
+            atol=1e-15,
         )
 
 
@@ -146,7 +171,9 @@ def test_a_run_leaves_its_inputs_alone_and_skips_what_has_no_gradient():
     params = Task().params()
     before = {name: value.clone() for name, value in params.items()}
     run = TorchRun.start(torch.optim.SGD, {"lr": 0.1}, params)
-    run.step({name: None if name == "bias" else torch.ones_like(value) for name, value in params.items()})
+    run.step(
+        {name: None if name == "bias" else torch.ones_like(value) for name, value in params.items()}
+    )
     assert_params(params, before, 0)
     assert torch.equal(run.params["bias"], before["bias"])
     assert torch.equal(run.params["weight"], before["weight"] - 0.1)

@@ -1,7 +1,8 @@
-"""The rules that look at a tensor as a whole (Adafactor, Muon) or at some of its entries (SparseAdam), against ``torch.optim``.
+"""The rules that look at a tensor as a whole (Adafactor, Muon) or at some of its entries
+(SparseAdam), against ``torch.optim``.
 
-Muon's bfloat16 iteration has no usable difference quotient: its derivatives are compared with those of a plain float64 iteration
-that is written here. Adafactor is compared away from its kinks.
+Muon's bfloat16 iteration has no usable difference quotient: its derivatives are compared with those
+of a plain float64 iteration that is written here. Adafactor is compared away from its kinks.
 """
 
 from __future__ import annotations
@@ -37,17 +38,26 @@ MATRICES = ("wide", "tall")
 
 
 def start(names: tuple[str, ...] = tuple(SHAPES), dtype: torch.dtype = torch.float64) -> Params:
-    return {name: smooth_noise(*SHAPES[name], phase=float(i)).to(dtype) for i, name in enumerate(names)}
+    return {
+        name: smooth_noise(*SHAPES[name], phase=float(i)).to(dtype) for i, name in enumerate(names)
+    }
 
 
 def loss(params: Params, t: int) -> Tensor:
     shift = torch.stack([p.sum() for p in params.values()]).sum().sin() / 10
     growing = 1 + 0.5 * t  # a gradient larger than those before it is what Adafactor clips
-    return growing * torch.stack([((p + shift + 0.1 * t).sin() + 0.3 * p**2).sum() for p in params.values()]).sum()
+    return (
+        growing
+        * torch.stack(
+            [((p + shift + 0.1 * t).sin() + 0.3 * p**2).sum() for p in params.values()]
+        ).sum()
+    )
 
 
 def outer(params: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([((i + 1.0) * p.double()).cos().sum() for i, p in enumerate(params.values())]).sum()
+    return torch.stack(
+        [((i + 1.0) * p.double()).cos().sum() for i, p in enumerate(params.values())]
+    ).sum()
 
 
 def gradient(params: Params, t: int) -> Params:
@@ -66,18 +76,26 @@ def train(
 ) -> Params:
     state = optimizer.init(params) if state is None else state
     for t in range(first, last):
-        params, state = optimizer.update((take or torch.func.grad(loss))(params, t), state, params, hyper)
+        params, state = optimizer.update(
+            (take or torch.func.grad(loss))(params, t), state, params, hyper
+        )
     return params
 
 
-def meta_gradient(make: Callable[..., Any], settings: Settings, params: Params, values: Mapping[str, Any]) -> Any:
+def meta_gradient(
+    make: Callable[..., Any], settings: Settings, params: Params, values: Mapping[str, Any]
+) -> Any:
     """In the initial parameters and in hyper-parameters, which may be tuples."""
     at, tensors = leaves(params), {n: as_leaves(v) for n, v in values.items()}
-    flat = [*at.values(), *(x for v in tensors.values() for x in (v if isinstance(v, tuple) else (v,)))]
+    flat = [
+        *at.values(),
+        *(x for v in tensors.values() for x in (v if isinstance(v, tuple) else (v,))),
+    ]
     found = iter(torch.autograd.grad(outer(train(make(**settings), at, tensors)), flat))
     by_param = {name: next(found) for name in at}
     return by_param, {
-        n: tuple(next(found) for _ in v) if isinstance(v, tuple) else next(found) for n, v in values.items()
+        n: tuple(next(found) for _ in v) if isinstance(v, tuple) else next(found)
+        for n, v in values.items()
     }
 
 
@@ -85,7 +103,7 @@ def as_leaves(value: Any) -> Any:
     return tuple(map(leaf, value)) if isinstance(value, tuple) else leaf(value)
 
 
-# -- Adafactor ----------------------------------------------------------------------------------------------------------
+# -- Adafactor -------------------------------------------------------------------------------------
 
 ADAFACTOR = [
     *grid(lr=[0.05], weight_decay=[0.0, 0.1], maximize=[False, True]),
@@ -96,7 +114,9 @@ ADAFACTOR = [
 @pytest.mark.parametrize("settings", ADAFACTOR, ids=str)
 @pytest.mark.parametrize("foreach", [False, True])
 def test_adafactor_has_the_forward_of_torch(settings: dict[str, Any], foreach: bool):
-    truth = torch_run(torch.optim.Adafactor, {**settings, "foreach": foreach}, start(), gradient, 10)
+    truth = torch_run(
+        torch.optim.Adafactor, {**settings, "foreach": foreach}, start(), gradient, 10
+    )
     assert_params(train(innerloop.optim.adafactor(**settings), start(), last=10), truth, 1e-12)
 
 
@@ -111,7 +131,9 @@ def test_adafactor_meta_gradients_equal_finite_differences_of_torch(settings: di
     ours = meta_gradient(innerloop.optim.adafactor, settings, start(), values)
 
     def of_torch(at: Any) -> float:
-        return float(outer(torch_run(torch.optim.Adafactor, {**settings, **at[1]}, at[0], gradient, STEPS)))
+        return float(
+            outer(torch_run(torch.optim.Adafactor, {**settings, **at[1]}, at[0], gradient, STEPS))
+        )
 
     for name in values:
         only = {n: float(n == name) for n in values}
@@ -121,18 +143,30 @@ def test_adafactor_meta_gradients_equal_finite_differences_of_torch(settings: di
         assert_derivative(float(ours[1][name]), truth, f"d outer / d {name}")
     for along in directions(start(), 2):
         direction = (along, gentle(values))
-        assert_derivative(inner(ours, direction), directional(of_torch, (start(), values), direction), "all at once")
+        assert_derivative(
+            inner(ours, direction),
+            directional(of_torch, (start(), values), direction),
+            "all at once",
+        )
 
 
 def test_adafactor_feels_its_eps_where_they_act():
     """ε₁ and ε₂ larger than what they bound."""
     settings: dict[str, Any] = {"lr": 0.05, "eps": (2.0, 3.0)}
-    ours = meta_gradient(innerloop.optim.adafactor, settings, start(), {"eps": settings["eps"]})[1]["eps"]
+    ours = meta_gradient(innerloop.optim.adafactor, settings, start(), {"eps": settings["eps"]})[1][
+        "eps"
+    ]
     for i in (0, 1):
 
         def moved(h: float, i: int = i) -> float:
             eps = tuple(e + h * (i == k) for k, e in enumerate(settings["eps"]))
-            return float(outer(torch_run(torch.optim.Adafactor, {"lr": 0.05, "eps": eps}, start(), gradient, STEPS)))
+            return float(
+                outer(
+                    torch_run(
+                        torch.optim.Adafactor, {"lr": 0.05, "eps": eps}, start(), gradient, STEPS
+                    )
+                )
+            )
 
         assert_derivative(float(ours[i]), directional(moved, 0.0, 1.0), f"d outer / d eps[{i}]")
 
@@ -148,11 +182,13 @@ def test_adafactor_is_finite_where_rows_have_no_gradient():
     with anomaly_detection():
         final = train(innerloop.optim.adafactor(), params, {"lr": lr}, dead)
         found = torch.autograd.grad(outer(final), [*params.values(), lr], create_graph=True)
-        again = torch.autograd.grad(torch.stack([(g**2).sum() for g in found]).sum(), [*params.values(), lr])
+        again = torch.autograd.grad(
+            torch.stack([(g**2).sum() for g in found]).sum(), [*params.values(), lr]
+        )
     assert all(g.isfinite().all() for g in (*found, *again))
 
 
-# -- Muon ---------------------------------------------------------------------------------------------------------------
+# -- Muon ------------------------------------------------------------------------------------------
 
 MUON = [
     *grid(lr=[0.05], nesterov=[False, True], adjust_lr_fn=[None, "original", "match_rms_adamw"]),
@@ -169,7 +205,9 @@ def test_muon_has_every_bit_of_torch(settings: dict[str, Any], dtype: torch.dtyp
     assert_params(train(innerloop.optim.muon(**settings), at, None, gradient, last=10), truth, 0)
 
 
-def plain_muon(params: Params, steps: int, take: Any, settings: Settings, dtype: torch.dtype = torch.float64) -> Params:
+def plain_muon(
+    params: Params, steps: int, take: Any, settings: Settings, dtype: torch.dtype = torch.float64
+) -> Params:
     """Muon in one precision, from its published equations."""
     s: dict[str, Any] = {
         "weight_decay": 0.1,
@@ -185,7 +223,11 @@ def plain_muon(params: Params, steps: int, take: Any, settings: Settings, dtype:
     for t in range(steps):
         for name, g in take(now, t).items():
             buffers[name] = s["momentum"] * buffers[name] + (1 - s["momentum"]) * g
-            x = s["momentum"] * buffers[name] + (1 - s["momentum"]) * g if s["nesterov"] else buffers[name]
+            x = (
+                s["momentum"] * buffers[name] + (1 - s["momentum"]) * g
+                if s["nesterov"]
+                else buffers[name]
+            )
             rows, columns = x.shape
             x = x / max(float((x**2).sum() ** 0.5), s["eps"])
             for _ in range(s["ns_steps"]):
@@ -202,37 +244,60 @@ def plain_muon(params: Params, steps: int, take: Any, settings: Settings, dtype:
 
 
 @pytest.mark.parametrize("settings", MUON, ids=str)
-def test_muon_meta_gradients_equal_finite_differences_of_the_float64_iteration(settings: dict[str, Any]):
-    values: dict[str, Any] = {"lr": settings["lr"], "weight_decay": settings.get("weight_decay", 0.1)}
+def test_muon_meta_gradients_equal_finite_differences_of_the_float64_iteration(
+    settings: dict[str, Any],
+):
+    values: dict[str, Any] = {
+        "lr": settings["lr"],
+        "weight_decay": settings.get("weight_decay", 0.1),
+    }
     values |= {"momentum": settings.get("momentum", 0.95)}
     values |= {"ns_coefficients": settings.get("ns_coefficients", (3.4445, -4.7750, 2.0315))}
     values |= {"eps": settings["eps"]} if "eps" in settings else {}
     full = {**settings, "ns_dtype": torch.float64}
     at = start(MATRICES)
-    assert_params(train(innerloop.optim.muon(**full), at), plain_muon(at, STEPS, gradient, settings), 1e-12)
+    assert_params(
+        train(innerloop.optim.muon(**full), at), plain_muon(at, STEPS, gradient, settings), 1e-12
+    )
     ours = meta_gradient(innerloop.optim.muon, full, at, values)
     of_plain = lambda x: float(outer(plain_muon(x[0], STEPS, gradient, {**settings, **x[1]})))  # noqa: E731
     still = {n: torch.zeros_like(p) for n, p in at.items()}
-    nowhere: dict[str, Any] = {n: (0.0, 0.0, 0.0) if isinstance(v, tuple) else 0.0 for n, v in values.items()}
+    nowhere: dict[str, Any] = {
+        n: (0.0, 0.0, 0.0) if isinstance(v, tuple) else 0.0 for n, v in values.items()
+    }
     moves = [nowhere | {n: 1.0} for n in values if n != "ns_coefficients"]
-    moves += [nowhere | {"ns_coefficients": tuple(float(i == k) for k in range(3))} for i in range(3)]
+    moves += [
+        nowhere | {"ns_coefficients": tuple(float(i == k) for k in range(3))} for i in range(3)
+    ]
     for move in moves:
         truth = directional(of_plain, (at, values), (still, move))
         assert_derivative(inner(ours, (still, move)), truth, f"d outer / d {move}", absolute=1e-7)
     for along in directions(at, 2):
-        assert_derivative(inner(ours, (along, nowhere)), directional(of_plain, (at, values), (along, nowhere)), "init")
+        assert_derivative(
+            inner(ours, (along, nowhere)),
+            directional(of_plain, (at, values), (along, nowhere)),
+            "init",
+        )
 
 
 def test_muon_in_bfloat16_has_the_derivative_of_the_iteration_in_the_parameters_dtype():
-    """One step from given gradients: the derivative sees the same numbers in both, the value differs by bfloat16's rounding."""
+    """One step from given gradients: the derivative sees the same numbers in both, the value
+    differs by bfloat16's rounding."""
     at, g = start(("wide",)), smooth_noise(3, 5, phase=9.0)
 
     def one_step(g: Tensor, **settings: Any) -> Tensor:
-        return train(innerloop.optim.muon(lr=0.1, **settings), at, None, lambda params, t: {"wide": g}, last=1)["wide"]
+        return train(
+            innerloop.optim.muon(lr=0.1, **settings),
+            at,
+            None,
+            lambda params, t: {"wide": g},
+            last=1,
+        )["wide"]
 
     weights = smooth_noise(3, 5, phase=4.0)
     low, high = (
-        torch.func.grad(lambda g, s=s: (one_step(g, **s) * weights).sum())(g) for s in ({}, {"ns_dtype": torch.float64})
+        torch.func.grad(lambda g, s=s: (one_step(g, **s) * weights).sum())(g)
+        for s in ({}, {"ns_dtype": torch.float64})
     )
     torch.testing.assert_close(low, high, rtol=1e-13, atol=1e-15)
     assert high.abs().max() > 1e-3
@@ -253,7 +318,7 @@ def test_muon_refuses_what_is_no_matrix():
             innerloop.optim.muon(**wrong)
 
 
-# -- SparseAdam ---------------------------------------------------------------------------------------------------------
+# -- SparseAdam ------------------------------------------------------------------------------------
 
 
 def lookup(t: int) -> Tensor:
@@ -268,7 +333,9 @@ def sparse_loss(weight: Tensor, t: int) -> Tensor:
 def sparse_gradient(params: Params, t: int, create_graph: bool = False) -> Params:
     weight = params["w"] if create_graph else params["w"].detach().requires_grad_()
     with torch.enable_grad():
-        return {"w": torch.autograd.grad(sparse_loss(weight, t), weight, create_graph=create_graph)[0]}
+        return {
+            "w": torch.autograd.grad(sparse_loss(weight, t), weight, create_graph=create_graph)[0]
+        }
 
 
 SPARSE = [{"lr": 0.05, "eps": 1e-2}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 0.1, "maximize": True}]
@@ -291,7 +358,10 @@ def test_sparse_adam_meta_gradients_equal_finite_differences_of_torch(settings: 
     values |= {"eps": settings["eps"]} if "eps" in settings else {}
     params, hyper = leaves(at), {n: as_leaves(v) for n, v in values.items()}
     final = train(
-        innerloop.optim.sparse_adam(**settings), params, hyper, lambda p, t: sparse_gradient(p, t, create_graph=True)
+        innerloop.optim.sparse_adam(**settings),
+        params,
+        hyper,
+        lambda p, t: sparse_gradient(p, t, create_graph=True),
     )
     flat = [params["w"], hyper["lr"], *hyper["betas"], *([hyper["eps"]] if "eps" in hyper else [])]
     found = [g.to_dense() for g in torch.autograd.grad(outer(final), flat)]
@@ -299,7 +369,15 @@ def test_sparse_adam_meta_gradients_equal_finite_differences_of_torch(settings: 
     def of_torch(x: list[Any]) -> float:
         named = {"lr": x[1], "betas": (x[2], x[3]), **({"eps": x[4]} if "eps" in values else {})}
         return float(
-            outer(torch_run(torch.optim.SparseAdam, {**settings, **named}, {"w": x[0]}, sparse_gradient, STEPS))
+            outer(
+                torch_run(
+                    torch.optim.SparseAdam,
+                    {**settings, **named},
+                    {"w": x[0]},
+                    sparse_gradient,
+                    STEPS,
+                )
+            )
         )
 
     point = [at["w"], values["lr"], *values["betas"], *([values["eps"]] if "eps" in values else [])]
@@ -318,21 +396,34 @@ def test_sparse_adam_refuses_a_dense_gradient():
 
 
 def test_sparse_adam_cannot_be_compiled_and_says_so():
-    problem = innerloop.Problem(lambda params, hyper, t: sparse_loss(params["w"], 0), innerloop.optim.sparse_adam())
+    problem = innerloop.Problem(
+        lambda params, hyper, t: sparse_loss(params["w"], 0), innerloop.optim.sparse_adam()
+    )
     with pytest.raises(
-        innerloop.InnerLoopError, match=r"sparse_adam.* cannot be compiled.*sparse tensors.*compile=False"
+        innerloop.InnerLoopError,
+        match=r"sparse_adam.* cannot be compiled.*sparse tensors.*compile=False",
     ):
         innerloop.metagradient(
-            lambda traj, hyper: outer(traj.params), problem, {"w": smooth_noise(6, 3)}, None, steps=1, compile=True
+            lambda traj, hyper: outer(traj.params),
+            problem,
+            {"w": smooth_noise(6, 3)},
+            None,
+            steps=1,
+            compile=True,
         )
 
 
-# -- all of them --------------------------------------------------------------------------------------------------------
+# -- all of them -----------------------------------------------------------------------------------
 
 EACH: dict[str, tuple[Any, dict[str, Any], Params, Any]] = {
     "adafactor": (torch.optim.Adafactor, {"lr": 0.05, "weight_decay": 0.1}, start(), gradient),
     "muon": (torch.optim.Muon, {"lr": 0.05}, start(MATRICES), gradient),
-    "sparse_adam": (torch.optim.SparseAdam, {"lr": 0.05}, {"w": smooth_noise(6, 3)}, sparse_gradient),
+    "sparse_adam": (
+        torch.optim.SparseAdam,
+        {"lr": 0.05},
+        {"w": smooth_noise(6, 3)},
+        sparse_gradient,
+    ),
     "nadam": (torch.optim.NAdam, {"lr": 0.05, "momentum_decay": 0.1}, start(), gradient),
     "asgd": (torch.optim.ASGD, {"lr": 0.002, "lambd": 0.5, "t0": 1.0}, start(), gradient),
 }
@@ -366,17 +457,24 @@ def test_a_warm_torch_optimizer_is_continued_and_written_back(name: str):
         p.data.copy_(params[n])
     for t in range(6, 10):
         torch_step(optimizer, tensors, t)
-    assert_params({n: p.detach() for n, p in tensors.items()}, {n: p.detach() for n, p in beside.items()}, 1e-13)
+    assert_params(
+        {n: p.detach() for n, p in tensors.items()},
+        {n: p.detach() for n, p in beside.items()},
+        1e-13,
+    )
     for p, q in zip(tensors.values(), beside.values(), strict=True):
         left, right = optimizer.state[p], truth.state[q]
         assert {k for k, v in left.items() if v is not None} == set(right)
         for key, value in right.items():
-            torch.testing.assert_close(torch.as_tensor(left[key]), torch.as_tensor(value), rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(
+                torch.as_tensor(left[key]), torch.as_tensor(value), rtol=1e-12, atol=1e-13
+            )
 
 
 @pytest.mark.parametrize("name", ["nadam", "asgd"])
 def test_numbers_that_torch_keeps_in_single_precision(name: str):
-    """Under the usual default dtype torch rounds ``mu_product`` and ``eta`` to float32; ours are Python floats."""
+    """Under the usual default dtype torch rounds ``mu_product`` and ``eta`` to float32; ours are
+    Python floats."""
     cls, settings, at, take = EACH[name]
     torch.set_default_dtype(torch.float32)
     truth = torch_run(cls, settings, at, take, 10)
@@ -384,7 +482,8 @@ def test_numbers_that_torch_keeps_in_single_precision(name: str):
 
 
 def test_asgd_feels_t0_in_the_average_alone():
-    """ax₄ of three averaged steps from given gradients, with μ = 1 / max(1, t - t₀); torch keeps the average in its state."""
+    """ax₄ of three averaged steps from given gradients, with μ = 1 / max(1, t - t₀); torch keeps
+    the average in its state."""
     g = {"p": smooth_noise(3)}
 
     def average_of_torch(t0: float) -> float:
@@ -413,7 +512,9 @@ def test_a_tensor_rate_and_a_scheduler_reach_the_rule(name: str):
     rate = leaf(settings["lr"])
     tensors = {n: p.clone().requires_grad_() for n, p in at.items()}
     alone = {"foreach": False} if name in ("nadam", "asgd") else {}
-    ours = innerloop.optim.from_torch(cls(list(tensors.values()), **{**settings, **alone, "lr": rate}), tensors)
+    ours = innerloop.optim.from_torch(
+        cls(list(tensors.values()), **{**settings, **alone, "lr": rate}), tensors
+    )
     final = train(ours, at, None, take)
     assert_params(final, torch_run(cls, settings, at, take, STEPS), 1e-12)
     assert torch.autograd.grad(outer(final), rate)[0].abs() > 1e-3
@@ -440,14 +541,18 @@ def test_vmap_and_jvp(name: str):
         one = torch.func.grad(value, argnums=(0, 1))(at, lr)
         assert_params({n: g[i] for n, g in both[0].items()}, one[0], 1e-12)
         slope = torch.func.jvp(value, (at, lr), (along, torch.tensor(0.1)))[1]
-        assert_derivative(inner(one, (along, torch.tensor(0.1))), float(slope), "jvp", relative=1e-11)
+        assert_derivative(
+            inner(one, (along, torch.tensor(0.1))), float(slope), "jvp", relative=1e-11
+        )
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_a_rate_per_element_and_a_skipped_parameter(name: str):
     _, settings, at, take = EACH[name]
     optimizer = getattr(innerloop.optim, name)(**settings)
-    skip = lambda params, t: {n: None if n == "wide" and t == 1 else g for n, g in take(params, t).items()}  # noqa: E731
+    skip = lambda params, t: {  # noqa: E731
+        n: None if n == "wide" and t == 1 else g for n, g in take(params, t).items()
+    }
     truth = torch_run(EACH[name][0], settings, at, skip, STEPS)
     rates = {n: torch.full_like(p, settings["lr"]).requires_grad_() for n, p in at.items()}
     ours = train(optimizer, at, {"lr": rates}, skip)
@@ -479,15 +584,21 @@ def test_compiled_meta_gradient_is_the_eager_one(name: str):
 @pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("name", "settings"), [*(("adafactor", s) for s in ADAFACTOR), *(("muon", s) for s in MUON)], ids=str
+    ("name", "settings"),
+    [*(("adafactor", s) for s in ADAFACTOR), *(("muon", s) for s in MUON)],
+    ids=str,
 )
-def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(name: str, settings: dict[str, Any]):
+def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(
+    name: str, settings: dict[str, Any]
+):
     check_compiled(name, settings, "aot_eager", 1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inside inductor
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # inside inductor
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_meta_gradient_compiled_by_inductor_is_the_eager_one(name: str):
     check_compiled(name, EACH[name][1], "inductor", 1e-10)

@@ -8,21 +8,26 @@ from torch import Tensor
 
 import innerloop
 from innerloop import Auto, Checkpointed, ForwardMode, StoreAll
-from innerloop.plan import shown_bytes, shown_seconds
-from innerloop.strategy import cost
+from innerloop._plan import shown_bytes, shown_seconds
+from innerloop.strategy import _measure as cost
 
 WIDTH, BATCH = 64, 32
 
 
 def problem() -> innerloop.Problem:
     return innerloop.Problem(
-        lambda p, hyper, x: ((x @ p["w"]).tanh() @ p["w"].T).square().mean() * hyper["scale"], innerloop.optim.adam()
+        lambda p, hyper, x: ((x @ p["w"]).tanh() @ p["w"].T).square().mean() * hyper["scale"],
+        innerloop.optim.adam(),
     )
 
 
 def inputs(steps: int) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
-    return {"w": torch.randn(WIDTH, WIDTH)}, torch.randn(steps, BATCH, WIDTH), {"scale": torch.tensor(0.5)}
+    return (
+        {"w": torch.randn(WIDTH, WIDTH)},
+        torch.randn(steps, BATCH, WIDTH),
+        {"scale": torch.tensor(0.5)},
+    )
 
 
 def test_a_state_is_counted_in_bytes():
@@ -34,10 +39,15 @@ def test_a_state_is_counted_in_bytes():
 
 
 def test_the_memory_of_kept_states_and_of_a_graph_is_foreseen():
-    """Every kept state takes P + S; the graph of one step at least what its backward pass must keep."""
+    """Every kept state takes P + S; the graph of one step at least what its backward pass must
+    keep."""
     params, data, hyper = inputs(100)
     few, many, graph = innerloop.plan(
-        problem(), params, data, hyper=hyper, strategies=[Checkpointed(slots=10), Checkpointed(slots="all"), StoreAll()]
+        problem(),
+        params,
+        data,
+        hyper=hyper,
+        strategies=[Checkpointed(slots=10), Checkpointed(slots="all"), StoreAll()],
     ).rows
     assert many.bytes - few.bytes == 90 * 3 * 4 * WIDTH * WIDTH
     assert graph.bytes > 100 * (3 * 4 * WIDTH * WIDTH + 2 * 4 * BATCH * WIDTH)
@@ -69,13 +79,19 @@ def test_a_budget_decides():
     assert not any(hopeless.fits(row) for row in hopeless.rows)
     with pytest.raises(innerloop.InnerLoopError, match="too little"):
         innerloop.unroll(
-            problem(), {"w": params["w"].requires_grad_()}, data, hyper=hyper, strategy=Checkpointed(memory=1000)
+            problem(),
+            {"w": params["w"].requires_grad_()},
+            data,
+            hyper=hyper,
+            strategy=Checkpointed(memory=1000),
         )
 
 
 def test_none_fits():
     params, data, hyper = inputs(200)
-    plan = innerloop.plan(problem(), params, data, hyper=hyper, memory=10_000, strategies=[StoreAll()])
+    plan = innerloop.plan(
+        problem(), params, data, hyper=hyper, memory=10_000, strategies=[StoreAll()]
+    )
     with pytest.raises(innerloop.InnerLoopError, match="no exact strategy fits into 10 kB"):
         _ = plan.best
 
@@ -89,8 +105,12 @@ def test_the_table():
         "StoreAll", "Checkpointed", "Truncated", "FirstOrder", "ForwardMode",
     }  # fmt: skip
     many = {"scale": torch.ones(100)}
-    wide = innerloop.Problem(lambda p, h, x: (x @ p["w"]).square().mean() * h["scale"].sum(), innerloop.optim.sgd())
-    assert ForwardMode() not in [r.strategy for r in innerloop.plan(wide, params, data, hyper=many).rows]
+    wide = innerloop.Problem(
+        lambda p, h, x: (x @ p["w"]).square().mean() * h["scale"].sum(), innerloop.optim.sgd()
+    )
+    assert ForwardMode() not in [
+        r.strategy for r in innerloop.plan(wide, params, data, hyper=many).rows
+    ]
 
 
 def test_an_iterator_is_drawn_from_once_and_its_batches_are_counted():
@@ -106,7 +126,8 @@ def test_an_iterator_is_drawn_from_once_and_its_batches_are_counted():
 def test_nothing_of_the_users_is_changed():
     params, data, hyper = inputs(5)
     noisy = innerloop.Problem(
-        lambda p, h, x: torch.nn.functional.dropout(x @ p["w"], 0.5).square().mean(), innerloop.optim.sgd()
+        lambda p, h, x: torch.nn.functional.dropout(x @ p["w"], 0.5).square().mean(),
+        innerloop.optim.sgd(),
     )
     before, w = torch.get_rng_state(), params["w"].clone()
     innerloop.plan(noisy, params, data, hyper=hyper)
@@ -130,16 +151,25 @@ def test_auto_takes_what_fits(memory: str):
 
             patch.setattr(kind, "run", noted)
         value, grads = innerloop.metagradient(
-            lambda traj, h: traj.params["w"].square().sum(), problem(), params, data, hyper=hyper, strategy=Auto(memory)
+            lambda traj, h: traj.params["w"].square().sum(),
+            problem(),
+            params,
+            data,
+            hyper=hyper,
+            strategy=Auto(memory),
         )
     assert seen[-1].startswith(
-        "Checkpointed(memory='4MB')" if memory == "4MB" else ("StoreAll", "Checkpointed(slots='all')")
+        "Checkpointed(memory='4MB')"
+        if memory == "4MB"
+        else ("StoreAll", "Checkpointed(slots='all')")
     )
     expected, truth = innerloop.metagradient(
         lambda traj, h: traj.params["w"].square().sum(), problem(), params, data, hyper=hyper
     )
     torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(grads["hyper"]["scale"], truth["hyper"]["scale"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        grads["hyper"]["scale"], truth["hyper"]["scale"], rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -151,7 +181,12 @@ def test_a_loop_stays_within_the_memory_it_was_given():
 
     def run() -> None:
         innerloop.metagradient(
-            lambda traj, h: traj.params["w"].sum(), problem(), params, data, hyper=hyper, strategy=loop_strategy
+            lambda traj, h: traj.params["w"].sum(),
+            problem(),
+            params,
+            data,
+            hyper=hyper,
+            strategy=loop_strategy,
         )
 
     learned = problem()

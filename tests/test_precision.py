@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 import innerloop
 from innerloop.optim import chain, clip_by_global_norm, in_float32
-from innerloop.optim.precision import forget_warning
+from innerloop.optim._engine.precision import forget_warning
 from tests.optimizers import RULES, Rule, each_rule
 from tests.oracles import Params, Task, assert_params, smooth_noise
 from tests.strategies import each_exact_strategy
@@ -37,10 +37,13 @@ def quiet() -> Iterator[None]:
 
 
 def grads_of(params: Params, t: int) -> Params:
-    return {n: smooth_noise(*p.shape, phase=10.0 * t + i).to(p.dtype) for i, (n, p) in enumerate(params.items())}
+    return {
+        n: smooth_noise(*p.shape, phase=10.0 * t + i).to(p.dtype)
+        for i, (n, p) in enumerate(params.items())
+    }
 
 
-# -- the warning --------------------------------------------------------------------------------------------------------
+# -- the warning -----------------------------------------------------------------------------------
 
 
 def step(params: Params, optimizer: innerloop.optim.Optimizer | None = None) -> Params:
@@ -60,7 +63,9 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", list(OPTIMIZERS))
 def test_a_differentiated_update_of_half_precision_warns_once(kind: str, dtype: torch.dtype):
     params = {"w": torch.ones(3, 2, dtype=dtype, requires_grad=True)}
-    with pytest.warns(innerloop.PrecisionWarning, match=f"{dtype}.*second-order gradients need float32"):
+    with pytest.warns(
+        innerloop.PrecisionWarning, match=f"{dtype}.*second-order gradients need float32"
+    ):
         step(params, OPTIMIZERS[kind])
     step(params, OPTIMIZERS[kind])  # a second warning would be an error
     forget_warning()
@@ -100,14 +105,15 @@ def test_compiled_code_says_nothing():
         torch.testing.assert_close(compiled, fn(w))
 
 
-# -- the wrapper --------------------------------------------------------------------------------------------------------
+# -- the wrapper -----------------------------------------------------------------------------------
 
 
 @HALF
 @pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
 @each_rule()
 def test_it_is_the_float32_optimizer_between_casts(rule: Rule, dtype: torch.dtype, master: bool):
-    """Truth: a loop that casts by hand around ``torch.optim``, as mixed-precision training is written."""
+    """Truth: a loop that casts by hand around ``torch.optim``, as mixed-precision training is
+    written."""
     params = Task().params(dtype)
     copies = {n: torch.nn.Parameter(p.float()) for n, p in params.items()}
     theirs = rule.torch(list(copies.values()), **rule.typical)
@@ -130,10 +136,15 @@ def test_it_is_the_float32_optimizer_between_casts(rule: Rule, dtype: torch.dtyp
 
 def test_other_dtypes_are_handed_through():
     params = {**Task().params(), "half": torch.ones(3, dtype=torch.float16)}
-    plain, wrapped = innerloop.optim.adam(lr=0.1), in_float32(innerloop.optim.adam(lr=0.1), master=True)
+    plain, wrapped = (
+        innerloop.optim.adam(lr=0.1),
+        in_float32(innerloop.optim.adam(lr=0.1), master=True),
+    )
     new, state = wrapped.update(grads_of(params, 0), wrapped.init(params), params)
     expected, _ = plain.update(grads_of(params, 0), plain.init(params), params)
-    assert_params({n: new[n] for n in Task().params()}, {n: expected[n] for n in Task().params()}, 0)
+    assert_params(
+        {n: new[n] for n in Task().params()}, {n: expected[n] for n in Task().params()}, 0
+    )
     assert new["half"].dtype == torch.float16
     assert state.master is not None
     assert list(state.master) == ["half"]
@@ -164,7 +175,8 @@ def quadratic(hessian: Tensor, dtype: torch.dtype) -> Any:
 
 
 def along(optimizer: innerloop.optim.Optimizer, dtype: torch.dtype, steps: int = 60) -> Tensor:
-    """The meta-gradient of a weighted sum of the final parameters, in the initial ones, on a quadratic."""
+    """The meta-gradient of a weighted sum of the final parameters, in the initial ones, on a
+    quadratic."""
     size = 24
     basis = torch.linalg.qr(smooth_noise(size, size))[0]
     hessian = basis @ torch.diag(torch.logspace(-3, 0, size, dtype=torch.float64)) @ basis.T
@@ -194,7 +206,9 @@ def test_the_master_copy_brings_the_meta_gradient_nearer_to_float64():
 @pytest.mark.usefixtures("quiet")
 @each_exact_strategy()
 def test_every_exact_strategy_gives_what_store_all_gives(strategy: innerloop.strategy.Strategy):
-    optimizer = chain(clip_by_global_norm(1.0), in_float32(innerloop.optim.adam(eps=0.1), master=True))
+    optimizer = chain(
+        clip_by_global_norm(1.0), in_float32(innerloop.optim.adam(eps=0.1), master=True)
+    )
     problem = innerloop.Problem(
         lambda params, hyper, batch: ((params["w"] * batch).sin() ** 2).sum(),
         optimizer,
@@ -216,12 +230,16 @@ def test_every_exact_strategy_gives_what_store_all_gives(strategy: innerloop.str
 
     ours, truth = gradient(strategy), gradient(innerloop.StoreAll())
     for name in ours:
-        for a, b in zip(pytree.tree_leaves(ours[name]), pytree.tree_leaves(truth[name]), strict=True):
+        for a, b in zip(
+            pytree.tree_leaves(ours[name]), pytree.tree_leaves(truth[name]), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
 
 def test_it_stands_in_groups_and_names_the_hyper_parameters_of_what_it_wraps():
-    opt = innerloop.optim.groups({"a": in_float32(innerloop.optim.sgd(lr=1.0)), "*": innerloop.optim.adam(lr=1.0)})
+    opt = innerloop.optim.groups(
+        {"a": in_float32(innerloop.optim.sgd(lr=1.0)), "*": innerloop.optim.adam(lr=1.0)}
+    )
     params = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2)}
     new, _ = opt.update(params, opt.init(params), params, {"momentum": 0.5})
     assert new["a"].dtype == torch.bfloat16
@@ -234,4 +252,7 @@ def test_what_is_no_optimizer_is_refused():
     wrap: Any = in_float32
     with pytest.raises(innerloop.InnerLoopError, match=r"in_float32\(innerloop.optim.adam\(\)\)"):
         wrap(torch.optim.SGD([torch.zeros(1)]))
-    assert repr(in_float32(RULES[0].make(lr=0.1), master=True)) == "in_float32(sgd(lr=0.1), master=True)"
+    assert (
+        repr(in_float32(RULES[0].make(lr=0.1), master=True))
+        == "in_float32(sgd(lr=0.1), master=True)"
+    )

@@ -1,4 +1,5 @@
-"""Every private name of PyTorch that innerloop uses does what ``innerloop._private`` says it does."""
+"""Every private name of PyTorch that innerloop uses does what ``innerloop._utils.torch_private`` says it
+does."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from innerloop import _private
+from innerloop._utils import torch_private
 
 EXERCISED = {
     "tree_map",
@@ -48,20 +49,27 @@ EXERCISED = {
 
 
 def test_every_name_is_exercised_here():
-    names = {name for name, value in vars(_private).items() if callable(value) and not name.startswith("_")}
+    names = {
+        name
+        for name, value in vars(torch_private).items()
+        if callable(value) and not name.startswith("_")
+    }
     own = {
         name
         for name in names
-        if getattr(_private, name) not in (Tensor, Callable, Iterator, Any, AbstractContextManager, contextmanager)
+        if getattr(torch_private, name)
+        not in (Tensor, Callable, Iterator, Any, AbstractContextManager, contextmanager)
     }
     assert own == EXERCISED
     source = Path(__file__).read_text()
     assert all(f"_private.{name}(" in source for name in EXERCISED)
-    assert all(inspect.getdoc(getattr(_private, name)) for name in own)
+    assert all(inspect.getdoc(getattr(torch_private, name)) for name in own)
 
 
 def test_tree_map_walks_containers_and_takes_none_for_a_leaf():
-    seen = _private.tree_map(lambda x: "none" if x is None else x + 1, {"a": [1, (2, None)], "b": 3})
+    seen = torch_private.tree_map(
+        lambda x: "none" if x is None else x + 1, {"a": [1, (2, None)], "b": 3}
+    )
     assert seen == {"a": [2, (3, "none")], "b": 4}
 
 
@@ -73,16 +81,18 @@ class Box:
 
 
 def test_a_registered_node_is_looked_into():
-    _private.register_tree_node(Box, lambda box: box.values, lambda like, values: Box(like.label, values))
+    torch_private.register_tree_node(
+        Box, lambda box: box.values, lambda like, values: Box(like.label, values)
+    )
     box = Box("kept", [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
-    doubled = _private.tree_map(lambda x: 2 * x, box)
+    doubled = torch_private.tree_map(lambda x: 2 * x, box)
     assert doubled.label == "kept"
     assert [x.tolist() for x in doubled.values] == [[2.0, 4.0], [6.0, 8.0]]
     mapped = torch.func.vmap(lambda b: Box(b.label, [b.values[0] + b.values[1]]))(box)
     assert mapped.values[0].tolist() == [4.0, 6.0]
     gradient = torch.func.grad(lambda b: (b.values[0] * b.values[1]).sum())(box)
     assert gradient.values[0].tolist() == [3.0, 4.0]
-    keys = _private.tree_map(type, Box("", []))
+    keys = torch_private.tree_map(type, Box("", []))
     assert keys.values == []
 
 
@@ -115,13 +125,13 @@ def observed(query: Callable[[], bool]) -> dict[str, bool]:
 def test_whether_a_transform_is_running():
     outside = dict.fromkeys(("plain", "no_grad", "after"), False)
     inside = dict.fromkeys(("grad", "vmap", "jvp", "grad in vmap", "vmap in grad", "dual"), True)
-    assert observed(lambda: _private.inside_transform()) == {**outside, **inside}
+    assert observed(lambda: torch_private.inside_transform()) == {**outside, **inside}
 
 
 def test_whether_vmap_is_running():
     outside = dict.fromkeys(("plain", "no_grad", "grad", "jvp", "dual", "after"), False)
     inside = dict.fromkeys(("vmap", "grad in vmap", "vmap in grad"), True)
-    assert observed(lambda: _private.inside_vmap()) == {**outside, **inside}
+    assert observed(lambda: torch_private.inside_vmap()) == {**outside, **inside}
 
 
 def test_whether_the_innermost_grad_sees_a_tensor():
@@ -130,10 +140,10 @@ def test_whether_the_innermost_grad_sees_a_tensor():
 
     def note(where: str, outer: Tensor) -> Tensor:
         def body(inner: Tensor) -> Tensor:
-            seen[f"constant in {where}"] = _private.is_tracked(torch.ones(()))
-            seen[f"outer in {where}"] = _private.is_tracked((outer * 2).sum())
-            seen[f"inner in {where}"] = _private.is_tracked((inner * 2).sum())
-            seen[f"both in {where}"] = _private.is_tracked((inner * outer).sum())
+            seen[f"constant in {where}"] = torch_private.is_tracked(torch.ones(()))
+            seen[f"outer in {where}"] = torch_private.is_tracked((outer * 2).sum())
+            seen[f"inner in {where}"] = torch_private.is_tracked((inner * 2).sum())
+            seen[f"both in {where}"] = torch_private.is_tracked((inner * outer).sum())
             return inner.sum()
 
         torch.func.grad(body)(torch.ones(2))
@@ -150,35 +160,40 @@ def test_whether_the_innermost_grad_sees_a_tensor():
 
 def test_the_version_counts_writes_in_place():
     x = torch.zeros(3)
-    before = _private.version(x)
-    assert _private.version(x + 1) == 0
+    before = torch_private.version(x)
+    assert torch_private.version(x + 1) == 0
     x.add_(1)
     x[0] = 2
-    assert _private.version(x) == before + 2
-    assert _private.version(x.view(3)) == _private.version(x)  # a view counts with its base
+    assert torch_private.version(x) == before + 2
+    assert torch_private.version(x.view(3)) == torch_private.version(
+        x
+    )  # a view counts with its base
     x.data.add_(1)
-    assert _private.version(x) == before + 2  # and .data does not count
+    assert torch_private.version(x) == before + 2  # and .data does not count
 
 
 def test_the_hooks_of_a_tensor():
     x = torch.ones(2, requires_grad=True)
-    assert _private.gradient_hooks(x) == []
+    assert torch_private.gradient_hooks(x) == []
     double, nothing = (lambda g: 2 * g), (lambda g: None)
     first = x.register_hook(double)
     x.register_hook(nothing)
-    assert _private.gradient_hooks(x) == [double, nothing]
+    assert torch_private.gradient_hooks(x) == [double, nothing]
     first.remove()
-    assert _private.gradient_hooks(x) == [nothing]
+    assert torch_private.gradient_hooks(x) == [nothing]
 
 
 def test_the_hooks_of_an_optimizer():
     optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
-    assert _private.step_hooks(optimizer) == 0
-    handles = [optimizer.register_step_pre_hook(lambda *_: None), optimizer.register_step_post_hook(lambda *_: None)]
-    assert _private.step_hooks(optimizer) == 2
+    assert torch_private.step_hooks(optimizer) == 0
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: None),
+        optimizer.register_step_post_hook(lambda *_: None),
+    ]
+    assert torch_private.step_hooks(optimizer) == 2
     for handle in handles:
         handle.remove()
-    assert _private.step_hooks(optimizer) == 0
+    assert torch_private.step_hooks(optimizer) == 0
 
 
 @pytest.mark.parametrize("mark", [True, False])
@@ -186,7 +201,7 @@ def test_a_scheduler_believes_that_its_optimizer_was_stepped(mark: bool):
     optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     if mark:
-        _private.mark_stepped(optimizer)
+        torch_private.mark_stepped(optimizer)
         scheduler.step()  # a warning would be an error
     else:
         with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
@@ -197,22 +212,22 @@ def test_whether_a_backward_pass_is_running():
     seen = []
     x = torch.ones(2, requires_grad=True)
     y = (x * 2).sum()
-    y.register_hook(lambda g: seen.append(_private.backward_pass() != -1))
-    seen.append(_private.backward_pass() != -1)
+    y.register_hook(lambda g: seen.append(torch_private.backward_pass() != -1))
+    seen.append(torch_private.backward_pass() != -1)
     y.backward(retain_graph=True)
     torch.autograd.grad(y, x)
-    seen.append(_private.backward_pass() != -1)
+    seen.append(torch_private.backward_pass() != -1)
     assert seen == [False, True, True, False]
 
 
 def test_a_dual_level_is_told_from_a_transform():
-    assert not _private.inside_dual_level()
+    assert not torch_private.inside_dual_level()
     with forward_ad.dual_level():
-        assert _private.inside_dual_level()
+        assert torch_private.inside_dual_level()
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_private.inside_dual_level())
+        seen.append(torch_private.inside_dual_level())
         return x
 
     torch.func.jvp(look, (torch.ones(1),), (torch.ones(1),))
@@ -223,7 +238,7 @@ def test_a_reverse_transform_is_told_from_the_others():
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_private.inside_reverse_transform())
+        seen.append(torch_private.inside_reverse_transform())
         return x.sum()
 
     look(torch.ones(1))
@@ -238,15 +253,17 @@ def test_a_mode_sees_that_gradients_are_switched_off():
     seen: list[Any] = []
 
     class See(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
     with See(), torch.no_grad():
         pass
     assert seen
-    assert all(_private.switches_gradients(func) for func in seen)
-    assert not _private.switches_gradients(torch.add)
+    assert all(torch_private.switches_gradients(func) for func in seen)
+    assert not torch_private.switches_gradients(torch.add)
 
 
 def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
@@ -257,10 +274,10 @@ def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
         return x
 
     x = torch.ones(2, requires_grad=True)
-    with _private.no_saved_tensors_hooks():
+    with torch_private.no_saved_tensors_hooks():
         assert x.exp().requires_grad
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        with _private.no_saved_tensors_hooks():
+        with torch_private.no_saved_tensors_hooks():
             x.exp()
         assert not packed
         x.exp()
@@ -271,35 +288,48 @@ def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
     xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
     ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
     for found, expected in (
-        (_private.add_lists(xs, ys, 0.3), [torch.add(x, y, alpha=0.3) for x, y in zip(xs, ys, strict=True)]),
-        (_private.multiply_list(xs, 0.3), [x * 0.3 for x in xs]),
+        (
+            torch_private.add_lists(xs, ys, 0.3),
+            [torch.add(x, y, alpha=0.3) for x, y in zip(xs, ys, strict=True)],
+        ),
+        (torch_private.multiply_list(xs, 0.3), [x * 0.3 for x in xs]),
     ):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         for used in (slice(None), slice(1, 2)):  # all results, and one of them alone
             slopes = []
             for results in (found, expected):
                 total = torch.stack([(r**3).sum() for r in results[used]]).sum()
-                slopes.append(torch.autograd.grad(total, [*xs, *ys], create_graph=True, allow_unused=True))
+                slopes.append(
+                    torch.autograd.grad(total, [*xs, *ys], create_graph=True, allow_unused=True)
+                )
             for a, b in zip(*slopes, strict=True):
                 assert (a is None or not a.any()) if b is None else torch.equal(a, b)
-            second = [torch.autograd.grad(s[1].square().sum(), xs[1], retain_graph=True)[0] for s in slopes]
+            second = [
+                torch.autograd.grad(s[1].square().sum(), xs[1], retain_graph=True)[0]
+                for s in slopes
+            ]
             assert torch.equal(*second)
 
 
 def test_a_derivative_is_seen_at_any_level():
     constant, leaf = torch.ones(2), torch.ones(2, requires_grad=True)
-    assert not _private.has_derivative(constant)
-    assert _private.has_derivative(leaf)
+    assert not torch_private.has_derivative(constant)
+    assert torch_private.has_derivative(leaf)
     seen = []
 
     def inner(y: Tensor, x: Tensor) -> Tensor:
         seen.append(
-            [_private.has_derivative(v) for v in (constant, x, y, x.detach(), y.detach(), x.detach() * constant)]
+            [
+                torch_private.has_derivative(v)
+                for v in (constant, x, y, x.detach(), y.detach(), x.detach() * constant)
+            ]
         )
         return y
 
     torch.func.grad(lambda x: torch.func.grad(inner)(x.detach(), x))(torch.tensor(1.0))
-    torch.func.grad(lambda x: torch.func.vmap(lambda y: inner(y, x))(x.expand(2)).sum())(torch.tensor(1.0))
+    torch.func.grad(lambda x: torch.func.vmap(lambda y: inner(y, x))(x.expand(2)).sum())(
+        torch.tensor(1.0)
+    )
     torch.func.jvp(lambda x: inner(x, x), (torch.tensor(1.0),), (torch.tensor(1.0),))
     assert seen == [[False, True, True, False, False, False]] * 3
 
@@ -308,19 +338,19 @@ def test_the_innermost_tensor_is_plain():
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_private.innermost(x))
+        seen.append(torch_private.innermost(x))
         return x.sum()
 
     torch.func.vmap(torch.func.grad(look))(torch.ones(3, 2))
     assert seen[0].shape == (3, 2)
-    assert _private.innermost(seen[0]) is seen[0]
+    assert torch_private.innermost(seen[0]) is seen[0]
 
 
 def test_jvp_levels_are_counted():
     seen: list[int] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_private.jvp_levels())
+        seen.append(torch_private.jvp_levels())
         return x.sum()
 
     def along(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -335,7 +365,7 @@ def test_jvp_levels_are_counted():
 
 def test_a_storage_reference_expires_with_the_memory():
     x = torch.ones(3)
-    reference = _private.storage_weakref(x)
+    reference = torch_private.storage_weakref(x)
     view = x[1:]
     del x
     assert not reference.expired()
@@ -346,7 +376,7 @@ def test_a_storage_reference_expires_with_the_memory():
 def test_operations_are_observed_in_backward_passes_and_below_transforms():
     shapes: list[torch.Size] = []
     x = torch.ones(3, requires_grad=True)
-    with _private.observing(lambda t: shapes.append(t.shape)):
+    with torch_private.observing(lambda t: shapes.append(t.shape)):
         (x * 2).sum().backward()
         torch.func.vmap(lambda y: y * 2)(torch.ones(5, 7))
     assert shapes.count(torch.Size([3])) >= 2
@@ -361,33 +391,38 @@ def test_weight_norm_is_what_the_parametrization_calls():
     seen = []
 
     class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
     with Mode():
         layer(torch.ones(2))
-    assert _private.weight_norm() in seen
+    assert torch_private.weight_norm() in seen
     torch.testing.assert_close(
-        _private.weight_norm()(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)), torch.tensor([[0.6, 0.8]])
+        torch_private.weight_norm()(torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)),
+        torch.tensor([[0.6, 0.8]]),
     )
 
 
 def test_the_innermost_function_mode_is_known():
     class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             return func(*args, **(kwargs or {}))
 
-    assert _private.function_mode() is None
+    assert torch_private.function_mode() is None
     with Mode(), Mode() as inner:
-        assert _private.function_mode() is inner
+        assert torch_private.function_mode() is inner
 
 
 def test_forward_mode_and_the_number_of_derivatives_are_known():
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append((_private.forward_mode(), _private.derivative_levels()))
+        seen.append((torch_private.forward_mode(), torch_private.derivative_levels()))
         return x.sum()
 
     look(torch.ones(2))
@@ -400,15 +435,18 @@ def test_forward_mode_and_the_number_of_derivatives_are_known():
 
 def test_an_embedding_says_whether_it_divides_by_frequency():
     w, at = torch.ones(2, 1, requires_grad=True), torch.tensor([0])
-    nodes = [torch.nn.functional.embedding(at, w, scale_grad_by_freq=flag).grad_fn for flag in (False, True)]
-    assert [_private.divides_by_frequency(node) for node in nodes] == [False, True]
+    nodes = [
+        torch.nn.functional.embedding(at, w, scale_grad_by_freq=flag).grad_fn
+        for flag in (False, True)
+    ]
+    assert [torch_private.divides_by_frequency(node) for node in nodes] == [False, True]
 
 
 def test_the_order_of_transforms_is_known():
     seen = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_private.reverse_over_forward())
+        seen.append(torch_private.reverse_over_forward())
         return x.square().sum()
 
     at = torch.ones(2)

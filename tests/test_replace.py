@@ -1,4 +1,5 @@
-"""The forms that replace PyTorch's operations: when they do, when they must not, and what is refused."""
+"""The forms that replace PyTorch's operations: when they do, when they must not, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import innerloop
-from innerloop import _private
+from innerloop._utils import torch_private
+from innerloop.nn import _mode as replace
 from innerloop.nn import functional as ours
-from innerloop.nn import recurrent, replace
+from innerloop.nn._derivative_order import _thread
+from innerloop.nn._replacements import recurrent
 from tests.oracles import assert_derivative, derivative, smooth_noise
 
 F: Any = functional  # the stubs of torch lag behind its arguments
@@ -45,7 +48,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def modes() -> int:
     """How many replacing modes were left on; they are taken off."""
     count = 0
-    while isinstance(mode := _private.function_mode(), replace.Replacing):
+    while isinstance(mode := torch_private.function_mode(), replace.Replacing):
         mode.__exit__(None, None, None)
         count += 1
     return count
@@ -59,10 +62,10 @@ def node_of(x: Tensor) -> str:
 def _nothing_is_left_on() -> Any:
     yield
     assert modes() == 0
-    assert replace._thread.loops == 0
+    assert _thread.loops == 0
 
 
-# -- when ----------------------------------------------------------------------------------------------------------------
+# -- when ------------------------------------------------------------------------------------------
 
 
 def test_operations_are_replaced_inside_the_block_only() -> None:
@@ -112,7 +115,7 @@ def test_a_loop_without_such_operations_looks_at_its_first_step_only() -> None:
     model = nn.Linear(2, 1)
     with innerloop.track(model, sgd(model)) as loop:
         loop.step(loop.model(torch.ones(2)).square().sum())
-        assert _private.function_mode() is None
+        assert torch_private.function_mode() is None
 
 
 def test_an_operation_of_a_later_step_is_refused_by_name_and_can_be_announced() -> None:
@@ -124,7 +127,9 @@ def test_an_operation_of_a_later_step_is_refused_by_name_and_can_be_announced() 
             loop.step(loop.model(0))
             return loop.model(1)
 
-    with pytest.raises(innerloop.NotDifferentiableError, match=r"F\.embedding_bag.*innerloop\.nn\.replacing"):
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match=r"F\.embedding_bag.*innerloop\.nn\.replacing"
+    ):
         run()
     with innerloop.nn.replacing():
         run().backward()
@@ -133,15 +138,20 @@ def test_an_operation_of_a_later_step_is_refused_by_name_and_can_be_announced() 
 def test_a_loss_computed_before_the_block_is_refused() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
     loop = innerloop.track(model, sgd(model))
-    with pytest.raises(innerloop.NotDifferentiableError, match=r"torch\._weight_norm.*wrong second derivative"):
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match=r"torch\._weight_norm.*wrong second derivative"
+    ):
         loop.step(loop.model(torch.ones(2)).square().sum())
 
 
 def test_what_leads_to_outer_tensors_alone_is_differentiated_once_and_not_refused() -> None:
-    """A network outside of the loop gives the targets, through an operation without a second derivative."""
+    """A network outside of the loop gives the targets, through an operation without a second
+    derivative."""
 
     def run(table: Tensor) -> Tensor:
-        targets = F.embedding_bag(torch.tensor([[0, 1], [1, 2]]), table)  # before the block: PyTorch's own
+        targets = F.embedding_bag(
+            torch.tensor([[0, 1], [1, 2]]), table
+        )  # before the block: PyTorch's own
         assert not table.requires_grad or node_of(targets) == "EmbeddingBagBackward0"
         model = nn.Linear(2, 1, bias=False)
         with torch.no_grad():
@@ -168,7 +178,8 @@ def test_the_choice_is_logged_once_and_listed(caplog: pytest.LogCaptureFixture) 
             with innerloop.track(model, sgd(model)) as loop:
                 loop.step(loop.model(0))
     assert [record.message for record in caplog.records if "F.embedding_bag" in record.message] == [
-        "F.embedding_bag is replaced by a form of innerloop's while gradients of gradients are tracked: it has no second derivative"
+        "F.embedding_bag is replaced by a form of innerloop's while gradients of gradients are "
+        "tracked: it has no second derivative"
     ]
     assert innerloop.nn.replaced()["F.embedding_bag"] == "it has no second derivative"
 
@@ -181,7 +192,10 @@ def test_kernels_can_be_kept_and_their_second_derivative_is_then_refused() -> No
             loop.step(loss)
     v = smooth_noise(3, 2)
     with innerloop.nn.keep_kernels(), innerloop.nn.replacing():  # wrong without an error: not kept
-        assert node_of(torch._weight_norm(v.requires_grad_(), torch.ones(3, 1))) != "WeightNormInterfaceBackward0"
+        assert (
+            node_of(torch._weight_norm(v.requires_grad_(), torch.ones(3, 1)))
+            != "WeightNormInterfaceBackward0"
+        )
 
 
 @pytest.mark.parametrize("arguments", [{"first_order": True}, {"learn": "nothing"}])
@@ -193,7 +207,8 @@ def test_kernels_stay_where_no_second_derivative_is_taken(arguments: dict[str, A
 
 
 def test_first_order_gradients_are_those_of_constant_inner_gradients() -> None:
-    """With SGD the FOMAML gradient is the outer gradient at the adapted parameters, here taken by plain PyTorch."""
+    """With SGD the FOMAML gradient is the outer gradient at the adapted parameters, here taken by
+    plain PyTorch."""
     plain = Bags()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
     for t in range(STEPS):
@@ -202,11 +217,15 @@ def test_first_order_gradients_are_those_of_constant_inner_gradients() -> None:
         optimizer.step()
     truth = torch.autograd.grad(plain(STEPS), list(plain.parameters()))
     model = Bags()
-    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.3), first_order=True) as loop:
+    with innerloop.track(
+        model, torch.optim.SGD(model.parameters(), lr=0.3), first_order=True
+    ) as loop:
         for t in range(STEPS):
             loop.step(loop.model(t))
         loop.model(STEPS).backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], list(truth), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters()], list(truth), rtol=1e-12, atol=1e-14
+    )
 
     model, seen = Bags(), []
 
@@ -234,7 +253,8 @@ STRATEGIES = (
 
 
 class Normed(nn.Module):
-    """Operations that PyTorch gets wrong, or does not differentiate twice, of which each strategy sees the right forms."""
+    """Operations that PyTorch gets wrong, or does not differentiate twice, of which each strategy
+    sees the right forms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +265,9 @@ class Normed(nn.Module):
 
     def forward(self, t: Any) -> Tensor:
         y = self.layer(smooth_noise(4, 2, phase=10.0 + float(t)))
-        return torch.cdist(y, 0.5 * y.flip(1)).tanh().mean() + F.huber_loss(y, y.flip(0).sin(), delta=0.4)
+        return torch.cdist(y, 0.5 * y.flip(1)).tanh().mean() + F.huber_loss(
+            y, y.flip(0).sin(), delta=0.4
+        )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=repr)
@@ -261,7 +283,10 @@ def test_every_strategy_takes_the_right_forms(strategy: innerloop.strategy.Strat
 
     model = Normed()
     problem = innerloop.Problem.from_module(
-        model, lambda m, hyper, t: m(t), innerloop.optim.sgd(lr=0.0), optimizer_hyper=lambda hyper, t: {"lr": hyper}
+        model,
+        lambda m, hyper, t: m(t),
+        innerloop.optim.sgd(lr=0.0),
+        optimizer_hyper=lambda hyper, t: {"lr": hyper},
     )
     lr = torch.tensor(0.2, requires_grad=True)
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -278,7 +303,7 @@ def test_every_strategy_takes_the_right_forms(strategy: innerloop.strategy.Strat
     )
 
 
-# -- loops inside of loops -----------------------------------------------------------------------------------------------
+# -- loops inside of loops -------------------------------------------------------------------------
 
 
 def normalised_net() -> nn.Module:
@@ -306,8 +331,11 @@ def adapted(model: Any, steps: int = 2) -> Tensor:
 
 
 def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
-    """The outer loop trains the initialisation of the inner one; truth are plain second derivatives, differenced."""
-    directions = [smooth_noise(*p.shape, phase=80.0 + i) for i, p in enumerate(normalised_net().parameters())]
+    """The outer loop trains the initialisation of the inner one; truth are plain second
+    derivatives, differenced."""
+    directions = [
+        smooth_noise(*p.shape, phase=80.0 + i) for i, p in enumerate(normalised_net().parameters())
+    ]
 
     def moved(h: float) -> nn.Module:
         model = normalised_net()
@@ -317,7 +345,8 @@ def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
         return model
 
     def plain(h: float) -> float:
-        """Plain PyTorch whose gradients are taken by autograd up to the second derivative, which is right."""
+        """Plain PyTorch whose gradients are taken by autograd up to the second derivative, which is
+        right."""
         model = moved(h)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(2):
@@ -328,7 +357,9 @@ def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
                 grads = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
                 fast = {n: p - 0.2 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
             outer = error(functools.partial(_called, model, fast), 9.0)
-            for p, g in zip(model.parameters(), torch.autograd.grad(outer, list(values.values())), strict=True):
+            for p, g in zip(
+                model.parameters(), torch.autograd.grad(outer, list(values.values())), strict=True
+            ):
                 p.grad = g
             optimizer.step()
         return error(model, 12.0).item()
@@ -341,7 +372,9 @@ def test_a_loop_inside_a_loop_differentiates_layer_norm_three_times() -> None:
     assert outer.item() == pytest.approx(plain(0.0), rel=1e-10)
     outer.backward()
     found = sum(
-        (p.grad * v).sum().item() for p, v in zip(model.parameters(), directions, strict=True) if p.grad is not None
+        (p.grad * v).sum().item()
+        for p, v in zip(model.parameters(), directions, strict=True)
+        if p.grad is not None
     )
     assert_derivative(found, derivative(plain), "nested loops")
 
@@ -371,18 +404,25 @@ def test_a_third_derivative_of_layer_norm_is_refused_and_can_be_asked_for() -> N
     assert_derivative(found, derivative(slope), "second derivative of the meta-loss")
 
 
-# -- forms against PyTorch -----------------------------------------------------------------------------------------------
+# -- forms against PyTorch -------------------------------------------------------------------------
 
 X, Y, W = smooth_noise(4, 3), smooth_noise(4, 3, phase=1.0), 1 + smooth_noise(4, 3, phase=2.0) / 2
-LABELS, SIGNS = torch.tensor([0, 2, 1, 2]), torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]).expand(4, 3)
+LABELS, SIGNS = (
+    torch.tensor([0, 2, 1, 2]),
+    torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]).expand(4, 3),
+)
 MANY = torch.tensor([[0, -1, 0], [2, 0, -1], [1, -1, 0], [2, -1, -1]])
 IMAGE, GRID = smooth_noise(2, 3, 5, 6), 1.4 * smooth_noise(2, 3, 4, 2, phase=1.0)
 FLAT, OFFSETS = torch.tensor([1, 2, 4, 5, 4, 3, 2, 2]), torch.tensor([0, 3, 3, 6])
 TABLE = smooth_noise(6, 3)
-LOG_PROBABILITIES = smooth_noise(7, 2, 5)  # not normalised: PyTorch's gradient has a term of its own there
+LOG_PROBABILITIES = smooth_noise(
+    7, 2, 5
+)  # not normalised: PyTorch's gradient has a term of its own there
 CTC = (torch.tensor([[1, 2, 2], [3, 1, 0]]), torch.tensor([7, 5]), torch.tensor([3, 2]))
 
-CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = {}
+CALLS: dict[
+    str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
+] = {}
 
 
 def enrol(name: str, mine: Any, theirs: Any, *args: Any, **options: Any) -> None:
@@ -395,11 +435,33 @@ for reduction in ("mean", "sum", "none"):
     enrol("huber", ours.huber_loss, F.huber_loss, X, Y, reduction=reduction, delta=0.4)
     enrol("huber-weight", ours.huber_loss, F.huber_loss, X, Y, reduction=reduction, weight=W)
     enrol("soft-margin", ours.soft_margin_loss, F.soft_margin_loss, X, SIGNS, reduction=reduction)
-    enrol("multi-margin", ours.multi_margin_loss, F.multi_margin_loss, X, LABELS, reduction=reduction, margin=0.7)
     enrol(
-        "multi-margin-2", ours.multi_margin_loss, F.multi_margin_loss, X, LABELS, reduction=reduction, p=2, weight=W[0]
+        "multi-margin",
+        ours.multi_margin_loss,
+        F.multi_margin_loss,
+        X,
+        LABELS,
+        reduction=reduction,
+        margin=0.7,
     )
-    enrol("multilabel", ours.multilabel_margin_loss, F.multilabel_margin_loss, X, MANY, reduction=reduction)
+    enrol(
+        "multi-margin-2",
+        ours.multi_margin_loss,
+        F.multi_margin_loss,
+        X,
+        LABELS,
+        reduction=reduction,
+        p=2,
+        weight=W[0],
+    )
+    enrol(
+        "multilabel",
+        ours.multilabel_margin_loss,
+        F.multilabel_margin_loss,
+        X,
+        MANY,
+        reduction=reduction,
+    )
     enrol("ctc", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, *CTC, reduction=reduction)
     enrol(
         "ctc-flat",
@@ -411,27 +473,85 @@ for reduction in ("mean", "sum", "none"):
         reduction=reduction,
         blank=4,
     )
-enrol("ctc-one", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES[:, 0], CTC[0][0], torch.tensor(7), torch.tensor(3))
 enrol(
-    "ctc-short", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], torch.tensor([7, 1]), CTC[2], zero_infinity=True
+    "ctc-one",
+    ours.ctc_loss,
+    F.ctc_loss,
+    LOG_PROBABILITIES[:, 0],
+    CTC[0][0],
+    torch.tensor(7),
+    torch.tensor(3),
 )
 enrol(
-    "ctc-no-label", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([3, 0]), reduction="none"
+    "ctc-short",
+    ours.ctc_loss,
+    F.ctc_loss,
+    LOG_PROBABILITIES,
+    CTC[0],
+    torch.tensor([7, 1]),
+    CTC[2],
+    zero_infinity=True,
+)
+enrol(
+    "ctc-no-label",
+    ours.ctc_loss,
+    F.ctc_loss,
+    LOG_PROBABILITIES,
+    CTC[0],
+    CTC[1],
+    torch.tensor([3, 0]),
+    reduction="none",
 )
 for filler in (-1, -100, 99):
     padded = torch.tensor([[1, 2, 2], [3, filler, filler]])
     lengths = (CTC[1], torch.tensor([3, 1]))
     enrol(
-        "ctc-padded", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES.log_softmax(-1), padded, *lengths, blank=filler % 5
+        "ctc-padded",
+        ours.ctc_loss,
+        F.ctc_loss,
+        LOG_PROBABILITIES.log_softmax(-1),
+        padded,
+        *lengths,
+        blank=filler % 5,
     )
-enrol("ctc-no-time", ours.ctc_loss, F.ctc_loss, LOG_PROBABILITIES, CTC[0], torch.tensor([7, 0]), torch.tensor([3, 0]))
+enrol(
+    "ctc-no-time",
+    ours.ctc_loss,
+    F.ctc_loss,
+    LOG_PROBABILITIES,
+    CTC[0],
+    torch.tensor([7, 0]),
+    torch.tensor([3, 0]),
+)
 enrol("multi-margin-1d", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1])
 for reduction in ("none", "mean"):
-    enrol("multi-margin-one", ours.multi_margin_loss, F.multi_margin_loss, X[0], LABELS[1:2], reduction=reduction)
-    enrol("multi-margin-row", ours.multi_margin_loss, F.multi_margin_loss, X[:1], LABELS[1], reduction=reduction)
+    enrol(
+        "multi-margin-one",
+        ours.multi_margin_loss,
+        F.multi_margin_loss,
+        X[0],
+        LABELS[1:2],
+        reduction=reduction,
+    )
+    enrol(
+        "multi-margin-row",
+        ours.multi_margin_loss,
+        F.multi_margin_loss,
+        X[:1],
+        LABELS[1],
+        reduction=reduction,
+    )
 for mode in ("sum", "mean", "max"):
     enrol("bag", ours.embedding_bag, F.embedding_bag, FLAT, TABLE, OFFSETS, mode=mode)
-    enrol("bag-rows", ours.embedding_bag, F.embedding_bag, FLAT.reshape(2, 4), TABLE, mode=mode, padding_idx=-2)
+    enrol(
+        "bag-rows",
+        ours.embedding_bag,
+        F.embedding_bag,
+        FLAT.reshape(2, 4),
+        TABLE,
+        mode=mode,
+        padding_idx=-2,
+    )
     enrol(
         "bag-last",
         ours.embedding_bag,
@@ -453,7 +573,14 @@ enrol(
     per_sample_weights=W.flatten()[:8].reshape(2, 4),
 )
 for p in (0.5, 1.0, 2.0, 3.0, float("inf")):
-    enrol("cdist", ours.cdist, torch.cdist, smooth_noise(2, 4, 3), smooth_noise(1, 5, 3, phase=1.0), p=p)
+    enrol(
+        "cdist",
+        ours.cdist,
+        torch.cdist,
+        smooth_noise(2, 4, 3),
+        smooth_noise(1, 5, 3, phase=1.0),
+        p=p,
+    )
     enrol("pdist", ours.pdist, F.pdist, X, p=p)
 enrol("cdist-many", ours.cdist, torch.cdist, smooth_noise(30, 3), smooth_noise(31, 3, phase=1.0))
 for padding in ("zeros", "border", "reflection"):
@@ -495,7 +622,9 @@ for p in (0.0, 0.5, 1.0, 2.0, 3.0, float("inf")):
     enrol("pdist-ties", ours.pdist, F.pdist, TIED, p=p)
 for aligned in (True, False):
     identity = F.affine_grid(
-        torch.eye(2, 3, dtype=torch.float64)[None].expand(2, 2, 3), (2, 3, 5, 6), align_corners=aligned
+        torch.eye(2, 3, dtype=torch.float64)[None].expand(2, 2, 3),
+        (2, 3, 5, 6),
+        align_corners=aligned,
     )
     for padding in ("zeros", "border", "reflection"):
         for mode in ("bilinear", "bicubic"):
@@ -518,7 +647,17 @@ enrol(
     weight=1 + smooth_noise(5, 6) / 2,
     bias=smooth_noise(5, 6, phase=1.0),
 )
-enrol("batch-norm", ours.batch_norm, F.batch_norm, IMAGE, None, None, weight=W[0], bias=Y[0], training=True)
+enrol(
+    "batch-norm",
+    ours.batch_norm,
+    F.batch_norm,
+    IMAGE,
+    None,
+    None,
+    weight=W[0],
+    bias=Y[0],
+    training=True,
+)
 enrol("instance-norm", ours.instance_norm, F.instance_norm, IMAGE, weight=W[0], bias=Y[0])
 enrol("hardsigmoid", ours.hardsigmoid, F.hardsigmoid, 4 * X)
 enrol(
@@ -546,14 +685,19 @@ def test_a_form_has_the_values_and_gradients_of_pytorch(name: str) -> None:
     mine, theirs, args, options = CALLS[name]
 
     def run(call: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
-        leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        leaves = [
+            x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in args
+        ]
         output = call(*leaves, **options)
         chosen = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         if "soft-margin" in name:
             chosen = chosen[:1]  # PyTorch has no gradient for the target
         weights = 1 + smooth_noise(*output.shape, phase=9.0) / 2
         found = torch.autograd.grad((output * weights).sum(), chosen, allow_unused=True)
-        return output.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(found, chosen, strict=True)]
+        return output.detach(), [
+            torch.zeros_like(x) if g is None else g for g, x in zip(found, chosen, strict=True)
+        ]
 
     if "soft-margin" in name:
         args = (args[0], args[1].detach())
@@ -563,7 +707,9 @@ def test_a_form_has_the_values_and_gradients_of_pytorch(name: str) -> None:
     found, grads = run(mine)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     # PyTorch's gradient of hardsigmoid multiplies by a sixth in single precision.
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-7 if "hardsigmoid" in name else 1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        grads, expected_grads, rtol=1e-7 if "hardsigmoid" in name else 1e-10, atol=1e-12
+    )
 
 
 def test_the_old_words_for_reductions_are_understood() -> None:
@@ -594,18 +740,22 @@ def test_the_weight_of_l1_loss_survives_autocast() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("outside", [False, True])
 def test_the_weight_of_l1_loss_survives_two_modes(reduction: str, outside: bool) -> None:
-    """A device is a mode too; under both, PyTorch's function is called twice, and the second call has no weight."""
+    """A device is a mode too; under both, PyTorch's function is called twice, and the second call
+    has no weight."""
     expected = F.l1_loss(X, Y, reduction=reduction, weight=W)
     modes = [innerloop.nn.replacing(), torch.device("cpu")]
     first, second = reversed(modes) if outside else modes
     with first, second:
-        torch.testing.assert_close(F.l1_loss(X, Y, reduction=reduction, weight=W), expected, rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(
+            F.l1_loss(X, Y, reduction=reduction, weight=W), expected, rtol=1e-14, atol=0.0
+        )
         torch.testing.assert_close(F.l1_loss(X, Y), (X - Y).abs().mean(), rtol=1e-14, atol=0.0)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
 def test_a_linear_cross_entropy_in_chunks_is_trained_through() -> None:
-    """PyTorch computes its gradient beforehand and keeps it: a constant of the second derivative."""
+    """PyTorch computes its gradient beforehand and keeps it: a constant of the second
+    derivative."""
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)  # type: ignore[attr-defined,unused-ignore]
 
     def loss(weight: Tensor) -> Tensor:
@@ -621,11 +771,17 @@ def test_a_linear_cross_entropy_in_chunks_is_trained_through() -> None:
     torch.testing.assert_close(value, loss(weight), rtol=1e-12, atol=0.0)
     (slope,) = torch.autograd.grad(value, weight, create_graph=True)
     (bend,) = torch.autograd.grad((slope * X).sum(), weight)
-    assert_derivative((bend * W).sum().item(), derivative(lambda h: (gradient(h) * X).sum().item()), "in chunks")
+    assert_derivative(
+        (bend * W).sum().item(), derivative(lambda h: (gradient(h) * X).sum().item()), "in chunks"
+    )
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.BatchNorm2d(3), lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True)]
+    "make",
+    [
+        lambda: nn.BatchNorm2d(3),
+        lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+    ],
 )
 def test_running_statistics_follow_as_in_pytorch(make: Callable[[], nn.Module]) -> None:
     plain, mine = make(), make()
@@ -639,7 +795,8 @@ def test_running_statistics_follow_as_in_pytorch(make: Callable[[], nn.Module]) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_norms_of_half_precision_are_computed_in_single(dtype: torch.dtype, mixed: bool) -> None:
-    """Squares of 300 and more are infinite in float16; PyTorch's outputs are those of float32, rounded."""
+    """Squares of 300 and more are infinite in float16; PyTorch's outputs are those of float32,
+    rounded."""
     of_weights = torch.float32 if mixed else dtype
     for module in (nn.LayerNorm(6), nn.BatchNorm2d(3), nn.InstanceNorm2d(3, affine=True)):
         module, x = module.to(of_weights), (300 * IMAGE + 100).to(dtype)
@@ -648,7 +805,9 @@ def test_norms_of_half_precision_are_computed_in_single(dtype: torch.dtype, mixe
             found = module(x)
         assert found.dtype == expected.dtype == dtype
         assert expected.isfinite().all()
-        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            found, expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps
+        )
 
 
 def test_layer_norm_refuses_the_shapes_that_pytorch_refuses() -> None:
@@ -696,8 +855,12 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "none of the 3": lambda: ours.multilabel_margin_loss(X, MANY + 1),
     "shapes must be equal": lambda: ours.multilabel_margin_loss(X, MANY[0]),
     "7 times": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], torch.tensor([8, 5]), CTC[2]),
-    "hold its labels": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([4, 1])),
-    "must be used": lambda: ours.ctc_loss(LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])),
+    "hold its labels": lambda: ours.ctc_loss(
+        LOG_PROBABILITIES, CTC[0], CTC[1], torch.tensor([4, 1])
+    ),
+    "must be used": lambda: ours.ctc_loss(
+        LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])
+    ),
     "none of the 5 classes": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]),
 }
 
@@ -710,7 +873,8 @@ def test_what_pytorch_refuses_is_refused(match: str) -> None:
 
 
 def test_the_gradient_of_a_ctc_loss_is_pytorchs_and_right_behind_a_log_softmax() -> None:
-    """That of probabilities from elsewhere is not the derivative of the loss, in PyTorch and here; docs/doctor.md says what to write."""
+    """That of probabilities from elsewhere is not the derivative of the loss, in PyTorch and here;
+    docs/doctor.md says what to write."""
     logits, direction = smooth_noise(7, 2, 5, phase=1.0), smooth_noise(7, 2, 5, phase=2.0)
 
     def normalised(h: float, leaf: bool = False) -> tuple[Tensor, Tensor]:
@@ -732,10 +896,13 @@ def test_the_gradient_of_a_ctc_loss_is_pytorchs_and_right_behind_a_log_softmax()
 
 def test_an_impossible_alignment_is_infinite() -> None:
     short = (CTC[0], torch.tensor([7, 1]), CTC[2])
-    assert ours.ctc_loss(LOG_PROBABILITIES, *short, reduction="none").isinf().tolist() == [False, True]
+    assert ours.ctc_loss(LOG_PROBABILITIES, *short, reduction="none").isinf().tolist() == [
+        False,
+        True,
+    ]
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def refused(operation: Callable[[Tensor], Tensor], match: str, product: str = "reverse") -> None:
@@ -756,14 +923,26 @@ def refused(operation: Callable[[Tensor], Tensor], match: str, product: str = "r
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
     refused(torch.special.bessel_j0, r"bessel_j0 has no derivative")
-    refused(lambda x: F.embedding(torch.tensor([0, 0, 1]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
-    refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, scale_grad_by_freq=True), "scale_grad_by_freq")
     refused(
-        lambda x: F.embedding(torch.tensor([0, 0, 1]), x, max_norm=0.5), r"F\.embedding\(max_norm=0\.5\).*clamp_min"
+        lambda x: F.embedding(torch.tensor([0, 0, 1]), x, scale_grad_by_freq=True),
+        "scale_grad_by_freq",
     )
-    refused(lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, max_norm=0.5), r"F\.embedding_bag\(max_norm")
+    refused(
+        lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, scale_grad_by_freq=True),
+        "scale_grad_by_freq",
+    )
+    refused(
+        lambda x: F.embedding(torch.tensor([0, 0, 1]), x, max_norm=0.5),
+        r"F\.embedding\(max_norm=0\.5\).*clamp_min",
+    )
+    refused(
+        lambda x: F.embedding_bag(torch.tensor([[0, 0, 1]]), x, max_norm=0.5),
+        r"F\.embedding_bag\(max_norm",
+    )
     refused(lambda x: nn.CrossMapLRN2d(3)(x[:, :, None, None]), "CrossMapLRN2d.*LocalResponseNorm")
-    refused(lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3, 1])), "segment_reduce")
+    refused(
+        lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3, 1])), "segment_reduce"
+    )
     index = torch.tensor([0, 0, 1, 2])[:, None].expand(4, 3)
     product = lambda x: torch.ones(3, 3).scatter_reduce(0, index, x, "prod")  # noqa: E731
     refused(product, r"scatter_reduce", product="mixed")
@@ -772,12 +951,17 @@ def test_what_is_silently_wrong_and_has_no_form_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
-def test_an_embedding_that_is_rescaled_is_refused_whatever_is_kept_and_not_written(make: Any) -> None:
+def test_an_embedding_that_is_rescaled_is_refused_whatever_is_kept_and_not_written(
+    make: Any,
+) -> None:
     """PyTorch rescales the weight in place, behind the back of autograd."""
     model, indices = make(4, 3, max_norm=0.5), torch.tensor([[0, 1, 2]])
     before = model.weight.detach().clone()
     match = r"max_norm=0\.5"
-    with innerloop.track(model, sgd(model)) as loop, pytest.raises(innerloop.NotDifferentiableError, match=match):
+    with (
+        innerloop.track(model, sgd(model)) as loop,
+        pytest.raises(innerloop.NotDifferentiableError, match=match),
+    ):
         loop.step(loop.model(indices).square().sum())
     for around in (innerloop.nn.keep_kernels(), innerloop.nn.replacing(only_silent=True)):
         with (
@@ -804,9 +988,15 @@ BAGS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "start with 0": ((FLAT, TABLE, torch.tensor([1, 3])), {}),
     "never decrease": ((FLAT, TABLE, torch.tensor([0, 3, 1])), {}),
     "at the latest": ((FLAT, TABLE, torch.tensor([0, 9])), {}),
-    "offsets is empty": ((FLAT, TABLE, torch.tensor([], dtype=torch.long)), {"include_last_offset": True}),
+    "offsets is empty": (
+        (FLAT, TABLE, torch.tensor([], dtype=torch.long)),
+        {"include_last_offset": True},
+    ),
     "padding_idx=6": ((FLAT, TABLE, OFFSETS), {"padding_idx": 6}),
-    "weight.dtype": ((FLAT, TABLE, OFFSETS), {"mode": "sum", "per_sample_weights": torch.ones(8, dtype=torch.float32)}),
+    "weight.dtype": (
+        (FLAT, TABLE, OFFSETS),
+        {"mode": "sum", "per_sample_weights": torch.ones(8, dtype=torch.float32)},
+    ),
     "two dimensions": ((FLAT, TABLE[0], OFFSETS), {}),
 }
 
@@ -820,7 +1010,9 @@ def test_bags_that_are_none_are_refused(match: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Argument order")
 def test_bags_take_the_old_order_of_arguments() -> None:
-    assert torch.equal(ours.embedding_bag(TABLE, FLAT, OFFSETS), F.embedding_bag(TABLE, FLAT, OFFSETS))
+    assert torch.equal(
+        ours.embedding_bag(TABLE, FLAT, OFFSETS), F.embedding_bag(TABLE, FLAT, OFFSETS)
+    )
 
 
 def test_constants_may_go_through_functions_without_derivative() -> None:
@@ -828,7 +1020,7 @@ def test_constants_may_go_through_functions_without_derivative() -> None:
         assert torch.special.bessel_j0(X).shape == X.shape
 
 
-# -- cuDNN ---------------------------------------------------------------------------------------------------------------
+# -- cuDNN -----------------------------------------------------------------------------------------
 
 
 def test_cudnn_is_off_during_a_recurrent_call_and_only_then() -> None:
@@ -839,7 +1031,9 @@ def test_cudnn_is_off_during_a_recurrent_call_and_only_then() -> None:
     assert not recurrent.on_cuda((X,), {})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: cuDNN has no second derivative there")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: cuDNN has no second derivative there"
+)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_run_on_a_gpu_without_flags(kind: Callable[..., nn.RNNBase]) -> None:
     gradients = []
@@ -848,25 +1042,31 @@ def test_recurrent_layers_run_on_a_gpu_without_flags(kind: Callable[..., nn.RNNB
         model = kind(2, 3).to(device)
         with innerloop.track(model, sgd(model)) as loop:
             for t in range(STEPS):
-                loop.step(loop.model(smooth_noise(4, 2, 2, phase=float(t)).to(device))[0].square().mean())
+                loop.step(
+                    loop.model(smooth_noise(4, 2, 2, phase=float(t)).to(device))[0].square().mean()
+                )
             loop.model(smooth_noise(4, 2, 2).to(device))[0].square().mean().backward()
         gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
-# -- compiled ------------------------------------------------------------------------------------------------------------
+# -- compiled --------------------------------------------------------------------------------------
 
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_compiled_meta_gradients_take_the_forms_too() -> None:
     problem = innerloop.Problem(
-        lambda params, hyper, t: torch.cdist(params["x"], params["x"].flip(1) * hyper).tanh().mean(),
+        lambda params, hyper, t: (
+            torch.cdist(params["x"], params["x"].flip(1) * hyper).tanh().mean()
+        ),
         innerloop.optim.sgd(lr=0.2),
     )
     outer = lambda traj, hyper: traj.params["x"].sin().sum()  # noqa: E731
     found = [
-        innerloop.metagradient(outer, problem, {"x": X}, [0, 1], hyper=torch.tensor(0.5), compile=compiled)[1]
+        innerloop.metagradient(
+            outer, problem, {"x": X}, [0, 1], hyper=torch.tensor(0.5), compile=compiled
+        )[1]
         for compiled in (False, True)
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
@@ -882,4 +1082,6 @@ def test_weight_norm_cannot_be_replaced_in_compiled_code_and_is_refused() -> Non
     params = {name: p.detach() for name, p in model.named_parameters()}
     outer = lambda traj, hyper: traj.params["layer.bias"].sum()  # noqa: E731
     with pytest.raises(innerloop.MetaGradientError, match="compile=False"):
-        innerloop.metagradient(outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=True)
+        innerloop.metagradient(
+            outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=True
+        )

@@ -33,7 +33,9 @@ def test_a_loop_that_is_continued_leaves_the_users_random_numbers_alone() -> Non
 
 
 def test_hyper_parameters_that_reach_nothing() -> None:
-    problem = innerloop.Problem(quadratic, innerloop.optim.sgd(lr=0.1))  # optimizer_hyper was forgotten
+    problem = innerloop.Problem(
+        quadratic, innerloop.optim.sgd(lr=0.1)
+    )  # optimizer_hyper was forgotten
     for wrt in ("hyper", ("params", "hyper")):
         with pytest.raises(innerloop.NotDifferentiableError, match="optimizer_hyper"):
             innerloop.metagradient(
@@ -50,7 +52,9 @@ def test_hyper_parameters_that_reach_nothing() -> None:
 def test_a_constant_outer_loss_under_vmap() -> None:
     problem = innerloop.Problem(quadratic, innerloop.optim.sgd(lr=0.1))
     outer = lambda traj, hyper: torch.ones(())  # noqa: E731
-    one = lambda w: innerloop.metagradient(outer, problem, {"w": w}, None, steps=1, wrt="params")[1]["w"]  # noqa: E731
+    one = lambda w: innerloop.metagradient(outer, problem, {"w": w}, None, steps=1, wrt="params")[  # noqa: E731
+        1
+    ]["w"]
     with pytest.raises(innerloop.NotDifferentiableError, match="does not depend"):
         torch.func.vmap(one)(torch.ones(3, 2))
 
@@ -58,7 +62,9 @@ def test_a_constant_outer_loss_under_vmap() -> None:
 def test_a_loss_that_uses_the_captured_model() -> None:
     model = nn.Linear(2, 1)
     x = torch.ones(4, 2)
-    problem = innerloop.Problem.from_module(model, lambda m, hyper, b: model(x).square().mean(), innerloop.optim.sgd())
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, b: model(x).square().mean(), innerloop.optim.sgd()
+    )
     with pytest.raises(innerloop.NotDifferentiableError, match="does not depend on params"):
         innerloop.unroll(problem, dict(model.named_parameters()), None, steps=2)
 
@@ -85,7 +91,8 @@ def test_a_loop_inside_a_loop_over_a_module_with_a_list() -> None:
 
 
 def test_evaluation_between_training_forwards_of_a_batch_norm() -> None:
-    """The graph of a forward in evaluation mode must keep the running statistics that it read: truth from copies made by hand."""
+    """The graph of a forward in evaluation mode must keep the running statistics that it read:
+    truth from copies made by hand."""
     torch.manual_seed(0)
     x, z = torch.randn(6, 3), 2 * torch.randn(6, 3) + 1
     start = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 1))
@@ -155,7 +162,9 @@ def test_a_pattern_that_matches_nothing() -> None:
     sgd = innerloop.optim.sgd(lr=0.1)
     for patterns in ({"*": sgd, "head.*": sgd}, {"haed.*": sgd, "*": sgd}):
         with pytest.raises(innerloop.InvalidInputError, match="match no parameter"):
-            innerloop.optim.groups(patterns).init({"head.w": torch.ones(1), "body.w": torch.ones(1)})
+            innerloop.optim.groups(patterns).init(
+                {"head.w": torch.ones(1), "body.w": torch.ones(1)}
+            )
 
 
 def test_unrelated_tensors_have_no_jacobian() -> None:

@@ -1,4 +1,5 @@
-"""What a review of the optimizers found; the truth is torch.optim, a closed form, or the class itself."""
+"""What a review of the optimizers found; the truth is torch.optim, a closed form, or the class
+itself."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError, optim
 from innerloop.errors import PrecisionWarning
 from innerloop.optim import adapt
-from innerloop.optim.from_torch import overrides_step
-from innerloop.optim.precision import forget_warning
+from innerloop.optim._engine.precision import forget_warning
+from innerloop.optim._from_torch.from_torch import overrides_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -45,7 +46,7 @@ def descend(self: Any, params: Any) -> None:
         p.sub_(self.param_groups[0]["lr"] * p.grad)
 
 
-# --- the rules ----------------------------------------------------------------------------------------------------------
+# --- the rules ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -53,7 +54,10 @@ def test_numbers_per_parameter_are_those_of_param_groups_in_every_dtype(dtype: t
     """.999 is 1 in bfloat16: as a tensor of the parameter's dtype the bias correction was 0/0."""
     leaves = {name: torch.nn.Parameter(torch.randn(4).to(dtype)) for name in "ab"}
     theirs = torch.optim.Adam(
-        [{"params": [leaves["a"]], "betas": (0.9, 0.999)}, {"params": [leaves["b"]], "betas": (0.8, 0.99)}],
+        [
+            {"params": [leaves["a"]], "betas": (0.9, 0.999)},
+            {"params": [leaves["b"]], "betas": (0.8, 0.99)},
+        ],
         lr=0.1,
         eps=1e-3,
     )
@@ -116,7 +120,8 @@ def test_float16_matrices(theirs: Any, settings: dict[str, Any], scale: float, t
 
 @pytest.mark.parametrize("rule", ["asgd", "nadam"])
 def test_a_complex_parameter_keeps_its_step_sizes_when_another_has_no_gradient(rule: str):
-    """A complex parameter is two real ones side by side; rates differ, so that each has a step size (or product) of its own."""
+    """A complex parameter is two real ones side by side; rates differ, so that each has a step size
+    (or product) of its own."""
     start = torch.tensor([1.0 - 2.0j, 0.5 + 0.3j])
     rate = torch.tensor([0.1, 0.2])
 
@@ -134,7 +139,9 @@ def test_a_complex_parameter_keeps_its_step_sizes_when_another_has_no_gradient(r
         hyper = {"lr": rates, **({"alpha": decay} if rule == "asgd" else {"momentum_decay": decay})}
         for t in range(5):
             missing = {1: "first", 3: "second"}.get(t, "none")
-            grads = {name: None if name.startswith(missing) else p * 2 for name, p in params.items()}
+            grads = {
+                name: None if name.startswith(missing) else p * 2 for name, p in params.items()
+            }
             params, state = optimizer.update(grads, state, params, hyper)
         return params
 
@@ -164,7 +171,7 @@ def test_half_precision_is_warned_of(name: str):
         optimizer.update({"p": p * 2}, optimizer.init({"p": p}), {"p": p})
 
 
-# --- input that does not fit ------------------------------------------------------------------------------------------------
+# --- input that does not fit ----------------------------------------------------------------------
 
 
 def _leaf() -> torch.nn.Parameter:
@@ -188,7 +195,9 @@ MADE: dict[str, Callable[[], Any]] = {
 def test_what_belongs_to_other_parameters_or_optimizers_is_refused(name: str):
     optimizer, params = MADE[name](), {"w": torch.ones(2, 2) if name == "muon" else torch.ones(2)}
     state = optimizer.init(params)
-    with pytest.raises(InvalidInputError, match="typo"):  # in groups it was taken for a parameter without gradient
+    with pytest.raises(
+        InvalidInputError, match="typo"
+    ):  # in groups it was taken for a parameter without gradient
         optimizer.update({"typo": params["w"]}, state, params)
     with pytest.raises(InvalidInputError, match=r"AdamState.*init"):
         optimizer.update(params, optim.adam().init(params), params)
@@ -207,7 +216,7 @@ def test_arguments_of_the_wrong_kind():
         optim.muon(ns_steps=2.5)  # type: ignore[arg-type]
 
 
-# --- adapt ---------------------------------------------------------------------------------------------------------------
+# --- adapt ----------------------------------------------------------------------------------------
 
 
 class _ThreeTenths(torch.autograd.Function):
@@ -233,14 +242,17 @@ class _Shown:
 
 
 def test_settings_that_look_alike_are_verified_each():
-    cls = a_class(lambda self, params: [p.sub_(0.1 * self.settings["f"].function(p.grad)) for p in params])
+    cls = a_class(
+        lambda self, params: [p.sub_(0.1 * self.settings["f"].function(p.grad)) for p in params]
+    )
     adapt(cls, f=_Shown(torch.clone))
     with pytest.raises(NotDifferentiableError, match="finite differences"):
         adapt(cls, f=_Shown(_ThreeTenths.apply))
 
 
 def test_a_step_that_changes_what_is_not_its_state_is_refused():
-    """From the third call on it is another step; where steps are replayed, or compared, the calls are not counted back."""
+    """From the third call on it is another step; where steps are replayed, or compared, the calls
+    are not counted back."""
 
     def count(self: Any) -> None:
         calls: list[int] = []
@@ -272,7 +284,9 @@ def test_a_class_is_verified_under_any_mode_of_the_user(mode: Any):
 def test_a_setting_that_requires_grad_gets_its_gradient_from_constant_parameters():
     """On the loss p² three steps give (1 - 2η)³ p."""
     lr = torch.tensor(0.1, requires_grad=True)
-    problem = innerloop.Problem(lambda params, hyper, batch: params["p"].square().sum(), adapt(a_class(descend), lr=lr))
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["p"].square().sum(), adapt(a_class(descend), lr=lr)
+    )
     for strategy in (innerloop.StoreAll(), innerloop.Checkpointed()):
         traj = innerloop.unroll(problem, {"p": torch.ones(2)}, None, steps=3, strategy=strategy)
         (found,) = torch.autograd.grad(traj.params["p"].sum(), lr)
@@ -318,7 +332,8 @@ def _by_lists(self: Any, params: Any) -> None:
 
 
 def test_steps_over_lists_of_tensors():
-    """``adapt`` itself compares with the class and with finite differences; torch alone fails at the division by a tensor."""
+    """``adapt`` itself compares with the class and with finite differences; torch alone fails at
+    the division by a tensor."""
     optimizer = adapt(a_class(_by_lists))
     p = torch.zeros(3, requires_grad=True)
     new, _ = optimizer.update({"p": p * 1.0}, optimizer.init({"p": p}), {"p": p})
@@ -347,7 +362,7 @@ def test_functions_of_math_that_mean_something_else_in_torch_are_refused():
             adapt(a_class(step))
 
 
-# -- subclasses, and the profiler that torch puts around an inherited step ----------------------------------------------
+# -- subclasses, and the profiler that torch puts around an inherited step -------------------------
 
 
 def test_a_step_with_the_profiler_around_it_is_still_inherited():
@@ -384,5 +399,7 @@ optimizer = Mine(model.parameters(), lr=0.5)
 print(innerloop.optim.from_torch(optimizer, model))
 print(type(innerloop.higher.get_diff_optim(optimizer, model.parameters())).__name__)
 """
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.split() == ["from_torch(sgd(lr=0.5))", "DifferentiableSGD"]

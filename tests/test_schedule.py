@@ -1,4 +1,5 @@
-"""How often a step runs again: the schedule against dynamic programming, and real loops against the schedule."""
+"""How often a step runs again: the schedule against dynamic programming, and real loops against the
+schedule."""
 
 from __future__ import annotations
 
@@ -12,19 +13,21 @@ import torch
 from torch import Tensor
 
 import innerloop
-from innerloop.strategy import checkpointed, schedule, snapshots
+from innerloop.strategy import _checkpointed as checkpointed
+from innerloop.strategy._engine import schedule, snapshots
 from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
 STEPS, SLOTS = range(61), range(1, 9)
 
 
-# -- the schedule ---------------------------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------
 
 
 @functools.cache
 def fewest(steps: int, slots: int) -> int:
-    """The fewest advances by dynamic programming: run m steps, keep that state, run the rest backwards, then the first m.
+    """The fewest advances by dynamic programming: run m steps, keep that state, run the rest
+    backwards, then the first m.
 
     With one slot (the start) the state before every step is reached from the start again.
     """
@@ -39,7 +42,9 @@ def fewest(steps: int, slots: int) -> int:
 def test_advances_are_the_fewest_possible(slots: int):
     for steps in STEPS:
         assert schedule.advances(steps, slots) == fewest(steps, slots), f"{steps} steps"
-        assert schedule.replays(steps, slots) == fewest(steps, slots) - max(steps - 1, 0), f"{steps} steps"
+        assert schedule.replays(steps, slots) == fewest(steps, slots) - max(steps - 1, 0), (
+            f"{steps} steps"
+        )
 
 
 @pytest.mark.parametrize("slots", SLOTS[1:])
@@ -47,7 +52,9 @@ def test_stride_is_the_best_place_for_the_next_state(slots: int):
     for steps in STEPS[2:]:
         m = schedule.stride(steps, slots)
         assert 1 <= m < steps
-        assert m + fewest(steps - m, slots - 1) + fewest(m, slots) == fewest(steps, slots), f"{steps} steps"
+        assert m + fewest(steps - m, slots - 1) + fewest(m, slots) == fewest(steps, slots), (
+            f"{steps} steps"
+        )
 
 
 def test_many_slots_need_no_replay_and_one_slot_needs_all():
@@ -68,7 +75,7 @@ def test_the_times_kept_on_the_way_are_within_the_slots(slots: int):
         assert all(7 < t < 7 + steps for t in times)
 
 
-# -- real loops -----------------------------------------------------------------------------------------------------------
+# -- real loops ------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -87,14 +94,20 @@ def start() -> dict[str, Tensor]:
     return {"w": smooth_noise(2)}
 
 
-def by_unroll(counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None) -> None:
+def by_unroll(
+    counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None
+) -> None:
     hyper = torch.tensor(1.3, requires_grad=True)
-    traj = innerloop.unroll(counted.problem, start(), batches, hyper=hyper, steps=steps, strategy=strategy)
+    traj = innerloop.unroll(
+        counted.problem, start(), batches, hyper=hyper, steps=steps, strategy=strategy
+    )
     traj.params["w"].sum().backward()
     assert hyper.grad is not None
 
 
-def by_metagradient(counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None) -> None:
+def by_metagradient(
+    counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None
+) -> None:
     hyper = torch.tensor(1.3)
     innerloop.metagradient(
         lambda traj, hyper: traj.losses.sum(),
@@ -107,9 +120,13 @@ def by_metagradient(counted: Counted, strategy: innerloop.Checkpointed, batches:
     )
 
 
-def by_grad(counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None) -> None:
+def by_grad(
+    counted: Counted, strategy: innerloop.Checkpointed, batches: Any, steps: int | None
+) -> None:
     def behind(hyper: Tensor) -> Tensor:
-        traj = innerloop.unroll(counted.problem, start(), batches, hyper=hyper, steps=steps, strategy=strategy)
+        traj = innerloop.unroll(
+            counted.problem, start(), batches, hyper=hyper, steps=steps, strategy=strategy
+        )
         return traj.params["w"].sum()
 
     torch.func.grad(behind)(torch.tensor(1.3))
@@ -122,7 +139,20 @@ Run = Callable[[Counted, innerloop.Checkpointed, Any, "int | None"], None]
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize(
     ("steps", "slots"),
-    [(1, 1), (2, 1), (2, 2), (7, 1), (7, 3), (10, 3), (11, 4), (17, 1), (23, 2), (23, 5), (30, 3), (30, 30)],
+    [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (7, 1),
+        (7, 3),
+        (10, 3),
+        (11, 4),
+        (17, 1),
+        (23, 2),
+        (23, 5),
+        (30, 3),
+        (30, 30),
+    ],
 )
 def test_a_loop_evaluates_as_often_as_the_schedule_says(run: Run, steps: int, slots: int):
     """T times forward, T times backward, and the replays between."""
@@ -142,18 +172,23 @@ def test_a_short_loop_is_not_replayed_at_all(slots: Any):
 def test_kept_gradients_are_not_evaluated_again(slots: Any):
     """With ``save="gradients"`` replayed steps take an update each."""
     counted = Counted()
-    by_unroll(counted, innerloop.Checkpointed(slots=slots, product="reverse", save="gradients"), None, 23)
+    by_unroll(
+        counted, innerloop.Checkpointed(slots=slots, product="reverse", save="gradients"), None, 23
+    )
     assert counted.calls == 2 * 23
 
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
 def test_a_second_backward_starts_over(offload: str | None):
-    """``retain_graph``: what was kept has been used up, so it is a new forward pass and a new sweep."""
+    """``retain_graph``: what was kept has been used up, so it is a new forward pass and a new
+    sweep."""
     counted = Counted()
     w = start()["w"].requires_grad_()
     strategy = innerloop.Checkpointed(slots=3, product="reverse", offload=offload)
     hyper = torch.tensor(1.3)
-    traj = innerloop.unroll(counted.problem, {"w": w}, None, hyper=hyper, steps=23, strategy=strategy)
+    traj = innerloop.unroll(
+        counted.problem, {"w": w}, None, hyper=hyper, steps=23, strategy=strategy
+    )
     traj.params["w"].sum().backward(retain_graph=True)
     assert counted.calls == 23 + schedule.replays(23, 3) + 23
     counted.calls = 0
@@ -161,7 +196,7 @@ def test_a_second_backward_starts_over(offload: str | None):
     assert counted.calls == schedule.advances(23, 3) + 23
 
 
-# -- how much is kept -----------------------------------------------------------------------------------------------------
+# -- how much is kept ------------------------------------------------------------------------------
 
 
 class Watch:
@@ -184,9 +219,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
 
 
-@pytest.mark.parametrize(("steps", "slots"), [(2, 1), (7, 1), (7, 2), (7, 6), (7, 7), (7, 9), (23, 3), (30, 8)])
+@pytest.mark.parametrize(
+    ("steps", "slots"), [(2, 1), (7, 1), (7, 2), (7, 6), (7, 7), (7, 9), (23, 3), (30, 8)]
+)
 @pytest.mark.parametrize("known", [True, False])
-def test_no_more_states_are_kept_than_there_are_slots(steps: int, slots: int, known: bool, watch: Watch):
+def test_no_more_states_are_kept_than_there_are_slots(
+    steps: int, slots: int, known: bool, watch: Watch
+):
     """The start is in one of the slots, and is no snapshot."""
     strategy = innerloop.Checkpointed(slots=slots)
     by_unroll(Counted(), strategy, None if known else drawn(steps), steps if known else None)
@@ -196,8 +235,11 @@ def test_no_more_states_are_kept_than_there_are_slots(steps: int, slots: int, kn
 
 
 def alive_at_most(steps: int, slots: Any, known: bool, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many states that a step made live at once: memory itself, not the strategy's count of it."""
-    monkeypatch.setattr("innerloop.strategy.snapshots._compact", lambda value: value)  # copies would live unseen
+    """How many states that a step made live at once: memory itself, not the strategy's count of
+    it."""
+    monkeypatch.setattr(
+        "innerloop.strategy._engine.snapshots._compact", lambda value: value
+    )  # copies would live unseen
     counted = Counted()
     update, made, most = counted.problem.update, [], 0
 
@@ -218,7 +260,8 @@ def alive_at_most(steps: int, slots: Any, known: bool, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("slots", [1, 3, 6])
 def test_the_states_that_live_at_once(slots: int, known: bool, monkeypatch: pytest.MonkeyPatch):
-    """Those of the slots but the start, the last two of the forward pass, and the two of a step: however long the loop is."""
+    """Those of the slots but the start, the last two of the forward pass, and the two of a step:
+    however long the loop is."""
     assert alive_at_most(25, slots, known, monkeypatch) <= slots - 1 + 4
 
 
@@ -228,7 +271,7 @@ def test_every_state_lives_where_all_are_kept(known: bool, monkeypatch: pytest.M
     assert alive_at_most(25, "all", known, monkeypatch) >= 24
 
 
-# -- unknown length -------------------------------------------------------------------------------------------------------
+# -- unknown length --------------------------------------------------------------------------------
 
 
 def drawn(steps: int) -> Iterator[int]:
@@ -243,10 +286,16 @@ def online_replays(steps: int, slots: int) -> int:
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 5, 8])
 def test_an_iterator_costs_at_most_three_tenths_more(slots: int):
-    """Where its length is not known beforehand, against the optimum of that length; a step is two evaluations without replay."""
+    """Where its length is not known beforehand, against the optimum of that length; a step is two
+    evaluations without replay."""
     for steps in (1, 2, 3, 5, 9, 17, 33):
-        ours, best = 2 * steps + online_replays(steps, slots), 2 * steps + schedule.replays(steps, slots)
-        assert best <= ours <= 1.3 * best, f"{steps} steps: {ours} evaluations, the optimum has {best}"
+        ours, best = (
+            2 * steps + online_replays(steps, slots),
+            2 * steps + schedule.replays(steps, slots),
+        )
+        assert best <= ours <= 1.3 * best, (
+            f"{steps} steps: {ours} evaluations, the optimum has {best}"
+        )
 
 
 @pytest.mark.parametrize("slots", [3, 8, "all"])

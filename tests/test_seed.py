@@ -1,4 +1,5 @@
-"""The notebook that the project started from runs on the bridge, and prints what it printed with higher."""
+"""The notebook that the project started from runs on the bridge, and prints what it printed with
+higher."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "examples" / "seed_notebook.py"
 
 BODY = "ec35723132538f1adacdcae45db32dbe13e0d86a47d51f9505eb1a1b50425884"
-"""SHA-256 of the seed's own cells after the imports, blank lines left out: nobody has adapted them to the bridge."""
+"""SHA-256 of the seed's own cells after the imports, blank lines left out: nobody has adapted them
+to the bridge."""
 
 PRINTED = """\
 Inner optimization
@@ -45,9 +47,12 @@ FINAL = (2.1789599744, 3.2684399616)
 
 
 def run(script: Path) -> tuple[str, list[float]]:
-    """What a fresh process prints (the script registers its optimizer globally), and where M ends."""
+    """What a fresh process prints (the script registers its optimizer globally), and where M
+    ends."""
     code = "import runpy, sys; M = runpy.run_path(sys.argv[1])['M']; print('M', *(p.item() for p in M.parameters()))"
-    done = subprocess.run([sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     printed, _, final = done.stdout.rpartition("M ")
     return printed, [float(number) for number in final.split()]
@@ -63,7 +68,9 @@ def test_the_seed_runs_on_the_bridge() -> None:
 def test_the_seed_prints_the_same_with_higher(tmp_path: Path) -> None:
     pytest.importorskip("higher")
     lines = [
-        line.replace("innerloop.higher as higher", "higher").replace("from innerloop.higher", "from higher")
+        line.replace("innerloop.higher as higher", "higher").replace(
+            "from innerloop.higher", "from higher"
+        )
         for line in SCRIPT.read_text().splitlines()
     ]
     assert not [line for line in lines if line.startswith(("import innerloop", "from innerloop"))]
@@ -75,5 +82,7 @@ def test_the_seed_prints_the_same_with_higher(tmp_path: Path) -> None:
 
 def test_the_cells_are_the_seeds_own() -> None:
     lines = SCRIPT.read_text().splitlines()
-    body = [line.rstrip() for line in lines[lines.index("class Model(nn.Module):") :] if line.strip()]
+    body = [
+        line.rstrip() for line in lines[lines.index("class Model(nn.Module):") :] if line.strip()
+    ]
     assert hashlib.sha256("\n".join(body).encode()).hexdigest() == BODY

@@ -1,4 +1,5 @@
-"""The contract of every strategy in ``strategies.STRATEGIES``: a loop runs as ``torch.optim`` does, and is differentiated."""
+"""The contract of every strategy in ``strategies.STRATEGIES``: a loop runs as ``torch.optim`` does,
+and is differentiated."""
 
 from __future__ import annotations
 
@@ -46,10 +47,14 @@ def outer_of(name: str) -> Any:
     return lambda traj, hyper: OUTER[name](seen(traj))
 
 
-def metagradient(strategy: Strategy, rule: str, outer: str, **arguments: Any) -> tuple[Tensor, dict[str, Any]]:
+def metagradient(
+    strategy: Strategy, rule: str, outer: str, **arguments: Any
+) -> tuple[Tensor, dict[str, Any]]:
     wrt = tuple(sorted(strategy.differentiates))
     inputs = {"params": start(), "batches": batches(), "hyper": hyper(), "wrt": wrt, **arguments}
-    return innerloop.metagradient(outer_of(outer), problem(rule), strategy=strategy, save_at=[SAVED], **inputs)
+    return innerloop.metagradient(
+        outer_of(outer), problem(rule), strategy=strategy, save_at=[SAVED], **inputs
+    )
 
 
 def leaves(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,7 +67,7 @@ def leaves(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: p.requires_grad_(learned) for name, p in start().items()}, values
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------
 
 
 @each_strategy()
@@ -70,7 +75,12 @@ def leaves(strategy: Strategy) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def test_the_loop_runs_as_torch_does(strategy: Strategy, rule: str):
     run = plain_run(rule, start(), hyper(), batches())
     traj = innerloop.unroll(
-        problem(rule), start(), batches(), hyper=hyper(), strategy=strategy, save_at=range(STEPS + 1)
+        problem(rule),
+        start(),
+        batches(),
+        hyper=hyper(),
+        strategy=strategy,
+        save_at=range(STEPS + 1),
     )
     assert traj.steps == STEPS
     assert_params(traj.params, run.params[-1], 1e-12)
@@ -97,13 +107,15 @@ def test_a_loop_of_no_steps_is_the_identity(strategy: Strategy):
 @each_strategy()
 def test_precision_is_kept(strategy: Strategy):
     params = {name: p.float() for name, p in start().items()}
-    simple = innerloop.Problem(lambda p, hyper, batch: sum((x**2).sum() for x in p.values()), innerloop.optim.adam())
+    simple = innerloop.Problem(
+        lambda p, hyper, batch: sum((x**2).sum() for x in p.values()), innerloop.optim.adam()
+    )
     traj = innerloop.unroll(simple, params, None, steps=3, strategy=strategy)
     assert {p.dtype for p in traj.params.values()} == {torch.float32}
     assert traj.losses.dtype == torch.float32
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @each_exact_strategy()
@@ -114,7 +126,9 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
     assert not value.requires_grad
     assert gradients["hyper"]["power"] is None  # a number is a constant
     for what in differentiated(strategy):
-        assert_derivative(along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}")
+        assert_derivative(
+            along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}"
+        )
 
 
 @each_exact_strategy()
@@ -122,7 +136,9 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
 @each_outer
 def test_unroll_and_backward_equal_finite_differences(strategy: Strategy, rule: str, outer: str):
     params, values = leaves(strategy)
-    traj = innerloop.unroll(problem(rule), params, batches(), hyper=values, strategy=strategy, save_at=[SAVED])
+    traj = innerloop.unroll(
+        problem(rule), params, batches(), hyper=values, strategy=strategy, save_at=[SAVED]
+    )
     OUTER[outer](seen(traj)).backward()
     gradients = {
         "params": {name: p.grad for name, p in params.items()},
@@ -133,7 +149,9 @@ def test_unroll_and_backward_equal_finite_differences(strategy: Strategy, rule: 
         },
     }
     for what in differentiated(strategy):
-        assert_derivative(along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}")
+        assert_derivative(
+            along_direction(gradients, what), truth(rule, outer, what), f"d {outer} / d {what}"
+        )
 
 
 @each_exact_strategy("every time")
@@ -141,7 +159,10 @@ def test_every_time_may_be_asked_for(strategy: Strategy):
     params, values = leaves(strategy)
     traj = innerloop.unroll(problem("momentum"), params, batches(), hyper=values, strategy=strategy)
     OUTER["saved"](seen(traj)).backward()
-    ours = sum((p.grad * v).sum().item() for p, v in zip(params.values(), direction()["params"].values(), strict=True))
+    ours = sum(
+        (p.grad * v).sum().item()
+        for p, v in zip(params.values(), direction()["params"].values(), strict=True)
+    )
     assert_derivative(ours, truth("momentum", "saved", "params"), "a state without save_at")
 
 
@@ -151,15 +172,22 @@ def test_only_what_requires_a_gradient_gets_one(strategy: Strategy):
     params, values = leaves(strategy)
     for learned, given in ((params, hyper()), (start(), values)):
         arguments: dict[str, Any] = {"hyper": given, "strategy": strategy, "save_at": [SAVED]}
-        OUTER["all"](seen(innerloop.unroll(problem("adam"), learned, batches(), **arguments))).backward()
-    ours = {"params": {n: p.grad for n, p in params.items()}, "hyper": {"decay": values["decay"].grad}}
-    assert_derivative(along_direction(ours, "params"), truth("adam", "all", "params"), "params alone")
+        OUTER["all"](
+            seen(innerloop.unroll(problem("adam"), learned, batches(), **arguments))
+        ).backward()
+    ours = {
+        "params": {n: p.grad for n, p in params.items()},
+        "hyper": {"decay": values["decay"].grad},
+    }
+    assert_derivative(
+        along_direction(ours, "params"), truth("adam", "all", "params"), "params alone"
+    )
     assert_derivative(along_direction(ours, "decay"), truth("adam", "all", "decay"), "hyper alone")
     traj = innerloop.unroll(problem("adam"), start(), batches(), hyper=hyper(), strategy=strategy)
     assert not traj.params["bias"].requires_grad
 
 
-# -- under torch.func ---------------------------------------------------------------------------------------------------
+# -- under torch.func ------------------------------------------------------------------------------
 
 
 @each_exact_strategy()
@@ -168,7 +196,12 @@ def test_torch_func_grad(strategy: Strategy, rule: str):
     def behind(inputs: dict[str, Any]) -> Tensor:
         values = {**hyper(), **inputs["hyper"]}
         traj = innerloop.unroll(
-            problem(rule), inputs.get("params", start()), batches(), hyper=values, strategy=strategy, save_at=[SAVED]
+            problem(rule),
+            inputs.get("params", start()),
+            batches(),
+            hyper=values,
+            strategy=strategy,
+            save_at=[SAVED],
         )
         return OUTER["all"](seen(traj))
 
@@ -176,7 +209,9 @@ def test_torch_func_grad(strategy: Strategy, rule: str):
     inputs = {name: inputs[name] for name in strategy.differentiates}
     gradients = torch.func.grad(behind)(inputs)
     for what in differentiated(strategy):
-        assert_derivative(along_direction(gradients, what), truth(rule, "all", what), f"d / d {what}")
+        assert_derivative(
+            along_direction(gradients, what), truth(rule, "all", what), f"d / d {what}"
+        )
 
 
 @each_exact_strategy("jvp")
@@ -187,21 +222,35 @@ def test_jvp(strategy: Strategy, rule: str):
         def behind(h: Tensor, what: str = what) -> Tensor:
             inputs = moved_by(h, what)
             traj = innerloop.unroll(
-                problem(rule), inputs["params"], batches(), hyper=inputs["hyper"], strategy=strategy, save_at=[SAVED]
+                problem(rule),
+                inputs["params"],
+                batches(),
+                hyper=inputs["hyper"],
+                strategy=strategy,
+                save_at=[SAVED],
             )
             return OUTER["all"](seen(traj))
 
         zero, one = torch.tensor(0.0), torch.tensor(1.0)
-        assert_derivative(torch.func.jvp(behind, (zero,), (one,))[1].item(), truth(rule, "all", what), f"d / d {what}")
+        assert_derivative(
+            torch.func.jvp(behind, (zero,), (one,))[1].item(),
+            truth(rule, "all", what),
+            f"d / d {what}",
+        )
 
 
 def moved_by(h: Tensor, what: str) -> dict[str, Any]:
     """`strategies.moved`, differentiable in h."""
     params, values, along = start(), hyper(), direction()
     if what == "params":
-        return {"params": {name: p + h * along["params"][name] for name, p in params.items()}, "hyper": values}
+        return {
+            "params": {name: p + h * along["params"][name] for name, p in params.items()},
+            "hyper": values,
+        }
     if what == "data":
-        values["data"] = [x + h * v for x, v in zip(values["data"], along["hyper"]["data"], strict=True)]
+        values["data"] = [
+            x + h * v for x, v in zip(values["data"], along["hyper"]["data"], strict=True)
+        ]
     else:
         values[what] = values[what] + h * along["hyper"][what]
     return {"params": params, "hyper": values}
@@ -209,11 +258,16 @@ def moved_by(h: Tensor, what: str) -> dict[str, Any]:
 
 @each_exact_strategy("jvp")
 def test_forward_mode_without_torch_func(strategy: Strategy):
-    """Dual numbers of ``torch.autograd.forward_ad``: right, or an error; never a missing tangent."""
+    """Dual numbers of ``torch.autograd.forward_ad``: right, or an error; never a missing
+    tangent."""
     with forward_ad.dual_level():
         h = forward_ad.make_dual(torch.tensor(0.0), torch.tensor(1.0))
         inputs = moved_by(h, "params")
-        arguments: dict[str, Any] = {"hyper": inputs["hyper"], "strategy": strategy, "save_at": [SAVED]}
+        arguments: dict[str, Any] = {
+            "hyper": inputs["hyper"],
+            "strategy": strategy,
+            "save_at": [SAVED],
+        }
         try:
             traj = innerloop.unroll(problem("momentum"), inputs["params"], batches(), **arguments)
         except innerloop.InnerLoopError:
@@ -226,7 +280,8 @@ def test_forward_mode_without_torch_func(strategy: Strategy):
 @each_exact_strategy()
 @each_rule
 def test_vmap_over_tasks(strategy: Strategy, rule: str):
-    """Initial parameters, hyper-parameters and batches of several tasks at once, against one after the other."""
+    """Initial parameters, hyper-parameters and batches of several tasks at once, against one after
+    the other."""
     tasks = 3
     shifts = torch.linspace(0.0, 0.4, tasks)
     params = {name: torch.stack([p + s for s in shifts]) for name, p in start().items()}
@@ -235,38 +290,62 @@ def test_vmap_over_tasks(strategy: Strategy, rule: str):
         "decay": torch.stack([0.05 + s for s in shifts]),
     }
     stacked = Batch(*(torch.stack(column) for column in zip(*batches(), strict=True)))
-    data = Batch(torch.stack([stacked.rows] * tasks), torch.stack([stacked.noise + s for s in shifts]))
+    data = Batch(
+        torch.stack([stacked.rows] * tasks), torch.stack([stacked.noise + s for s in shifts])
+    )
 
     def task(params: Any, values: Any, data: Any) -> Any:
-        value, gradients = metagradient(strategy, rule, "all", params=params, hyper={**hyper(), **values}, batches=data)
-        return value, gradients.get("params", {}), {name: gradients["hyper"][name] for name in ("log_lr", "decay")}
+        value, gradients = metagradient(
+            strategy, rule, "all", params=params, hyper={**hyper(), **values}, batches=data
+        )
+        return (
+            value,
+            gradients.get("params", {}),
+            {name: gradients["hyper"][name] for name in ("log_lr", "decay")},
+        )
 
     together = torch.func.vmap(task)(params, values, data)
     for i in range(tasks):
         pick = lambda tree: torch.utils._pytree.tree_map(lambda x: x[i], tree)  # noqa: B023, E731
-        torch.testing.assert_close(pick(together), task(pick(params), pick(values), pick(data)), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            pick(together), task(pick(params), pick(values), pick(data)), rtol=1e-11, atol=1e-13
+        )
 
 
 @each_exact_strategy("params")
 def test_hessian_of_the_meta_objective(strategy: Strategy):
     """On a quadratic inner loss x_T = M x_0, and the Hessian of |x_T|²/2 is M'M."""
     curvature = torch.tensor([[2.0, 0.3], [0.3, 1.0]])
-    quadratic = innerloop.Problem(lambda p, hyper, batch: p["x"] @ curvature @ p["x"] / 2, innerloop.optim.sgd(lr=0.2))
+    quadratic = innerloop.Problem(
+        lambda p, hyper, batch: p["x"] @ curvature @ p["x"] / 2, innerloop.optim.sgd(lr=0.2)
+    )
 
     def behind(x: Tensor) -> Tensor:
-        return innerloop.unroll(quadratic, {"x": x}, None, steps=5, strategy=strategy).params["x"].square().sum() / 2
+        return (
+            innerloop.unroll(quadratic, {"x": x}, None, steps=5, strategy=strategy)
+            .params["x"]
+            .square()
+            .sum()
+            / 2
+        )
 
     power = torch.linalg.matrix_power(torch.eye(2) - 0.2 * curvature, 5)
     x = torch.tensor([1.0, -2.0])
-    torch.testing.assert_close(torch.func.hessian(behind)(x), power.T @ power, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(torch.func.grad(behind)(x), power.T @ power @ x, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        torch.func.hessian(behind)(x), power.T @ power, rtol=1e-12, atol=1e-14
+    )
+    torch.testing.assert_close(
+        torch.func.grad(behind)(x), power.T @ power @ x, rtol=1e-12, atol=1e-14
+    )
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(behind(leaf), leaf, create_graph=True)
     (row,) = torch.autograd.grad(gradient[0], leaf)
     torch.testing.assert_close(row, (power.T @ power)[0], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # raised inside of torch's compiler
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated"
+)  # raised inside of torch's compiler
 @pytest.mark.compiled
 @pytest.mark.slow
 @each_exact_strategy("compile")
@@ -274,27 +353,35 @@ def test_hessian_of_the_meta_objective(strategy: Strategy):
 def test_compiled(strategy: Strategy, rule: str):
     _, gradients = metagradient(strategy, rule, "all", compile=True)
     for what in differentiated(strategy):
-        assert_derivative(along_direction(gradients, what), truth(rule, "all", what), f"compiled: d / d {what}")
+        assert_derivative(
+            along_direction(gradients, what), truth(rule, "all", what), f"compiled: d / d {what}"
+        )
 
 
-# -- continuation -------------------------------------------------------------------------------------------------------
+# -- continuation ----------------------------------------------------------------------------------
 
 
 @each_exact_strategy("params")
 @each_rule
 def test_a_loop_continues_from_a_carry(strategy: Strategy, rule: str):
-    """One and three steps make four: parameters, optimizer state, losses, and the gradient through the carry."""
+    """One and three steps make four: parameters, optimizer state, losses, and the gradient through
+    the carry."""
     params, values = leaves(strategy)
     run = plain_run(rule, start(), hyper(), batches())
     shared: dict[str, Any] = {"hyper": values, "strategy": strategy}
     first = innerloop.unroll(problem(rule), params, batches()[:1], **shared)
     later = innerloop.Problem(
-        problem(rule).loss, problem(rule).optimizer, optimizer_hyper=lambda h, t: {"lr": h["log_lr"][t + 1].exp()}
+        problem(rule).loss,
+        problem(rule).optimizer,
+        optimizer_hyper=lambda h, t: {"lr": h["log_lr"][t + 1].exp()},
     )
     second = innerloop.unroll(later, first.at(-1), batches()[1:], **shared)
     assert_params({n: p.detach() for n, p in second.params.items()}, run.params[-1], 1e-12)
     torch.testing.assert_close(
-        torch.cat([first.losses, second.losses]).detach(), torch.stack(run.losses), rtol=1e-12, atol=0
+        torch.cat([first.losses, second.losses]).detach(),
+        torch.stack(run.losses),
+        rtol=1e-12,
+        atol=0,
     )
 
     of_params(second.params).backward()
@@ -308,14 +395,19 @@ def test_a_loop_continues_from_a_carry(strategy: Strategy, rule: str):
     }
     for what in differentiated(strategy):
         assert_derivative(
-            along_direction(gradients, what), truth(rule, "params", what), f"through a carry: d / d {what}"
+            along_direction(gradients, what),
+            truth(rule, "params", what),
+            f"through a carry: d / d {what}",
         )
 
 
 @each_exact_strategy("params")
 def test_metagradient_from_a_carry(strategy: Strategy):
-    """``wrt="params"`` is the carry's parameters; its optimizer state is a constant. Truth: a warm torch optimizer."""
-    first = innerloop.unroll(problem("adam"), start(), batches()[:2], hyper=hyper(), strategy=strategy)
+    """``wrt="params"`` is the carry's parameters; its optimizer state is a constant. Truth: a warm
+    torch optimizer."""
+    first = innerloop.unroll(
+        problem("adam"), start(), batches()[:2], hyper=hyper(), strategy=strategy
+    )
     carry = first.at(-1)
 
     def plain(h: float) -> float:
@@ -333,7 +425,13 @@ def test_metagradient_from_a_carry(strategy: Strategy):
         return of_params(copied(leaves)).item()
 
     _, gradients = innerloop.metagradient(
-        outer_of_params, problem("adam"), carry, batches()[:2], hyper=hyper(), wrt="params", strategy=strategy
+        outer_of_params,
+        problem("adam"),
+        carry,
+        batches()[:2],
+        hyper=hyper(),
+        wrt="params",
+        strategy=strategy,
     )
     ours = sum((gradients[name] * v).sum().item() for name, v in direction()["params"].items())
     assert_derivative(ours, derivative(plain), "from a carry")
@@ -343,7 +441,7 @@ def outer_of_params(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
     return of_params(traj.params)
 
 
-# -- batches ------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -354,7 +452,10 @@ class Pair(NamedTuple):
 X, Y = 0.5 * smooth_noise(STEPS, 5, 3), smooth_noise(STEPS, 5, phase=2.0)
 FORMS: dict[str, tuple[Any, Any]] = {
     "list of tuples": ([(X[t], Y[t]) for t in range(STEPS)], lambda b: b),
-    "list of dicts": ([{"x": X[t], "y": Y[t], "note": "text"} for t in range(STEPS)], lambda b: (b["x"], b["y"])),
+    "list of dicts": (
+        [{"x": X[t], "y": Y[t], "note": "text"} for t in range(STEPS)],
+        lambda b: (b["x"], b["y"]),
+    ),
     "list of numbers": (list(range(STEPS)), lambda b: (X[b], Y[b])),
     "stacked tuple": ((X, Y), lambda b: b),
     "stacked dict": ({"x": X, "y": Y}, lambda b: (b["x"], b["y"])),
@@ -378,7 +479,9 @@ def test_batches_in_every_form(strategy: Strategy, form: str):
 
     learned = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.3))
     steps = STEPS if callable(given) else None
-    traj = innerloop.unroll(learned, {"w": torch.ones(3)}, given, hyper=[X, Y], steps=steps, strategy=strategy)
+    traj = innerloop.unroll(
+        learned, {"w": torch.ones(3)}, given, hyper=[X, Y], steps=steps, strategy=strategy
+    )
     w = torch.ones(3, requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=0.3)
     for t in range(STEPS):
@@ -392,13 +495,19 @@ def test_batches_in_every_form(strategy: Strategy, form: str):
 
 @each_exact_strategy("params")
 def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strategy):
-    """Batches sampled from the current parameters: truth holds them at the values that the first run had."""
+    """Batches sampled from the current parameters: truth holds them at the values that the first
+    run had."""
 
     def sampled(params: Any, hyper: Any, t: int) -> Tensor:
         return (params["w"] * hyper["scale"] + t).sin()
 
-    simple = innerloop.Problem(lambda p, hyper, batch: (p["w"] * batch).square().sum(), innerloop.optim.sgd(lr=0.1))
-    values, begin = {"scale": torch.tensor(1.5), "shift": torch.tensor(0.0)}, torch.tensor([0.5, -1.0])
+    simple = innerloop.Problem(
+        lambda p, hyper, batch: (p["w"] * batch).square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
+    values, begin = (
+        {"scale": torch.tensor(1.5), "shift": torch.tensor(0.0)},
+        torch.tensor([0.5, -1.0]),
+    )
     outer = lambda traj, hyper: traj.params["w"].square().sum() + hyper["shift"]  # noqa: E731
     _, gradients = innerloop.metagradient(
         outer, simple, {"w": begin}, sampled, hyper=values, steps=3, strategy=strategy
@@ -409,9 +518,13 @@ def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strate
         seen_batches.append((w * 1.5 + t).sin())
         w = w * (1 - 0.2 * seen_batches[-1] ** 2)
     product = torch.stack([1 - 0.2 * b**2 for b in seen_batches]).prod(0)
-    torch.testing.assert_close(gradients["params"]["w"], 2 * product**2 * begin, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        gradients["params"]["w"], 2 * product**2 * begin, rtol=1e-12, atol=1e-14
+    )
     assert gradients["hyper"] == {"scale": 0, "shift": 1}
-    with pytest.raises(innerloop.NotDifferentiableError, match="no gradient arrives at hyper"):  # nothing else uses it
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match="no gradient arrives at hyper"
+    ):  # nothing else uses it
         innerloop.metagradient(
             lambda traj, hyper: traj.params["w"].sum(),
             simple,
@@ -423,7 +536,7 @@ def test_what_a_callable_returns_is_constant_for_the_derivative(strategy: Strate
         )
 
 
-# -- buffers and random numbers -----------------------------------------------------------------------------------------
+# -- buffers and random numbers --------------------------------------------------------------------
 
 
 class Noisy(nn.Module):
@@ -446,12 +559,17 @@ def noisy(shift: float = 0.0) -> Noisy:
 
 
 def noisy_loss(model: nn.Module, hyper: Any, t: Any) -> Tensor:
-    return (model(smooth_noise(8, 3, phase=float(t))) - smooth_noise(8, 1, phase=t + 0.5)).square().mean()
+    return (
+        (model(smooth_noise(8, 3, phase=float(t))) - smooth_noise(8, 1, phase=t + 0.5))
+        .square()
+        .mean()
+    )
 
 
 @each_strategy()
 def test_buffers_and_random_numbers_are_those_of_a_plain_run(strategy: Strategy):
-    """Dropout draws the same masks, running statistics come out the same, and afterwards the generator stands where it should."""
+    """Dropout draws the same masks, running statistics come out the same, and afterwards the
+    generator stands where it should."""
 
     def plain() -> tuple[Noisy, Tensor]:
         model = noisy()
@@ -467,10 +585,14 @@ def test_buffers_and_random_numbers_are_those_of_a_plain_run(strategy: Strategy)
     model = noisy()
     learned = innerloop.Problem.from_module(model, noisy_loss, innerloop.optim.sgd(lr=0.1))
     torch.manual_seed(5)
-    traj = innerloop.unroll(learned, dict(model.named_parameters()), list(range(STEPS)), strategy=strategy)
+    traj = innerloop.unroll(
+        learned, dict(model.named_parameters()), list(range(STEPS)), strategy=strategy
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert_params(
-        {n: p.detach() for n, p in traj.params.items()}, {n: p.detach() for n, p in truth.named_parameters()}, 1e-12
+        {n: p.detach() for n, p in traj.params.items()},
+        {n: p.detach() for n, p in truth.named_parameters()},
+        1e-12,
     )
     assert_params(traj.at(-1).buffers, dict(truth.named_buffers()), 1e-12)
     assert_params(dict(model.named_buffers()), dict(noisy().named_buffers()), 0)
@@ -481,7 +603,11 @@ def test_buffers_and_random_numbers_are_those_of_a_plain_run(strategy: Strategy)
     begin = begin._replace(random_state=learned.init(dict(model.named_parameters())).random_state)
     torch.rand(17)
     again = innerloop.unroll(learned, begin, list(range(STEPS)), strategy=strategy)
-    assert_params({n: p.detach() for n, p in again.params.items()}, {n: p.detach() for n, p in traj.params.items()}, 0)
+    assert_params(
+        {n: p.detach() for n, p in again.params.items()},
+        {n: p.detach() for n, p in traj.params.items()},
+        0,
+    )
 
 
 @each_exact_strategy("params")
@@ -507,13 +633,17 @@ def test_gradients_through_dropout_and_batch_norm(strategy: Strategy):
         wrt="params",
         strategy=strategy,
     )
-    ours = sum((g * smooth_noise(*g.shape, phase=80.0 + i)).sum().item() for i, g in enumerate(gradients.values()))
+    ours = sum(
+        (g * smooth_noise(*g.shape, phase=80.0 + i)).sum().item()
+        for i, g in enumerate(gradients.values())
+    )
     assert_derivative(ours, derivative(plain), "noisy module")
 
 
 @each_exact_strategy("params")
 def test_vmap_over_tasks_with_buffers(strategy: Strategy):
-    """Each task has its own running statistics, so they must be batched from the start: in the carry."""
+    """Each task has its own running statistics, so they must be batched from the start: in the
+    carry."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     learned = innerloop.Problem.from_module(
         model, lambda m, hyper, x: m(x).square().mean(), innerloop.optim.sgd(lr=0.1)
@@ -554,12 +684,15 @@ def test_an_error_in_a_step_leaves_the_random_numbers_alone(strategy: Strategy):
     before = torch.get_rng_state()
     with pytest.raises(KeyError, match="a bug of the user"):
         innerloop.unroll(
-            innerloop.Problem(failing, innerloop.optim.sgd()), {"w": torch.ones(2)}, list(range(4)), strategy=strategy
+            innerloop.Problem(failing, innerloop.optim.sgd()),
+            {"w": torch.ones(2)},
+            list(range(4)),
+            strategy=strategy,
         )
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# -- the object itself --------------------------------------------------------------------------------------------------
+# -- the object itself -----------------------------------------------------------------------------
 
 
 @each_strategy()

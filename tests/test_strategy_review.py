@@ -1,4 +1,5 @@
-"""What a review of the strategies found: wrong numbers without a word, each now right or an error."""
+"""What a review of the strategies found: wrong numbers without a word, each now right or an
+error."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def quadratic(**kwargs: Any) -> innerloop.Problem:
-    return innerloop.Problem(lambda p, h, b: p["w"].square() / 2, innerloop.optim.sgd(lr=0.5), **kwargs)
+    return innerloop.Problem(
+        lambda p, h, b: p["w"].square() / 2, innerloop.optim.sgd(lr=0.5), **kwargs
+    )
 
 
 def w() -> dict[str, Tensor]:
@@ -32,7 +35,9 @@ def test_an_optimizer_hyper_that_changes_is_noticed(slots: Any):
         calls[0] += 1
         return {"lr": 0.5 / calls[0]}
 
-    traj = innerloop.unroll(quadratic(optimizer_hyper=changing), w(), None, steps=3, strategy=Checkpointed(slots=slots))
+    traj = innerloop.unroll(
+        quadratic(optimizer_hyper=changing), w(), None, steps=3, strategy=Checkpointed(slots=slots)
+    )
     with pytest.raises(innerloop.InvalidInputError, match="optimizer_hyper"):
         traj.params["w"].backward()
 
@@ -40,7 +45,12 @@ def test_an_optimizer_hyper_that_changes_is_noticed(slots: Any):
 def test_a_hyper_parameter_written_in_place_by_data_is_noticed():
     hyper = {"lr": torch.tensor(0.5, requires_grad=True)}
     traj = innerloop.unroll(
-        quadratic(optimizer_hyper=lambda h, t: h), w(), None, steps=3, hyper=hyper, strategy=Checkpointed()
+        quadratic(optimizer_hyper=lambda h, t: h),
+        w(),
+        None,
+        steps=3,
+        hyper=hyper,
+        strategy=Checkpointed(),
     )
     hyper["lr"].data.mul_(2)
     with pytest.raises(innerloop.InvalidInputError):
@@ -85,7 +95,9 @@ def test_threads_may_share_a_problem(strategy: Strategy):
 
 def test_truncated_refuses_captured_tensors():
     c = torch.tensor(1.0, requires_grad=True)
-    problem = innerloop.Problem(lambda p, h, b: c * p["w"].square() / 2, innerloop.optim.sgd(lr=0.5))
+    problem = innerloop.Problem(
+        lambda p, h, b: c * p["w"].square() / 2, innerloop.optim.sgd(lr=0.5)
+    )
     with pytest.raises(innerloop.CapturedTensorError):
         innerloop.unroll(problem, {"w": torch.tensor(8.0)}, None, steps=3, strategy=Truncated(1))
 
@@ -129,7 +141,11 @@ def test_buffers_that_depend_on_parameters():
         return found
 
     exact = gradient(StoreAll())
-    for strategy in (Checkpointed(slots=1), Checkpointed(product="mixed"), Checkpointed(slots=2, save="gradients")):
+    for strategy in (
+        Checkpointed(slots=1),
+        Checkpointed(product="mixed"),
+        Checkpointed(slots=2, save="gradients"),
+    ):
         torch.testing.assert_close(gradient(strategy), exact, rtol=1e-12, atol=0)
     with pytest.raises(innerloop.NotDifferentiableError, match="buffers"):
         gradient(FirstOrder())
@@ -147,21 +163,27 @@ def test_online_refuses_other_names_and_reaches_what_it_says():
     next(run)
     with pytest.raises(innerloop.InvalidInputError, match="same tensors"):
         run.send({"weight": torch.tensor(1.0), "lr": torch.tensor(0.25)})
-    for outer, learned in ((lambda p, h: p["w"].detach(), problem), (lambda p, h: p["w"], quadratic())):
+    for outer, learned in (
+        (lambda p, h: p["w"].detach(), problem),
+        (lambda p, h: p["w"], quadratic()),
+    ):
         with pytest.raises(innerloop.NotDifferentiableError, match="no gradient arrives"):
             next(ForwardMode().online(outer, learned, start, None, steps=2, hyper=hyper))
 
 
 def test_online_draws_from_the_carry():
     problem = innerloop.Problem(
-        lambda p, h, b: nn.functional.dropout(p["w"] * h, 0.5).square().sum(), innerloop.optim.sgd(lr=0.1)
+        lambda p, h, b: nn.functional.dropout(p["w"] * h, 0.5).square().sum(),
+        innerloop.optim.sgd(lr=0.1),
     )
     start = {"w": torch.ones(6)}
     carry = innerloop.unroll(problem, start, None, steps=1, hyper=torch.tensor(1.0)).at(-1)
     truth = innerloop.unroll(problem, carry, None, steps=3, hyper=torch.tensor(1.0))
     torch.manual_seed(9)
     before = torch.get_rng_state()
-    run = ForwardMode().online(lambda p, h: p["w"].sum(), problem, carry, None, steps=3, hyper=torch.tensor(1.0))
+    run = ForwardMode().online(
+        lambda p, h: p["w"].sum(), problem, carry, None, steps=3, hyper=torch.tensor(1.0)
+    )
     *_, last = run
     torch.testing.assert_close(last.carry.params["w"], truth.params["w"], rtol=1e-12, atol=0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -177,7 +199,9 @@ def test_measuring_draws_nothing_from_an_iterator(strategy: Strategy):
         traj.params["w"].backward()
         assert params["w"].grad is not None
         torch.testing.assert_close(params["w"].grad, torch.tensor(0.8**4), rtol=1e-12, atol=0)
-        torch.testing.assert_close(traj.params["w"], innerloop.unroll(problem, w(), data).params["w"])
+        torch.testing.assert_close(
+            traj.params["w"], innerloop.unroll(problem, w(), data).params["w"]
+        )
 
 
 def test_an_iterator_that_is_used_up_is_named():
@@ -193,7 +217,9 @@ def test_an_iterator_that_is_used_up_is_named():
 
 def test_a_loop_of_one_step_with_a_schedule():
     problem = quadratic(optimizer_hyper=lambda h, t: {"lr": h["lr"][t]})
-    plan = innerloop.plan(problem, {"w": torch.tensor(2.0)}, None, steps=1, hyper={"lr": torch.tensor([0.5])})
+    plan = innerloop.plan(
+        problem, {"w": torch.tensor(2.0)}, None, steps=1, hyper={"lr": torch.tensor([0.5])}
+    )
     assert not any(row.problem for row in plan.rows)
 
 
@@ -220,7 +246,9 @@ class Once(Square):
 
 
 def test_a_row_that_is_not_possible_says_so():
-    problem = innerloop.Problem(lambda p, h, b: Square.apply(p["w"]) * h, innerloop.optim.sgd(lr=0.1))
+    problem = innerloop.Problem(
+        lambda p, h, b: Square.apply(p["w"]) * h, innerloop.optim.sgd(lr=0.1)
+    )
     plan = innerloop.plan(problem, {"w": torch.tensor(2.0)}, None, steps=5, hyper=torch.tensor(1.0))
     row = next(r for r in plan.rows if r.strategy == ForwardMode())
     assert row.problem
@@ -240,9 +268,12 @@ def test_inference_mode_is_named():
 
 @pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed()], ids=repr)
 def test_a_second_derivative_that_torch_would_drop_is_named(strategy: Strategy):
-    """d w_2 / d w_0 is (1 - lr)^2 = 1/4; torch says 1, because the gradient that comes in does not require grad."""
+    """d w_2 / d w_0 is (1 - lr)^2 = 1/4; torch says 1, because the gradient that comes in does not
+    require grad."""
     problem = innerloop.Problem(lambda p, h, b: Once.apply(p["w"]) / 2, innerloop.optim.sgd(lr=0.5))
-    with pytest.raises(innerloop.NotDifferentiableError, match="Once is marked once_differentiable"):
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match="Once is marked once_differentiable"
+    ):
         innerloop.unroll(problem, w(), None, steps=2, strategy=strategy).params["w"].backward()
     params = w()
     innerloop.unroll(problem, params, None, steps=2, strategy=FirstOrder()).params["w"].backward()

@@ -1,4 +1,5 @@
-"""The shape of the package: who may import whom, what importing it costs, and what it promises to offer."""
+"""The shape of the package: who may import whom, what importing it costs, and what it promises to
+offer."""
 
 from __future__ import annotations
 
@@ -37,7 +38,18 @@ LAYERS = (
 )
 LAYER = {name: depth for depth, row in enumerate(LAYERS) for name in row}
 
-OPTIONAL = ("gymnasium", "higher", "jax", "matplotlib", "numpy", "optree", "scipy", "sklearn", "torchopt", "tqdm")
+OPTIONAL = (
+    "gymnasium",
+    "higher",
+    "jax",
+    "matplotlib",
+    "numpy",
+    "optree",
+    "scipy",
+    "sklearn",
+    "torchopt",
+    "tqdm",
+)
 """Packages that ``import innerloop`` does not bring in, beyond those that torch itself does."""
 
 PUBLIC = """
@@ -54,17 +66,19 @@ PUBLIC = """
 """.split()
 
 
-# -- reading imports off the source ------------------------------------------------------------------------------------
+# -- reading imports off the source ----------------------------------------------------------------
 
 
 def module_name(path: Path) -> str:
-    """``innerloop.optim.sgd`` for ``src/innerloop/optim/sgd.py``, ``innerloop.optim`` for its ``__init__``."""
+    """``innerloop.optim.sgd`` for ``src/innerloop/optim/sgd.py``, ``innerloop.optim`` for its
+    ``__init__``."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Dotted names of everything that a source imports, wherever in the file: a lazy import is a dependence too."""
+    """Dotted names of everything that a source imports, wherever in the file: a lazy import is a
+    dependence too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -88,7 +102,8 @@ def imports_of(path: Path) -> set[str]:
 
 
 def dependences() -> dict[str, set[str]]:
-    """Room -> rooms that it imports; the package's own ``__init__`` is left out, it gathers everything."""
+    """Room -> rooms that it imports; the package's own ``__init__`` is left out, it gathers
+    everything."""
     found: dict[str, set[str]] = {}
     for path in SOURCES:
         if path == PACKAGE / "__init__.py":
@@ -114,11 +129,15 @@ def test_the_reader_of_imports_sees_every_form(source: str, expected: set[str]) 
     assert set(imported(source, "innerloop.optim.sgd", is_package=False)) == expected
 
 
-# -- direction ---------------------------------------------------------------------------------------------------------
+# -- direction -------------------------------------------------------------------------------------
 
 
 def test_every_module_has_a_place_in_the_order() -> None:
-    unplaced = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES} - set(LAYER) - {"__init__"}
+    unplaced = (
+        {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES}
+        - set(LAYER)
+        - {"__init__"}
+    )
     assert not unplaced, f"give these a row in LAYERS (tests/test_structure.py): {sorted(unplaced)}"
 
 
@@ -127,7 +146,8 @@ def test_imports_point_one_way() -> None:
         f"{here} imports {there or 'the package itself'}"
         for here, theirs in dependences().items()
         for there in theirs
-        if LAYER.get(there, len(LAYERS)) > LAYER[here] and (there or LAYER[here] < LAYER["walkthrough"])
+        if LAYER.get(there, len(LAYERS)) > LAYER[here]
+        and (there or LAYER[here] < LAYER["walkthrough"])
     ]
     assert not upwards
 
@@ -155,10 +175,12 @@ def test_no_strategy_knows_the_loop_and_no_optimizer_knows_a_strategy() -> None:
 
 def test_the_package_knows_neither_its_tests_nor_its_examples_nor_its_benchmarks() -> None:
     outside = {"benchmarks", "docs", "examples", "tests"}
-    assert not {name for path in SOURCES for name in imports_of(path) if name.split(".")[0] in outside}
+    assert not {
+        name for path in SOURCES for name in imports_of(path) if name.split(".")[0] in outside
+    }
 
 
-# -- private names of torch --------------------------------------------------------------------------------------------
+# -- private names of torch ------------------------------------------------------------------------
 
 
 def is_private(part: str) -> bool:
@@ -177,8 +199,14 @@ def dotted(node: ast.AST) -> str:
 def private_torch(source: str) -> set[str]:
     """Private names below ``torch`` that a source imports or spells out."""
     names = set(imported(source, "innerloop.x", is_package=False))
-    names |= {dotted(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    return {name for name in names if name.split(".")[0] == "torch" and any(map(is_private, name.split(".")))}
+    names |= {
+        dotted(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+    }
+    return {
+        name
+        for name in names
+        if name.split(".")[0] == "torch" and any(map(is_private, name.split(".")))
+    }
 
 
 @pytest.mark.parametrize(
@@ -202,11 +230,13 @@ def test_private_names_of_torch_have_one_room() -> None:
     assert not {name: found for name, found in users.items() if found}
 
 
-# -- what importing costs ----------------------------------------------------------------------------------------------
+# -- what importing costs --------------------------------------------------------------------------
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout
 
 
 def test_importing_brings_in_no_optional_package() -> None:
@@ -222,11 +252,12 @@ print(*sorted(packages() - before))
     assert not set(brought) & set(OPTIONAL)
 
 
-# -- what is promised --------------------------------------------------------------------------------------------------
+# -- what is promised ------------------------------------------------------------------------------
 
 
 def resolve(name: str) -> object:
-    """The object behind a dotted public name; a module of the package may still have to be imported."""
+    """The object behind a dotted public name; a module of the package may still have to be
+    imported."""
     found: object = innerloop
     for part in name.split("."):
         if inspect.ismodule(found) and not hasattr(found, part):
@@ -252,7 +283,11 @@ def test_types_are_shipped() -> None:
 def modules() -> list[str]:
     """Every public module of the package."""
     names = [info.name for info in pkgutil.walk_packages(innerloop.__path__, "innerloop.")]
-    return [name for name in names if not any(map(is_private, name.split("."))) and not name.endswith("__main__")]
+    return [
+        name
+        for name in names
+        if not any(map(is_private, name.split("."))) and not name.endswith("__main__")
+    ]
 
 
 @pytest.mark.parametrize("name", modules())
@@ -260,17 +295,28 @@ def test_public_members_are_described(name: str) -> None:
     """A method may inherit its description from the class that declares it."""
     module = importlib.import_module(name)
     assert module.__doc__
-    own = [obj for key, obj in vars(module).items() if not is_private(key) and getattr(obj, "__module__", "") == name]
+    own = [
+        obj
+        for key, obj in vars(module).items()
+        if not is_private(key) and getattr(obj, "__module__", "") == name
+    ]
     described = [obj for obj in own if inspect.isroutine(obj) or inspect.isclass(obj)]
     silent = [obj.__qualname__ for obj in described if not inspect.getdoc(obj)]
     for cls in filter(inspect.isclass, described):
-        methods = [key for key, value in vars(cls).items() if not key.startswith("_") and inspect.isfunction(value)]
-        silent += [f"{cls.__qualname__}.{key}" for key in methods if not inspect.getdoc(getattr(cls, key))]
+        methods = [
+            key
+            for key, value in vars(cls).items()
+            if not key.startswith("_") and inspect.isfunction(value)
+        ]
+        silent += [
+            f"{cls.__qualname__}.{key}" for key in methods if not inspect.getdoc(getattr(cls, key))
+        ]
     assert not silent
 
 
 def exported(module: ModuleType) -> Iterator[str]:
-    """``optim.sgd`` and the like: what ``__all__`` names, and what the modules named there export in turn."""
+    """``optim.sgd`` and the like: what ``__all__`` names, and what the modules named there export
+    in turn."""
     for name in vars(module)["__all__"]:
         value = getattr(module, name)
         if inspect.ismodule(value):

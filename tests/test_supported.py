@@ -13,7 +13,9 @@ import innerloop
 
 def test_every_optimizer_of_torch_is_in_the_list():
     theirs = {
-        cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+        cls
+        for cls in vars(torch.optim).values()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
     } - {torch.optim.Optimizer}
     listed = {entry.torch_class for entry in innerloop.optim.supported()}
     assert theirs - listed == set()
@@ -56,7 +58,10 @@ def test_a_foreign_class_appears_once_it_is_verified():
 
 def test_it_prints_as_a_table():
     lines = repr(innerloop.optim.supported()).splitlines()
-    assert lines[0].split() == "innerloop.optim. torch class hyper-parameters that may be tensors".split()
+    assert (
+        lines[0].split()
+        == "innerloop.optim. torch class hyper-parameters that may be tensors".split()
+    )
     assert any(line.startswith("sgd ") and "momentum" in line for line in lines)
     assert any(line.startswith("sparse_adam ") and line.endswith("not compiled;") for line in lines)
 
@@ -65,7 +70,10 @@ def test_one_class_is_answered_by_its_rule():
     answer = innerloop.optim.supported(torch.optim.AdamW)
     assert answer
     assert (answer.how, answer.write) == ("rule", "innerloop.optim.adamw(...)")
-    assert innerloop.optim.supported(torch.optim.SparseAdam).write == "innerloop.optim.sparse_adam(...)"
+    assert (
+        innerloop.optim.supported(torch.optim.SparseAdam).write
+        == "innerloop.optim.sparse_adam(...)"
+    )
 
     class Renamed(torch.optim.SGD):
         """Takes its parent's steps."""

@@ -1,7 +1,9 @@
-"""What `innerloop.track` differentiates: truth is a closed form, or finite differences of a plain ``torch.optim`` run.
+"""What `innerloop.track` differentiates: truth is a closed form, or finite differences of a plain
+``torch.optim`` run.
 
-What depends on the kind of module is in ``test_module_situations.py``, on ``loop.model`` in ``test_track_model.py``, ``commit`` in
-``test_track_commit.py``, bad input in ``test_track_errors.py``, memory in ``test_track_memory.py``.
+What depends on the kind of module is in ``test_module_situations.py``, on ``loop.model`` in
+``test_track_model.py``, ``commit`` in ``test_track_commit.py``, bad input in
+``test_track_errors.py``, memory in ``test_track_memory.py``.
 """
 
 from __future__ import annotations
@@ -16,14 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
-from tests.networks import adam, adapted, detached, direction, gradients, leaf, network, outer_value, sgd, train
+from tests.networks import (
+    adam,
+    adapted,
+    detached,
+    direction,
+    gradients,
+    leaf,
+    network,
+    outer_value,
+    sgd,
+    train,
+)
 from tests.oracles import assert_derivative, assert_params, derivative, smooth_noise
 from tests.situations import SEED, STEPS, TwoLayers, along, features, named, regression, target
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# -- closed form: on a quadratic loss every meta-gradient is a matrix power ----------------------------------------------
+# -- closed form: on a quadratic loss every meta-gradient is a matrix power ------------------------
 
 CURVATURE = torch.tensor([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]], dtype=torch.float64)
 START = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -47,7 +60,9 @@ def contraction(lr: float, power: int) -> Tensor:
 @pytest.mark.parametrize("steps", [0, 1, 2, 7])
 def test_sgd_on_a_quadratic_is_a_matrix_power(steps: int):
     model, lr = Point(), leaf(0.3)
-    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), hyper={"lr": lr}) as loop:
+    with innerloop.track(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), hyper={"lr": lr}
+    ) as loop:
         for _ in range(steps):
             loop.step(loop.model())
         outer = loop.model.x.square().sum() / 2
@@ -67,7 +82,9 @@ def test_an_outer_loss_may_use_every_step():
     with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.2)) as loop:
         for _ in range(4):
             loop.step(loop.model())
-        outer = loop.trajectory.losses.sum() + sum(loop.parameters(time=t)["x"].square().sum() / 2 for t in range(5))
+        outer = loop.trajectory.losses.sum() + sum(
+            loop.parameters(time=t)["x"].square().sum() / 2 for t in range(5)
+        )
     assert isinstance(outer, Tensor)
     outer.backward()
     powers = [contraction(0.2, t) for t in range(5)]
@@ -76,7 +93,8 @@ def test_an_outer_loss_may_use_every_step():
 
 
 def test_a_loop_inside_a_loop():
-    """The loss of each outer step is the loss behind two inner steps; on a quadratic it is x'MAMx/2, M = (1 - rA)²."""
+    """The loss of each outer step is the loss behind two inner steps; on a quadratic it is
+    x'MAMx/2, M = (1 - rA)²."""
     model, rate = Point(), leaf(0.4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     with innerloop.track(model, optimizer) as loop:
@@ -98,10 +116,14 @@ def test_a_loop_inside_a_loop():
     torch.testing.assert_close(loop.parameters()["x"].detach(), x, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(model.x.grad, power @ x, rtol=1e-13, atol=1e-14)
     assert rate.grad is not None
-    assert_derivative(rate.grad.item(), derivative(lambda h: (end(0.4 + h)[0].square().sum() / 2).item()), "inner rate")
+    assert_derivative(
+        rate.grad.item(),
+        derivative(lambda h: (end(0.4 + h)[0].square().sum() / 2).item()),
+        "inner rate",
+    )
 
 
-# -- learn --------------------------------------------------------------------------------------------------------------
+# -- learn -----------------------------------------------------------------------------------------
 
 
 def test_outer_reaches_tensors_outside_of_the_model_and_only_those():
@@ -134,7 +156,8 @@ def test_outer_reaches_tensors_outside_of_the_model_and_only_those():
 
 
 def test_a_parameter_that_no_optimizer_steps_is_constant_inside_and_learned_outside():
-    """ANIL: only the head adapts. `only-head-adapts` has the derivative; here, that the body really stays."""
+    """ANIL: only the head adapts. `only-head-adapts` has the derivative; here, that the body really
+    stays."""
     model = network()
     with innerloop.track(model, torch.optim.SGD(model.head.parameters(), lr=0.1)) as loop:
         loop.step(regression(loop.model, 0))
@@ -157,14 +180,17 @@ def test_nothing_equals_init_in_values():
     assert_params(runs[1], runs[0], 0)
 
 
-# -- params= ------------------------------------------------------------------------------------------------------------
+# -- params= ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learn", ["init", "outer"])
 def test_the_initial_parameters_may_come_from_a_hypernetwork(learn: Any):
     model = network()
     code = torch.tensor([0.5, -1.0], requires_grad=True)
-    bases = {name: smooth_noise(2, *p.shape, phase=200.0 + i) for i, (name, p) in enumerate(model.named_parameters())}
+    bases = {
+        name: smooth_noise(2, *p.shape, phase=200.0 + i)
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
 
     def generate(code: Tensor) -> dict[str, Tensor]:
         return {name: torch.tensordot(code.tanh(), basis, 1) for name, basis in bases.items()}
@@ -190,7 +216,8 @@ def test_the_initial_parameters_may_come_from_a_hypernetwork(learn: Any):
 
 
 def test_the_outer_gradient_may_go_to_another_model():
-    """The seed's second cell: the task model adapts from the meta model's parameters, the meta model receives the gradient."""
+    """The seed's second cell: the task model adapts from the meta model's parameters, the meta
+    model receives the gradient."""
     task, meta = network(shift=0.3), network()
     with innerloop.track(task, sgd(task), params=dict(meta.named_parameters())) as loop:
         for t in range(STEPS):
@@ -203,11 +230,14 @@ def test_the_outer_gradient_may_go_to_another_model():
 
 
 def test_params_may_replace_a_part_also_of_what_is_frozen():
-    """A generated, frozen first layer; the rest is the model's own. All of it receives the outer gradient but the frozen original."""
+    """A generated, frozen first layer; the rest is the model's own. All of it receives the outer
+    gradient but the frozen original."""
     model = network()
     model.body.requires_grad_(False)
     scale = leaf(1.2)
-    with innerloop.track(model, sgd(model), params={"body.weight": scale * network().body.weight.detach()}) as loop:
+    with innerloop.track(
+        model, sgd(model), params={"body.weight": scale * network().body.weight.detach()}
+    ) as loop:
         for t in range(STEPS):
             loop.step(regression(loop.model, t))
         outer = regression(loop.model, STEPS)
@@ -235,15 +265,22 @@ def test_params_without_gradient_are_only_values():
         loop.step(regression(loop.model, 0))
     assert_params({n: p.detach() for n, p in loop.parameters(time=0).items()}, start, 0)
     assert_params(
-        {n: p.detach() for n, p in loop.parameters().items()}, detached(train(other, sgd(other), steps=range(1))), 1e-12
+        {n: p.detach() for n, p in loop.parameters().items()},
+        detached(train(other, sgd(other), steps=range(1))),
+        1e-12,
     )
 
 
-# -- hyper --------------------------------------------------------------------------------------------------------------
+# -- hyper -----------------------------------------------------------------------------------------
 
 
-def two_groups(model: TwoLayers, body: float = 0.1, head: float = 0.03, momentum: float = 0.9) -> torch.optim.SGD:
-    groups = [{"params": model.body.parameters(), "lr": body}, {"params": model.head.parameters(), "lr": head}]
+def two_groups(
+    model: TwoLayers, body: float = 0.1, head: float = 0.03, momentum: float = 0.9
+) -> torch.optim.SGD:
+    groups = [
+        {"params": model.body.parameters(), "lr": body},
+        {"params": model.head.parameters(), "lr": head},
+    ]
     return torch.optim.SGD(groups, lr=1.0, momentum=momentum)
 
 
@@ -251,7 +288,9 @@ def test_hyper_parameters_per_group():
     head = leaf(0.05)
     model = network()
     adapted(model, two_groups(model), learn="outer", hyper={"lr": [None, head]}).backward()
-    truth = derivative(lambda h: outer_value(train(start := network(), two_groups(start, head=0.05 + h))))
+    truth = derivative(
+        lambda h: outer_value(train(start := network(), two_groups(start, head=0.05 + h)))
+    )
     assert head.grad is not None
     assert_derivative(head.grad.item(), truth, "lr of the second group")
 
@@ -260,7 +299,9 @@ def test_one_hyper_parameter_for_all_groups():
     momentum = leaf(0.7)
     model = network()
     adapted(model, two_groups(model), learn="outer", hyper={"momentum": momentum}).backward()
-    truth = derivative(lambda h: outer_value(train(start := network(), two_groups(start, momentum=0.7 + h))))
+    truth = derivative(
+        lambda h: outer_value(train(start := network(), two_groups(start, momentum=0.7 + h)))
+    )
     assert momentum.grad is not None
     assert_derivative(momentum.grad.item(), truth, "momentum of both groups")
 
@@ -273,7 +314,8 @@ def test_hyper_parameters_per_parameter():
     adapted(model, sgd(model), learn="outer", hyper={"lr": rates}).backward()
 
     def by_hand(h: float, name: str, index: tuple[int, ...]) -> float:
-        """Every element in a group of its own is not possible in torch.optim, so: SGD with momentum written out."""
+        """Every element in a group of its own is not possible in torch.optim, so: SGD with momentum
+        written out."""
         lr = {n: r.detach().clone() for n, r in rates.items()}
         lr[name][index] += h
         start = network()
@@ -300,7 +342,8 @@ def test_hyper_parameters_per_parameter():
 
 
 def test_hyper_parameters_per_step_go_before_those_of_track():
-    """A learned schedule for two steps; the third has the rate given to `track`; the optimizer's own is never used."""
+    """A learned schedule for two steps; the third has the rate given to `track`; the optimizer's
+    own is never used."""
     schedule, rest = [leaf(0.2), leaf(0.05)], leaf(0.15)
     model = network()
     with innerloop.track(model, sgd(model, lr=9.0), learn="outer", hyper={"lr": rest}) as loop:
@@ -319,7 +362,9 @@ def test_hyper_parameters_per_step_go_before_those_of_track():
 
     assert outer.item() == pytest.approx(scheduled([0.2, 0.05, 0.15]), rel=1e-12)
     for i, lr in enumerate([*schedule, rest]):
-        truth = derivative(lambda h, i=i: scheduled([r + h * (i == k) for k, r in enumerate([0.2, 0.05, 0.15])]))  # type: ignore[misc]
+        truth = derivative(
+            lambda h, i=i: scheduled([r + h * (i == k) for k, r in enumerate([0.2, 0.05, 0.15])])  # type: ignore[misc]
+        )
         assert lr.grad is not None
         assert_derivative(lr.grad.item(), truth, f"lr at step {i}")
 
@@ -331,7 +376,9 @@ def test_a_pair_of_hyper_parameters():
 
     def trained(b1: float, b2: float) -> float:
         start = network()
-        return outer_value(train(start, torch.optim.Adam(start.parameters(), lr=0.05, betas=(b1, b2), eps=0.1)))
+        return outer_value(
+            train(start, torch.optim.Adam(start.parameters(), lr=0.05, betas=(b1, b2), eps=0.1))
+        )
 
     assert beta1.grad is not None
     assert beta2.grad is not None
@@ -342,7 +389,9 @@ def test_a_pair_of_hyper_parameters():
 def test_a_tensor_rate_inside_the_torch_optimizer():
     model, lr = network(), leaf(0.1)
     adapted(model, torch.optim.SGD(model.parameters(), lr=lr), learn="outer").backward()
-    truth = derivative(lambda h: outer_value(train(start := network(), sgd(start, lr=0.1 + h, momentum=0.0))))
+    truth = derivative(
+        lambda h: outer_value(train(start := network(), sgd(start, lr=0.1 + h, momentum=0.0)))
+    )
     assert lr.grad is not None
     assert_derivative(lr.grad.item(), truth, "lr inside torch.optim")
 
@@ -368,17 +417,24 @@ def test_a_scheduler_may_be_stepped_inside_the_loop():
             scheduler.step()
         outer = regression(loop.model, STEPS)
     outer.backward()
-    assert_params({n: p.detach() for n, p in loop.parameters().items()}, detached(with_scheduler(network())), 1e-12)
+    assert_params(
+        {n: p.detach() for n, p in loop.parameters().items()},
+        detached(with_scheduler(network())),
+        1e-12,
+    )
     truth = derivative(lambda h: outer_value(with_scheduler(network(h))))
     assert_derivative(along(gradients(model), direction(model)), truth, "scheduled")
 
 
-# -- first_order --------------------------------------------------------------------------------------------------------
+# -- first_order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adam])
-def test_first_order_is_the_gradient_at_the_end_point(optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
-    """First-order MAML: the outer loss's gradient at the adapted parameters, here taken by plain PyTorch."""
+def test_first_order_is_the_gradient_at_the_end_point(
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+):
+    """First-order MAML: the outer loss's gradient at the adapted parameters, here taken by plain
+    PyTorch."""
     model = network()
     adapted(model, optimizer(model), first_order=True).backward()
     end = network()
@@ -390,7 +446,8 @@ def test_first_order_is_the_gradient_at_the_end_point(optimizer: Callable[[nn.Mo
 
 
 def test_first_order_keeps_what_the_rule_itself_adds():
-    """Weight decay multiplies the parameters by 1 - lr * decay at every step, and so the gradient."""
+    """Weight decay multiplies the parameters by 1 - lr * decay at every step, and so the
+    gradient."""
     model = network()
     decaying = lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.5)  # noqa: E731
     adapted(model, decaying(model), first_order=True).backward()
@@ -400,7 +457,9 @@ def test_first_order_keeps_what_the_rule_itself_adds():
     regression(end, STEPS).backward()
     for name, expected in gradients(end).items():
         assert expected is not None
-        torch.testing.assert_close(gradients(model)[name], (1 - 0.1 * 0.5) ** STEPS * expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            gradients(model)[name], (1 - 0.1 * 0.5) ** STEPS * expected, rtol=1e-12, atol=1e-14
+        )
 
 
 def received(model: nn.Module) -> list[Tensor]:
@@ -409,9 +468,12 @@ def received(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("learn", ["init", "outer"])
 def test_first_order_gives_the_rate_its_gradient(learn: Any):
-    """With the inner gradients g_t constant, the end is x₀ - lr Σ g_t: the derivative is -Σ g_t · (outer gradient)."""
+    """With the inner gradients g_t constant, the end is x₀ - lr Σ g_t: the derivative is -Σ g_t ·
+    (outer gradient)."""
     model, lr = network(), leaf(0.1)
-    adapted(model, sgd(model, momentum=0.0), first_order=True, learn=learn, hyper={"lr": lr}).backward()
+    adapted(
+        model, sgd(model, momentum=0.0), first_order=True, learn=learn, hyper={"lr": lr}
+    ).backward()
     end = network()
     optimizer = sgd(end, momentum=0.0)
     total = [torch.zeros_like(p) for p in end.parameters()]
@@ -421,7 +483,9 @@ def test_first_order_gives_the_rate_its_gradient(learn: Any):
     end.zero_grad()
     regression(end, STEPS).backward()
     assert lr.grad is not None
-    expected = -torch.stack([(s * g).sum() for s, g in zip(total, received(end), strict=True)]).sum()
+    expected = -torch.stack(
+        [(s * g).sum() for s, g in zip(total, received(end), strict=True)]
+    ).sum()
     torch.testing.assert_close(lr.grad, expected, rtol=1e-12, atol=0)
 
 
@@ -442,11 +506,12 @@ def test_first_order_is_exact_for_a_linear_inner_loss():
     assert_derivative(along(gradients(model), direction(model)), truth, "linear inner loss")
 
 
-# -- grad_callback, learned optimizers ----------------------------------------------------------------------------------
+# -- grad_callback, learned optimizers -------------------------------------------------------------
 
 
 def test_gradients_may_be_clipped_between_loss_and_update():
-    """By their global norm, which makes every gradient depend on all the others. Truth: torch's own clipping."""
+    """By their global norm, which makes every gradient depend on all the others. Truth: torch's own
+    clipping."""
     model = network()
 
     def clip(grads: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -492,7 +557,8 @@ def test_a_gradient_that_the_callback_drops_is_skipped():
 
 
 def test_a_learned_optimizer():
-    """A network that turns each gradient entry into an update; its own weights are what is learned."""
+    """A network that turns each gradient entry into an update; its own weights are what is
+    learned."""
     net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
     for i, p in enumerate(net.parameters()):
         p.data = 0.5 * smooth_noise(*p.shape, phase=300.0 + i)
@@ -505,7 +571,8 @@ def test_a_learned_optimizer():
     with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), learn="outer") as loop:
         for t in range(STEPS):
             loop.step(
-                regression(loop.model, t), grad_callback=lambda grads: {n: update(net, g) for n, g in grads.items()}
+                regression(loop.model, t),
+                grad_callback=lambda grads: {n: update(net, g) for n, g in grads.items()},
             )
         outer = regression(loop.model, STEPS)
     outer.backward()
@@ -522,14 +589,19 @@ def test_a_learned_optimizer():
                     p.sub_(0.1 * update(rule, g))
         return outer_value(start)
 
-    assert_derivative(along(gradients(net), direction(net)), derivative(trained), "weights of the learned optimizer")
+    assert_derivative(
+        along(gradients(net), direction(net)),
+        derivative(trained),
+        "weights of the learned optimizer",
+    )
 
 
-# -- detach: windows ----------------------------------------------------------------------------------------------------
+# -- detach: windows -------------------------------------------------------------------------------
 
 
 def test_two_outer_rounds_with_adam_state_carried_over():
-    """Round two starts from the detached weights and moments of round one: truth differentiates round two only."""
+    """Round two starts from the detached weights and moments of round one: truth differentiates
+    round two only."""
     lr = leaf(0.05)
     model = network()
     found = []
@@ -569,11 +641,12 @@ def test_time_starts_again_at_a_detach():
     assert all(p.grad_fn is not None or p.is_leaf for p in loop.parameters(time=0).values())
 
 
-# -- test-time training: a loop inside a module's forward ---------------------------------------------------------------
+# -- test-time training: a loop inside a module's forward ------------------------------------------
 
 
 class FastWeights(nn.Module):
-    """Adapts a linear layer on a self-supervised task (predict the input) before it is used; one step at a learned rate."""
+    """Adapts a linear layer on a self-supervised task (predict the input) before it is used; one
+    step at a learned rate."""
 
     def __init__(self, *, by_hand: bool) -> None:
         super().__init__()
@@ -596,7 +669,8 @@ class FastWeights(nn.Module):
 
 
 def test_time_training_inside_of_a_forward():
-    """Trained by plain PyTorch, and inside of a second loop; truth is the same module with its inner step written out."""
+    """Trained by plain PyTorch, and inside of a second loop; truth is the same module with its
+    inner step written out."""
 
     def make(by_hand: bool, h: float = 0.0) -> FastWeights:
         with torch.random.fork_rng():
@@ -617,10 +691,12 @@ def test_time_training_inside_of_a_forward():
         outer = regression(loop.model, STEPS)
     outer.backward()
     expected = derivative(lambda h: outer_value(train(start := make(True, h), sgd(start))))
-    assert_derivative(along(gradients(model), direction(model)), expected, "meta-learned test-time training")
+    assert_derivative(
+        along(gradients(model), direction(model)), expected, "meta-learned test-time training"
+    )
 
 
-# -- two loops over one model --------------------------------------------------------------------------------------------
+# -- two loops over one model ----------------------------------------------------------------------
 
 
 def test_loops_over_the_same_model_do_not_know_each_other():
@@ -636,10 +712,14 @@ def test_loops_over_the_same_model_do_not_know_each_other():
 
 
 def test_the_proximal_term_to_the_users_own_parameters():
-    """iMAML's regulariser: the loss uses the inner parameters *and* those of the user's model, which get both gradients."""
+    """iMAML's regulariser: the loss uses the inner parameters *and* those of the user's model,
+    which get both gradients."""
 
     def proximal(model: nn.Module, anchor: nn.Module, t: int) -> Tensor:
-        distance = sum((p - q).square().sum() for p, q in zip(model.parameters(), anchor.parameters(), strict=True))
+        distance = sum(
+            (p - q).square().sum()
+            for p, q in zip(model.parameters(), anchor.parameters(), strict=True)
+        )
         return regression(model, t) + 0.3 * distance
 
     model = network()
@@ -656,11 +736,12 @@ def test_the_proximal_term_to_the_users_own_parameters():
     assert_derivative(along(gradients(model), direction(model)), derivative(trained), "proximal")
 
 
-# -- under torch.func ---------------------------------------------------------------------------------------------------
+# -- under torch.func ------------------------------------------------------------------------------
 
 
 def test_the_outer_gradient_by_torch_func():
-    """With respect to the data of the loop, by reverse and by forward mode. (``vmap`` is refused.)"""
+    """With respect to the data of the loop, by reverse and by forward mode. (``vmap`` is
+    refused.)"""
     x, v = features(0), features(7)
 
     def behind_a_loop(x: Tensor) -> Tensor:
@@ -678,11 +759,13 @@ def test_the_outer_gradient_by_torch_func():
         return outer_value(model)
 
     truth = derivative(plain)
-    assert_derivative((torch.func.grad(behind_a_loop)(x) * v).sum().item(), truth, "torch.func.grad")
+    assert_derivative(
+        (torch.func.grad(behind_a_loop)(x) * v).sum().item(), truth, "torch.func.grad"
+    )
     assert_derivative(torch.func.jvp(behind_a_loop, (x,), (v,))[1].item(), truth, "torch.func.jvp")
 
 
-# -- inside a backward pass ---------------------------------------------------------------------------------------------
+# -- inside a backward pass ------------------------------------------------------------------------
 
 
 class Implicit(torch.autograd.Function):

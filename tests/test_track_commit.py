@@ -1,4 +1,5 @@
-"""``loop.commit``: training in windows leaves what one long ``torch.optim`` run leaves, in every bit."""
+"""``loop.commit``: training in windows leaves what one long ``torch.optim`` run leaves, in every
+bit."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ from tests.situations import SEED, TwoLayers
 STEPS = 12
 RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, foreach=False),
-    "momentum": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.01, foreach=False),
+    "momentum": lambda ps: torch.optim.SGD(
+        ps, lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.01, foreach=False
+    ),
     "nesterov": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
     "adam": lambda ps: torch.optim.Adam(ps, lr=0.01, foreach=False),
-    "amsgrad": lambda ps: torch.optim.Adam(ps, lr=0.01, weight_decay=0.1, amsgrad=True, foreach=False),
+    "amsgrad": lambda ps: torch.optim.Adam(
+        ps, lr=0.01, weight_decay=0.1, amsgrad=True, foreach=False
+    ),
     "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.01, foreach=False),
     "maximize": lambda ps: torch.optim.Adam(ps, lr=1e-4, maximize=True, foreach=False),
 }
@@ -28,11 +33,14 @@ EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 
 
 class Images(nn.Module):
-    """A convolution, BatchNorm with its buffers, dropout, and a linear layer too large to be packed with the others."""
+    """A convolution, BatchNorm with its buffers, dropout, and a linear layer too large to be packed
+    with the others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2)
+        )
         self.hidden = nn.Linear(4 * 6 * 6, 120)
         self.head = nn.Linear(120, 3)
 
@@ -50,13 +58,18 @@ def loss_of(model: Any, t: int) -> Tensor:
     """A batch of its own at every step."""
     dtype = next(iter(model.parameters())).dtype
     if isinstance(model, Images):
-        return F.cross_entropy(model(smooth_noise(10, 64, phase=float(t)).to(dtype)), torch.arange(t, t + 10) % 3)
+        return F.cross_entropy(
+            model(smooth_noise(10, 64, phase=float(t)).to(dtype)), torch.arange(t, t + 10) % 3
+        )
     return F.mse_loss(
-        model(smooth_noise(10, 3, phase=float(t)).to(dtype)), smooth_noise(10, 1, phase=t + 0.5).to(dtype)
+        model(smooth_noise(10, 3, phase=float(t)).to(dtype)),
+        smooth_noise(10, 1, phase=t + 0.5).to(dtype),
     )
 
 
-def torch_trained(kind: type[nn.Module], rule: str, dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
+def torch_trained(
+    kind: type[nn.Module], rule: str, dtype: torch.dtype
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = made(kind, dtype)
     optimizer = RULES[rule](model.parameters())
     torch.manual_seed(SEED)
@@ -64,21 +77,27 @@ def torch_trained(kind: type[nn.Module], rule: str, dtype: torch.dtype) -> tuple
     return model, optimizer
 
 
-def torch_continue(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+def torch_continue(
+    model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int
+) -> None:
     for t in range(start, stop):
         optimizer.zero_grad()
         loss_of(model, t).backward()
         optimizer.step()
 
 
-def window(model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int, **arguments: Any) -> None:
+def window(
+    model: nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int, **arguments: Any
+) -> None:
     with innerloop.track(model, optimizer, **arguments) as loop:
         for t in range(start, stop):
             loop.step(loss_of(loop.model, t))
         loop.commit()
 
 
-def assert_same(ours: tuple[nn.Module, torch.optim.Optimizer], truth: tuple[nn.Module, torch.optim.Optimizer]) -> None:
+def assert_same(
+    ours: tuple[nn.Module, torch.optim.Optimizer], truth: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
     assert_params(
         {n: p.detach() for n, p in ours[0].named_parameters()},
         {n: p.detach() for n, p in truth[0].named_parameters()},
@@ -116,7 +135,8 @@ def test_windows_in_float64(rule: str):
 
 @EVERY_RULE
 def test_torch_may_take_over_and_hand_back(rule: str):
-    """Three steps by torch, three by innerloop, and so on: each continues from the other's state."""
+    """Three steps by torch, three by innerloop, and so on: each continues from the other's
+    state."""
     model = made(TwoLayers, torch.float32)
     optimizer = RULES[rule](model.parameters())
     torch.manual_seed(SEED)
@@ -137,7 +157,9 @@ def test_windows_of_one_loop_cut_by_detach(rule: str):
             if t % 5 == 4:
                 loop.detach()
             loop.step(loss_of(loop.model, t))
-    assert torch.equal(model.get_parameter("head.bias"), made(Images, torch.float32).get_parameter("head.bias"))
+    assert torch.equal(
+        model.get_parameter("head.bias"), made(Images, torch.float32).get_parameter("head.bias")
+    )
     loop.commit()
     assert_same((model, optimizer), torch_trained(Images, rule, torch.float32))
 
@@ -156,7 +178,8 @@ def test_a_scheduler_runs_through_the_windows():
 
 
 def test_a_commit_changes_values_and_nothing_else():
-    """The same tensors with the same flags and gradients; and the loop goes on as if nothing had happened."""
+    """The same tensors with the same flags and gradients; and the loop goes on as if nothing had
+    happened."""
     model = made(TwoLayers, torch.float32)
     optimizer = RULES["adam"](model.parameters())
     for p in model.parameters():
@@ -169,7 +192,9 @@ def test_a_commit_changes_values_and_nothing_else():
             if t % 4 == 0:
                 loop.commit()
                 loop.commit()
-    assert [(name, id(p), p.requires_grad, id(p.grad)) for name, p in model.named_parameters()] == before
+    assert [
+        (name, id(p), p.requires_grad, id(p.grad)) for name, p in model.named_parameters()
+    ] == before
     assert all(bool((p.grad == 1).all()) for p in model.parameters() if p.grad is not None)
     loop.commit()
     for p in model.parameters():
@@ -178,7 +203,8 @@ def test_a_commit_changes_values_and_nothing_else():
 
 
 def test_a_commit_before_backward_leaves_the_outer_gradient_as_it_is():
-    """The outer gradient belongs to the weights at time 0, although the user's tensors have other values by then."""
+    """The outer gradient belongs to the weights at time 0, although the user's tensors have other
+    values by then."""
     found = []
     for commit in (False, True):
         model = made(TwoLayers, torch.float32)
@@ -195,7 +221,8 @@ def test_a_commit_before_backward_leaves_the_outer_gradient_as_it_is():
 
 
 def test_what_did_not_learn_has_no_state():
-    """torch keeps no state for a parameter that never had a gradient, and steps start to count when the first one comes."""
+    """torch keeps no state for a parameter that never had a gradient, and steps start to count when
+    the first one comes."""
 
     def run(ours: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = made(TwoLayers, torch.float32)
@@ -227,5 +254,7 @@ def test_a_rule_of_our_own_has_no_torch_optimizer_to_write_to():
         loop.commit()
     torch_continue(plain, RULES["sgd"](plain.parameters()), 0, 3)
     assert_params(
-        {n: p.detach() for n, p in model.named_parameters()}, {n: p.detach() for n, p in plain.named_parameters()}, 0
+        {n: p.detach() for n, p in model.named_parameters()},
+        {n: p.detach() for n, p in plain.named_parameters()},
+        0,
     )

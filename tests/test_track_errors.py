@@ -1,4 +1,5 @@
-"""What `innerloop.track` refuses, and what an exception leaves behind: each error says what was passed and what to write."""
+"""What `innerloop.track` refuses, and what an exception leaves behind: each error says what was
+passed and what to write."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def refused(kind: type[Exception], *words: str) -> Any:
     return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
-# -- an exception inside the block --------------------------------------------------------------------------------------
+# -- an exception inside the block -----------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -37,7 +38,8 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_an_exception_leaves_everything_as_it_was(learn: Any, where: str):
-    """The user's module, optimizer and gradients; the random numbers are those that a plain loop would have drawn."""
+    """The user's module, optimizer and gradients; the random numbers are those that a plain loop
+    would have drawn."""
 
     def noisy(model: nn.Module, t: int) -> Tensor:
         return regression(lambda x: model(F.dropout(x, 0.5)), t)
@@ -94,10 +96,12 @@ def test_a_refused_step_does_not_count():
             loop.step(regression(loop.model, t))
     assert loop.trajectory.steps == STEPS
     train(plain, sgd(plain))
-    torch.testing.assert_close(loop.parameters()["head.weight"], plain.head.weight, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        loop.parameters()["head.weight"], plain.head.weight, rtol=1e-12, atol=0
+    )
 
 
-# -- arguments of track -------------------------------------------------------------------------------------------------
+# -- arguments of track ----------------------------------------------------------------------------
 
 
 def tied_in_a_tuple() -> nn.Module:
@@ -111,7 +115,9 @@ def lazy() -> nn.Module:
 
 
 def scripted() -> nn.Module:
-    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):  # the latter from 2.15 on
+    with pytest.warns(
+        (DeprecationWarning, FutureWarning), match="torch.jit.script"
+    ):  # the latter from 2.15 on
         return torch.jit.script(nn.Linear(1, 1))
 
 
@@ -131,10 +137,22 @@ TRACK: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "model is a function": (lambda: innerloop.track(lambda x: x, OURS), ["nn.Module", "function"]),  # type: ignore[arg-type]
     "model is a dict of numbers": (lambda: innerloop.track({"a": 3}, OURS), ["nn.Module", "int"]),  # type: ignore[dict-item]
     "model without parameters": (lambda: innerloop.track(nn.Tanh(), OURS), ["parameter"]),
-    "model that is lazy": (lambda: innerloop.track(lazy(), OURS), ["0.weight", "not initialised", "example batch"]),
-    "model that is scripted": (lambda: innerloop.track(scripted(), OURS), ["ScriptModule", "pass the Python module"]),
-    "parameter in a tuple": (lambda: innerloop.track(tied_in_a_tuple(), OURS), ["body.weight", "tuple", "list"]),
-    "learn": (lambda: innerloop.track(network(), OURS, learn="all"), ["'all'", '"init"', '"outer"', '"nothing"']),  # type: ignore[arg-type]
+    "model that is lazy": (
+        lambda: innerloop.track(lazy(), OURS),
+        ["0.weight", "not initialised", "example batch"],
+    ),
+    "model that is scripted": (
+        lambda: innerloop.track(scripted(), OURS),
+        ["ScriptModule", "pass the Python module"],
+    ),
+    "parameter in a tuple": (
+        lambda: innerloop.track(tied_in_a_tuple(), OURS),
+        ["body.weight", "tuple", "list"],
+    ),
+    "learn": (
+        lambda: innerloop.track(network(), OURS, learn="all"),  # type: ignore[arg-type]
+        ["'all'", '"init"', '"outer"', '"nothing"'],
+    ),
     "params: unknown name": (
         lambda: innerloop.track(network(), OURS, params={"w": torch.ones(1)}),
         ["'w'", "body.weight"],
@@ -144,11 +162,19 @@ TRACK: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["head.weight", "(4,)", "(1, 4)"],
     ),
     "params: dtype": (
-        lambda: innerloop.track(network(), OURS, params={"head.weight": torch.ones(1, 4, dtype=torch.float32)}),
+        lambda: innerloop.track(
+            network(), OURS, params={"head.weight": torch.ones(1, 4, dtype=torch.float32)}
+        ),
         ["head.weight", "float32", "float64"],
     ),
-    "hyper is a tensor": (lambda: innerloop.track(network(), OURS, hyper=torch.ones(2)), ["hyper", "Tensor"]),  # type: ignore[arg-type]
-    "optimizer is a string": (lambda: innerloop.track(network(), "sgd"), ["str", "torch.optim", "innerloop.optim"]),  # type: ignore[arg-type]
+    "hyper is a tensor": (
+        lambda: innerloop.track(network(), OURS, hyper=torch.ones(2)),  # type: ignore[arg-type]
+        ["hyper", "Tensor"],
+    ),
+    "optimizer is a string": (
+        lambda: innerloop.track(network(), "sgd"),  # type: ignore[arg-type]
+        ["str", "torch.optim", "innerloop.optim"],
+    ),
     "optimizer of another model": (
         lambda: innerloop.track(network(), sgd(network())),
         ["4 tensor(s)", "(4, 3)", "not parameters of the model"],
@@ -161,7 +187,10 @@ TRACK: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: innerloop.track(m := network(), with_step_hook(m)),
         ["hook", "grad_callback"],
     ),
-    "a parameter in two optimizers": (lambda: innerloop.track(m := network(), [sgd(m), sgd(m.body)]), ["body.weight"]),
+    "a parameter in two optimizers": (
+        lambda: innerloop.track(m := network(), [sgd(m), sgd(m.body)]),
+        ["body.weight"],
+    ),
 }
 
 
@@ -204,7 +233,7 @@ def test_track_inside_vmap():
             call(x)
 
 
-# -- the loss -----------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 LOSSES: dict[str, tuple[Callable[[Any, Any], Any], list[str]]] = {
     "NaN": (lambda inner, own: regression(inner, 0) * float("nan"), ["step 0", "nan", "diverged"]),
@@ -221,7 +250,10 @@ LOSSES: dict[str, tuple[Callable[[Any, Any], Any], list[str]]] = {
     "an integer": (lambda inner, own: torch.tensor(3), ["int64", "floating point"]),
     "detached": (lambda inner, own: regression(inner, 0).detach(), ["detached", "loop.model"]),
     "a constant leaf": (lambda inner, own: leaf(1.0), ["loop.model"]),
-    "of the user's model": (lambda inner, own: regression(own, 0), ["loop.model", "passed to track"]),
+    "of the user's model": (
+        lambda inner, own: regression(own, 0),
+        ["loop.model", "passed to track"],
+    ),
     "of the user's model in part": (
         lambda inner, own: F.mse_loss(own.head(inner.body(features(0)).tanh()), features(0)[:, :1]),
         ["head.weight", "loop.model"],
@@ -280,7 +312,8 @@ def test_an_optimizer_whose_parameters_the_loss_does_not_use():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_that_is_reached_around_the_copy():
-    """Through a closure or an object that is no module: there it is the user's own layer that computes."""
+    """Through a closure or an object that is no module: there it is the user's own layer that
+    computes."""
 
     class Helper:
         def __init__(self, layer: nn.Module) -> None:
@@ -312,11 +345,14 @@ def test_a_parameter_that_was_taken_away():
 
 def test_sparse_gradients():
     model = nn.Embedding(5, 2, sparse=True)
-    with innerloop.track(model, sgd(model)) as loop, refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"):
+    with (
+        innerloop.track(model, sgd(model)) as loop,
+        refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"),
+    ):
         loop.step(loop.model(torch.tensor([1, 2])).square().sum())
 
 
-# -- compiled losses ----------------------------------------------------------------------------------------------------
+# -- compiled losses -------------------------------------------------------------------------------
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -324,16 +360,26 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 COMPILED: dict[str, Callable[[Any, int], Tensor]] = {
-    "last part": lambda model, t: compiled(lambda out: F.mse_loss(out, features(t)[:, :1]))(model(features(t))),
-    "middle": lambda model, t: model.head(compiled(torch.tanh)(model.body(features(t)))).square().mean(),
-    "whole": lambda model, t: compiled(lambda x: F.mse_loss(model(x), features(t)[:, :1]))(features(t)),
+    "last part": lambda model, t: compiled(lambda out: F.mse_loss(out, features(t)[:, :1]))(
+        model(features(t))
+    ),
+    "middle": lambda model, t: (
+        model.head(compiled(torch.tanh)(model.body(features(t)))).square().mean()
+    ),
+    "whole": lambda model, t: compiled(lambda x: F.mse_loss(model(x), features(t)[:, :1]))(
+        features(t)
+    ),
     "model": lambda model, t: F.mse_loss(compiled(model)(features(t)), features(t)[:, :1]),
-    "regulariser": lambda model, t: regression(model, t) + compiled(lambda w: w.pow(3).sum())(model.body.weight),
+    "regulariser": lambda model, t: (
+        regression(model, t) + compiled(lambda w: w.pow(3).sum())(model.body.weight)
+    ),
 }
 
 
 # torch.compile looks at the .grad of everything that it is given, which torch warns about.
-ASKS_FOR_GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+ASKS_FOR_GRAD = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 
 @ASKS_FOR_GRAD
@@ -342,7 +388,8 @@ ASKS_FOR_GRAD = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("part", list(COMPILED))
 def test_a_compiled_loss(part: str, step: int, learn: Any):
-    """torch drops the second-order term through compiled code, in part without an error: at whichever step it first occurs."""
+    """torch drops the second-order term through compiled code, in part without an error: at
+    whichever step it first occurs."""
     model = network()
     with innerloop.track(model, sgd(model), learn=learn, hyper={"lr": leaf(0.1)}) as loop:
         for t in range(step):
@@ -356,7 +403,10 @@ def test_a_compiled_loss(part: str, step: int, learn: Any):
 @pytest.mark.parametrize("arguments", [{"learn": "nothing"}, {"first_order": True}], ids=str)
 def test_a_compiled_loss_where_no_second_derivative_is_taken(arguments: dict[str, Any]):
     found = []
-    for loss in (COMPILED["whole"], lambda model, t: F.mse_loss(model(features(t)), features(t)[:, :1])):
+    for loss in (
+        COMPILED["whole"],
+        lambda model, t: F.mse_loss(model(features(t)), features(t)[:, :1]),
+    ):
         model = network()
         with innerloop.track(model, sgd(model), **arguments) as loop:
             for t in range(2):
@@ -382,21 +432,33 @@ def test_the_outer_loss_may_be_compiled():
     torch.testing.assert_close(list(ours.values()), list(again), rtol=1e-12, atol=1e-14)
 
 
-# -- hyper, grad_callback, time -----------------------------------------------------------------------------------------
+# -- hyper, grad_callback, time --------------------------------------------------------------------
 
 STEP: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown hyper-parameter": ({"hyper": {"beta": 0.1}}, ["'beta'"]),
     "one entry per group": ({"hyper": {"lr": [0.1, 0.2]}}, ["'lr'", "2", "1 group"]),
     "a vector": ({"hyper": {"lr": torch.ones(3)}}, ["'lr'", "(3,)", "per parameter"]),
-    "some parameters only": ({"hyper": {"lr": {"head.bias": torch.ones(1)}}}, ["'lr'", "body.weight"]),
+    "some parameters only": (
+        {"hyper": {"lr": {"head.bias": torch.ones(1)}}},
+        ["'lr'", "body.weight"],
+    ),
     "a negative rate": ({"hyper": {"lr": -0.1}}, ["lr=-0.1"]),
     "a negative rate for one": (
         {"hyper": {"lr": {n: -0.1 for n, _ in TwoLayers().named_parameters()}}},
         ["lr", "-0.1"],
     ),
-    "callback returns nothing": ({"grad_callback": lambda grads: None}, ["grad_callback", "NoneType"]),
-    "callback returns a list": ({"grad_callback": lambda grads: list(grads.values())}, ["grad_callback", "list"]),
-    "callback: unknown name": ({"grad_callback": lambda grads: {**grads, "nobody": torch.ones(1)}}, ["nobody"]),
+    "callback returns nothing": (
+        {"grad_callback": lambda grads: None},
+        ["grad_callback", "NoneType"],
+    ),
+    "callback returns a list": (
+        {"grad_callback": lambda grads: list(grads.values())},
+        ["grad_callback", "list"],
+    ),
+    "callback: unknown name": (
+        {"grad_callback": lambda grads: {**grads, "nobody": torch.ones(1)}},
+        ["nobody"],
+    ),
     "callback: wrong shape": (
         {"grad_callback": lambda grads: {**grads, "head.bias": torch.ones(2)}},
         ["head.bias", "(2,)", "(1,)"],
@@ -435,7 +497,7 @@ def test_nothing_knows_the_first_and_the_last_time_only():
                 ask(1)
 
 
-# -- an outer loss that reaches nothing ---------------------------------------------------------------------------------
+# -- an outer loss that reaches nothing ------------------------------------------------------------
 
 
 def steps_then(outer: Callable[[Any], Tensor], **arguments: Any) -> Tensor:
@@ -477,7 +539,8 @@ def test_outer_after_a_detach():
 
 
 def test_first_order_does_not_reach_what_is_only_in_the_inner_loss():
-    """Its inner gradients are constants, so the weight of an inner loss has no influence: not None, an error."""
+    """Its inner gradients are constants, so the weight of an inner loss has no influence: not None,
+    an error."""
     weight = leaf(1.0)
     model = network()
     with innerloop.track(model, sgd(model), learn="outer", first_order=True) as loop:
@@ -503,7 +566,8 @@ def scaled(grads: dict[str, Tensor | None], by: Tensor) -> dict[str, Tensor | No
 
 @pytest.mark.parametrize("where", ["hyper", "step", "optimizer", "loss", "callback", "params"])
 def test_whatever_it_reaches_is_found(where: str):
-    """No false alarm: a single outside tensor, used once, in each place where one can be used, at the first or the last step."""
+    """No false alarm: a single outside tensor, used once, in each place where one can be used, at
+    the first or the last step."""
     for at in (0, STEPS - 1):
         model, outside = network(), leaf(0.1)
         optimizer = torch.optim.SGD(model.parameters(), lr=outside if where == "optimizer" else 0.1)
@@ -516,7 +580,9 @@ def test_whatever_it_reaches_is_found(where: str):
                 loop.step(
                     loss * (1 + outside) if where == "loss" and now else loss,
                     hyper={"lr": outside} if where == "step" and now else None,
-                    grad_callback=partial(scaled, by=outside) if where == "callback" and now else None,
+                    grad_callback=partial(scaled, by=outside)
+                    if where == "callback" and now
+                    else None,
                 )
             regression(loop.model, STEPS).backward()
         assert outside.grad is not None

@@ -1,4 +1,5 @@
-"""What `innerloop.track` keeps alive: nothing after an episode, and a constant amount where nothing is learned."""
+"""What `innerloop.track` keeps alive: nothing after an episode, and a constant amount where nothing
+is learned."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def looking(model: nn.Module, optimizer: Any, **arguments: Any) -> None:
         for t in range(STEPS):
             loop.step(
                 loss_of(loop.model, t),
-                grad_callback=lambda grads: {n: None if g is None else 2 * g for n, g in grads.items()},
+                grad_callback=lambda grads: {
+                    n: None if g is None else 2 * g for n, g in grads.items()
+                },
             )
         trajectory = loop.trajectory
         for time in (0, -1):
@@ -94,11 +97,14 @@ EPISODES: dict[str, Callable[..., None]] = {
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 @pytest.mark.parametrize("kind", list(EPISODES))
 def test_episodes_leave_no_objects(kind: str, learn: str):
-    """Without a single reference cycle: the collector is off, and what it would have found is nothing."""
+    """Without a single reference cycle: the collector is off, and what it would have found is
+    nothing."""
     model = Network()
     optimizer = adam(model)
     lr = leaf(0.1)
-    assert_nothing_is_left(lambda: EPISODES[kind](model, optimizer, learn=learn, hyper={"lr": lr}), count=10)
+    assert_nothing_is_left(
+        lambda: EPISODES[kind](model, optimizer, learn=learn, hyper={"lr": lr}), count=10
+    )
 
 
 @pytest.mark.slow
@@ -109,23 +115,27 @@ def test_two_hundred_episodes():
 
 
 def test_what_the_user_lets_go_goes():
-    """Neither the user's module nor anything global holds the loop, its module or its trajectory."""
+    """Neither the user's module nor anything global holds the loop, its module or its
+    trajectory."""
     model = Network()
     with without_collector():
         with innerloop.track(model, sgd(model)) as loop:
             loop.step(loss_of(loop.model, 0))
         trajectory, parameters = loop.trajectory, loop.parameters()
-        references = [weakref.ref(x) for x in (loop, loop.model, trajectory, parameters["head.bias"])]
+        references = [
+            weakref.ref(x) for x in (loop, loop.model, trajectory, parameters["head.bias"])
+        ]
         assert all(reference() is not None for reference in references)
         del loop, trajectory, parameters
         assert [reference() for reference in references] == [None] * 4
 
 
-# -- learn="nothing" ----------------------------------------------------------------------------------------------------
+# -- learn="nothing" -------------------------------------------------------------------------------
 
 
 class Watched(nn.Module):
-    """Keeps a weak reference to the activation that tanh's backward saves: alive as long as the step's graph is."""
+    """Keeps a weak reference to the activation that tanh's backward saves: alive as long as the
+    step's graph is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +157,8 @@ def alive_after(steps: int, **arguments: Any) -> int:
 
 
 def test_the_graphs_of_the_steps():
-    """Every graph is kept where it is needed (so that this test can fail), and none where nothing is learned."""
+    """Every graph is kept where it is needed (so that this test can fail), and none where nothing
+    is learned."""
     assert alive_after(7) == 7
     assert alive_after(7, learn="outer") == 7
     assert alive_after(7, learn="nothing") == 0
@@ -159,11 +170,15 @@ def live_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asking some objects for their class is deprecated
         tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    return sum(
+        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+    )
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adam])
-def test_nothing_needs_the_same_memory_for_any_number_of_steps(optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+def test_nothing_needs_the_same_memory_for_any_number_of_steps(
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+):
     """But for the losses, one number of four bytes each."""
     model = Network()
     with innerloop.track(model, optimizer(model), learn="nothing") as loop, without_collector():

@@ -15,14 +15,24 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
-from tests.networks import adam, adapted, detached, direction, gradients, network, outer_value, sgd, train
+from tests.networks import (
+    adam,
+    adapted,
+    detached,
+    direction,
+    gradients,
+    network,
+    outer_value,
+    sgd,
+    train,
+)
 from tests.oracles import assert_derivative, assert_params, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, along, features, regression, target
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# -- it is the user's module --------------------------------------------------------------------------------------------
+# -- it is the user's module -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -40,7 +50,9 @@ def test_it_has_the_users_class_names_and_attributes():
         assert loop.model.note == "kept"
         assert loop.model is not model
         assert loop.model.body is not model.body
-        assert [name for name, _ in loop.model.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert [name for name, _ in loop.model.named_parameters()] == [
+            name for name, _ in model.named_parameters()
+        ]
         assert list(loop.model.state_dict()) == list(model.state_dict())
         assert list(loop.parameters()) == [name for name, _ in model.named_parameters()]
         assert all(p.requires_grad for p in loop.model.parameters())
@@ -54,7 +66,8 @@ def test_it_has_the_users_class_names_and_attributes():
 def test_a_dict_of_modules_stays_a_dict():
     models = {"first": network(), "second": network()}
     with loop_over(
-        models, torch.optim.SGD([*models["first"].parameters(), *models["second"].parameters()], lr=0.1)
+        models,
+        torch.optim.SGD([*models["first"].parameters(), *models["second"].parameters()], lr=0.1),
     ) as loop:
         assert list(loop.model) == ["first", "second"]
         assert type(loop.model["first"]) is TwoLayers
@@ -96,10 +109,13 @@ def test_what_forward_writes_stays_in_it():
 
 
 def test_hooks_on_parameters_act_as_in_torch():
-    """A mask on a gradient, as pruning and frozen embedding rows use it; registered on the user's tensor."""
+    """A mask on a gradient, as pruning and frozen embedding rows use it; registered on the user's
+    tensor."""
 
     def masked(model: TwoLayers) -> TwoLayers:
-        model.body.weight.register_hook(lambda g: g * (torch.arange(12).reshape(4, 3) % 2) + 0.01 * g**2)
+        model.body.weight.register_hook(
+            lambda g: g * (torch.arange(12).reshape(4, 3) % 2) + 0.01 * g**2
+        )
         return model
 
     model = masked(network())
@@ -107,9 +123,14 @@ def test_hooks_on_parameters_act_as_in_torch():
         for t in range(STEPS):
             loop.step(regression(loop.model, t))
     plain = masked(network())
-    assert_params({n: p.detach() for n, p in loop.parameters().items()}, detached(train(plain, sgd(plain))), 1e-12)
+    assert_params(
+        {n: p.detach() for n, p in loop.parameters().items()},
+        detached(train(plain, sgd(plain))),
+        1e-12,
+    )
 
-    # The hook belongs to the tensor that receives .grad, so it also acts on the outer gradient there: read that elsewhere.
+    # The hook belongs to the tensor that receives .grad, so it also acts on the outer gradient
+    # there: read that elsewhere.
     model = network()
     model.body.weight.register_hook(lambda g: g.tanh())
     starts = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
@@ -140,7 +161,8 @@ def test_it_can_be_pickled_and_copied():
 
 
 def test_modules_that_are_not_registered_are_outside():
-    """A plain list hides them from ``parameters()``: constant inside, and tensors outside of the model for the outer gradient."""
+    """A plain list hides them from ``parameters()``: constant inside, and tensors outside of the
+    model for the outer gradient."""
 
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -177,11 +199,13 @@ def test_containers_that_hold_each_other():
     with loop_over(model) as loop:
         assert loop.model.parent[0] is loop.model
         assert loop.model.ring[0] is loop.model.head
-        loop.step(F.mse_loss(loop.model.parent[0](features(0)), target(0)) + loop.model.ring[0].bias.sum())
+        loop.step(
+            F.mse_loss(loop.model.parent[0](features(0)), target(0)) + loop.model.ring[0].bias.sum()
+        )
     assert model.parent[0] is model  # type: ignore[index]
 
 
-# -- weight edits between steps -----------------------------------------------------------------------------------------
+# -- weight edits between steps --------------------------------------------------------------------
 
 
 def add_in_place(model: TwoLayers) -> None:
@@ -200,7 +224,9 @@ def set_data(model: TwoLayers) -> None:
 
 
 def load(model: nn.Module) -> None:
-    model.load_state_dict({name: value.detach() + 0.1 for name, value in model.state_dict().items()})
+    model.load_state_dict(
+        {name: value.detach() + 0.1 for name, value in model.state_dict().items()}
+    )
 
 
 EDITS = pytest.mark.parametrize("edit", [add_in_place, add_to_data, set_data, load])
@@ -223,7 +249,8 @@ def edited(
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 def test_an_edit_between_steps_sticks(learn: Any, first: bool, edit: Callable[[Any], None]):
-    """It adds a constant, so that finite differences of the edited run are the truth for the gradients too."""
+    """It adds a constant, so that finite differences of the edited run are the truth for the
+    gradients too."""
     model = network()
     lr = torch.tensor(0.05, requires_grad=True)
     with loop_over(model, adam(model), learn=learn, hyper={"lr": lr}) as loop:
@@ -240,16 +267,23 @@ def test_an_edit_between_steps_sticks(learn: Any, first: bool, edit: Callable[[A
         return
     outer.backward()
     assert lr.grad is not None
-    by_lr = derivative(lambda h: outer_value(edited(start := network(), edit, adam(start, lr=0.05 + h), first=first)))
+    by_lr = derivative(
+        lambda h: outer_value(
+            edited(start := network(), edit, adam(start, lr=0.05 + h), first=first)
+        )
+    )
     assert_derivative(lr.grad.item(), by_lr, "lr")
     if learn == "init":
-        by_init = derivative(lambda h: outer_value(edited(start := network(h), edit, adam(start), first=first)))
+        by_init = derivative(
+            lambda h: outer_value(edited(start := network(h), edit, adam(start), first=first))
+        )
         assert_derivative(along(gradients(model), direction(model)), by_init, "init")
 
 
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 def test_a_replaced_parameter_sticks_and_is_constant(learn: Any):
-    """As for torch's autograd, what comes before the replacement has no influence any more through this parameter."""
+    """As for torch's autograd, what comes before the replacement has no influence any more through
+    this parameter."""
     value = 0.5 * smooth_noise(1, 4)
 
     def replaced(model: TwoLayers, optimizer: Any) -> TwoLayers:
@@ -293,7 +327,7 @@ def test_an_edited_buffer_sticks(learn: Any):
     assert int(loop.buffers(time=0)["1.num_batches_tracked"]) == 0
 
 
-# -- compiled and wrapped modules ---------------------------------------------------------------------------------------
+# -- compiled and wrapped modules ------------------------------------------------------------------
 
 
 def compiled_around(model: nn.Module) -> nn.Module:
@@ -316,7 +350,9 @@ def compiled_part_in_place(model: Any) -> nn.Module:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("wrap", [compiled_around, compiled_in_place, compiled_part, compiled_part_in_place])
+@pytest.mark.parametrize(
+    "wrap", [compiled_around, compiled_in_place, compiled_part, compiled_part_in_place]
+)
 def test_a_compiled_model_runs_uncompiled(wrap: Callable[[nn.Module], nn.Module]):
     expected = network()
     adapted(expected, sgd(expected)).backward()
@@ -329,11 +365,12 @@ def test_a_compiled_model_runs_uncompiled(wrap: Callable[[nn.Module], nn.Module]
         assert not any("_orig_mod" in name for name in loop.parameters())
 
 
-# -- checkpointed activations -------------------------------------------------------------------------------------------
+# -- checkpointed activations ----------------------------------------------------------------------
 
 
 class Recomputing(TwoLayers):
-    """Activation checkpointing: in the backward pass the body runs once more, with the weights that it finds *then*."""
+    """Activation checkpointing: in the backward pass the body runs once more, with the weights that
+    it finds *then*."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()

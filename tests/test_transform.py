@@ -1,4 +1,5 @@
-"""The contract of every gradient transform in ``transforms.TRANSFORMS``: a chain is what plain PyTorch does before ``optimizer.step``."""
+"""The contract of every gradient transform in ``transforms.TRANSFORMS``: a chain is what plain
+PyTorch does before ``optimizer.step``."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 import innerloop
 from innerloop.optim import chain
-from innerloop.optim.clip import norm
-from innerloop.optim.noise import standard_normal
+from innerloop.optim._transforms.clip import norm
+from innerloop.optim._transforms.noise import standard_normal
 from tests.optimizers import leaf, leaves, train
 from tests.oracles import (
     Params,
@@ -51,7 +52,7 @@ def skipping(params: Params, t: int) -> dict[str, Tensor | None]:
     return grads
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------------------------------------------------
 
 
 @each_rule
@@ -61,7 +62,9 @@ def test_forward_equals_plain_pytorch(case: Enrolled, rule: str):
     truth = plain_run(case, rule, case.numbers, task.params(), task.gradient, 10)
     assert_params(train(chained(case, rule), task, task.params(), steps=10), truth, 1e-12)
     without = torch_run(*RULES[rule][1:], task.params(), task.gradient, 10)
-    assert any(not torch.allclose(truth[n], without[n], rtol=1e-3) for n in truth), "the transform must matter here"
+    assert any(not torch.allclose(truth[n], without[n], rtol=1e-3) for n in truth), (
+        "the transform must matter here"
+    )
 
 
 @each_rule
@@ -69,7 +72,9 @@ def test_forward_equals_plain_pytorch(case: Enrolled, rule: str):
 def test_a_parameter_without_gradient_is_skipped(case: Enrolled, rule: str):
     params = Task().params()
     truth = plain_run(case, rule, case.numbers, params, skipping, 10)
-    assert_params(train(chained(case, rule), Task(), params, steps=10, gradient=skipping), truth, 1e-12)
+    assert_params(
+        train(chained(case, rule), Task(), params, steps=10, gradient=skipping), truth, 1e-12
+    )
 
 
 @each_transform
@@ -89,17 +94,26 @@ def test_tensors_as_hyper_parameters_do_not_move_the_forward_pass(case: Enrolled
     task = Task()
     values = {key: leaf(value) for key, value in case.numbers.items()}
     truth = plain_run(case, "sgd", case.numbers, task.params(), task.gradient, 10)
-    assert_params(train(chained(case, "sgd"), task, task.params(), addressed(case, values), steps=10), truth, 1e-12)
+    assert_params(
+        train(chained(case, "sgd"), task, task.params(), addressed(case, values), steps=10),
+        truth,
+        1e-12,
+    )
     given = chain(case.make(**values), RULES["sgd"][0])
     assert_params(train(given, task, task.params(), steps=10), truth, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_transform
-def test_dtype_is_kept_and_values_are_those_of_torch_up_to_rounding(case: Enrolled, dtype: torch.dtype):
+def test_dtype_is_kept_and_values_are_those_of_torch_up_to_rounding(
+    case: Enrolled, dtype: torch.dtype
+):
     task = Task()
     params = task.params(dtype)
-    grads = {n: smooth_noise(*p.shape, phase=float(i)).to(dtype) for i, (n, p) in enumerate(params.items())}
+    grads = {
+        n: smooth_noise(*p.shape, phase=float(i)).to(dtype)
+        for i, (n, p) in enumerate(params.items())
+    }
     values = {key: torch.tensor(value, dtype=torch.float64) for key, value in case.numbers.items()}
     transform = case.make(**case.numbers)
     truth = case.plain(**case.numbers)(grads, params, 0)
@@ -112,7 +126,9 @@ def test_dtype_is_kept_and_values_are_those_of_torch_up_to_rounding(case: Enroll
             else:
                 assert g is not None
                 assert g.dtype == dtype
-                torch.testing.assert_close(g, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+                torch.testing.assert_close(
+                    g, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps
+                )
 
 
 @each_transform
@@ -130,7 +146,7 @@ def test_inputs_are_not_changed(case: Enrolled):
         assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
 
 
-# -- derivatives --------------------------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 
 @each_rule
@@ -138,7 +154,10 @@ def test_inputs_are_not_changed(case: Enrolled):
 def test_derivatives_equal_finite_differences_of_plain_pytorch(case: Enrolled, rule: str):
     """In the initial parameters and in each number of the transform."""
     task = Task()
-    params, values = leaves(task.params()), {key: leaf(value) for key, value in case.numbers.items()}
+    params, values = (
+        leaves(task.params()),
+        {key: leaf(value) for key, value in case.numbers.items()},
+    )
     final = train(chained(case, rule), task, params, addressed(case, values), steps=STEPS)
     found = torch.autograd.grad(task.outer(final), [*params.values(), *values.values()])
 
@@ -148,7 +167,9 @@ def test_derivatives_equal_finite_differences_of_plain_pytorch(case: Enrolled, r
     along = directions(task.params(), 1)[0]
     slope = directional(lambda p: outer(p, case.numbers), task.params(), along)
     assert abs(slope) > 1e-4
-    assert_derivative(inner(dict(zip(params, found, strict=False)), along), slope, "d outer / d init")
+    assert_derivative(
+        inner(dict(zip(params, found, strict=False)), along), slope, "d outer / d init"
+    )
     for key, ours in zip(values, found[len(params) :], strict=True):
         move = {other: float(other == key) for other in case.numbers}
         slope = directional(lambda at: outer(task.params(), at), case.numbers, move)
@@ -159,7 +180,8 @@ def test_derivatives_equal_finite_differences_of_plain_pytorch(case: Enrolled, r
 @each_rule
 @each_transform
 def test_derivatives_are_finite_where_gradients_are_zero(case: Enrolled, rule: str):
-    """Entries that are zero, a whole tensor, and every one of them; first and second derivatives."""
+    """Entries that are zero, a whole tensor, and every one of them; first and second
+    derivatives."""
 
     def gradient(params: Params, t: int) -> Params:
         grads = torch.func.grad(Task(dead=True).loss)(params, t)
@@ -170,14 +192,18 @@ def test_derivatives_are_finite_where_gradients_are_zero(case: Enrolled, rule: s
 
     def outer(params: Params, values: Params) -> Tensor:
         optimizer = chained(case, rule)
-        return task.outer(train(optimizer, task, params, addressed(case, values), steps=6, gradient=gradient))
+        return task.outer(
+            train(optimizer, task, params, addressed(case, values), steps=6, gradient=gradient)
+        )
 
     values = {key: leaf(value) for key, value in case.numbers.items()}
     first = torch.func.grad(outer, argnums=(0, 1))
     assert all(g.isfinite().all() for g in pytree.tree_leaves(first(task.params(), values)))
 
     def length(params: Params, values: Params) -> Tensor:
-        return sum((g.square().sum() for g in pytree.tree_leaves(first(params, values))), torch.zeros(()))
+        return sum(
+            (g.square().sum() for g in pytree.tree_leaves(first(params, values))), torch.zeros(())
+        )
 
     second = torch.func.grad(length, argnums=(0, 1))(task.params(), values)
     assert all(g.isfinite().all() for g in pytree.tree_leaves(second))
@@ -195,30 +221,43 @@ def test_the_norm_is_torchs_and_its_derivative_at_zero_is_zero(p: float):
 
 
 def test_second_derivative_of_the_norm_at_a_zero_tensor_beside_others():
-    """|(x, y)| is smooth at y = 0 if x is not 0; its second derivative there is 1/|x|. From a norm of norms it would be lost."""
+    """|(x, y)| is smooth at y = 0 if x is not 0; its second derivative there is 1/|x|. From a norm
+    of norms it would be lost."""
     x = torch.tensor([3.0, 4.0], dtype=torch.float64)
     second = torch.func.hessian(lambda y: norm([x, y]))(torch.zeros(1, dtype=torch.float64))
     assert second.item() == pytest.approx(1 / 5, rel=1e-12)
 
 
-# -- torch.func, strategies, compilation --------------------------------------------------------------------------------
+# -- torch.func, strategies, compilation -----------------------------------------------------------
 
 
 @each_transform
 def test_vmap_over_tasks_and_hyper_parameters(case: Enrolled):
     task = Task()
-    starts = [{n: p + 0.1 * smooth_noise(*p.shape, phase=float(i)) for n, p in task.params().items()} for i in range(2)]
-    several = [{key: value * (1 + 0.1 * i) for key, value in case.numbers.items()} for i in range(2)]
+    starts = [
+        {n: p + 0.1 * smooth_noise(*p.shape, phase=float(i)) for n, p in task.params().items()}
+        for i in range(2)
+    ]
+    several = [
+        {key: value * (1 + 0.1 * i) for key, value in case.numbers.items()} for i in range(2)
+    ]
     optimizer = chained(case, "adam")
     final = torch.func.vmap(lambda p, v: train(optimizer, task, p, addressed(case, v), steps=STEPS))
-    both = final(stack(starts), stack(several)) if several[0] else final_without(optimizer, stack(starts))
+    both = (
+        final(stack(starts), stack(several))
+        if several[0]
+        else final_without(optimizer, stack(starts))
+    )
     for i in range(2):
         truth = plain_run(case, "adam", several[i], starts[i], task.gradient, STEPS)
         assert_params({n: x[i] for n, x in both.items()}, truth, 1e-12)
 
 
 def stack(rows: list[Any]) -> Params:
-    return {n: torch.stack([torch.as_tensor(row[n], dtype=torch.float64) for row in rows]) for n in rows[0]}
+    return {
+        n: torch.stack([torch.as_tensor(row[n], dtype=torch.float64) for row in rows])
+        for n in rows[0]
+    }
 
 
 def final_without(optimizer: innerloop.optim.Optimizer, starts: Params) -> Params:
@@ -233,18 +272,27 @@ def test_forward_mode_equals_reverse_mode(case: Enrolled):
     def outer(params: Params, values: Params) -> Tensor:
         return task.outer(train(optimizer, task, params, addressed(case, values), steps=STEPS))
 
-    direction = (directions(task.params(), 1)[0], {key: torch.tensor(0.3).double() for key in values})
+    direction = (
+        directions(task.params(), 1)[0],
+        {key: torch.tensor(0.3).double() for key in values},
+    )
     at = (task.params(), values)
     slope = torch.func.jvp(outer, at, direction)[1]
     assert_derivative(
-        inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction), float(slope), "vjp", relative=1e-11
+        inner(torch.func.grad(outer, argnums=(0, 1))(*at), direction),
+        float(slope),
+        "vjp",
+        relative=1e-11,
     )
 
 
 @each_exact_strategy()
 @few_always
-def test_every_exact_strategy_gives_what_store_all_gives(case: Enrolled, strategy: innerloop.strategy.Strategy):
-    """The update is replayed: noise must come again, counts go on. Truth for StoreAll is in the finite differences above."""
+def test_every_exact_strategy_gives_what_store_all_gives(
+    case: Enrolled, strategy: innerloop.strategy.Strategy
+):
+    """The update is replayed: noise must come again, counts go on. Truth for StoreAll is in the
+    finite differences above."""
     task = Task()
     values = {key: torch.tensor(value, dtype=torch.float64) for key, value in case.numbers.items()}
     hyper = {"lr": torch.tensor(0.05, dtype=torch.float64), **addressed(case, values)}
@@ -285,7 +333,10 @@ def test_a_compiled_meta_gradient_is_the_eager_one(case: Enrolled):
 
     def outer(params: Params, values: Params) -> Tensor:
         hyper = addressed(case, values)
-        return (train(optimizer, Task(), params, hyper, steps=3, gradient=torch.func.grad(loss))["w"] ** 2).sum()
+        return (
+            train(optimizer, Task(), params, hyper, steps=3, gradient=torch.func.grad(loss))["w"]
+            ** 2
+        ).sum()
 
     def meta(params: Params, values: Params) -> Any:
         return torch.func.grad(outer, argnums=(0, 1) if values else 0)(params, values)
@@ -294,15 +345,18 @@ def test_a_compiled_meta_gradient_is_the_eager_one(case: Enrolled):
     compiled = torch.compile(meta, fullgraph=True, backend="aot_eager")
     for factor in (1.0, 0.98):
         at = pytree.tree_map(lambda x, factor=factor: factor * x, (start, values))
-        for a, b in zip(pytree.tree_leaves(compiled(*at)), pytree.tree_leaves(meta(*at)), strict=True):
+        for a, b in zip(
+            pytree.tree_leaves(compiled(*at)), pytree.tree_leaves(meta(*at)), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-# -- chains -------------------------------------------------------------------------------------------------------------
+# -- chains ----------------------------------------------------------------------------------------
 
 
 def test_transforms_act_in_the_order_in_which_they_are_written():
-    """Decay after clipping is not clipped. Truth: the two lines that a plain loop would have, in either order."""
+    """Decay after clipping is not clipped. Truth: the two lines that a plain loop would have, in
+    either order."""
     task = Task()
     clip, decay = innerloop.optim.clip_by_global_norm(0.3), innerloop.optim.add_decayed_weights(0.5)
     rule = innerloop.optim.sgd(lr=0.1)
@@ -327,11 +381,15 @@ def test_decay_of_chosen_parameters_is_that_of_two_param_groups():
     task = Task()
     params = task.params()
     decays = {n: 0.3 if n in ("weight", "cube") else 0.0 for n in params}
-    truth = torch_run(torch.optim.Adam, {"lr": 0.05, "weight_decay": decays}, params, task.gradient, 8)
+    truth = torch_run(
+        torch.optim.Adam, {"lr": 0.05, "weight_decay": decays}, params, task.gradient, 8
+    )
     masks: list[Any] = [["weight", "cu*"], lambda name, p: name in ("weight", "cube")]
     for mask in masks:
         decay = innerloop.optim.add_decayed_weights(0.3, mask=mask)
-        assert_params(train(chain(decay, innerloop.optim.adam(lr=0.05)), task, params, steps=8), truth, 1e-12)
+        assert_params(
+            train(chain(decay, innerloop.optim.adam(lr=0.05)), task, params, steps=8), truth, 1e-12
+        )
     by_name = chain(innerloop.optim.add_decayed_weights(decays), innerloop.optim.adam(lr=0.05))
     assert_params(train(by_name, task, params, steps=8), truth, 1e-12)
 
@@ -339,7 +397,10 @@ def test_decay_of_chosen_parameters_is_that_of_two_param_groups():
 def test_a_chain_in_groups_clips_its_own_group():
     task = Task()
     clip = innerloop.optim.clip_by_global_norm(0.02)
-    members = {"weight": chain(clip, innerloop.optim.sgd(lr=0.1)), "*": innerloop.optim.sgd(lr=0.05)}
+    members = {
+        "weight": chain(clip, innerloop.optim.sgd(lr=0.1)),
+        "*": innerloop.optim.sgd(lr=0.05),
+    }
 
     def gradient(params: Params, t: int) -> Params:
         grads = task.gradient(params, t)
@@ -357,13 +418,17 @@ def test_a_chain_in_groups_clips_its_own_group():
     final = train(grouped, task, task.params(), {"clip_by_global_norm.max_norm": limit}, steps=5)
     assert_params(final, truth, 1e-12)
     assert torch.autograd.grad(task.outer(final), limit)[0].abs() > 1e-3
-    with pytest.raises(innerloop.InnerLoopError, match=r"no group has a hyper-parameter 'clip_by_value.limit'"):
+    with pytest.raises(
+        innerloop.InnerLoopError, match=r"no group has a hyper-parameter 'clip_by_value.limit'"
+    ):
         train(grouped, task, task.params(), {"clip_by_value.limit": limit}, steps=1)
 
 
 def test_groups_in_a_chain_are_clipped_together():
     task = Task()
-    grouped = innerloop.optim.groups({"weight": innerloop.optim.sgd(lr=0.1), "*": innerloop.optim.sgd(lr=0.05)})
+    grouped = innerloop.optim.groups(
+        {"weight": innerloop.optim.sgd(lr=0.1), "*": innerloop.optim.sgd(lr=0.05)}
+    )
     optimizer = chain(innerloop.optim.clip_by_global_norm(0.4), grouped)
     rates = {n: 0.1 if n == "weight" else 0.05 for n in task.params()}
     case = TRANSFORMS[0]
@@ -380,7 +445,9 @@ def test_two_transforms_of_a_kind_and_nested_chains():
     opt = chain(o.scale(2.0), chain(o.clip_by_value(1.0), o.scale(3.0), o.sgd(lr=1.0)))
     assert repr(opt) == "chain(scale(2.0), clip_by_value(1.0), scale(3.0), sgd(lr=1.0))"
     params = {"w": torch.tensor(0.0)}
-    step = lambda hyper: opt.update({"w": torch.tensor(1.0)}, opt.init(params), params, hyper)[0]["w"].item()  # noqa: E731
+    step = lambda hyper: opt.update({"w": torch.tensor(1.0)}, opt.init(params), params, hyper)[0][  # noqa: E731
+        "w"
+    ].item()
     assert step(None) == -3.0
     assert step({"scale.factor": 0.25}) == -0.75
     assert step({"scale_2.factor": 5.0, "lr": 0.1}) == -0.5
@@ -428,8 +495,14 @@ def test_track_takes_a_chain_and_a_callback():
     pure = chain(clip, innerloop.optim.sgd(lr=0.5, momentum=0.9))
     for kind in ("chain", "callback"):
         model = start()
-        rule = pure if kind == "chain" else torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-        callback = None if kind == "chain" else lambda grads: clip.apply(grads, (), {}, {"max_norm": 0.5})[0]
+        rule = (
+            pure if kind == "chain" else torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        )
+        callback = (
+            None
+            if kind == "chain"
+            else lambda grads: clip.apply(grads, (), {}, {"max_norm": 0.5})[0]
+        )
         with innerloop.track(model, rule) as loop:
             for _ in range(4):
                 loop.step((loop.model(x) - y).square().sum(), grad_callback=callback)
@@ -437,13 +510,16 @@ def test_track_takes_a_chain_and_a_callback():
         assert_params({n: p.detach() for n, p in loop.parameters().items()}, truth, 1e-12)
 
 
-# -- noise --------------------------------------------------------------------------------------------------------------
+# -- noise -----------------------------------------------------------------------------------------
 
 
 def test_the_noise_is_normal_and_independent_between_places_steps_and_seeds():
     """Moments of 200,000 numbers within five standard errors."""
     like = torch.zeros(200_000, dtype=torch.float64)
-    rows = [standard_normal(like, seed, count, 0) for seed, count in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 7))]
+    rows = [
+        standard_normal(like, seed, count, 0)
+        for seed, count in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 7))
+    ]
     error = 5 / len(like) ** 0.5
     for z in rows:
         for power, (expected, variance) in {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}.items():
@@ -499,16 +575,19 @@ def test_complex_gradients_are_clipped_as_torch_clips_them():
     torch.testing.assert_close(ours["p"], p.grad, rtol=1e-12, atol=0.0)
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
-O: Any = innerloop.optim  # noqa: E741  # untyped: what is passed here is wrong
+O: Any = innerloop.optim  # untyped: what is passed here is wrong  # noqa: E741
 BAD: dict[str, tuple[Any, str]] = {
     "no optimizer": (lambda: chain(O.scale(2.0)), r"chain\(scale\(2.0\)\).*one optimizer last"),
     "nothing": (lambda: chain(), "one optimizer last"),
     "wrong order": (lambda: chain(O.sgd(), O.scale(2.0)), "transforms first"),
     "two optimizers": (lambda: chain(O.sgd(), O.adam()), "transforms first"),
-    "a torch optimizer": (lambda: O.chain(O.scale(2.0), torch.optim.SGD([torch.zeros(1)])), "one optimizer last"),
+    "a torch optimizer": (
+        lambda: O.chain(O.scale(2.0), torch.optim.SGD([torch.zeros(1)])),
+        "one optimizer last",
+    ),
     "negative norm": (lambda: O.clip_by_global_norm(-1.0), "max_norm=-1.0 is negative"),
     "NaN norm": (lambda: O.clip_per_parameter(float("nan")), r"max_norm=nan.*NaN"),
     "no norm": (lambda: O.clip_by_global_norm(1.0, 0), "norm_type=0.*positive"),
@@ -518,7 +597,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "every 0": (lambda: O.accumulate(0), "every=0.*positive integer"),
     "every 1.5": (lambda: O.accumulate(1.5), "every=1.5"),
     "negative eta": (lambda: O.add_noise(-1.0), "eta=-1.0"),
-    "a generator": (lambda: O.add_noise(1.0, seed=torch.Generator()), r"seed=.*Generator.*replayed"),
+    "a generator": (
+        lambda: O.add_noise(1.0, seed=torch.Generator()),
+        r"seed=.*Generator.*replayed",
+    ),
     "a seed with a fraction": (lambda: O.add_noise(1.0, seed=0.5), "seed=0.5.*integer"),
     "a mask that is a number": (lambda: O.add_decayed_weights(0.1, mask=3), "mask=3.*pattern"),
     "no callback": (lambda: O.grad_callback(3), r"grad_callback\(3\).*function"),
@@ -539,14 +621,30 @@ BAD_UPDATE: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"clip_by_value.limit": 1.0},
         r"no hyper-parameter 'clip_by_value.limit'; it has scale.factor, lr",
     ),
-    "unknown of the rule": (O.scale(2.0), {"rate": 1.0}, r"no hyper-parameter 'rate'; it has scale.factor, lr"),
+    "unknown of the rule": (
+        O.scale(2.0),
+        {"rate": 1.0},
+        r"no hyper-parameter 'rate'; it has scale.factor, lr",
+    ),
     "not real-valued": (O.accumulate(2), {"accumulate.every": 3}, r"accumulate.every.*constructor"),
     "negative": (O.clip_by_value(1.0), {"clip_by_value.limit": -2.0}, "limit=-2.0 is negative"),
-    "wrong shape": (O.scale(2.0), {"scale.factor": torch.ones(3)}, r"scale.factor.*\(3,\).*by name"),
+    "wrong shape": (
+        O.scale(2.0),
+        {"scale.factor": torch.ones(3)},
+        r"scale.factor.*\(3,\).*by name",
+    ),
     "missing name": (O.scale(2.0), {"scale.factor": {"v": 1.0}}, r"no entry for 'w'.*\['v'\]"),
-    "shared": (O.clip_by_global_norm(1.0), {"clip_by_global_norm.max_norm": {"w": 1.0}}, "all share it"),
+    "shared": (
+        O.clip_by_global_norm(1.0),
+        {"clip_by_global_norm.max_norm": {"w": 1.0}},
+        "all share it",
+    ),
     "lost": (O.grad_callback(lambda grads: None), {}, "grad_callback must return.*NoneType"),
-    "invented": (O.grad_callback(lambda grads: {"v": grads["w"]}), {}, r"\['v'\].*expected \['w'\]"),
+    "invented": (
+        O.grad_callback(lambda grads: {"v": grads["w"]}),
+        {},
+        r"\['v'\].*expected \['w'\]",
+    ),
 }
 
 
@@ -574,7 +672,7 @@ def test_bad_gradients():
         clip.apply({"w": torch.ones(1) * 1j}, (), {"w": torch.ones(1) * 1j}, {"limit": 1.0})
 
 
-# -- steps that are compiled one by one ---------------------------------------------------------------------------------
+# -- steps that are compiled one by one ------------------------------------------------------------
 
 
 def gradient_of_compiled_steps(transform: innerloop.optim.Transform, compile: bool) -> Any:
@@ -599,7 +697,9 @@ def gradient_of_compiled_steps(transform: innerloop.optim.Transform, compile: bo
 def test_noise_in_compiled_steps():
     """The count is a tensor there."""
     noise = innerloop.optim.add_noise(0.3, 0.7, seed=9)
-    (value, ours), (expected, truth) = (gradient_of_compiled_steps(noise, flag) for flag in (True, False))
+    (value, ours), (expected, truth) = (
+        gradient_of_compiled_steps(noise, flag) for flag in (True, False)
+    )
     assert value.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(ours["w"], truth["w"], rtol=1e-10, atol=1e-12)
 
@@ -607,11 +707,13 @@ def test_noise_in_compiled_steps():
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_accumulation_in_compiled_steps_is_refused_by_name():
-    with pytest.raises(innerloop.NotDifferentiableError, match="accumulate in steps that are compiled one by one"):
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match="accumulate in steps that are compiled one by one"
+    ):
         gradient_of_compiled_steps(innerloop.optim.accumulate(2), True)
 
 
-# -- rules of other kinds -----------------------------------------------------------------------------------------------
+# -- rules of other kinds --------------------------------------------------------------------------
 
 
 class Closure(innerloop.optim.Optimizer):

@@ -1,4 +1,5 @@
-"""`unroll` and `metagradient` as functions: arguments, results and errors. Gradients are in ``test_strategy_contract.py``."""
+"""`unroll` and `metagradient` as functions: arguments, results and errors. Gradients are in
+``test_strategy_contract.py``."""
 
 from __future__ import annotations
 
@@ -45,17 +46,23 @@ def refused(kind: type[Exception], *words: str) -> Any:
     return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def test_the_form_of_grads_follows_wrt():
     hyper = {"lr": torch.tensor(0.5)}
-    problem = innerloop.Problem(half_square, innerloop.optim.sgd(), optimizer_hyper=lambda hyper, t: hyper)
+    problem = innerloop.Problem(
+        half_square, innerloop.optim.sgd(), optimizer_hyper=lambda hyper, t: hyper
+    )
     both = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2)[1]
     assert {key: sorted(value) for key, value in both.items()} == {"params": ["w"], "hyper": ["lr"]}
     for name in ("params", "hyper"):
-        alone = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt=name)[1]
-        listed = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt=[name])[1]
+        alone = innerloop.metagradient(
+            last, problem, begin(), None, hyper=hyper, steps=2, wrt=name
+        )[1]
+        listed = innerloop.metagradient(
+            last, problem, begin(), None, hyper=hyper, steps=2, wrt=[name]
+        )[1]
         assert list(listed) == [name]
         for key, gradient in alone.items():
             assert torch.equal(gradient, both[name][key])
@@ -96,12 +103,20 @@ def test_the_outer_loss_may_return_more():
 
 
 def test_leaves_of_hyper_that_are_no_numbers_are_constants():
-    hyper = {"scale": torch.tensor(2.0), "index": torch.tensor(1), "flag": True, "name": "text", "nothing": None}
+    hyper = {
+        "scale": torch.tensor(2.0),
+        "index": torch.tensor(1),
+        "flag": True,
+        "name": "text",
+        "nothing": None,
+    }
 
     def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
         return hyper["scale"] * params["w"][hyper["index"]] ** 2 / 2
 
-    _, grads = innerloop.metagradient(last, simple(loss, lr=0.1), begin(), None, hyper=hyper, steps=1)
+    _, grads = innerloop.metagradient(
+        last, simple(loss, lr=0.1), begin(), None, hyper=hyper, steps=1
+    )
     assert {k: v for k, v in grads["hyper"].items() if k != "scale"} == dict.fromkeys(
         ("index", "flag", "name", "nothing")
     )
@@ -110,10 +125,21 @@ def test_leaves_of_hyper_that_are_no_numbers_are_constants():
 
 
 def test_hyper_may_be_any_pytree():
-    for hyper in (torch.tensor(0.25), [torch.tensor(0.25)], (torch.tensor(0.25),), {"a": {"b": torch.tensor(0.25)}}):
+    for hyper in (
+        torch.tensor(0.25),
+        [torch.tensor(0.25)],
+        (torch.tensor(0.25),),
+        {"a": {"b": torch.tensor(0.25)}},
+    ):
         find = lambda h: next(iter(torch.utils._pytree.tree_leaves(h)))  # noqa: E731
-        problem = innerloop.Problem(half_square, innerloop.optim.sgd(), optimizer_hyper=lambda h, t: {"lr": find(h)})  # noqa: B023
-        _, grads = innerloop.metagradient(last, problem, begin(), None, hyper=hyper, steps=2, wrt="hyper")
+        problem = innerloop.Problem(
+            half_square,
+            innerloop.optim.sgd(),
+            optimizer_hyper=lambda h, t: {"lr": find(h)},  # noqa: B023
+        )
+        _, grads = innerloop.metagradient(
+            last, problem, begin(), None, hyper=hyper, steps=2, wrt="hyper"
+        )
         assert type(grads) is type(hyper)
         assert find(grads).item() == pytest.approx(-2 * 0.75)
 
@@ -171,7 +197,7 @@ def test_a_problem_says_what_it_is():
     assert repr(simple(lr=0.5)) == "Problem(half_square, sgd(lr=0.5))"
 
 
-# -- recording ----------------------------------------------------------------------------------------------------------
+# -- recording -------------------------------------------------------------------------------------
 
 
 def test_what_is_not_asked_for_is_not_recorded():
@@ -189,7 +215,9 @@ def test_what_is_not_asked_for_is_not_recorded():
         assert not traj.params["w"].requires_grad
         assert [ref() for ref in alive] == [None] * 4
         with torch.no_grad():
-            traj = innerloop.unroll(simple(loss), {"w": begin()["w"].requires_grad_()}, None, steps=4)
+            traj = innerloop.unroll(
+                simple(loss), {"w": begin()["w"].requires_grad_()}, None, steps=4
+            )
         assert not traj.losses.requires_grad
         assert [ref() for ref in alive] == [None] * 8
         kept = innerloop.unroll(simple(loss), {"w": begin()["w"].requires_grad_()}, None, steps=4)
@@ -220,7 +248,8 @@ def test_loops_leave_no_objects():
 
 
 def test_a_captured_tensor_still_gets_its_gradient():
-    """By StoreAll, whose graph is plain autograd: in the loss, in the optimizer, when nothing else requires grad."""
+    """By StoreAll, whose graph is plain autograd: in the loss, in the optimizer, when nothing else
+    requires grad."""
     weight, rate = (torch.tensor(x, requires_grad=True) for x in (1.5, 0.2))
     problem = innerloop.Problem(
         lambda p, hyper, batch: weight * p["w"].square().sum() / 2, innerloop.optim.sgd(lr=rate)
@@ -232,14 +261,23 @@ def test_a_captured_tensor_still_gets_its_gradient():
         assert_derivative(leaf.grad.item(), derivative(moved), "captured")
 
 
-# -- errors -------------------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "no steps": (lambda: innerloop.unroll(simple(), begin(), None), ["steps=T"]),
-    "callable without steps": (lambda: innerloop.unroll(simple(), begin(), lambda params, hyper, t: t), ["steps=T"]),
+    "callable without steps": (
+        lambda: innerloop.unroll(simple(), begin(), lambda params, hyper, t: t),
+        ["steps=T"],
+    ),
     "negative steps": (lambda: innerloop.unroll(simple(), begin(), None, steps=-1), ["steps=-1"]),
-    "steps is a float": (lambda: innerloop.unroll(simple(), begin(), None, steps=2.0), ["steps=2.0"]),  # type: ignore[arg-type]
-    "more steps than batches": (lambda: innerloop.unroll(simple(), begin(), [1, 2], steps=3), ["steps=3", "2"]),
+    "steps is a float": (
+        lambda: innerloop.unroll(simple(), begin(), None, steps=2.0),  # type: ignore[arg-type]
+        ["steps=2.0"],
+    ),
+    "more steps than batches": (
+        lambda: innerloop.unroll(simple(), begin(), [1, 2], steps=3),
+        ["steps=3", "2"],
+    ),
     "lengths differ": (
         lambda: innerloop.unroll(simple(), begin(), (torch.ones(3), torch.ones(4))),
         ["3", "4", "tuple"],
@@ -248,38 +286,67 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
         lambda: innerloop.unroll(simple(), begin(), {"x": torch.tensor(1.0)}),
         ["list", "stacked", "function"],
     ),
-    "no tensors": (lambda: innerloop.unroll(simple(), begin(), {"x": 3}), ["list", "stacked", "function"]),
-    "save_at": (lambda: innerloop.unroll(simple(), begin(), None, steps=2, save_at=[3]), ["save_at", "3", "0 to 2"]),
+    "no tensors": (
+        lambda: innerloop.unroll(simple(), begin(), {"x": 3}),
+        ["list", "stacked", "function"],
+    ),
+    "save_at": (
+        lambda: innerloop.unroll(simple(), begin(), None, steps=2, save_at=[3]),
+        ["save_at", "3", "0 to 2"],
+    ),
     "strategy is a class": (
         lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy=innerloop.StoreAll),  # type: ignore[arg-type]
         ["strategy", "innerloop.StoreAll()"],
     ),
-    "problem is a function": (lambda: innerloop.unroll(half_square, begin(), None, steps=1), ["Problem", "function"]),  # type: ignore[arg-type]
+    "problem is a function": (
+        lambda: innerloop.unroll(half_square, begin(), None, steps=1),  # type: ignore[arg-type]
+        ["Problem", "function"],
+    ),
     "params is a module": (
         lambda: innerloop.unroll(simple(), network(), None, steps=1),  # type: ignore[arg-type]
         ["TwoLayers", "named_parameters"],
     ),
-    "params is a list": (lambda: innerloop.unroll(simple(), [torch.ones(1)], None, steps=1), ["list", "dict"]),  # type: ignore[arg-type]
-    "params are numbers": (lambda: innerloop.unroll(simple(), {"w": 1.0}, None, steps=1), ["named tensors"]),  # type: ignore[dict-item]
+    "params is a list": (
+        lambda: innerloop.unroll(simple(), [torch.ones(1)], None, steps=1),  # type: ignore[arg-type]
+        ["list", "dict"],
+    ),
+    "params are numbers": (
+        lambda: innerloop.unroll(simple(), {"w": 1.0}, None, steps=1),  # type: ignore[dict-item]
+        ["named tensors"],
+    ),
     "params are integers": (
         lambda: innerloop.unroll(simple(), {"w": torch.tensor([1])}, None, steps=1),
         ["'w'", "int64"],
     ),
-    "params are empty": (lambda: innerloop.unroll(simple(), {}, None, steps=1), ["params", "empty"]),
+    "params are empty": (
+        lambda: innerloop.unroll(simple(), {}, None, steps=1),
+        ["params", "empty"],
+    ),
     "loss is no function": (lambda: innerloop.Problem(3, innerloop.optim.sgd()), ["int"]),  # type: ignore[arg-type]
-    "optimizer is of torch": (lambda: innerloop.Problem(half_square, sgd(network())), ["SGD", "from_torch"]),  # type: ignore[arg-type]
-    "optimizer is a name": (lambda: innerloop.Problem(half_square, "sgd"), ["str", "innerloop.optim.sgd"]),  # type: ignore[arg-type]
+    "optimizer is of torch": (
+        lambda: innerloop.Problem(half_square, sgd(network())),  # type: ignore[arg-type]
+        ["SGD", "from_torch"],
+    ),
+    "optimizer is a name": (
+        lambda: innerloop.Problem(half_square, "sgd"),  # type: ignore[arg-type]
+        ["str", "innerloop.optim.sgd"],
+    ),
     "vector loss": (
         lambda: innerloop.unroll(simple(lambda p, h, b: p["w"]), begin(), None, steps=1),
         ["(2,)", "scalar"],
     ),
-    "number loss": (lambda: innerloop.unroll(simple(lambda p, h, b: 3.0), begin(), None, steps=1), ["float", "scalar"]),
+    "number loss": (
+        lambda: innerloop.unroll(simple(lambda p, h, b: 3.0), begin(), None, steps=1),
+        ["float", "scalar"],
+    ),
     "integer loss": (
         lambda: innerloop.unroll(simple(lambda p, h, b: torch.tensor(3)), begin(), None, steps=1),
         ["int64"],
     ),
     "aux of text": (
-        lambda: innerloop.unroll(simple(lambda p, h, b: (p["w"].sum(), "text")), begin(), None, steps=2),
+        lambda: innerloop.unroll(
+            simple(lambda p, h, b: (p["w"].sum(), "text")), begin(), None, steps=2
+        ),
         ["aux", "'text'", "tensors and numbers"],
     ),
     "aux of changing structure": (
@@ -288,7 +355,9 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "wrong names for the module": (
         lambda: innerloop.unroll(
-            innerloop.Problem.from_module(network(), lambda m, h, b: regression(m, b), innerloop.optim.sgd()),
+            innerloop.Problem.from_module(
+                network(), lambda m, h, b: regression(m, b), innerloop.optim.sgd()
+            ),
             begin(),
             [0],
         ),
@@ -307,7 +376,9 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["nothing to differentiate", "hyper"],
     ),
     "outer returns a vector": (
-        lambda: innerloop.metagradient(lambda traj, hyper: traj.losses, simple(), begin(), None, steps=2),
+        lambda: innerloop.metagradient(
+            lambda traj, hyper: traj.losses, simple(), begin(), None, steps=2
+        ),
         ["outer(traj, hyper)", "(2,)", "scalar"],
     ),
 }
@@ -350,7 +421,8 @@ def test_a_loss_that_does_not_use_its_params():
 
 
 def test_a_loss_that_uses_only_what_an_outer_transform_sees():
-    """It depends on hyper, which is differentiated outside, and not on params: still no training takes place."""
+    """It depends on hyper, which is differentiated outside, and not on params: still no training
+    takes place."""
 
     def behind(hyper: Tensor) -> Tensor:
         return innerloop.unroll(
@@ -368,7 +440,10 @@ def test_a_loss_that_uses_only_what_an_outer_transform_sees():
 
 
 def test_an_outer_loss_that_depends_on_nothing():
-    for outer in (lambda traj, hyper: torch.tensor(1.0), lambda traj, hyper: traj.params["w"].detach().sum()):
+    for outer in (
+        lambda traj, hyper: torch.tensor(1.0),
+        lambda traj, hyper: traj.params["w"].detach().sum(),
+    ):
         with refused(NOT_DIFFERENTIABLE, "outer loss", "traj.params"):
             innerloop.metagradient(outer, simple(), begin(), None, steps=1)
 
@@ -381,27 +456,41 @@ class WithCheckpoint(TwoLayers):
 def test_activation_checkpointing_inside_the_loop():
     """It would recompute with other weights: refused."""
     model = WithCheckpoint()
-    problem = innerloop.Problem.from_module(model, lambda m, hyper, t: regression(m, t), innerloop.optim.sgd(lr=0.1))
-    for params in (dict(model.named_parameters()), {n: p.detach() for n, p in model.named_parameters()}):
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, t: regression(m, t), innerloop.optim.sgd(lr=0.1)
+    )
+    for params in (
+        dict(model.named_parameters()),
+        {n: p.detach() for n, p in model.named_parameters()},
+    ):
         with refused(innerloop.InnerLoopError, "checkpoint"):
             innerloop.unroll(problem, params, list(range(STEPS)))
     with refused(innerloop.InnerLoopError, "checkpoint"):
         innerloop.metagradient(
-            lambda traj, hyper: traj.losses.sum(), problem, dict(model.named_parameters()), [0, 1], wrt="params"
+            lambda traj, hyper: traj.losses.sum(),
+            problem,
+            dict(model.named_parameters()),
+            [0, 1],
+            wrt="params",
         )
 
 
 def test_operations_without_a_second_derivative():
-    """One that innerloop has no form of: refused by name; where torch itself takes the derivative, by torch's own message."""
+    """One that innerloop has no form of: refused by name; where torch itself takes the derivative,
+    by torch's own message."""
 
     def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
-        sums = torch.segment_reduce(params["w"].flatten().exp(), "sum", lengths=torch.tensor([params["w"].numel()]))
+        sums = torch.segment_reduce(
+            params["w"].flatten().exp(), "sum", lengths=torch.tensor([params["w"].numel()])
+        )
         return sums.square().sum()
 
     with refused(NOT_DIFFERENTIABLE, "segment_reduce", "index_add"):
         innerloop.metagradient(last, simple(loss), begin(), None, steps=2, wrt="params")
     with pytest.raises(RuntimeError, match="not implemented"):
-        torch.func.grad(lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=2).losses.sum())(begin()["w"])
+        torch.func.grad(
+            lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=2).losses.sum()
+        )(begin()["w"])
 
 
 @pytest.mark.compiled
@@ -421,11 +510,16 @@ def test_an_error_of_the_loss_comes_through_as_it_is():
     for call in (
         lambda: innerloop.unroll(simple(loss), begin(), None, steps=1),
         lambda: innerloop.metagradient(last, simple(loss), begin(), None, steps=1),
-        lambda: torch.func.grad(lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=1).losses.sum())(
-            begin()["w"]
-        ),
+        lambda: torch.func.grad(
+            lambda w: innerloop.unroll(simple(loss), {"w": w}, None, steps=1).losses.sum()
+        )(begin()["w"]),
     ):
         with pytest.raises(LookupError, match="a bug of the user"):
             call()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        innerloop.unroll(simple(lambda p, h, b: (features(0) @ p["w"].reshape(1, 2)).sum()), begin(), None, steps=1)
+        innerloop.unroll(
+            simple(lambda p, h, b: (features(0) @ p["w"].reshape(1, 2)).sum()),
+            begin(),
+            None,
+            steps=1,
+        )

@@ -1,4 +1,5 @@
-"""The seed's system: three columns that agree, numbers that are known, a picture and a notebook that show the same."""
+"""The seed's system: three columns that agree, numbers that are known, a picture and a notebook
+that show the same."""
 
 from __future__ import annotations
 
@@ -17,24 +18,16 @@ import nbformat
 import numpy as np
 import pytest
 
+from innerloop import track
 from innerloop.errors import MissingExtraError
-from innerloop.track import track
-from innerloop.walkthrough import (
-    Row,
-    System,
-    Walkthrough,
-    by_autograd,
-    by_differences,
-    closed_form,
-    draw,
-    picture,
-    run,
-    table,
-    text,
-    to_text,
-    write_picture,
-)
-from innerloop.walkthrough.quantities import Matrix, along
+from innerloop.walkthrough import Row, System, Walkthrough, draw, run, to_text, write_picture
+from innerloop.walkthrough import _by_autograd as by_autograd
+from innerloop.walkthrough import _by_differences as by_differences
+from innerloop.walkthrough import _closed_form as closed_form
+from innerloop.walkthrough import _picture as picture
+from innerloop.walkthrough import _table as table
+from innerloop.walkthrough import _text as text
+from innerloop.walkthrough._quantities import Matrix, along
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +62,16 @@ FACTS = {
 }
 """Known without this program: arithmetic on paper from the numbers of the problem."""
 
-VISIBLE = ("1.08", "-0.24", "0.88", "0.1255606272", "-0.1789599744", "-0.2684399616", "2.1789599744", "3.2684399616")
+VISIBLE = (
+    "1.08",
+    "-0.24",
+    "0.88",
+    "0.1255606272",
+    "-0.1789599744",
+    "-0.2684399616",
+    "2.1789599744",
+    "3.2684399616",
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +83,23 @@ def disagreeing(walkthrough: Walkthrough) -> set[str]:
     return {row.name.strip() for row in walkthrough.rows if not row.agrees}
 
 
-# -- the numbers -------------------------------------------------------------------------------------------------------
+# -- the numbers -----------------------------------------------------------------------------------
 
 
 def test_every_known_number_is_there_in_all_three_columns(result: Walkthrough) -> None:
     rows = {row.name.strip(): row for row in result.rows}
-    assert len(rows) == len(result.rows) - len(result.blocks[4].rows), "a name stands for two rows of the first blocks"
+    assert len(rows) == len(result.rows) - len(result.blocks[4].rows), (
+        "a name stands for two rows of the first blocks"
+    )
     for name, value in FACTS.items():
         assert rows[name].closed == pytest.approx(value, abs=1e-14), name
         assert rows[name].autograd == pytest.approx(value, abs=1e-12), name
         assert rows[name].finite == pytest.approx(value, abs=1e-6), name
 
 
-def test_the_first_three_blocks_hold_the_known_numbers_and_nothing_else(result: Walkthrough) -> None:
+def test_the_first_three_blocks_hold_the_known_numbers_and_nothing_else(
+    result: Walkthrough,
+) -> None:
     assert [row.name.strip() for block in result.blocks[:3] for row in block.rows] == list(FACTS)
 
 
@@ -109,7 +115,8 @@ def test_other_numbers_agree_as_well() -> None:
 
 @pytest.mark.parametrize("rate", [table.SETTLES, 1.0, table.OVERSHOOTS])
 def test_the_influence_across_and_along_the_valley_has_a_formula(rate: float) -> None:
-    """Along it telescopes to ρₖ/ρ₀, across it is a product of 1 - 2ηxr - 4ηx²ρ² (docs/devnotes/walkthrough.md)."""
+    """Along it telescopes to ρₖ/ρ₀, across it is a product of 1 - 2ηxr - 4ηx²ρ²
+    (docs/devnotes/walkthrough.md)."""
     system = System(rate=rate)
     many = closed_form.many_steps(system, 10)
     across, valley = system.directions
@@ -126,7 +133,9 @@ def test_the_influence_across_and_along_the_valley_has_a_formula(rate: float) ->
 def test_the_influence_of_each_step_agrees_three_ways(rate: float) -> None:
     """∂θ₁₀/∂θₜ is in the picture, not in the table."""
     system = System(rate=rate)
-    closed, autograd, finite = (m.many_steps(system, 10) for m in (closed_form, by_autograd, by_differences))
+    closed, autograd, finite = (
+        m.many_steps(system, 10) for m in (closed_form, by_autograd, by_differences)
+    )
     assert len(closed.to_end) == len(autograd.to_end) == len(finite.to_end) == 11
     for c, a, f in zip(closed.to_end, autograd.to_end, finite.to_end, strict=True):
         size = max(1.0, *(abs(x) for x in flat(c)))
@@ -151,13 +160,18 @@ def test_finite_differences_do_not_use_innerloop() -> None:
     """Only the record they fill in; not the library that they check."""
     tree = ast.parse(Path(by_differences.__file__).read_text())
     froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    plain = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     assert {name for name in froms | plain if name and name.startswith("innerloop")} == {
-        "innerloop.walkthrough.quantities"
+        "innerloop.walkthrough._quantities"
     }
 
 
-# -- it can fail -------------------------------------------------------------------------------------------------------
+# -- it can fail -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,10 +195,17 @@ def test_a_row_agrees_within_its_tolerances_only(row: Row, agrees: bool) -> None
 
 
 def test_dropping_the_second_order_term_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First-order MAML instead of the exact gradient: every derivative through the step is wrong, no value is."""
+    """First-order MAML instead of the exact gradient: every derivative through the step is wrong,
+    no value is."""
     monkeypatch.setattr(by_autograd, "track", functools.partial(track, first_order=True))
     wrong = disagreeing(run())
-    assert {"d a₁ / d a₀", "d a₁ / d b₀", "= d TL / d a₀", "a after the outer step", "a of M, after its step"} <= wrong
+    assert {
+        "d a₁ / d a₀",
+        "d a₁ / d b₀",
+        "= d TL / d a₀",
+        "a after the outer step",
+        "a of M, after its step",
+    } <= wrong
     assert not {"loss L", "d L / d a₀", "a₁", "test loss TL", "d TL / d a₁"} & wrong
 
 
@@ -213,14 +234,17 @@ def test_a_wrong_formula_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "d a₁ / d a₀" in disagreeing(run())
 
 
-# -- text --------------------------------------------------------------------------------------------------------------
+# -- text ------------------------------------------------------------------------------------------
 
 
 def test_the_text_shows_the_numbers_in_every_column(result: Walkthrough) -> None:
     printed = to_text(result)
     for number in VISIBLE:
         assert any(line.split().count(number) >= 3 for line in printed.splitlines()), number
-    assert "d TL / d a₀  =  (-0.24855552) · (1.08) + (-0.37283328) · (-0.24)  =  -0.1789599744" in printed
+    assert (
+        "d TL / d a₀  =  (-0.24855552) · (1.08) + (-0.37283328) · (-0.24)  =  -0.1789599744"
+        in printed
+    )
     assert f"All {len(result.rows)} rows agree" in printed
     assert "✗" not in printed
 
@@ -245,7 +269,7 @@ def test_the_text_names_what_disagrees(result: Walkthrough) -> None:
     assert line.split()[-2] in ("2e-09", "3e-09")  # relative to 1.2
 
 
-# -- picture -----------------------------------------------------------------------------------------------------------
+# -- picture ---------------------------------------------------------------------------------------
 
 
 def test_the_picture_is_labelled_and_draws_the_data(result: Walkthrough) -> None:
@@ -286,12 +310,14 @@ def test_without_matplotlib_the_picture_says_what_to_install(
         draw(result)
 
 
-# -- notebook ----------------------------------------------------------------------------------------------------------
+# -- notebook --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_notebook", ROOT / "scripts" / "build_notebook.py")
+    spec = importlib.util.spec_from_file_location(
+        "build_notebook", ROOT / "scripts" / "build_notebook.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -336,4 +362,8 @@ def test_the_notebook_runs_and_prints_the_known_numbers(builder: ModuleType) -> 
 
 def test_the_percent_format_is_split_into_cells(builder: ModuleType) -> None:
     source = '"""Not a cell."""\n\n# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1  # %\n\n\n# %%\nprint(x)\n'
-    assert builder.cells(source) == [("markdown", "# Title\n\ntext"), ("code", "x = 1  # %"), ("code", "print(x)")]
+    assert builder.cells(source) == [
+        ("markdown", "# Title\n\ntext"),
+        ("code", "x = 1  # %"),
+        ("code", "print(x)"),
+    ]

@@ -1,7 +1,8 @@
 """The one list of gradient transforms under test.
 
-**To enrol a new transform, add one entry to ``TRANSFORMS``**: how to make it, what plain PyTorch does in its place, and its real-valued
-hyper-parameters. It then stands under the contract of ``test_transform.py``, in front of each of ``RULES``.
+**To enrol a new transform, add one entry to ``TRANSFORMS``**: how to make it, what plain PyTorch
+does in its place, and its real-valued hyper-parameters. It then stands under the contract of
+``test_transform.py``, in front of each of ``RULES``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import innerloop
-from innerloop.optim.noise import standard_normal
+from innerloop.optim._transforms.noise import standard_normal
 from tests.oracles import Gradient, Params, torch_run
 
 Grads = Mapping[str, Tensor | None]
@@ -28,7 +29,8 @@ class Enrolled:
 
     Attributes:
         make: ``make(**numbers)``, the transform.
-        plain: ``plain(**numbers)``, the same written with PyTorch alone: a function of gradients, parameters and time, good for one run.
+        plain: ``plain(**numbers)``, the same written with PyTorch alone: a function of gradients,
+            parameters and time, good for one run.
         numbers: real-valued hyper-parameters and where they are tested.
         label: for the test's name.
     """
@@ -44,7 +46,8 @@ class Enrolled:
 
 
 def edited(edit: Callable[[list[Tensor]], Any]) -> Plain:
-    """What a function of ``torch.nn.utils`` does to the gradients of parameters that have elements (torch takes no inf-norm of others)."""
+    """What a function of ``torch.nn.utils`` does to the gradients of parameters that have elements
+    (torch takes no inf-norm of others)."""
 
     def plain(grads: Grads, params: Params, t: int) -> dict[str, Tensor | None]:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
@@ -59,15 +62,21 @@ def edited(edit: Callable[[list[Tensor]], Any]) -> Plain:
 
 def each(fn: Callable[[str, Tensor, Tensor, int], Tensor]) -> Plain:
     """A function of name, gradient, parameter and time, for each that has a gradient."""
-    return lambda grads, params, t: {n: None if g is None else fn(n, g, params[n], t) for n, g in grads.items()}
+    return lambda grads, params, t: {
+        n: None if g is None else fn(n, g, params[n], t) for n, g in grads.items()
+    }
 
 
 def by_norm(norm_type: float) -> Callable[..., Plain]:
-    return lambda max_norm: edited(lambda ps: torch.nn.utils.clip_grad_norm_(ps, max_norm, norm_type))
+    return lambda max_norm: edited(
+        lambda ps: torch.nn.utils.clip_grad_norm_(ps, max_norm, norm_type)
+    )
 
 
 def one_by_one(max_norm: float) -> Plain:
-    return edited(lambda ps: [torch.nn.utils.clip_grad_norm_([p], max_norm) for p in ps if p.grad is not None])
+    return edited(
+        lambda ps: [torch.nn.utils.clip_grad_norm_([p], max_norm) for p in ps if p.grad is not None]
+    )
 
 
 def masked_decay(weight_decay: float) -> Plain:
@@ -75,13 +84,18 @@ def masked_decay(weight_decay: float) -> Plain:
 
 
 def noise(eta: float, gamma: float) -> Plain:
-    """The random numbers are those of the library (their distribution has a test of its own), the rest is the paper's formula."""
+    """The random numbers are those of the library (their distribution has a test of its own), the
+    rest is the paper's formula."""
 
     def plain(grads: Grads, params: Params, t: int) -> dict[str, Tensor | None]:
         place, noisy = 0, {}
         for name, p in params.items():
             g = grads[name]
-            noisy[name] = None if g is None else g + (eta / (1 + t) ** gamma) ** 0.5 * standard_normal(g, 3, t, place)
+            noisy[name] = (
+                None
+                if g is None
+                else g + (eta / (1 + t) ** gamma) ** 0.5 * standard_normal(g, 3, t, place)
+            )
             place += 2 * p.numel()
         return noisy
 
@@ -113,8 +127,18 @@ def squashed(grads: Grads) -> dict[str, Tensor | None]:
 o = innerloop.optim
 TRANSFORMS = (
     Enrolled(o.clip_by_global_norm, by_norm(2.0), {"max_norm": 1.3}, "global-2"),
-    Enrolled(lambda max_norm: o.clip_by_global_norm(max_norm, 3.0), by_norm(3.0), {"max_norm": 0.9}, "global-3"),
-    Enrolled(lambda max_norm: o.clip_by_global_norm(max_norm, 1), by_norm(1.0), {"max_norm": 5.0}, "global-1"),
+    Enrolled(
+        lambda max_norm: o.clip_by_global_norm(max_norm, 3.0),
+        by_norm(3.0),
+        {"max_norm": 0.9},
+        "global-3",
+    ),
+    Enrolled(
+        lambda max_norm: o.clip_by_global_norm(max_norm, 1),
+        by_norm(1.0),
+        {"max_norm": 5.0},
+        "global-1",
+    ),
     Enrolled(
         lambda max_norm: o.clip_by_global_norm(max_norm, float("inf")),
         by_norm(float("inf")),
@@ -141,7 +165,9 @@ TRANSFORMS = (
         "noise",
     ),
     Enrolled(lambda: o.accumulate(3), lambda: mean_of(3), {}, "accumulate"),
-    Enrolled(o.scale, lambda factor: each(lambda n, g, p, t: g * factor), {"factor": -0.7}, "scale"),
+    Enrolled(
+        o.scale, lambda factor: each(lambda n, g, p, t: g * factor), {"factor": -0.7}, "scale"
+    ),
     Enrolled(
         lambda: o.grad_callback(squashed),
         lambda: lambda grads, params, t: squashed(grads),
@@ -162,7 +188,10 @@ FEW = (
 )  # the norms of three kinds are alike, and so is what works entry by entry
 few_always = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.label, marks=() if case.label in FEW else pytest.mark.slow) for case in TRANSFORMS],
+    [
+        pytest.param(case, id=case.label, marks=() if case.label in FEW else pytest.mark.slow)
+        for case in TRANSFORMS
+    ],
 )
 """The same for checks that cost seconds each: what is not in `FEW` is slow."""
 each_rule = pytest.mark.parametrize("rule", list(RULES))
@@ -178,9 +207,17 @@ def chained(case: Enrolled, rule: str) -> innerloop.optim.Optimizer:
 
 
 def plain_run(
-    case: Enrolled, rule: str, values: Mapping[str, Any], params: Params, gradient: Gradient, steps: int
+    case: Enrolled,
+    rule: str,
+    values: Mapping[str, Any],
+    params: Params,
+    gradient: Gradient,
+    steps: int,
 ) -> Params:
-    """The parameters after a run with ``torch.optim``, the gradients changed by plain PyTorch before each step."""
+    """The parameters after a run with ``torch.optim``, the gradients changed by plain PyTorch
+    before each step."""
     plain = case.plain(**values)
     _, cls, settings = RULES[rule]
-    return torch_run(cls, settings, params, lambda params, t: plain(gradient(params, t), params, t), steps)
+    return torch_run(
+        cls, settings, params, lambda params, t: plain(gradient(params, t), params, t), steps
+    )

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # as for a static type checker, an int will do for a float
+checked = beartype(
+    conf=BeartypeConf(is_pep484_tower=True)
+)  # as for a static type checker, an int will do for a float

@@ -1,4 +1,5 @@
-"""The contenders. A new one is a function `prepare(workload)` in a file of its own and one line in `CONTENDERS`."""
+"""The contenders. A new one is a function `prepare(workload)` in a file of its own and one line in
+`CONTENDERS`."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ from benchmarks.contenders.base import Contender
 CONTENDERS: tuple[Contender, ...] = (
     Contender("track", innerloop_track.prepare, ("innerloop",), ours=True),
     Contender("unroll, StoreAll", innerloop_unroll.prepare, ("innerloop",), ours=True),
-    Contender("metagradient, vmap", innerloop_unroll.prepare_vmap, ("innerloop",), ("M1",), ours=True),
+    Contender(
+        "metagradient, vmap", innerloop_unroll.prepare_vmap, ("innerloop",), ("M1",), ours=True
+    ),
     Contender("higher", higher_loop.prepare, ("higher",)),
     Contender("TorchOpt", torchopt_loop.prepare, ("torchopt",)),
     Contender("hand-written loop", handwritten.prepare),
-    Contender("hand-written loop, fused Adam", partial(handwritten.prepare, fused=True), workloads=("M2",)),
+    Contender(
+        "hand-written loop, fused Adam", partial(handwritten.prepare, fused=True), workloads=("M2",)
+    ),
     Contender("JAX jit", jax_jit.prepare, ("jax",), ("M1", "M4")),
     Contender("JAX jit, remat", partial(jax_jit.prepare, remat=True), ("jax",), ("M4",)),
 )

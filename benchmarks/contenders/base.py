@@ -17,7 +17,8 @@ Gradients = Mapping[str, Any]
 """The meta-gradient by parameter name: torch tensors, or arrays that numpy can read."""
 
 MetaGradient = Callable[[], Gradients]
-"""One whole meta-gradient, everything from the initial parameters to their gradient; returns when it is computed."""
+"""One whole meta-gradient, everything from the initial parameters to their gradient; returns when
+it is computed."""
 
 Prepare = Callable[[Workload], MetaGradient]
 
@@ -26,9 +27,10 @@ Prepare = Callable[[Workload], MetaGradient]
 class Contender:
     """One way to compute a meta-gradient.
 
-    `prepare(workload)` builds the network and the data, which is not timed, and returns the function that is.
-    `packages` are looked for before `prepare` is called, so that `prepare` may import them. `workloads=None` means all
-    of them. `ours` marks innerloop: every one of ours is compared with every peer.
+    `prepare(workload)` builds the network and the data, which is not timed, and returns the
+    function that is. `packages` are looked for before `prepare` is called, so that `prepare` may
+    import them. `workloads=None` means all of them. `ours` marks innerloop: every one of ours is
+    compared with every peer.
     """
 
     name: str
@@ -41,7 +43,9 @@ class Contender:
         return self.workloads is None or workload.name in self.workloads
 
     def missing(self) -> tuple[str, ...]:
-        return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
+        return tuple(
+            package for package in self.packages if importlib.util.find_spec(package) is None
+        )
 
     def label(self) -> str:
         """The name with the version of the first package: `higher 0.2.1`."""
@@ -51,7 +55,8 @@ class Contender:
 
 
 def named_grads(model: nn.Module) -> dict[str, Tensor]:
-    """The accumulated `.grad` of every parameter, taken away from the model so that the next run starts clean."""
+    """The accumulated `.grad` of every parameter, taken away from the model so that the next run
+    starts clean."""
     grads = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -62,4 +67,7 @@ def named_grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def as_tensors(gradients: Gradients) -> dict[str, Tensor]:
-    return {name: g if isinstance(g, Tensor) else torch.tensor(g.tolist()) for name, g in gradients.items()}
+    return {
+        name: g if isinstance(g, Tensor) else torch.tensor(g.tolist())
+        for name, g in gradients.items()
+    }

@@ -1,4 +1,5 @@
-"""The loop one writes without a library: functional parameters and `torch.autograd.grad(create_graph=True)`.
+"""The loop one writes without a library: functional parameters and
+`torch.autograd.grad(create_graph=True)`.
 
 In float64 it is also the reference that every contender must agree with.
 """
@@ -24,7 +25,8 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 def prepare(workload: Workload, fused: bool = False) -> MetaGradient:
-    """`fused` writes Adam with as few operations a tensor as torch allows, which papers' code rarely does."""
+    """`fused` writes Adam with as few operations a tensor as torch allows, which papers' code
+    rarely does."""
     return _loop(workload, torch.float32, True, _fused_adam if fused else _plain_adam)
 
 
@@ -34,11 +36,14 @@ def reference(workload: Workload) -> Params:
 
 
 def first_order(workload: Workload) -> Params:
-    """The meta-gradient without second derivatives, in float64: the check must tell it from the reference."""
+    """The meta-gradient without second derivatives, in float64: the check must tell it from the
+    reference."""
     return dict(_loop(workload, torch.float64, False, _plain_adam)())
 
 
-def _loop(workload: Workload, dtype: torch.dtype, create_graph: bool, adam: AdamTensor) -> MetaGradient:
+def _loop(
+    workload: Workload, dtype: torch.dtype, create_graph: bool, adam: AdamTensor
+) -> MetaGradient:
     model = workload.model(dtype)
     tasks = workload.batches(dtype)
     forward = workload.forward or partial(functional_call, model)
@@ -51,9 +56,14 @@ def _loop(workload: Workload, dtype: torch.dtype, create_graph: bool, adam: Adam
         params = initial
         moments = [(torch.zeros_like(p, requires_grad=False),) * 2 for p in initial.values()]
         for t, batch in enumerate(task.inner):
-            grads = torch.autograd.grad(batch_loss(params, batch), list(params.values()), create_graph=create_graph)
+            grads = torch.autograd.grad(
+                batch_loss(params, batch), list(params.values()), create_graph=create_graph
+            )
             if workload.optimizer == "sgd":
-                params = {name: p - workload.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+                params = {
+                    name: p - workload.lr * g
+                    for (name, p), g in zip(params.items(), grads, strict=True)
+                }
             else:
                 params, moments = _adam_step(adam, params, moments, grads, workload.lr, t + 1)
         return batch_loss(params, task.outer)
@@ -67,13 +77,25 @@ def _loop(workload: Workload, dtype: torch.dtype, create_graph: bool, adam: Adam
 
 
 def _adam_step(
-    adam: AdamTensor, params: Params, moments: Moments, grads: tuple[Tensor, ...], lr: float, count: int
+    adam: AdamTensor,
+    params: Params,
+    moments: Moments,
+    grads: tuple[Tensor, ...],
+    lr: float,
+    count: int,
 ) -> tuple[Params, Moments]:
-    new = [adam(p, g, mu, nu, lr, count) for p, g, (mu, nu) in zip(params.values(), grads, moments, strict=True)]
-    return {name: p for name, (p, _, _) in zip(params, new, strict=True)}, [(mu, nu) for _, mu, nu in new]
+    new = [
+        adam(p, g, mu, nu, lr, count)
+        for p, g, (mu, nu) in zip(params.values(), grads, moments, strict=True)
+    ]
+    return {name: p for name, (p, _, _) in zip(params, new, strict=True)}, [
+        (mu, nu) for _, mu, nu in new
+    ]
 
 
-def _plain_adam(p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, lr: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_adam(
+    p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, lr: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     mu = BETA1 * mu + (1 - BETA1) * g
     nu = BETA2 * nu + (1 - BETA2) * g * g
     unbiased_mu = mu / (1 - BETA1**count)
@@ -81,7 +103,9 @@ def _plain_adam(p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, lr: float, count: 
     return p - lr * unbiased_mu / (unbiased_nu.sqrt() + EPS), mu, nu
 
 
-def _fused_adam(p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, lr: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_adam(
+    p: Tensor, g: Tensor, mu: Tensor, nu: Tensor, lr: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     mu = mu.lerp(g, 1 - BETA1)
     nu = (nu * BETA2).addcmul(g, g, value=1 - BETA2)
     scale = nu.sqrt() / math.sqrt(1 - BETA2**count) + EPS

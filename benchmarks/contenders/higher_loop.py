@@ -19,7 +19,10 @@ def prepare(workload: Workload) -> MetaGradient:
 
     def run() -> dict[str, Tensor]:
         for task in tasks:
-            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fast, inner):
+            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+                fast,
+                inner,
+            ):
                 for t, (x, y) in enumerate(task.inner):
                     inner.step(loss(fast(x), y), override=_override(workload, t + 1))
                 (loss(fast(task.outer.x), task.outer.y) / len(tasks)).backward()
@@ -29,7 +32,8 @@ def prepare(workload: Workload) -> MetaGradient:
 
 
 def _override(workload: Workload, count: int) -> dict[str, list[float]] | None:
-    """Adam's eps as torch means it: higher 0.2.1 adds it before the bias correction, which is another algorithm.
+    """Adam's eps as torch means it: higher 0.2.1 adds it before the bias correction, which is
+    another algorithm.
 
     On M2 the meta-gradient would differ by a quarter. Setting it costs a dictionary entry a step.
     """

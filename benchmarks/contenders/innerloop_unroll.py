@@ -1,4 +1,5 @@
-"""innerloop's forms for a loop that it owns: `unroll` with a strategy, and `metagradient` vmapped over the tasks."""
+"""innerloop's forms for a loop that it owns: `unroll` with a strategy, and `metagradient` vmapped
+over the tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def prepare(workload: Workload, strategy: str = "StoreAll", **options: Any) -> MetaGradient:
-    """`strategy` is named, not passed, so that the list of contenders can be read without innerloop."""
+    """`strategy` is named, not passed, so that the list of contenders can be read without
+    innerloop."""
     import innerloop
 
     problem, forward, model = problem_of(workload)
@@ -35,7 +37,8 @@ def prepare(workload: Workload, strategy: str = "StoreAll", **options: Any) -> M
 
 
 def prepare_vmap(workload: Workload, strategy: str = "StoreAll", **options: Any) -> MetaGradient:
-    """All tasks at once; the steps' batches are stacked, one more leading dimension for the tasks."""
+    """All tasks at once; the steps' batches are stacked, one more leading dimension for the
+    tasks."""
     import innerloop
 
     problem, forward, model = problem_of(workload)
@@ -49,7 +52,9 @@ def prepare_vmap(workload: Workload, strategy: str = "StoreAll", **options: Any)
         def outer_loss(trajectory: innerloop.Trajectory, _: object) -> Tensor:
             return loss(forward(trajectory.params, held_out.x), held_out.y)
 
-        _, grads = innerloop.metagradient(outer_loss, problem, params, batches, wrt="params", strategy=how)
+        _, grads = innerloop.metagradient(
+            outer_loss, problem, params, batches, wrt="params", strategy=how
+        )
         return grads
 
     def run() -> Mapping[str, Tensor]:

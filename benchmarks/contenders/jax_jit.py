@@ -1,4 +1,5 @@
-"""The peer JAX: the whole meta-gradient under one `jit`, the tasks under `vmap`, the steps under `scan`."""
+"""The peer JAX: the whole meta-gradient under one `jit`, the tasks under `vmap`, the steps under
+`scan`."""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ def prepare(workload: Workload, remat: bool = False) -> MetaGradient:
     forward = gpt(model) if isinstance(model, GPT) else mlp
     initial = {name: jnp.asarray(p.detach().numpy()) for name, p in model.named_parameters()}
     tasks = workload.batches()
-    inner_x = jnp.stack([jnp.stack([jnp.asarray(b.x.numpy()) for b in task.inner]) for task in tasks])
-    inner_y = jnp.stack([jnp.stack([jnp.asarray(b.y.numpy()) for b in task.inner]) for task in tasks])
+    inner_x = jnp.stack(
+        [jnp.stack([jnp.asarray(b.x.numpy()) for b in task.inner]) for task in tasks]
+    )
+    inner_y = jnp.stack(
+        [jnp.stack([jnp.asarray(b.y.numpy()) for b in task.inner]) for task in tasks]
+    )
     outer_x = jnp.stack([jnp.asarray(task.outer.x.numpy()) for task in tasks])
     outer_y = jnp.stack([jnp.asarray(task.outer.y.numpy()) for task in tasks])
 
@@ -49,7 +54,9 @@ def prepare(workload: Workload, remat: bool = False) -> MetaGradient:
     def mean_loss(params: Params) -> Any:
         if len(tasks) == 1:
             return adapted_loss(params, inner_x[0], inner_y[0], outer_x[0], outer_y[0])
-        return jax.vmap(adapted_loss, (None, 0, 0, 0, 0))(params, inner_x, inner_y, outer_x, outer_y).mean()
+        return jax.vmap(adapted_loss, (None, 0, 0, 0, 0))(
+            params, inner_x, inner_y, outer_x, outer_y
+        ).mean()
 
     compiled = jax.jit(jax.grad(mean_loss))
 
@@ -61,9 +68,11 @@ def prepare(workload: Workload, remat: bool = False) -> MetaGradient:
 
 
 def _one_thread() -> None:
-    """JAX sizes its thread pools by the processors it may use when its backend starts, and has no option for it.
+    """JAX sizes its thread pools by the processors it may use when its backend starts, and has no
+    option for it.
 
-    So it starts while this process is bound to one processor. The threads it makes stay there; ours may move again.
+    So it starts while this process is bound to one processor. The threads it makes stay there; ours
+    may move again.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
@@ -103,7 +112,9 @@ def gpt(model: GPT) -> Forward:
     def norm(params: Params, name: str, x: jax.Array) -> jax.Array:
         centred = x - x.mean(-1, keepdims=True)
         variance = (centred * centred).mean(-1, keepdims=True)
-        return centred / jnp.sqrt(variance + 1e-5) * params[f"{name}.weight"] + params[f"{name}.bias"]
+        return (
+            centred / jnp.sqrt(variance + 1e-5) * params[f"{name}.weight"] + params[f"{name}.bias"]
+        )
 
     def attention(params: Params, name: str, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape

@@ -1,6 +1,7 @@
 """The peer `TorchOpt`: its meta-optimizers, which replace the parameters inside the user's module.
 
-Its fused operator for Adam (`use_accelerated_op=True`) is left out: slower on M2 (1.2x), and off by a quarter in float32.
+Its fused operator for Adam (`use_accelerated_op=True`) is left out: slower on M2 (1.2x), and off by
+a quarter in float32.
 """
 
 from __future__ import annotations

@@ -1,7 +1,15 @@
 """Differentiate through training: the exact derivative of anything after an optimisation loop with respect to anything before it."""
 
 from innerloop import higher, inspect, nn, optim, strategy
-from innerloop.check import check_metagradient
+from innerloop._carry import Carry
+from innerloop._check import check_metagradient
+from innerloop._metagradient.metagradient import metagradient
+from innerloop._module.functional import functional
+from innerloop._plan import Plan, plan
+from innerloop._problem import Problem
+from innerloop._track.track import track
+from innerloop._trajectory import Trajectory
+from innerloop._unroll import unroll
 from innerloop.errors import (
     CapturedTensorError,
     InnerLoopError,
@@ -11,13 +19,7 @@ from innerloop.errors import (
     NotDifferentiableError,
     PrecisionWarning,
 )
-from innerloop.module import functional
-from innerloop.plan import Plan, plan
-from innerloop.problem import Carry, Problem
 from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
-from innerloop.track import track
-from innerloop.trajectory import Trajectory
-from innerloop.unroll import metagradient, unroll
 
 __version__ = "0.1.0.dev0"
 __all__ = [

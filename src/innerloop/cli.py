@@ -33,7 +33,8 @@ def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
     """Print the walk-through's tables, write its picture.
 
     Args:
-        picture: The file for the picture; None stands for `PICTURE`, and then a missing matplotlib is no error.
+        picture: The file for the picture; None stands for `PICTURE`, and then a missing matplotlib
+            is no error.
         draw: Whether there is a picture at all.
     """
     result = run()
@@ -52,7 +53,7 @@ def doctor(device: str = "cpu", *, markdown: bool = False) -> int:
     Returns:
         `DISAGREES` if a derivative is wrong without an error and innerloop lets it pass, else `OK`.
     """
-    from innerloop import doctor as audit  # builds some hundred modules: only when asked for
+    from innerloop import doctor as audit
 
     findings = tuple(audit.examine_all(device))
     print((audit.to_markdown if markdown else audit.to_text)(findings))
@@ -74,23 +75,37 @@ def _write_picture(result: Walkthrough, file: Path | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="innerloop", description="Differentiate through training in PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="innerloop", description="Differentiate through training in PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"innerloop {version('innerloop')}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
     command = commands.add_parser(
         "walkthrough",
         help="a two-parameter system whose every derivative is known, computed three ways",
-        description="Print one inner SGD step, its outer gradient, the same with two models, and longer loops, each "
-        "number as closed form, by autograd and by finite differences. Exits with 1 if they disagree.",
+        description="Print one inner SGD step, its outer gradient, the same with two models, and "
+        "longer loops, each "
+        "number as closed form, by autograd and by finite differences. Exits with 1 if they "
+        "disagree.",
     )
     choice = command.add_mutually_exclusive_group()
-    choice.add_argument("--picture", type=Path, metavar="FILE", help=f"where to write the picture (default: {PICTURE})")
+    choice.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help=f"where to write the picture (default: {PICTURE})",
+    )
     choice.add_argument("--no-picture", action="store_true", help="print the tables only")
     command = commands.add_parser(
         "doctor",
-        help="which derivatives of which operations the installed PyTorch lacks or gets wrong, and what innerloop does about it",
-        description="Probe the derivatives of the operations of torch.nn and others against finite differences, in float64; takes about "
-        "forty seconds. Exits with 1 if a derivative is wrong without an error and innerloop lets it pass.",
+        help="which derivatives of which operations the installed PyTorch lacks or gets wrong, "
+        "and what innerloop does about it",
+        description="Probe the derivatives of the operations of torch.nn and others against "
+        "finite differences, in float64; takes about "
+        "forty seconds. Exits with 1 if a derivative is wrong without an error and innerloop lets "
+        "it pass.",
     )
     command.add_argument("--device", default="cpu", help="where the operations run (default: cpu)")
     command.add_argument("--markdown", action="store_true", help="print the table for a page")

@@ -41,4 +41,7 @@ class MissingExtraError(InnerLoopError, ImportError):
     @classmethod
     def of(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
         """The error for a missing ``package`` that ``pip install 'innerloop[extra]'`` brings."""
-        return cls(f"{purpose} needs the package {package!r}, which is not installed: pip install 'innerloop[{extra}]'")
+        return cls(
+            f"{purpose} needs the package {package!r}, which is not installed: pip install "
+            f"'innerloop[{extra}]'"
+        )

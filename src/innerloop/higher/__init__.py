@@ -8,27 +8,24 @@
         diffopt.step(loss_fn(fmodel(x), y))
         loss_fn(fmodel(xq), yq).backward()  # model.parameters() receive .grad
 
-Every public name of ``higher`` 0.2.1 and of its git head is here and in the modules `optim`, `patch` and `utils`. It stands on
-innerloop's own optimizers and module view, and is right where ``higher`` was wrong: hooks fire, submodules can be called alone,
-patched modules can be copied and pickled, ``maximize``, ``decoupled_weight_decay``, a tensor learning rate and schedulers are honoured, a
-hyper-parameter of value 0 gets its gradient, the derivatives in Adam's beta2 and ASGD's lr are right, and Adam's ``eps`` stands where
-PyTorch has it (after the bias correction). Optimizers that ``higher`` never had work too.
+Every public name of ``higher`` 0.2.1 and of its git head is here and in the modules `optim`,
+`patch` and `utils`. It stands on innerloop's own optimizers and module view, and is right where
+``higher`` was wrong: hooks fire, submodules can be called alone, patched modules can be copied and
+pickled, ``maximize``, ``decoupled_weight_decay``, a tensor learning rate and schedulers are
+honoured, a hyper-parameter of value 0 gets its gradient, the derivatives in Adam's beta2 and ASGD's
+lr are right, and Adam's ``eps`` stands where PyTorch has it (after the bias correction). Optimizers
+that ``higher`` never had work too.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import nn
-
 from innerloop.higher import optim, patch, utils
-from innerloop.higher.base import Override
-from innerloop.higher.optim import DifferentiableOptimizer, create_diff_optim, get_diff_optim, register_optim
+from innerloop.higher._context import innerloop_ctx
+from innerloop.higher.optim import (
+    DifferentiableOptimizer,
+    create_diff_optim,
+    get_diff_optim,
+    register_optim,
+)
 from innerloop.higher.patch import PatchedModule, monkeypatch
-from innerloop.nn.replace import Block
 
 __all__ = [
     "DifferentiableOptimizer",
@@ -42,52 +39,3 @@ __all__ = [
     "register_optim",
     "utils",
 ]
-
-
-@contextmanager
-def innerloop_ctx(
-    model: nn.Module,
-    opt: torch.optim.Optimizer,
-    device: torch.device | str | None = None,
-    copy_initial_weights: bool = True,
-    override: Override | None = None,
-    track_higher_grads: bool = True,
-) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
-    """A functional copy of ``model`` and a differentiable form of ``opt``.
-
-    Args:
-        model: any module; it is not changed.
-        opt: an optimizer over its parameters; its state is taken over, it is not changed.
-        device: where the copy lives; default: where the model is.
-        copy_initial_weights: True starts from copies that no gradient leaves (as in ``higher``); False lets the outer gradient reach
-            ``model.parameters()``, which is what MAML needs.
-        override: hyper-parameters as ``{"lr": [tensor]}``: one entry for all param groups, or one per group.
-        track_higher_grads: False for evaluation: nothing is differentiated through the steps, and memory does not grow.
-
-    Returns:
-        A context manager that gives ``(fmodel, diffopt)``; ``fmodel.parameters(time=t)`` are the parameters after t steps.
-
-    Example:
-        >>> import torch, innerloop.higher as higher
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(model.weight, 4.0)
-        >>> opt = torch.optim.SGD(model.parameters(), lr=0.5)
-        >>> x = torch.ones(1, 1)
-        >>> with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
-        ...     _ = diffopt.step(fmodel(x).square().sum() / 2)
-        ...     (fmodel(x).square().sum() / 2).backward()
-        >>> model.weight.grad
-        tensor([[1.]])
-    """
-    fmodel = monkeypatch(model, device, copy_initial_weights, track_higher_grads)
-    diffopt = get_diff_optim(
-        opt, model.parameters(), fmodel=fmodel, device=device, override=override, track_higher_grads=track_higher_grads
-    )
-    loop = Block()  # losses are computed outside of the module, too
-    if track_higher_grads:
-        loop.enter()
-        diffopt.around_rule = loop.off
-    try:
-        yield fmodel, diffopt
-    finally:
-        loop.leave()

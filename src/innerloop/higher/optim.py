@@ -1,7 +1,8 @@
 """Differentiable optimizers with the interface of ``higher.optim``, on top of `innerloop.optim`.
 
-Every optimizer of ``torch.optim`` whose rule `innerloop.optim` has is there, those that ``higher`` never had (NAdam, RAdam, Adafactor,
-Muon, ...) as `DifferentiableRule`; any other class as `DifferentiableAdapted`, by `innerloop.optim.adapt`, verified or refused.
+Every optimizer of ``torch.optim`` whose rule `innerloop.optim` has is there, those that ``higher``
+never had (NAdam, RAdam, Adafactor, Muon, ...) as `DifferentiableRule`; any other class as
+`DifferentiableAdapted`, by `innerloop.optim.adapt`, verified or refused.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.higher import base
-from innerloop.higher.arithmetic import _add as _add
-from innerloop.higher.arithmetic import _addcdiv as _addcdiv
-from innerloop.higher.arithmetic import _addcmul as _addcmul
-from innerloop.higher.arithmetic import _get_mask_closure as _get_mask_closure
-from innerloop.higher.arithmetic import _maybe_mask as _maybe_mask
-from innerloop.higher.base import DifferentiableOptimizer, Override
+from innerloop.higher import _base as base
+from innerloop.higher._arithmetic import _add as _add
+from innerloop.higher._arithmetic import _addcdiv as _addcdiv
+from innerloop.higher._arithmetic import _addcmul as _addcmul
+from innerloop.higher._arithmetic import _get_mask_closure as _get_mask_closure
+from innerloop.higher._arithmetic import _maybe_mask as _maybe_mask
+from innerloop.higher._base import DifferentiableOptimizer, Override
+from innerloop.higher._rules import DifferentiableAdapted, DifferentiableRule
+from innerloop.higher._trainable import apply_trainable_opt_params, get_trainable_opt_params
 from innerloop.higher.patch import PatchedModule
-from innerloop.higher.rules import DifferentiableAdapted, DifferentiableRule
-from innerloop.higher.trainable import apply_trainable_opt_params, get_trainable_opt_params
-from innerloop.optim.base import Rule
-from innerloop.optim.from_torch import overrides_step
+from innerloop.optim._base import Rule
+from innerloop.optim._from_torch.from_torch import overrides_step
 
 __all__ = [
     "DifferentiableASGD",
@@ -59,8 +60,8 @@ class DifferentiableSGD(DifferentiableRule):
 class DifferentiableAdam(DifferentiableRule):
     """``torch.optim.Adam``.
 
-    In ``higher`` 0.2.1 ``eps`` stands before the bias correction; in all versions the derivative in beta2 is wrong, and ``maximize`` and
-    ``decoupled_weight_decay`` have no effect.
+    In ``higher`` 0.2.1 ``eps`` stands before the bias correction; in all versions the derivative in
+    beta2 is wrong, and ``maximize`` and ``decoupled_weight_decay`` have no effect.
     """
 
     torch_class = torch.optim.Adam
@@ -124,7 +125,9 @@ _opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] =
 }
 
 
-def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
+def register_optim(
+    optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]
+) -> None:
     """Use ``diff_optim_type`` for optimizers of the class ``optim_type``.
 
     Args:
@@ -136,7 +139,9 @@ def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: typ
         (diff_optim_type, DifferentiableOptimizer, "diff_optim_type"),
     ):
         if not (isinstance(cls, type) and issubclass(cls, parent)):
-            raise InvalidInputError(f"register_optim got {cls!r} as {name}: pass a subclass of {parent.__name__}")
+            raise InvalidInputError(
+                f"register_optim got {cls!r} as {name}: pass a subclass of {parent.__name__}"
+            )
     _opt_mapping[optim_type] = diff_optim_type
 
 
@@ -151,15 +156,16 @@ def get_diff_optim(
 ) -> DifferentiableOptimizer:
     """The differentiable form of ``opt``: as registered for its class, else by its rule, else by `innerloop.optim.adapt`.
 
-    A subclass that does not override ``step`` counts as its parent (``higher`` refuses it). The arguments are those of
-    `DifferentiableOptimizer`.
+    A subclass that does not override ``step`` counts as its parent (``higher`` refuses it). The
+    arguments are those of `DifferentiableOptimizer`.
 
     Raises:
         InvalidInputError: ``opt`` steps tensors that are not among ``reference_params``.
         NotDifferentiableError: a class that is not known was adapted, and comes out wrong.
 
     Example:
-        Five steps of gradient descent on y²/2 - a·y, by which y approaches a: dy/da = 1 - (1 - lr)⁵.
+        Five steps of gradient descent on y²/2 - a·y, by which y approaches a: dy/da = 1 - (1 -
+        lr)⁵.
 
         >>> import torch, innerloop.higher as higher
         >>> a, y = torch.tensor(2.0, requires_grad=True), torch.zeros((), requires_grad=True)
@@ -171,7 +177,15 @@ def get_diff_optim(
     """
     base.check_optimizer(opt)
     cls = _class_for(type(opt))
-    return cls(opt, reference_params, fmodel, device, override, track_higher_grads=track_higher_grads, **kwargs)
+    return cls(
+        opt,
+        reference_params,
+        fmodel,
+        device,
+        override,
+        track_higher_grads=track_higher_grads,
+        **kwargs,
+    )
 
 
 def create_diff_optim(
@@ -189,7 +203,8 @@ def create_diff_optim(
     Args:
         opt_type: a subclass of ``torch.optim.Optimizer``.
         opt_kwargs: arguments of its constructor.
-        params: the tensors that it will step, or param groups of them; only their shapes are used. Default: those of ``fmodel``.
+        params: the tensors that it will step, or param groups of them; only their shapes are used.
+            Default: those of ``fmodel``.
         fmodel: as in `get_diff_optim`, like the other arguments.
         device: see there.
         override: see there.
@@ -201,21 +216,39 @@ def create_diff_optim(
     """
     if not (isinstance(opt_type, type) and issubclass(opt_type, torch.optim.Optimizer)):
         raise InvalidInputError(
-            f"create_diff_optim got {opt_type!r}: pass a class, torch.optim.SGD; for an optimizer use get_diff_optim(optimizer, params)"
+            f"create_diff_optim got {opt_type!r}: pass a class, torch.optim.SGD; for an optimizer "
+            "use get_diff_optim(optimizer, params)"
         )
-    given = list(params) if params is not None else None if fmodel is None else list(fmodel.parameters())
+    given = (
+        list(params)
+        if params is not None
+        else None
+        if fmodel is None
+        else list(fmodel.parameters())
+    )
     if given is None:
-        raise InvalidInputError("create_diff_optim needs params= or fmodel=: the tensors that it will step")
-    held = [group["params"] if isinstance(group, dict) and "params" in group else group for group in given]
+        raise InvalidInputError(
+            "create_diff_optim needs params= or fmodel=: the tensors that it will step"
+        )
+    held = [
+        group["params"] if isinstance(group, dict) and "params" in group else group
+        for group in given
+    ]
     for group in held:
         base.listed([group] if isinstance(group, Tensor) else group, "params")
     if not held:
-        raise InvalidInputError("create_diff_optim got no tensors: pass params=list(fmodel.parameters())")
+        raise InvalidInputError(
+            "create_diff_optim got no tensors: pass params=list(fmodel.parameters())"
+        )
     groups: Any = [
-        {**group, "params": _stand_ins(group["params"])} if isinstance(group, dict) else _stand_ins(group)[0]
+        {**group, "params": _stand_ins(group["params"])}
+        if isinstance(group, dict)
+        else _stand_ins(group)[0]
         for group in given
     ]
-    reference = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    reference = [
+        p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])
+    ]
     try:
         opt = opt_type(groups, **(opt_kwargs or {}))
     except TypeError as error:
@@ -237,4 +270,7 @@ def _class_for(opt_type: type[torch.optim.Optimizer]) -> type[DifferentiableOpti
 
 
 def _stand_ins(params: Any) -> list[Tensor]:
-    return [torch.zeros_like(p, requires_grad=True) for p in ([params] if isinstance(params, Tensor) else list(params))]
+    return [
+        torch.zeros_like(p, requires_grad=True)
+        for p in ([params] if isinstance(params, Tensor) else list(params))
+    ]

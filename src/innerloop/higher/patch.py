@@ -4,162 +4,33 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from innerloop import _private
+from innerloop._module.copier import Gate, plain
+from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop.errors import InvalidInputError
-from innerloop.higher.nested import copy_tensor
-from innerloop.higher.teach import Teacher
-from innerloop.module import Gate, ModuleView, keep_running_statistics, plain
-from innerloop.nn.replace import Replacing, replacing
+from innerloop.higher._fast_weights import FastWeights, fast_weights
+from innerloop.higher._nested import copy_tensor
 
 __all__ = ["PatchedModule", "buffer_sync", "make_functional", "monkeypatch"]
 
 Encapsulator = Callable[["PatchedModule", nn.Module], None]
 
 
-class FastWeights:
-    """The parameters of a patched module by time; one object for the module and all its submodules.
-
-    Attributes:
-        gate: tells when a backward pass must not read the parameters.
-        teacher: says where gradients went.
-        history: the parameters of each time; only the newest while ``track`` is off; empty before there are any.
-        track: whether times are told apart.
-    """
-
-    def __init__(self, view: ModuleView, gate: Gate, root: PatchedModule) -> None:
-        self.gate = gate
-        self.teacher = Teacher()
-        self.history: list[list[Tensor]] = []
-        self.track = True
-        self.shapes = {name: p.shape for name, p in view.source.items()}
-        self._numbers = [p.is_floating_point() or p.is_complex() for p in view.source.values()]
-        self._view = view
-        self._root = weakref.ref(root)
-
-    @property
-    def root(self) -> PatchedModule:
-        root = self._root()
-        if root is None:
-            raise InvalidInputError("the patched module that this is a part of does not exist any more: keep it")
-        return root
-
-    def is_root(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the one that was patched; a part that has outlived it is not."""
-        return self._root() is module
-
-    @property
-    def newest(self) -> list[Tensor]:
-        """The parameters as they stand in the module."""
-        return list(self._view.read().values())
-
-    def newest_or_none(self) -> list[Tensor] | None:
-        """The newest parameters, None before there are any."""
-        return self.newest if self.history else None
-
-    def read_in_hooks(self) -> list[Tensor]:
-        """The same, also from a hook of the outer backward pass; not from a recomputation, which has gradients switched on."""
-        if not self.gate.closed or torch.is_grad_enabled():
-            return self.newest
-        self.gate.closed = False
-        try:
-            return self.newest
-        finally:
-            self.gate.closed = True
-
-    def ready(self, params: Iterable[Tensor] | None) -> None:
-        """Before anything is computed: take ``params`` if there are some, else there must be some."""
-        if params is not None:
-            self.take(params)
-        elif not self.history:
-            raise InvalidInputError(
-                "this module has no parameters of its own: call it with params=, a list with a tensor for each parameter, for example "
-                "higher.utils.get_func_params(model)"
-            )
-
-    def of_time(self, time: int) -> list[Tensor]:
-        """The parameters after ``time`` updates."""
-        if not isinstance(time, int):
-            raise InvalidInputError(f"time={time!r}: write an int, 0 for the start, -1 (or None) for the newest")
-        if not self.track and time in (-1, 0):
-            return self.newest
-        known = len(self.history) - 1
-        if not -known - 1 <= time <= known:
-            kept = "" if self.track else " (track_higher_grads=False keeps no history)"
-            raise InvalidInputError(f"time={time}, but this module has parameters of times 0 to {known}{kept}")
-        self.teacher.aware |= time in (0, -known - 1)
-        return self.history[time]
-
-    def kernels(self) -> AbstractContextManager[Any]:
-        """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
-        mode = _private.function_mode()
-        inside = isinstance(mode, Replacing) and mode.on
-        return replacing() if self.track and not inside else nullcontext()
-
-    def move_buffers(self, device: torch.device | str) -> None:
-        """Put copies of the buffers on ``device``."""
-        self._view.write_buffers({name: buffer.to(device) for name, buffer in self._view.read_buffers().items()})
-
-    def take(self, params: Iterable[Tensor]) -> None:
-        """These are the parameters from now on."""
-        if not isinstance(params, Iterable) or isinstance(params, Mapping):
-            raise InvalidInputError(f"got {type(params).__name__} as parameters: pass a list with a tensor for each")
-        new = list(params)
-        self._check(new)
-        self._view.write(dict(zip(self._view.parameters, new, strict=True)))
-        if self.history:
-            self.teacher.steps += 1
-            self.teacher.asked = False
-            self.gate.closed = self.track
-        if not self.track:
-            self.history.clear()
-            if self.teacher.steps:
-                self.teacher.watch_newest(new)
-        self.history.append(new)
-
-    @contextmanager
-    def at(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """For a while these are the parameters; time does not go on."""
-        before = self._view.read()
-        self._view.write(dict(zip(self._view.parameters, params, strict=True)))
-        try:
-            yield
-        finally:
-            self._view.write(before)
-
-    def _check(self, new: list[Any]) -> None:
-        shapes = self.shapes
-        if len(new) != len(shapes):
-            raise InvalidInputError(
-                f"got {len(new)} tensors, the module has {len(shapes)} parameters: pass one for each of {list(shapes)[:8]}, in this order"
-            )
-        for (name, shape), tensor, is_real in zip(shapes.items(), new, self._numbers, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(tensor).__name__}")
-            if (tensor.is_floating_point() or tensor.is_complex()) is not is_real:
-                raise InvalidInputError(f"the parameter {name!r} cannot be a tensor of {tensor.dtype}")
-            if tensor.shape != shape:
-                raise InvalidInputError(
-                    f"the parameter {name!r} has shape {tuple(shape)}, but got a tensor of shape {tuple(tensor.shape)}: the order is "
-                    "that of model.parameters()"
-                )
-
-
 class PatchedModule(nn.Module):
     """What patching adds to the class of a module, and to the classes of its submodules.
 
-    The module's own code runs on the newest parameters: hooks fire, submodules can be called alone, tied weights stay tied (in
-    ``higher`` hooks are lost). ``copy.deepcopy`` and ``pickle`` give a patched module of its own, which starts at detached copies of
-    the newest parameters (in ``higher`` both fail); of a submodule they give a plain module.
+    The module's own code runs on the newest parameters: hooks fire, submodules can be called alone,
+    tied weights stay tied (in ``higher`` hooks are lost). ``copy.deepcopy`` and ``pickle`` give a
+    patched module of its own, which starts at detached copies of the newest parameters (in
+    ``higher`` both fail); of a submodule they give a plain module.
 
-    A submodule that has one of these names itself (a method ``update_params``, an attribute ``root``) keeps its own.
+    A submodule that has one of these names itself (a method ``update_params``, an attribute
+    ``root``) keeps its own.
     """
 
     _innerloop_fast: FastWeights
@@ -214,7 +85,8 @@ class PatchedModule(nn.Module):
         fast = fast_weights(self)
         if not fast.track:
             raise InvalidInputError(
-                "init_fast_params: with track_higher_grads=False only the newest parameters are kept"
+                "init_fast_params: with track_higher_grads=False only the newest parameters are "
+                "kept"
             )
         return fast.of_time(0)
 
@@ -227,7 +99,8 @@ class PatchedModule(nn.Module):
 
         Args:
             recurse: False: without those of submodules (in ``higher`` it has no effect).
-            time: 0 is the start, -1 or None the newest. Each `update_params` counts, and so does each call with ``params=``.
+            time: 0 is the start, -1 or None the newest. Each `update_params` counts, and so does
+                each call with ``params=``.
 
         Raises:
             InvalidInputError: there are no parameters yet, or not of this time.
@@ -241,9 +114,13 @@ class PatchedModule(nn.Module):
             fast.teacher.asked |= params is newest
             return iter(params)
         index = {id(p): i for i, p in enumerate(newest)}
-        return iter([params[index[id(p)]] for _, p in nn.Module.named_parameters(self, recurse=recurse)])
+        return iter(
+            [params[index[id(p)]] for _, p in nn.Module.named_parameters(self, recurse=recurse)]
+        )
 
-    def boxed_forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+    def boxed_forward(
+        self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         """The module's own ``forward`` at the newest parameters; as `forward`."""
         fast = fast_weights(self)
         fast.ready(params)
@@ -261,7 +138,9 @@ class PatchedModule(nn.Module):
         fast = fast_weights(self)
         if self._innerloop_takes_params and params is not None:  # the word is the module's own
             kwargs["params"], params = params, None
-        fast.ready(params)  # here and not in forward: hooks that run before it compute with the parameters
+        fast.ready(
+            params
+        )  # here and not in forward: hooks that run before it compute with the parameters
         if fast.is_root(self):
             fast.teacher.look_at_inputs(args, kwargs)
         with fast.kernels():
@@ -272,11 +151,15 @@ class PatchedModule(nn.Module):
         if table is None or table.get(name) is None or "_innerloop_fast" not in vars(self):
             ours = vars(PatchedModule).get(name)
             if isinstance(ours, property) and ours.fset is None and not isinstance(self, _Part):
-                raise InvalidInputError(f"{name} of a patched module is read only: give the attribute another name")
+                raise InvalidInputError(
+                    f"{name} of a patched module is read only: give the attribute another name"
+                )
             super().__setattr__(name, value)
             return
         if not isinstance(value, Tensor):
-            raise InvalidInputError(f"the parameter {name!r} must be a tensor, got {type(value).__name__}")
+            raise InvalidInputError(
+                f"the parameter {name!r} must be a tensor, got {type(value).__name__}"
+            )
         fast = fast_weights(self)
         fast.ready(None)
         fast.take([value if p is table[name] else p for p in fast.newest])
@@ -284,7 +167,8 @@ class PatchedModule(nn.Module):
     def __delattr__(self, name: str) -> None:
         if vars(self)["_parameters"].get(name) is not None and "_innerloop_fast" in vars(self):
             raise InvalidInputError(
-                f"the parameter {name!r} of a patched module cannot be deleted: delete it in the model, before it is patched"
+                f"the parameter {name!r} of a patched module cannot be deleted: delete it in the "
+                "model, before it is patched"
             )
         super().__delattr__(name)
 
@@ -293,7 +177,10 @@ class PatchedModule(nn.Module):
         new = rebuild(*arguments)
         if fast_weights(self).is_root(self):
             # a part that is in what is copied too, by itself, stays a part
-            memo.update((id(a), b) for a, b in zip(nn.Module.modules(self), nn.Module.modules(new), strict=True))
+            memo.update(
+                (id(a), b)
+                for a, b in zip(nn.Module.modules(self), nn.Module.modules(new), strict=True)
+            )
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -330,7 +217,9 @@ class _Offered:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_NAMES = tuple(name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward")
+_NAMES = tuple(
+    name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward"
+)
 
 
 class _Part(PatchedModule):
@@ -352,16 +241,13 @@ def _plain_copy(patched: PatchedModule) -> nn.Module:
     """A copy that is no part of a patched module."""
     view = ModuleView(patched)
     module, parts = view.module, view.modules
-    view.write({n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()})
+    view.write(
+        {n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in view.read().items()}
+    )
     for part in parts:
         del vars(part)["_innerloop_fast"]
         object.__setattr__(part, "__class__", _original(type(part)))
     return copy.deepcopy(module)
-
-
-def fast_weights(fmodel: PatchedModule) -> FastWeights:
-    """What a patched module and its parts share."""
-    return vars(fmodel)["_innerloop_fast"]
 
 
 _MonkeyPatchBase = PatchedModule
@@ -372,10 +258,14 @@ def _rebuild(plain: nn.Module, is_root: bool, has_parameters: bool, track: bool)
     """What deepcopy and pickle make of the plain copy of a patched module."""
     if not is_root:
         return plain
-    return monkeypatch(plain, track_higher_grads=track) if has_parameters else make_functional(plain)
+    return (
+        monkeypatch(plain, track_higher_grads=track) if has_parameters else make_functional(plain)
+    )
 
 
-def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | str | None = None) -> None:
+def buffer_sync(
+    module: nn.Module, fmodule: nn.Module, device: torch.device | str | None = None
+) -> None:
     """Give ``fmodule`` copies of the buffers of ``module``.
 
     Args:
@@ -389,17 +279,21 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
     for which, given in (("module", module), ("fmodule", fmodule)):
         if not isinstance(given, nn.Module):
             raise InvalidInputError(
-                f"buffer_sync got {type(given).__name__} as {which}: pass a model and its patched form"
+                f"buffer_sync got {type(given).__name__} as {which}: pass a model and its patched "
+                "form"
             )
     module = plain(module)
     for name, buffer in vars(module)["_buffers"].items():
         copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
-        vars(fmodule)["_buffers"][name] = copied.to(device) if device is not None and copied is not None else copied
+        vars(fmodule)["_buffers"][name] = (
+            copied.to(device) if device is not None and copied is not None else copied
+        )
     theirs = vars(fmodule)["_modules"]
     for name, child in vars(module)["_modules"].items():
         if name not in theirs:
             raise InvalidInputError(
-                f"{type(fmodule).__name__} has no submodule {name!r}: pass the module that it is a patched form of"
+                f"{type(fmodule).__name__} has no submodule {name!r}: pass the module that it is "
+                "a patched form of"
             )
         if child is not None:
             buffer_sync(child, theirs[name], device)
@@ -409,11 +303,13 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
     """A copy of ``module`` without parameters of its own: they are given at each call, ``fmodel(x, params=params)``.
 
     Args:
-        module: any module; it is not changed. (One that is patched already will do, for a loop inside a loop.)
+        module: any module; it is not changed. (One that is patched already will do, for a loop
+            inside a loop.)
         encapsulator: called once with the patched module and ``module``, to give it parameters.
 
     Returns:
-        An instance of a subclass of the module's own class and of `PatchedModule`. Buffers are copied.
+        An instance of a subclass of the module's own class and of `PatchedModule`. Buffers are
+        copied.
 
     Example:
         >>> import torch, innerloop.higher as higher
@@ -423,21 +319,30 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
     """
     if encapsulator is not None and not callable(encapsulator):
         raise InvalidInputError(
-            f"encapsulator is a {type(encapsulator).__name__}: pass a function of the patched module and the module"
+            f"encapsulator is a {type(encapsulator).__name__}: pass a function of the patched "
+            "module and the module"
         )
     gate = Gate()
     view = ModuleView(module, gate)
     _check_names(plain(module), view.source.values())
     keep_running_statistics(view)
     parts = view.modules
-    view.write({name: torch.empty_like(p, device="meta", requires_grad=False) for name, p in view.source.items()})
-    view.write_buffers({name: buffer.detach().clone() for name, buffer in view.source_buffers.items()})
+    view.write(
+        {
+            name: torch.empty_like(p, device="meta", requires_grad=False)
+            for name, p in view.source.items()
+        }
+    )
+    view.write_buffers(
+        {name: buffer.detach().clone() for name, buffer in view.source_buffers.items()}
+    )
     new = view.hand_over()
     fast = FastWeights(view, gate, new)
     for part in parts:
         if any("_innerloop_fast" in vars(part)[table] for table in _TABLES):
             raise InvalidInputError(
-                f"{type(part).__name__} has an attribute '_innerloop_fast', which is ours: rename it"
+                f"{type(part).__name__} has an attribute '_innerloop_fast', which is ours: rename "
+                "it"
             )
         object.__setattr__(part, "__class__", _patched_class(type(part), part is new))
         vars(part)["_innerloop_fast"] = fast
@@ -457,17 +362,20 @@ def monkeypatch(
     Args:
         module: any module; it is not changed.
         device: where the copy lives; default: where the module is.
-        copy_initial_weights: start from detached copies; False connects them to ``module.parameters()``.
+        copy_initial_weights: start from detached copies; False connects them to
+            ``module.parameters()``.
         track_higher_grads: keep the parameters of each time.
 
     Returns:
         An instance of a subclass of the module's own class and of `PatchedModule`.
 
     Raises:
-        InvalidInputError: not a module, or one that cannot run at other parameters (DistributedDataParallel, a ScriptModule).
+        InvalidInputError: not a module, or one that cannot run at other parameters
+            (DistributedDataParallel, a ScriptModule).
 
     Warns:
-        UnreachedGradientWarning: once, when ``backward()`` leaves its gradient in copies that nobody asked for.
+        UnreachedGradientWarning: once, when ``backward()`` leaves its gradient in copies that
+            nobody asked for.
 
     Example:
         >>> import torch, innerloop.higher as higher
@@ -493,7 +401,9 @@ def monkeypatch(
         fmodel.update_params(start)
 
     if not isinstance(copy_initial_weights, bool):
-        raise InvalidInputError(f"copy_initial_weights={copy_initial_weights!r}: write True or False")
+        raise InvalidInputError(
+            f"copy_initial_weights={copy_initial_weights!r}: write True or False"
+        )
     fmodel = make_functional(module, begin)
     fmodel.track_higher_grads = track_higher_grads
     return fmodel
@@ -506,7 +416,9 @@ def _patched_class(cls: type[nn.Module], is_root: bool) -> type[nn.Module]:
         if vars(known).get("_innerloop_original") == (cls, is_root):
             return known
     body: dict[str, Any] = {"__module__": cls.__module__, "_innerloop_original": (cls, is_root)}
-    if hasattr(cls, "flatten_parameters"):  # it would move the weights of RNNs into one block, in place
+    if hasattr(
+        cls, "flatten_parameters"
+    ):  # it would move the weights of RNNs into one block, in place
         body["flatten_parameters"] = _keep_as_they_are
     if not is_root:
         body["_innerloop_takes_params"] = "params" in _arguments(cls.forward)
@@ -531,19 +443,28 @@ def _check_names(module: nn.Module, held: Iterable[Tensor]) -> None:
     """Raise if the root has a name that stands for something else on a patched module, or lists other parameters than its modules hold."""
     cls = _original(type(module))
     by_class = {name for c in cls.__mro__ if c not in nn.Module.__mro__ for name in vars(c)}
-    by_instance = {name for table in (vars(module), *(vars(module)[key] for key in _TABLES)) for name in table}
-    taken = [name for name in _NAMES if name in by_instance or (name in by_class and name != "parameters")]
+    by_instance = {
+        name for table in (vars(module), *(vars(module)[key] for key in _TABLES)) for name in table
+    }
+    taken = [
+        name
+        for name in _NAMES
+        if name in by_instance or (name in by_class and name != "parameters")
+    ]
     if taken:
         raise InvalidInputError(
-            f"{cls.__name__} has an attribute {taken[0]!r}, which on a patched module is that of innerloop.higher.PatchedModule: rename "
+            f"{cls.__name__} has an attribute {taken[0]!r}, which on a patched module is that of "
+            "innerloop.higher.PatchedModule: rename "
             "it, or patch a module that holds this one (submodules keep their own)"
         )
     if by_class & {"parameters", "named_parameters"} and not isinstance(module, PatchedModule):
         listed, own = list(module.parameters()), list(held)
         if len(listed) != len(own) or any(a is not b for a, b in zip(listed, own, strict=True)):
             raise InvalidInputError(
-                f"{cls.__name__} overrides parameters() or named_parameters(), which lists {len(listed)} tensors, while its modules hold "
-                f"{len(own)}: all of them have to be replaced together. Rename the method, and give the optimizer what it returns"
+                f"{cls.__name__} overrides parameters() or named_parameters(), which lists "
+                f"{len(listed)} tensors, while its modules hold "
+                f"{len(own)}: all of them have to be replaced together. Rename the method, and "
+                "give the optimizer what it returns"
             )
 
 

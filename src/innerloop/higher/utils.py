@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from innerloop.errors import InvalidInputError
-from innerloop.higher import nested
-from innerloop.higher.nested import flatten
+from innerloop.higher import _nested as nested
+from innerloop.higher._nested import flatten
 
 __all__ = ["flatten", "get_func_params"]
 

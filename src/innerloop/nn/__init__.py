@@ -1,6 +1,10 @@
-"""Forms of PyTorch's operations that have the derivatives which PyTorch's own lack, and their automatic choice."""
+"""Replacements for operations of PyTorch that lack a derivative, and their automatic choice."""
 
-from innerloop.nn import functional, table
-from innerloop.nn.replace import any_order, keep_kernels, replaced, replacing
+from innerloop.nn import (
+    _catalogue as _catalogue,
+)  # it enters the replacements into the mode's table
+from innerloop.nn import functional
+from innerloop.nn._derivative_order import any_order
+from innerloop.nn._mode import keep_kernels, replaced, replacing
 
-__all__ = ["any_order", "functional", "keep_kernels", "replaced", "replacing", "table"]
+__all__ = ["any_order", "functional", "keep_kernels", "replaced", "replacing"]

@@ -1,15 +1,21 @@
 """Operations with all their derivatives, under the names and with the arguments that they have in PyTorch."""
 
-from innerloop.nn.attention import scaled_dot_product_attention
-from innerloop.nn.cross_entropy import cross_entropy
-from innerloop.nn.ctc_loss import ctc_loss
-from innerloop.nn.distance import cdist, pdist
-from innerloop.nn.elementary import cholesky_inverse, hardsigmoid
-from innerloop.nn.embedding_bag import embedding_bag
-from innerloop.nn.grid_sample import grid_sample
-from innerloop.nn.loss import huber_loss, mse_loss, multi_margin_loss, multilabel_margin_loss, soft_margin_loss
-from innerloop.nn.norm import batch_norm, instance_norm, layer_norm
-from innerloop.nn.weight_norm import weight_norm
+from innerloop.nn._replacements.attention import scaled_dot_product_attention
+from innerloop.nn._replacements.cross_entropy import cross_entropy
+from innerloop.nn._replacements.ctc_loss import ctc_loss
+from innerloop.nn._replacements.distance import cdist, pdist
+from innerloop.nn._replacements.elementary import cholesky_inverse, hardsigmoid
+from innerloop.nn._replacements.embedding_bag import embedding_bag
+from innerloop.nn._replacements.grid_sample import grid_sample
+from innerloop.nn._replacements.losses import (
+    huber_loss,
+    mse_loss,
+    multi_margin_loss,
+    multilabel_margin_loss,
+    soft_margin_loss,
+)
+from innerloop.nn._replacements.norm import batch_norm, instance_norm, layer_norm
+from innerloop.nn._replacements.weight_norm import weight_norm
 
 __all__ = [
     "batch_norm",

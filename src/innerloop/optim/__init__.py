@@ -1,37 +1,39 @@
 """Optimizers as pure functions: names, arguments and defaults of ``torch.optim``, in lower case. One file per rule."""
 
-from innerloop.optim.accumulate import AccumulateState, accumulate
-from innerloop.optim.adadelta import Adadelta, AdadeltaState, adadelta
-from innerloop.optim.adafactor import Adafactor, AdafactorState, adafactor
-from innerloop.optim.adagrad import Adagrad, AdagradState, adagrad
-from innerloop.optim.adam import Adam, AdamState, adam
-from innerloop.optim.adamax import Adamax, AdamaxState, adamax
-from innerloop.optim.adamw import AdamW, adamw
-from innerloop.optim.adapted import Adapted, AdaptedState, adapt
-from innerloop.optim.asgd import ASGD, ASGDState, asgd
-from innerloop.optim.base import Hyper, Optimizer, Rule
-from innerloop.optim.clip import clip_by_global_norm, clip_by_value, clip_per_parameter
-from innerloop.optim.decay import add_decayed_weights
-from innerloop.optim.elementwise import Elementwise
-from innerloop.optim.from_torch import from_torch
-from innerloop.optim.grad_callback import grad_callback
-from innerloop.optim.groups import groups
-from innerloop.optim.in_float32 import InFloat32State, in_float32
-from innerloop.optim.lbfgs import LBFGS, LBFGSState, lbfgs
-from innerloop.optim.learned import LearnedState, learned
-from innerloop.optim.muon import Muon, MuonState, muon
-from innerloop.optim.nadam import NAdam, NAdamState, nadam
-from innerloop.optim.noise import AddNoiseState, add_noise
-from innerloop.optim.packing import Packed
-from innerloop.optim.per_tensor import PerTensor
-from innerloop.optim.radam import RAdam, RAdamState, radam
-from innerloop.optim.rmsprop import RMSprop, RMSpropState, rmsprop
-from innerloop.optim.rprop import Rprop, RpropState, rprop
-from innerloop.optim.scale import scale
-from innerloop.optim.sgd import SGD, SGDState, sgd
-from innerloop.optim.sparse_adam import SparseAdam, SparseAdamState, sparse_adam
-from innerloop.optim.supported import Support, Supported, SupportedList, supported
-from innerloop.optim.transform import ChainState, Transform, chain
+from innerloop._types import Hyper
+from innerloop.optim._adapt.rule import Adapted, AdaptedState, adapt
+from innerloop.optim._base import Optimizer, Rule
+from innerloop.optim._chain import ChainState, chain
+from innerloop.optim._engine.elementwise import Elementwise
+from innerloop.optim._engine.packing import Packed
+from innerloop.optim._engine.per_tensor import PerTensor
+from innerloop.optim._from_torch.from_torch import from_torch
+from innerloop.optim._from_torch.supported import Support, Supported, SupportedList, supported
+from innerloop.optim._groups import groups
+from innerloop.optim._in_float32 import InFloat32State, in_float32
+from innerloop.optim._rules.adadelta import Adadelta, AdadeltaState, adadelta
+from innerloop.optim._rules.adafactor import Adafactor, AdafactorState, adafactor
+from innerloop.optim._rules.adagrad import Adagrad, AdagradState, adagrad
+from innerloop.optim._rules.adam import Adam, AdamState, adam
+from innerloop.optim._rules.adamax import Adamax, AdamaxState, adamax
+from innerloop.optim._rules.adamw import AdamW, adamw
+from innerloop.optim._rules.asgd import ASGD, ASGDState, asgd
+from innerloop.optim._rules.lbfgs import LBFGS, LBFGSState, lbfgs
+from innerloop.optim._rules.learned import LearnedState, learned
+from innerloop.optim._rules.muon import Muon, MuonState, muon
+from innerloop.optim._rules.nadam import NAdam, NAdamState, nadam
+from innerloop.optim._rules.radam import RAdam, RAdamState, radam
+from innerloop.optim._rules.rmsprop import RMSprop, RMSpropState, rmsprop
+from innerloop.optim._rules.rprop import Rprop, RpropState, rprop
+from innerloop.optim._rules.sgd import SGD, SGDState, sgd
+from innerloop.optim._rules.sparse_adam import SparseAdam, SparseAdamState, sparse_adam
+from innerloop.optim._transforms.accumulate import AccumulateState, accumulate
+from innerloop.optim._transforms.base import Transform
+from innerloop.optim._transforms.clip import clip_by_global_norm, clip_by_value, clip_per_parameter
+from innerloop.optim._transforms.decay import add_decayed_weights
+from innerloop.optim._transforms.grad_callback import grad_callback
+from innerloop.optim._transforms.noise import AddNoiseState, add_noise
+from innerloop.optim._transforms.scale import scale
 
 __all__ = [
     "ASGD",

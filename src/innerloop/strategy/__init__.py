@@ -1,11 +1,20 @@
 """Ways of differentiating a loop, one file each."""
 
-from innerloop.strategy.auto import Auto
-from innerloop.strategy.base import Loop, Strategy
-from innerloop.strategy.checkpointed import Checkpointed
-from innerloop.strategy.first_order import FirstOrder
-from innerloop.strategy.forward_mode import ForwardMode
-from innerloop.strategy.store_all import StoreAll
-from innerloop.strategy.truncated import Truncated
+from innerloop.strategy._auto import Auto
+from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._checkpointed import Checkpointed
+from innerloop.strategy._first_order import FirstOrder
+from innerloop.strategy._forward_mode import ForwardMode
+from innerloop.strategy._store_all import StoreAll
+from innerloop.strategy._truncated import Truncated
 
-__all__ = ["Auto", "Checkpointed", "FirstOrder", "ForwardMode", "Loop", "StoreAll", "Strategy", "Truncated"]
+__all__ = [
+    "Auto",
+    "Checkpointed",
+    "FirstOrder",
+    "ForwardMode",
+    "Loop",
+    "StoreAll",
+    "Strategy",
+    "Truncated",
+]

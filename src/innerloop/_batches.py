@@ -1,0 +1,221 @@
+"""The data of a loop: a list, stacked tensors, a function of time, or an iterator of unknown length."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from innerloop._utils import tree
+from innerloop._utils.fingerprint import Fingerprint
+from innerloop._utils.random_state import RandomState
+from innerloop.errors import InvalidInputError
+
+
+class Batches(abc.ABC):
+    """What each step sees.
+
+    Attributes:
+        data: a pytree; its tensors are inputs of the derivative's node (constants, but visible to
+            ``vmap``).
+        steps: T, or None: it shows when the data end.
+        keeping: whether steps will be replayed: data that come only once are kept, data that are
+            made anew are compared.
+        kept: what is kept for that, by step; shared by the copies of this object.
+    """
+
+    data: Any = None
+    steps: int | None
+    keeping = False
+
+    def __init__(self, steps: int | None) -> None:
+        self.steps = steps
+        self.kept: MutableMapping[int, Any] = {}
+
+    @abc.abstractmethod
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        """The data of step t.
+
+        Args:
+            params: the parameters before the step.
+            hyper: as given to the loop.
+            t: the step.
+        """
+
+    def times(self) -> Iterable[int]:
+        """The steps: 0 to T - 1, or as long as there are data."""
+        assert self.steps is not None, "only an iterator does not know its length"
+        return range(self.steps)
+
+    def holding(self, data: Any) -> Batches:
+        """The same with other tensors in ``data``."""
+        new = copy.copy(self)
+        new.data = data
+        return new
+
+    def ending(self, steps: int) -> Batches:
+        """The same with a known number of steps."""
+        new = copy.copy(self)
+        new.steps = steps
+        return new
+
+
+class Nothing(Batches):
+    """Steps without data."""
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> None:
+        return None
+
+
+class Listed(Batches):
+    """One entry per step."""
+
+    def __init__(self, entries: list[Any], steps: int) -> None:
+        super().__init__(steps)
+        self.data = entries[:steps]
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        return self.data[t]
+
+
+class Stacked(Batches):
+    """A pytree of tensors whose first dimension is time."""
+
+    def __init__(self, stacked: Any, steps: int) -> None:
+        super().__init__(steps)
+        self.data = stacked
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        return tree.map_tensors(lambda x: x[t], self.data)
+
+
+class Called(Batches):
+    """A pure function of its arguments; what it returns is a constant of the derivative."""
+
+    def __init__(self, function: Callable[[Any, Any, int], Any], steps: int) -> None:
+        super().__init__(steps)
+        self.function = function
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, t))
+        if self.keeping:
+            found = Fingerprint.of(batch)
+            if t not in self.kept:
+                self.kept[t] = found
+            elif not found.agrees(self.kept[t]):
+                raise InvalidInputError(
+                    f"batches(params, hyper, t) gave other data at t={t} when it was called again "
+                    "for the replay: it must be a pure "
+                    "function of its arguments. Random choices come from a generator seeded by t, "
+                    "torch.Generator().manual_seed(t), or "
+                    "from torch's own (which is rewound); otherwise pass the data as a list"
+                )
+        return batch
+
+
+class Drawn(Batches):
+    """An iterator, drawn from once; if wanted, each entry is kept from then on."""
+
+    def __init__(self, source: Iterable[Any], steps: int | None) -> None:
+        super().__init__(steps)
+        self.source: Iterator[Any] = iter(source)
+        # Shared by the copies of this object, as the iterator is.
+        self.position = [0]
+        self._ahead: list[tuple[Any, bool]] = []
+
+    def times(self) -> Iterable[int]:
+        return (
+            super().times()
+            if self.steps is not None
+            else itertools.takewhile(self._has, itertools.count())
+        )
+
+    def peek(self) -> Any:
+        """The next entry, which `at` will give as well."""
+        if not self._has(self.position[0]):
+            raise InvalidInputError(
+                "the iterator of batches has no entry (any more): make a new one for each loop"
+            )
+        return self._ahead[0][0]
+
+    def _has(self, t: int) -> bool:
+        if t >= self.position[0] and not self._ahead:
+            try:
+                self._ahead.append(self._draw())
+            except StopIteration:
+                return False
+        return True
+
+    def _draw(self) -> tuple[Any, bool]:
+        """The next entry, and whether the iterator drew random numbers for it."""
+        before = RandomState.now()
+        entry = next(self.source)
+        after = RandomState.now()
+        return entry, before is not None and after is not None and not after.equals(before)
+
+    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+        if t != self.position[0]:
+            entry, random_state = self.kept[t]
+            if random_state is not None:
+                # The iterator itself drew random numbers, and it is not asked again.
+                random_state.restore()
+            return entry
+        try:
+            entry, drew = self._ahead.pop() if self._ahead else self._draw()
+        except StopIteration:
+            raise InvalidInputError(
+                f"steps={self.steps}, but the iterator of batches ended after {t}"
+            ) from None
+        check_constant(entry, f"batch {t}")
+        self.position[0] += 1
+        if self.keeping:
+            self.kept[t] = entry, RandomState.now() if drew else None
+        return entry
+
+
+def batches_of(given: Any, steps: int | None) -> Batches:
+    """What the user gave, in its kind.
+
+    Raises:
+        InvalidInputError: a tensor requires grad, the number of steps is unknown or too large,
+            lengths differ.
+    """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
+        raise InvalidInputError(f"steps={steps!r} must be a number of steps, 0 or more")
+    if given is None or callable(given):
+        if steps is None:
+            raise InvalidInputError("the number of steps is not known: write steps=T")
+        return Nothing(steps) if given is None else Called(given, steps)
+    if hasattr(given, "__iter__") and not isinstance(given, (list, tuple, dict, str, Tensor)):
+        return Drawn(given, steps)
+    check_constant(given)
+    if isinstance(given, list):
+        available = len(given)
+    else:
+        lengths = {t.shape[0] if t.ndim else None for t in tree.tensors(given)}
+        if len(lengths) != 1 or None in lengths:
+            raise InvalidInputError(
+                "batches must be a list with one entry per step, tensors stacked over steps "
+                "(first dimension T), or a function; "
+                f"got {type(given).__name__} with first dimensions {sorted(map(str, lengths))}"
+            )
+        available = int(lengths.pop() or 0)
+    if steps is not None and steps > available:
+        raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
+    total = available if steps is None else steps
+    return Listed(given, total) if isinstance(given, list) else Stacked(given, total)
+
+
+def check_constant(batches: Any, name: str = "batches") -> None:
+    """Raise if a tensor requires grad."""
+    for path, t in tree.named_tensors(batches, name):
+        if t.requires_grad:
+            raise InvalidInputError(
+                f"{path} requires grad, but batches are constants of the derivative: put that "
+                "tensor into hyper, let batches be "
+                "indices into it, or detach it"
+            )

@@ -1,0 +1,261 @@
+"""Is a meta-gradient right? Autograd against finite differences, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from innerloop._inner_gradient.loss import check_loss
+from innerloop._utils import tree
+from innerloop._utils.differences import derivative
+from innerloop._utils.random_state import RandomState
+from innerloop.errors import InvalidInputError, MetaGradientError
+
+
+class Comparison(NamedTuple):
+    """One directional derivative, two ways."""
+
+    input: str
+    autograd: float
+    finite: float
+    uncertainty: float
+    ok: bool
+    hidden: bool = (
+        False  # whether the rounding of the loss is larger than the difference that would count
+    )
+
+
+class Report(NamedTuple):
+    """What `check_metagradient` found."""
+
+    comparisons: tuple[Comparison, ...]
+    step: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether all agree."""
+        return all(c.ok for c in self.comparisons)
+
+    @property
+    def wrong(self) -> list[str]:
+        """The inputs whose gradient disagrees."""
+        return list(dict.fromkeys(c.input for c in self.comparisons if not c.ok))
+
+    def __str__(self) -> str:
+        width = max(len("input"), *(len(c.input) for c in self.comparisons)) + 2
+        head = f"{'input':<{width}}{'autograd':>16}{'finite diff.':>16}{'difference':>12}{'uncertainty':>13}"
+        rows = [
+            f"{c.input:<{width}}{c.autograd:>16.8g}{c.finite:>16.8g}{abs(c.autograd - c.finite):>12.1e}{c.uncertainty:>13.1e}"
+            f"{'' if c.ok else '  <-- ' + _verdict(c)}"
+            for c in self.comparisons
+        ]
+        return "\n".join(
+            [head, *rows, f"(directional derivatives, float64, relative step {self.step:.1e})"]
+        )
+
+
+def check_metagradient(
+    outer_fn: Callable[[Any], Tensor],
+    inputs: Any,
+    *,
+    directions: int = 3,
+    step: float = 1e-3,
+    rtol: float = 1e-6,
+    seed: int = 0,
+) -> Report:
+    r"""Compare the gradient of ``outer_fn`` with finite differences, and raise if they disagree.
+
+    For each input tensor x and random unit directions v, :math:`\langle\nabla f, v\rangle` is
+    compared with the four-point formula
+
+    .. math::
+        \frac{8\,[f(x + hv) - f(x - hv)] - [f(x + 2hv) - f(x - 2hv)]}{12 h}, \qquad \text{error } O(h^4 f^{(5)}) + O(\varepsilon f / h).
+
+    In float64 the two errors balance near :math:`h = \varepsilon^{1/5} \approx 10^{-3}` (relative
+    to the size of x), where about twelve digits are left. It is evaluated at h, h/2 and h/4, and
+    the two neighbours that agree best are taken; their difference is the uncertainty. Where no two
+    agree there is a kink, or float32 in the middle, and that is reported as a failure too.
+
+    Args:
+        outer_fn: ``outer_fn(inputs) -> scalar``, with the whole inner loop in it.
+        inputs: a tensor, a pytree of tensors, or an ``nn.Module`` (its parameters are perturbed).
+            It is not changed: ``outer_fn`` gets float64 copies, and float32 tensors that it
+            captures are promoted where they meet them. An optimizer over a module's parameters must
+            be made inside ``outer_fn``.
+        directions: random directions for each input tensor.
+        step: h, relative to the root mean square of x (at least .01).
+        rtol: allowed relative difference.
+        seed: of the directions.
+
+    Returns:
+        A `Report`; ``print`` shows it as a table.
+
+    Raises:
+        MetaGradientError: with that table, which marks the inputs that disagree.
+        InvalidInputError: ``outer_fn`` returns no scalar, or not the same one twice.
+
+    Cost:
+        12 evaluations for each direction and input tensor.
+
+    Example:
+        >>> import torch, innerloop
+        >>> report = innerloop.check_metagradient(lambda x: (x**3).sum(), torch.tensor([1.0, 2.0]))
+        >>> report.ok
+        True
+        >>> innerloop.check_metagradient(lambda x: (x.detach() * x).sum(), torch.tensor([1.0, 2.0]))
+        Traceback (most recent call last):
+            ...
+        innerloop.errors.MetaGradientError: autograd and finite differences disagree for input:
+        ...
+    """
+    evaluate = _Evaluation(outer_fn, inputs)
+    values = evaluate.values
+    generator = torch.Generator().manual_seed(seed)
+    value, grads = evaluate.gradient()
+    comparisons = []
+    for i, (name, x) in enumerate(zip(evaluate.names, values, strict=True)):
+        if not x.numel():
+            continue
+        scale = max(0.01, float(x.detach().abs().square().mean().sqrt()))
+        for _ in range(directions if x.numel() > 1 else 1):
+            v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+            v = v / v.norm() * (x.numel() ** 0.5)
+            finite, uncertainty = derivative(
+                lambda h, i=i, v=v: evaluate.shifted(i, h * v),  # type: ignore[misc]
+                step * scale,
+            )
+            exact = float((grads[i] * v).sum())
+            noise = 1e-15 * abs(value) / (step * scale)
+            close = rtol * max(abs(exact), abs(finite))
+            allowed = close + 100 * noise
+            hidden = 100 * noise > 1e-6 and abs(exact - finite) > close
+            ok = abs(exact - finite) <= allowed and uncertainty <= 10 * allowed and not hidden
+            comparisons.append(Comparison(name, exact, finite, uncertainty, ok, hidden))
+    report = Report(tuple(comparisons), step)
+    if not report.ok:
+        raise MetaGradientError(
+            f"autograd and finite differences disagree for {', '.join(report.wrong)}:\n{report}"
+        )
+    return report
+
+
+class _Evaluation:
+    """``outer_fn`` at float64 copies of the inputs, with the same random numbers every time."""
+
+    def __init__(self, outer_fn: Callable[[Any], Tensor], inputs: Any) -> None:
+        self._outer_fn = outer_fn
+        self._inputs = inputs
+        self._random = RandomState.now()
+        named = (
+            list(inputs.named_parameters())
+            if isinstance(inputs, nn.Module)
+            else list(tree.named_tensors(inputs))
+        )
+        for name, t in named:
+            if t.is_complex():
+                raise InvalidInputError(
+                    f"{name} is complex: pass its real and imaginary parts, "
+                    "torch.view_as_real(tensor)"
+                )
+        chosen = [
+            (n, t)
+            for n, t in named
+            if t.is_floating_point() and (t.requires_grad or not isinstance(inputs, nn.Module))
+        ]
+        if not chosen:
+            raise InvalidInputError(
+                "inputs hold no floating-point tensor (or, of a module, none that requires grad)"
+            )
+        self.names = [name for name, _ in chosen]
+        self._originals = [t for _, t in chosen]
+        self.values = [t.detach().double() for t in self._originals]
+        first, second = (self._value(self.values).item() for _ in range(2))
+        if first != second:
+            raise InvalidInputError(
+                f"outer_fn returned {first} and then {second} for the same inputs: it must be a "
+                "function of its inputs (random numbers "
+                "from torch's default generator are replayed; other state must be made inside "
+                "outer_fn)"
+            )
+
+    def gradient(self) -> tuple[float, list[Tensor]]:
+        leaves = [v.clone().requires_grad_() for v in self.values]
+        loss = self._value(leaves)
+        if not loss.requires_grad:
+            raise MetaGradientError(
+                "the outer loss does not depend on the inputs through the graph: it was detached "
+                "somewhere"
+            )
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss.item(), [
+            torch.zeros_like(v) if g is None else g for g, v in zip(grads, leaves, strict=True)
+        ]
+
+    def shifted(self, i: int, shift: Tensor) -> float:
+        return self._value([v + shift if k == i else v for k, v in enumerate(self.values)]).item()
+
+    def _value(self, values: Sequence[Tensor]) -> Float[Tensor, ""]:
+        after = RandomState.now()
+        try:
+            if self._random is not None:
+                self._random.restore()
+            with torch.enable_grad(), _PromoteToFloat64():
+                return check_loss(
+                    self._outer_fn(self._with(values)), "what outer_fn(inputs) returns"
+                )
+        finally:
+            if after is not None:
+                after.restore()
+
+    def _with(self, values: Sequence[Tensor]) -> Any:
+        """The inputs with ``values`` in them; each requires grad, so that an inner loop trains it as it would the original."""
+        values = [v if v.requires_grad else v.clone().requires_grad_() for v in values]
+        if isinstance(self._inputs, nn.Module):
+            return _with_parameters(copy.deepcopy(self._inputs).double(), self.names, values)
+        by_id = {id(t): v for t, v in zip(self._originals, values, strict=True)}
+        return tree.map_tensors(lambda t: by_id.get(id(t), t), self._inputs)
+
+
+def _with_parameters(
+    module: nn.Module, names: Sequence[str], values: Sequence[Tensor]
+) -> nn.Module:
+    """``module`` with ``values`` as its parameters, connected to the graph of ``values`` (a Parameter would cut it)."""
+    own = dict(module.named_parameters())
+    by_id = {id(own[name]): value for name, value in zip(names, values, strict=True)}
+    for submodule in module.modules():
+        table = vars(submodule)["_parameters"]
+        table.update({key: by_id[id(p)] for key, p in table.items() if id(p) in by_id})
+    return module
+
+
+class _PromoteToFloat64(TorchFunctionMode):
+    """Where a float32 tensor meets a float64 one it is promoted, so that captured float32 data does not stop the check."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not in_place and name not in ("__set__", "to", "type", "copy_"):
+            dtypes = {t.dtype for t in tree.tensors((args, kwargs))}
+            if torch.float64 in dtypes and torch.float32 in dtypes:
+                args, kwargs = tree.map_leaves(
+                    lambda x: (
+                        x.double() if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+                    ),
+                    (args, kwargs),
+                )
+        return func(*args, **kwargs)
+
+
+def _verdict(c: Comparison) -> str:
+    if c.hidden:
+        return "cannot tell: the loss is so large that its rounding hides the slope; subtract a constant from it"
+    if c.uncertainty > 1e-3 * max(abs(c.autograd), abs(c.finite)):
+        return "finite differences do not settle: a kink nearby, or float32 inside outer_fn"
+    return "no gradient arrives" if c.autograd == 0 else "WRONG"

@@ -1,0 +1,1 @@
+"""One gradient of the inner loss."""

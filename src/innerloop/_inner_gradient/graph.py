@@ -1,0 +1,138 @@
+"""What can be read off an autograd graph: whether compiled code is in it, and which leaves it reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop._utils import torch_private
+from innerloop.errors import NotDifferentiableError
+from innerloop.nn._catalogue import CURES, DIFFERENTIATED, KERNELS, WRONG, WRONG_THIRD
+
+COMPILED = (
+    "the loss was computed by a function compiled with torch.compile, whose gradient has no "
+    "further derivative (PyTorch drops the "
+    "second-order term, in part without an error): call the uncompiled function inside the loop. "
+    "A compiled model needs no change: "
+    "loop.model runs its uncompiled form. For compiled meta-gradients use "
+    "innerloop.metagradient(..., compile=True)"
+)
+
+
+def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+    """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
+
+    Returns:
+        The leaves outside of the loop.
+    """
+    ends, current = list(ends), list(current)
+    kernels = []
+    leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
+    stack: list[Any] = [x.grad_fn for x in ends]
+    seen = {p.grad_fn for p in current}
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kind = type(node).__name__
+        if kind == "AccumulateGrad":
+            leaves.append(node.variable)
+        elif second_order and kind.startswith("CompiledFunction"):
+            raise NotDifferentiableError(COMPILED)
+        elif (
+            second_order
+            and (kind in KERNELS or kind in DIFFERENTIATED)
+            and not _is_plain_embedding(node, kind)
+        ):
+            kernels.append(node)
+        elif second_order and kind in WRONG_THIRD:
+            node.register_hook(_watch_second)
+        elif second_order and _once_differentiable(node):
+            raise NotDifferentiableError(
+                f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
+                "derivative. Write its backward out of "
+                "differentiable operations, or take no second derivative: "
+                "strategy=innerloop.FirstOrder() (track: first_order=True; "
+                "innerloop.higher: track_higher_grads=False)"
+            )
+        stack.extend([child for child, _ in node.next_functions])
+    for node in kernels:
+        if _reaches(node, current):
+            raise NotDifferentiableError(_without_second(type(node).__name__))
+    return leaves
+
+
+def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
+    """A hook on a node that has just computed ``gradients``: let the nodes that differentiate them look out for a third derivative."""
+    for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
+        node.register_prehook(_refuse_third)
+
+
+def _refuse_third(_: Any) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph
+        raise NotDifferentiableError(
+            "a meta-gradient through layer, batch or instance norm is about to be differentiated "
+            "once more (create_graph=True), and the "
+            "third derivative that PyTorch has of these is wrong without an error. Run the inner "
+            "loop in `with innerloop.nn.any_order():`, "
+            "or write create_graph=False"
+        )
+
+
+def _reaches(start: Any, current: list[Tensor]) -> bool:
+    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+    ends = {p.grad_fn for p in current if p.grad_fn is not None}
+    leaves = {id(p) for p in current if p.grad_fn is None}
+    seen, stack = set(), [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+    return False
+
+
+def _is_plain_embedding(node: Any, kind: str) -> bool:
+    return kind == "EmbeddingBackward0" and not torch_private.divides_by_frequency(node)
+
+
+def _without_second(kind: str) -> str:
+    if kind in DIFFERENTIATED:
+        return (
+            f"the inner loss contains a gradient through layer, batch or instance norm ({kind}; a "
+            "gradient penalty, say), and the third "
+            "derivative that PyTorch has of these is wrong without an error. Run the loop in "
+            "`with innerloop.nn.any_order():`, or use "
+            "GroupNorm, or take no second derivative: first_order=True, "
+            "strategy=innerloop.FirstOrder()"
+        )
+    has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
+    name = KERNELS[kind]
+    if name in CURES:
+        return f"{name} has {has} in PyTorch ({kind}). {CURES[name]}. Or take no second derivative: first_order=True, FirstOrder()"
+    return (
+        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it "
+        "inside the loop, under that name: "
+        "compute the loss there, from the first step on, and not under "
+        "innerloop.nn.keep_kernels(). Around a loop whose first step does "
+        "not use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
+        "first_order=True, "
+        "strategy=innerloop.FirstOrder()"
+    )
+
+
+def _once_differentiable(node: Any) -> bool:
+    """Whether a node is a custom Function whose backward says that it must not be differentiated again."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    wrapped = getattr(backward, "__wrapped__", None)
+    return (
+        wrapped is not None
+        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
+    )

@@ -1,0 +1,41 @@
+"""PyTorch's errors inside an inner loss, explained."""
+
+from __future__ import annotations
+
+from innerloop._inner_gradient.loss import INDEPENDENT
+from innerloop.errors import InnerLoopError, NotDifferentiableError
+
+BATCHED = (
+    "a module writes a buffer that has no batch dimension in vmap: pass a carry whose buffers are "
+    "batched, or use a module without running "
+    "statistics (track_running_stats=False)"
+)
+
+
+def explained(error: RuntimeError) -> RuntimeError:
+    """The message of torch with the cure, where we know it."""
+    if isinstance(error, InnerLoopError):
+        return error
+    text = str(error)
+    cures = {
+        "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the "
+        "loss: switch it off",
+        "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
+        "b).square().mean() for mse_loss",
+        "vmap: inplace": BATCHED,
+        "Batch norm got a batched tensor": BATCHED,
+        "saved tensor "
+        "hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
+        "Cannot access data "
+        "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
+        "of vmap, or pad",
+        "in-place": "a module writes a tensor in place that is not an argument: use "
+        "Problem.from_module, which threads buffers",
+        "not implemented": "an operation of the loss lacks a derivative: use another form of it "
+        "(attention: SDPBackend.MATH)",
+        "does not require grad": INDEPENDENT,
+    }
+    for sign, cure in cures.items():
+        if sign in text:
+            return NotDifferentiableError(f"{cure}. PyTorch says: {text}")
+    return error

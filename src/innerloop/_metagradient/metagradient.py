@@ -1,0 +1,134 @@
+"""``metagradient``: the value of an outer loss and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from innerloop._carry import Carry
+from innerloop._inner_gradient.loss import check_loss
+from innerloop._metagradient.compiled import _compiled_gradient
+from innerloop._problem import Problem
+from innerloop._trajectory import Trajectory
+from innerloop._unroll import _check_strategy, unroll
+from innerloop._utils import tree
+from innerloop._utils.progress import Report
+from innerloop.errors import InvalidInputError
+from innerloop.strategy._base import Strategy
+from innerloop.strategy._outer_gradient import _gradient
+from innerloop.strategy._store_all import StoreAll
+
+
+def metagradient(
+    outer: Callable[[Trajectory, Any], Any],
+    problem: Problem,
+    params: Mapping[str, Tensor] | Carry,
+    batches: Any,
+    *,
+    hyper: Any = None,
+    wrt: str | Sequence[str] = ("params", "hyper"),
+    strategy: Strategy | None = None,
+    steps: int | None = None,
+    save_at: Sequence[int] = (),
+    compile: bool = False,
+    progress: bool | Report = False,
+) -> tuple[Any, Any]:
+    """The value and the gradient of an outer loss behind a loop: the form that composes with ``torch.func`` and compiles.
+
+    Args:
+        outer: ``outer(traj, hyper) -> scalar`` or ``(scalar, aux)``.
+        problem, params, batches, hyper, strategy, steps, save_at, progress: as in `unroll`. Leaves
+        of ``hyper`` that are not floating-point
+            tensors are constants.
+        wrt: ``"params"``, ``"hyper"`` or a tuple of both.
+        compile: compile the whole meta-gradient with ``torch.compile(fullgraph=True)``. The first
+            call with new shapes compiles (seconds to minutes; grows with T) and compares the result
+            with the uncompiled one.
+
+    Returns:
+        ``(value, grads)``. ``value`` is what ``outer`` returned. ``grads`` is the gradient for a
+        single ``wrt``, else a dict ``{"params": ..., "hyper": ...}``; it is detached unless taken
+        inside a ``torch.func`` transform.
+
+    Example:
+        Outer loss w₂²/2 behind two steps on w²/2: d/dw₀ = (1-η)⁴ w₀, d/dη = -2 (1-η)³ w₀².
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2,
+        ...     innerloop.optim.sgd(),
+        ...     optimizer_hyper=lambda hyper, t: hyper,
+        ... )
+        >>> value, grads = innerloop.metagradient(
+        ...     lambda traj, hyper: traj.params["w"] ** 2 / 2,
+        ...     problem,
+        ...     {"w": torch.tensor(2.0)},
+        ...     None,
+        ...     steps=2,
+        ...     hyper={"lr": torch.tensor(0.5)},
+        ... )
+        >>> grads
+        {'params': {'w': tensor(0.1250)}, 'hyper': {'lr': tensor(-1.)}}
+    """
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not names or not set(names) <= {"params", "hyper"}:
+        raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
+    strategy = StoreAll() if strategy is None else strategy
+    _check_strategy(strategy)
+    missing = sorted(set(names) - strategy.differentiates)
+    if missing:
+        raise InvalidInputError(
+            f"{strategy!r} does not differentiate {missing}: choose "
+            f"wrt={tuple(sorted(strategy.differentiates))}"
+        )
+
+    if compile:
+        problem.check_compiles()
+    if compile and not strategy.compiles:
+        raise InvalidInputError(
+            f"{strategy!r} cannot be compiled as a whole: leave compile=True away, or use "
+            "StoreAll(). Checkpointed(compile=True) compiles "
+            "the steps"
+        )
+
+    def value_of(inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        start = (
+            params._replace(params=inputs["params"])
+            if isinstance(params, Carry)
+            else inputs["params"]
+        )
+        traj = unroll(
+            problem,
+            start,
+            batches,
+            hyper=inputs["hyper"],
+            strategy=strategy,
+            steps=steps,
+            save_at=save_at,
+            progress=progress,
+        )
+        result = outer(traj, inputs["hyper"])
+        loss = check_loss(
+            result[0] if isinstance(result, tuple) else result,
+            "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
+        )
+        return loss, result
+
+    if not isinstance(params, (Mapping, Carry)):
+        problem.init(params)  # raises, and says what params must be
+    data = (
+        () if callable(batches) else tuple((tuple(t.shape), t.dtype) for t in tree.tensors(batches))
+    )
+    variant = (outer, strategy, steps, tuple(save_at), data)
+    inputs = {
+        "params": dict(params.params if isinstance(params, Carry) else params),
+        "hyper": hyper,
+    }
+    result, grads = (
+        _compiled_gradient(problem, value_of, inputs, names, variant)
+        if compile
+        else _gradient(value_of, inputs, names)
+    )
+    return result, grads[names[0]] if isinstance(wrt, str) else grads

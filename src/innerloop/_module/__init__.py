@@ -1,0 +1,1 @@
+"""A module at other parameters than its own."""

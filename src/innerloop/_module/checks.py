@@ -1,0 +1,86 @@
+"""Checks of a module and of the parameters given for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+
+
+@contextmanager
+def refusing_recomputation() -> Iterator[None]:
+    """Refuse saved-tensor hooks: a checkpointed forward would be recomputed later, when a module has other weights."""
+    message = "innerloop refuses saved tensor hooks here"
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+            yield
+    except RuntimeError as error:
+        if message not in str(error):
+            raise
+        raise NotDifferentiableError(
+            "activation checkpointing (torch.utils.checkpoint) inside a function of parameters: "
+            "it would be recomputed with other "
+            "weights, switch it off. (Other saved-tensor hooks, save_on_cpu for example, are "
+            "refused with it.)"
+        ) from error
+
+
+def check_module(model: Any) -> None:
+    """Raise unless ``model`` is a module that can be viewed at other parameters."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(f"expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            "a torch.jit.ScriptModule has no second derivative here: pass the Python module it "
+            "was made from"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InvalidInputError(
+            "a DistributedDataParallel module synchronises gradients by hooks that an inner loop "
+            "does not run: pass model.module, "
+            "and average the outer gradients yourself"
+        )
+
+
+def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise unless each name is a parameter among ``own`` and has its shape."""
+    for name, tensor in params.items():
+        if name not in own:
+            raise InvalidInputError(
+                f"params has {name!r}, which is not a parameter of the model; it has "
+                f"{list(own)[:8]}"
+            )
+        if tensor.shape != own[name].shape:
+            raise InvalidInputError(
+                f"params[{name!r}] has shape {tuple(tensor.shape)}, the model's parameter "
+                f"{tuple(own[name].shape)}"
+            )
+
+
+def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """``named_parameters`` of a module, or of several with their key in front; a shared tensor is listed once."""
+    return _named(model, nn.Module.named_parameters)
+
+
+def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """``named_buffers``, likewise."""
+    return _named(model, nn.Module.named_buffers)
+
+
+def _named(
+    model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]
+) -> list[tuple[str, Any]]:
+    if isinstance(model, nn.Module):
+        return [
+            (name.replace("_orig_mod.", ""), tensor) for name, tensor in listing(model)
+        ]  # what torch.compile puts in between
+    seen: dict[int, tuple[str, Any]] = {}
+    for key, module in model.items():
+        for name, tensor in _named(module, listing):
+            seen.setdefault(id(tensor), (f"{key}.{name}", tensor))
+    return list(seen.values())

@@ -1,0 +1,170 @@
+"""Copy a module's containers, so that its parameters can be replaced without touching the user's module."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict, deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop._module.checks import check_module
+from innerloop._utils import torch_private
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
+_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - {
+    "_parameters",
+    "_buffers",
+}
+Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
+
+
+class Gate:
+    """Whether a backward pass may read the newest parameters."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.home = (
+            torch_private.backward_pass()
+        )  # a loop may run inside a backward pass, and is at home in that one
+
+
+class _Parameters(dict[str, Any]):
+    """A module's parameters, which notices when a backward pass reads them: it would get the newest ones, not those of its time.
+
+    ``torch.utils.checkpoint`` does that when it recomputes a forward pass; the gradient would be
+    wrong without an error.
+    """
+
+    def __init__(self, table: dict[str, Any], gate: Gate) -> None:
+        super().__init__(table)
+        self.gate = gate
+
+    def __getitem__(self, name: str) -> Any:
+        if self.gate.closed and torch_private.backward_pass() not in (-1, self.gate.home):
+            raise NotDifferentiableError(
+                f"the parameter {name!r} was read during the outer backward pass, where it has "
+                "its newest value and not that of the step "
+                "being differentiated. Activation checkpointing does that "
+                "(torch.utils.checkpoint, gradient_checkpointing_enable): "
+                "switch it off inside the loop. A hook that runs in the backward pass does it "
+                "too: let it read the parameters beforehand"
+            )
+        return super().__getitem__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """A snapshot of the values, as parameters: what a copy of a module has."""
+        for p in self.values():
+            if isinstance(p, Tensor) and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        return {name: None if p is None else memo[id(p)] for name, p in self.items()}
+
+
+class _Copier:
+    """Copies module trees, sharing all tensors, and remembers where each parameter and buffer stands in the copies."""
+
+    def __init__(self, gate: Gate | None) -> None:
+        self.gate = gate
+        self.done: dict[int, Any] = {}
+        self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
+        self.places: dict[int, list[Place]] = {}
+        self.modes: list[tuple[nn.Module, nn.Module]] = []
+
+    def copy(self, obj: Any) -> Any:
+        """A copy of modules and of the containers that hold modules or parameters; anything else as it is."""
+        if id(obj) in self.done:
+            return self.done[id(obj)]
+        if isinstance(obj, nn.Module):
+            inner = plain(obj)
+            return self._module(obj) if inner is obj else self.copy(inner)
+        if isinstance(obj, types.MethodType) and isinstance(obj.__self__, nn.Module):
+            return types.MethodType(obj.__func__, self.copy(obj.__self__))
+        if isinstance(obj, functools.partial):
+            parts = (obj.func, obj.args, obj.keywords)
+            func, args, keywords = (self.copy(part) for part in parts)
+            changed = any(a is not b for a, b in zip((func, args, keywords), parts, strict=True))
+            return functools.partial(func, *args, **keywords) if changed else obj
+        if type(obj) in (list, tuple, set, frozenset, dict, OrderedDict, deque):
+            return self._container(obj)
+        return obj
+
+    def places_of(self, name: str, tensor: Tensor) -> list[Place]:
+        """Where ``tensor`` stands in the copies."""
+        for container, _ in self.places[id(tensor)]:
+            if not isinstance(container, (dict, list, deque)):
+                raise InvalidInputError(
+                    f"a module keeps {name!r} in a {type(container).__name__} besides registering "
+                    "it; there it cannot be replaced "
+                    "step by step: keep it in a list"
+                )
+        return self.places[id(tensor)]
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        check_module(module)  # a part may be what the whole must not be
+        new = object.__new__(type(module))
+        self.done[id(module)] = new
+        self.keep.append(module)
+        self.modes.append((new, module))
+        own = new.__dict__
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                own[key] = table = self._table(key, value)
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        self.places.setdefault(id(tensor), []).insert(0, (table, name))
+            elif type(value) in _PLAIN:
+                own[key] = value
+            elif key in _TABLES:
+                own[key] = self._own(value) if value else type(value)()
+            else:
+                own[key] = self.copy(value)
+        own["_compiled_call_impl"] = None
+        return new
+
+    def _table(self, key: str, table: dict[str, Any]) -> dict[str, Any]:
+        return (
+            _Parameters(table, self.gate)
+            if key == "_parameters" and self.gate is not None
+            else dict(table)
+        )
+
+    def _own(self, table: Any) -> Any:
+        """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""
+        copied = self.copy(table)
+        return type(table)(table) if copied is table else copied
+
+    def _container(self, obj: Any) -> Any:
+        """A container with copied elements, or the container itself if none of them needed copying."""
+        if id(obj) in self.done:
+            return self.done[id(obj)]
+        self.done[id(obj)] = obj  # a container that holds itself ends here
+        self.keep.append(obj)
+        items = list(obj.items()) if isinstance(obj, dict) else list(enumerate(obj))
+        copied = [(key, self.copy(value)) for key, value in items]
+        # Inside loop.model, which may be copied for a loop inside a loop, parameters are plain
+        # tensors.
+        kept = [
+            (key, value)
+            for key, value in items
+            if isinstance(value, nn.Parameter) or id(value) in self.places
+        ]
+        has_parameter = bool(kept)
+        if not has_parameter and all(a[1] is b[1] for a, b in zip(items, copied, strict=True)):
+            return obj
+        new = (
+            type(obj)(copied) if isinstance(obj, dict) else type(obj)(value for _, value in copied)
+        )
+        self.done[id(obj)] = new
+        for key, value in kept:
+            self.places.setdefault(id(value), []).append((new, key))
+        return new

@@ -1,0 +1,58 @@
+"""A module as a function of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop._module.checks import check_names, refusing_recomputation
+from innerloop._module.view import ModuleView
+from innerloop.nn._mode import replacing
+
+
+def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
+    """``model`` as a pure function of its parameters and buffers.
+
+    Args:
+        model: any module; it is not changed, neither now nor by the calls.
+
+    Returns:
+        ``(call, params, buffers)``. ``call(params, *args, **kwargs)`` returns the output with these
+        parameters, and the buffers as they are in the model; ``call(params, *args, buffers=buffers,
+        **kwargs)`` returns ``(output, new_buffers)``. ``params`` are detached copies, ``buffers``
+        copies.
+
+    Example:
+        >>> import torch, innerloop
+        >>> call, params, buffers = innerloop.functional(torch.nn.Linear(2, 1, bias=False))
+        >>> call({"weight": torch.tensor([[3.0, 4.0]])}, torch.tensor([1.0, 10.0]))
+        tensor([43.])
+    """
+    view = ModuleView(model)
+
+    def call(
+        params: Mapping[str, Tensor],
+        *args: Any,
+        buffers: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        check_names(params, view.source)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            with refusing_recomputation():
+                return evaluate(params, args, buffers, kwargs)
+        return evaluate(params, args, buffers, kwargs)
+
+    def evaluate(
+        params: Mapping[str, Tensor], args: Any, buffers: Mapping[str, Tensor] | None, kwargs: Any
+    ) -> Any:
+        kept = view.source_buffers if buffers is None else buffers
+        with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():
+            output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
+        return output if buffers is None else (output, new_buffers)
+
+    params = {name: p.detach().clone() for name, p in view.source.items()}
+    return call, params, {name: b.detach().clone() for name, b in view.source_buffers.items()}

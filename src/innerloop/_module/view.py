@@ -1,0 +1,165 @@
+"""Modules as functions of their parameters, and modules whose parameters can be replaced step by step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innerloop._module.checks import check_module, named_buffers, named_parameters
+from innerloop._module.copier import Gate, _Copier, plain
+from innerloop.errors import InvalidInputError
+
+
+class ModuleView:
+    """A module with the structure of the user's own, whose parameters and buffers are tensors that can be replaced.
+
+    The tree of modules is copied (same classes, same attributes, same hooks), not the tensors, not
+    anything else. It is the user's code that runs, without any wrapper in between; ``isinstance``
+    holds, hooks fire, submodules can be called alone, a tensor that stands in several places is
+    replaced in all of them. The user's own module is never touched.
+
+    Args:
+        model: a module, or a dict of modules.
+        gate: tells when a backward pass must not read the parameters.
+
+    Attributes:
+        module: the copy.
+        source, source_buffers: the user's own parameters and buffers by name.
+    """
+
+    def __init__(
+        self, model: nn.Module | Mapping[str, nn.Module], gate: Gate | None = None
+    ) -> None:
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise InvalidInputError(
+                f"expected an nn.Module, or a dict of modules, got {type(model).__name__}"
+            )
+        modules = {"": model} if isinstance(model, nn.Module) else dict(model)
+        copier = _Copier(gate)
+        for module in modules.values():
+            check_module(module)
+        copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
+        self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
+        self._modes = copier.modes
+        self._training: list[bool] | None = None
+        self._lock = threading.RLock()
+        self.source = dict(named_parameters(model))
+        self.source_buffers = dict(named_buffers(model))
+        for name, p in self.source.items():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise InvalidInputError(
+                    f"parameter {name!r} is not initialised yet: call the (lazy) model once on an "
+                    "example batch"
+                )
+        self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
+        self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
+
+    def hand_over(self) -> Any:
+        """The copy, which the view lets go: it can then be kept inside the copy without a cycle, to `read` and to `write`."""
+        module, self.module, self._modes = self.module, None, []
+        return module
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules of the copy."""
+        return [copied for copied, _ in self._modes]
+
+    @property
+    def training(self) -> list[bool]:
+        """The mode of each module: the user's own at the moment, unless inside `in_modes`."""
+        return (
+            [original.training for _, original in self._modes]
+            if self._training is None
+            else self._training
+        )
+
+    @contextmanager
+    def in_modes(self, training: list[bool]) -> Iterator[None]:
+        """Run in these modes: those of an earlier run, which is being replayed."""
+        before, self._training = self._training, training
+        try:
+            yield
+        finally:
+            self._training = before
+
+    def read(self) -> dict[str, Tensor]:
+        """The parameters as they are now (the user may have edited or replaced one)."""
+        return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+
+    def read_buffers(self) -> dict[str, Tensor]:
+        """The buffers as they are now."""
+        return {name: places[0][0][places[0][1]] for name, places in self.buffers.items()}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the places of parameters."""
+        for name, tensor in tensors.items():
+            for container, key in self.parameters[name]:
+                container[key] = tensor
+
+    def write_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the places of buffers."""
+        for name, tensor in tensors.items():
+            for container, key in self.buffers[name]:
+                container[key] = tensor
+
+    def run(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """``(function(*args, **kwargs), new_buffers)`` while these parameters and copies of these buffers are in place.
+
+        Not ``torch.func.functional_call``: up to torch 2.13 that does not see a parameter which
+        also stands in a list, and leaves its tensors behind in a module that is registered twice.
+        """
+        # One copy for all threads: they take turns. (Compiled code runs where it was compiled, and
+        # knows no locks.)
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            return self._run(params, buffers, function, *args, **kwargs)
+
+    def _run(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        for (copied, _), training in zip(self._modes, self.training, strict=True):
+            copied.training = training
+        own, own_buffers = self.read(), self.read_buffers()
+        try:
+            self.write(params)
+            self.write_buffers({name: buffer.clone() for name, buffer in buffers.items()})
+            return function(*args, **kwargs), self.read_buffers()
+        finally:
+            self.write({name: own[name] for name in params})
+            self.write_buffers(own_buffers)
+
+
+def keep_running_statistics(view: ModuleView) -> None:
+    """Let batch and instance norms write copies of their running statistics.
+
+    They write in place without saying so, and the graph of an earlier forward in evaluation mode
+    reads them in its backward pass.
+    """
+    for module in view.modules:
+        if (
+            getattr(module, "track_running_stats", False)
+            and vars(module)["_buffers"].get("running_mean") is not None
+        ):
+            module.register_forward_pre_hook(_copy_running_statistics)
+
+
+def _copy_running_statistics(module: nn.Module, _: Any) -> None:
+    if module.training:
+        table = vars(module)["_buffers"]
+        table.update({name: table[name].clone() for name in ("running_mean", "running_var")})

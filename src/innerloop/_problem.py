@@ -1,0 +1,287 @@
+"""What one step of training is: a loss and an optimizer, kept as separate factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from innerloop._carry import Carry, _same, distinct
+from innerloop._inner_gradient import graph
+from innerloop._inner_gradient.closure import Evaluations
+from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
+from innerloop._inner_gradient.torch_errors import explained
+from innerloop._module import view as module
+from innerloop._module.checks import check_names, refusing_recomputation
+from innerloop._types import Loss, Named, ValueAndGrad
+from innerloop._utils import torch_private, tree
+from innerloop._utils.random_state import RandomState
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.nn._mode import replacing
+from innerloop.optim._base import Optimizer
+
+Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
+OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
+
+
+class Problem:
+    r"""One step of training, as its two factors: a loss :math:`\ell` and an update rule :math:`u` with state :math:`s`.
+
+    .. math:: (\theta_{t+1}, s_{t+1}) = u(\nabla_\theta\, \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)
+
+    The factors stay separate because strategies need them: the symmetry of the Hessian of ``loss``,
+    the residual
+    :math:`\nabla_\theta \ell`, the update rule.
+
+    Args:
+        loss: ``loss(params, hyper, batch) -> scalar`` or ``(scalar, aux)``, a function of its
+            arguments. Tensors that need a gradient belong into ``params`` or ``hyper``.
+        optimizer: from `innerloop.optim`.
+        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``:
+            ``optimizer_hyper(hyper, t) -> dict``, for example ``lambda hyper, t: {"lr":
+            hyper["log_lr"][t].exp()}``. Default: none.
+
+    Example:
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: (params["w"] - batch) ** 2 / 2,
+        ...     innerloop.optim.sgd(lr=0.5),
+        ... )
+        >>> traj = innerloop.unroll(problem, {"w": torch.tensor(8.0)}, [torch.tensor(0.0)] * 3)
+        >>> traj.params["w"], traj.losses
+        (tensor(1.), tensor([32.,  8.,  2.]))
+    """
+
+    def __init__(
+        self, loss: Loss, optimizer: Optimizer, *, optimizer_hyper: OptimizerHyper | None = None
+    ) -> None:
+        if not callable(loss):
+            raise InvalidInputError(
+                f"loss must be a function loss(params, hyper, batch), got {type(loss).__name__}"
+            )
+        if not isinstance(optimizer, Optimizer):
+            cure = (
+                "innerloop.optim.from_torch(optimizer)"
+                if isinstance(optimizer, torch.optim.Optimizer)
+                else "innerloop.optim.sgd(lr=0.1)"
+            )
+            raise InvalidInputError(
+                f"optimizer is {type(optimizer).__name__}, not one of innerloop.optim: write {cure}"
+            )
+        self.loss = loss
+        self.optimizer = optimizer
+        self.optimizer_hyper = optimizer_hyper
+        self.view: module.ModuleView | None = None
+        self.computed_buffers: set[str] = set()
+        """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        optimizer_hyper: OptimizerHyper | None = None,
+    ) -> Problem:
+        """The same with ``loss(model, hyper, batch)``, written with the module itself.
+
+        The module's buffers (running statistics) and the random state are threaded through the
+        loop; the user's module is not changed. ``params`` of `unroll` is then
+        ``dict(model.named_parameters())`` or a part of it; other parameters keep the module's
+        values.
+        """
+        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
+        problem.view = module.ModuleView(model)
+        return problem
+
+    def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
+        """The carry before the first step; a carry is returned as it is."""
+        if isinstance(params, Carry):
+            return params
+        if not isinstance(params, Mapping) or not all(
+            isinstance(p, Tensor) for p in params.values()
+        ):
+            raise InvalidInputError(
+                "params must be a dict of named tensors, or a carry (traj.at(-1)), got "
+                f"{type(params).__name__}: for a module write "
+                "dict(model.named_parameters())"
+            )
+        if not params:
+            raise InvalidInputError("params is empty: there is nothing to train")
+        for name, p in params.items():
+            if not p.is_floating_point() and not p.is_complex():
+                raise InvalidInputError(
+                    f"params[{name!r}] has dtype {p.dtype}, which has no gradient: hand it in as "
+                    "a batch or in hyper"
+                )
+        buffers: dict[str, Tensor] = {}
+        if self.view is not None:
+            check_names(params, self.view.source)
+            buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
+        return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def evaluate(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        hyper: Any,
+        batch: Any,
+        *,
+        second_order: bool = True,
+    ) -> tuple[Float[Tensor, ""], Any]:
+        """``(loss, (aux, new_buffers))``, by operations whose gradient can be differentiated again, if that is to be done."""
+        with replacing() if second_order else nullcontext():
+            if self.view is None:
+                result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+            else:
+                result, new_buffers = self.view.run(
+                    params, buffers, self.loss, self.view.module, hyper, batch
+                )
+        if self.view is not None and not torch.compiler.is_compiling():
+            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
+        loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        return check_loss(
+            loss,
+            "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))",
+        ), (
+            aux,
+            new_buffers,
+        )
+
+    def gradient(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
+        """``(gradient with respect to params, loss, aux, new_buffers)``: the residual of the inner problem is the first."""
+        transformed = torch.compiler.is_compiling() or torch_private.inside_transform()
+        try:
+            return (self._by_transform if transformed else self._by_autograd)(
+                params, buffers, hyper, batch
+            )
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            raise explained(error) from error
+
+    def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
+        """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
+
+        def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
+            loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
+            if not torch.compiler.is_compiling() and not torch_private.is_tracked(loss):
+                raise NotDifferentiableError(INDEPENDENT)
+            return loss, (loss, aux, new_buffers)
+
+        # Everything is an argument: a tensor in the closure could not be written in place (buffers)
+        # and breaks vmap.
+        grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
+            dict(params), buffers, hyper, batch
+        )
+        return grads, loss, aux, new_buffers
+
+    def _by_autograd(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
+        """In eager code: the same derivative, and a quarter faster on small models, where the transform's wrappers count."""
+        recording = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # An alias, so that the derivative is the partial one even if hyper or the batch was
+            # computed from params.
+            alias = {
+                n: _same(p) if p.requires_grad else p.detach().requires_grad_()
+                for n, p in params.items()
+            }
+            with refusing_recomputation():
+                loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
+            if not loss.requires_grad:
+                raise NotDifferentiableError(INDEPENDENT)
+            # Only a loop that something outside asks a derivative of is recorded; else the step is
+            # plain training.
+            wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
+            own = {id(p) for p in alias.values()}
+            ends = [loss, *tree.tensors(aux), *new_buffers.values()]
+            leaves = graph.inspect(ends, alias.values(), second_order=recording)
+            recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
+            found = torch.autograd.grad(
+                loss, list(alias.values()), create_graph=recording, allow_unused=True
+            )
+        if all(g is None for g in found):
+            raise NotDifferentiableError(INDEPENDENT)
+        grads = {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(params.items(), found, strict=True)
+        }
+        if recording:
+            return grads, loss, aux, new_buffers
+        return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
+
+    def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
+        """The optimizer's hyper-parameters at step t; None: its own."""
+        return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
+
+    def update(
+        self,
+        carry: Carry,
+        grads: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        hyper: Any,
+        t: int,
+        value_and_grad: ValueAndGrad | None = None,
+    ) -> Carry:
+        """The carry after the gradient of step t, and the buffers that came with it, are known."""
+        params, state = self.new_params(
+            grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
+        )
+        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
+
+    def new_params(
+        self,
+        grads: Mapping[str, Tensor],
+        state: Any,
+        params: Named,
+        overrides: Mapping[str, Any] | None,
+        value_and_grad: ValueAndGrad | None = None,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """What the optimizer makes of these gradients: ``(new_params, new_state)``."""
+        if not self.optimizer.needs_closure:
+            return self.optimizer.update(grads, state, params, overrides)
+        if value_and_grad is None:
+            raise InvalidInputError(
+                f"{self.optimizer!r} evaluates the loss within its update, and this strategy "
+                "takes loss and update apart: write "
+                'StoreAll() or Checkpointed(product="reverse", save="params")'
+            )
+        closure: Any = {"value_and_grad": value_and_grad}
+        return self.optimizer.update(grads, state, params, overrides, **closure)
+
+    def check_compiles(self) -> None:
+        """Raise if the optimizer cannot be compiled."""
+        if not self.optimizer.compiles:
+            raise InvalidInputError(
+                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
+                "by values, or works on sparse tensors. "
+                "Write compile=False, or use another rule of innerloop.optim"
+            )
+
+    def step(
+        self, carry: Carry, hyper: Any, batch: Any, t: int
+    ) -> tuple[Carry, Float[Tensor, ""], Any]:
+        """One step of training: ``(new_carry, loss, aux)``."""
+        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        held = dict(buffers)
+
+        def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
+            grads, loss, _, buffers = self.gradient(params, held, hyper, batch)
+            held.update(buffers)
+            return loss, grads
+
+        closure = (
+            Evaluations(evaluate, carry.params, loss, grads)
+            if self.optimizer.needs_closure
+            else None
+        )
+        new = self.update(carry, grads, held, hyper, t, closure)
+        return new._replace(buffers=held), loss, aux
+
+    def __repr__(self) -> str:
+        return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"

@@ -1,0 +1,1 @@
+"""Differentiate through a hand-written loop."""

@@ -1,0 +1,34 @@
+"""The buffers of a module as they were at each step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from innerloop._module.view import ModuleView
+from innerloop._utils import torch_private
+
+
+class _Snapshots:
+    """Copies of the buffers; large ones only of those that were written since the last time."""
+
+    def __init__(self, view: ModuleView) -> None:
+        self._view = view
+        self._seen: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def take(self) -> dict[str, Tensor]:
+        """The buffers as they are now."""
+        taken = {}
+        for name, buffer in self._view.read_buffers().items():
+            seen = self._seen.get(name)
+            # F.batch_norm writes running statistics without counting it in the version, so small
+            # buffers are always copied.
+            unchanged = (
+                seen is not None
+                and seen[0] is buffer
+                and seen[1] == torch_private.version(buffer)
+                and buffer.numel() > 65_536
+            )
+            if seen is None or not unchanged:
+                seen = self._seen[name] = (buffer, torch_private.version(buffer), buffer.clone())
+            taken[name] = seen[2]
+        return taken

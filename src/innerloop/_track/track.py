@@ -1,0 +1,79 @@
+"""``track``: differentiate through a hand-written loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from innerloop._track.loop import Learn, Loop, Model, TorchOptimizer
+from innerloop.optim._base import Optimizer
+
+
+def track(
+    model: Model,
+    optimizer: TorchOptimizer | Optimizer,
+    learn: Learn = "init",
+    params: Mapping[str, Tensor] | None = None,
+    hyper: Mapping[str, Any] | None = None,
+    first_order: bool = False,
+) -> Loop:
+    r"""Make the steps of a training loop differentiable.
+
+    Inside the block ``loop.model`` stands for ``model``, and ``loop.step(loss)`` for
+    ``loss.backward(); optimizer.step()``. Neither the model nor the optimizer is changed; what is
+    computed from ``loop.model`` can be differentiated through all steps.
+
+    Args:
+        model: a module, or a dict of modules (``loop.model`` is then a dict, and names get the key
+            in front: ``"actor.0.weight"``).
+        optimizer: its rule, groups, settings, state: a ``torch.optim`` optimizer over (part of) the
+            model's parameters, a list of them, or one of `innerloop.optim` over all parameters that
+            require grad. A scheduler may change it between steps.
+        learn: ``"init"``: the outer gradient reaches ``model.parameters()`` and tensors outside of
+            the model; ``"outer"``: only tensors outside of the model (hyper-parameters, data,
+            another network); ``"nothing"``: evaluation, memory does not grow.
+        params: tensors that take the place of parameters at time 0, by name; gradients flow to
+            them.
+        hyper: hyper-parameters of the optimizer by name, as tensors: one for all groups, or a list
+            with one per group; also a mapping from parameter names to tensors.
+        first_order: treat the inner gradients as constants, but keep
+            :math:`\partial\theta_{t+1}/\partial\theta_t = I` and what the rule itself adds:
+            ``.grad`` is the gradient of first-order MAML (Finn et al. 2017), exact if the inner
+            loss is linear.
+
+    Returns:
+        A `Loop`, to be used in a ``with`` statement.
+
+    Raises:
+        InvalidInputError: the optimizer steps tensors that are not in the model, a name or shape
+            does not fit.
+
+    Note:
+        A weight of ``loop.model`` may be edited between steps. An edit under ``torch.no_grad`` is a
+        constant added to the weight (the gradient passes as if it had not happened); assigning a
+        new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with ``model``,
+        not copied: do not edit those in place. Buffers (running statistics) are constants of the
+        derivative, as in PyTorch.
+
+    Cost:
+        About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
+
+    Example:
+        Two steps with rate .5 on w²/2, and the outer loss w₂²/2: the meta-gradient is (1 - .5)⁴ w₀.
+
+        >>> import torch, innerloop
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> x = torch.ones(1, 1)
+        >>> with innerloop.track(model, optimizer) as loop:
+        ...     for _ in range(2):
+        ...         _ = loop.step(loop.model(x).square().mean() / 2)
+        ...     outer = loop.model(x).square().mean() / 2
+        >>> outer.backward()
+        >>> model.weight.grad
+        tensor([[0.2500]])
+    """
+    return Loop(model, optimizer, learn, params, hyper, first_order)

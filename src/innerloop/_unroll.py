@@ -1,0 +1,127 @@
+"""Run an inner loop, and differentiate through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop._batches import batches_of
+from innerloop._carry import Carry
+from innerloop._problem import Problem
+from innerloop._trajectory import Trajectory
+from innerloop._utils.progress import Report, closing, reporter
+from innerloop._utils.random_state import at_random_state, restored_on_error
+from innerloop.errors import InvalidInputError
+from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._store_all import StoreAll
+
+
+def unroll(
+    problem: Problem,
+    params: Mapping[str, Tensor] | Carry,
+    batches: Any,
+    *,
+    hyper: Any = None,
+    strategy: Strategy | None = None,
+    steps: int | None = None,
+    save_at: Sequence[int] = (),
+    progress: bool | Report = False,
+) -> Trajectory:
+    r"""Run T steps of ``problem``; gradients flow from the trajectory to ``params`` and ``hyper``.
+
+    Args:
+        problem: what one step is.
+        params: named tensors at time 0, or a carry of an earlier loop (``traj.at(-1)``), which
+            continues it.
+        batches: the data, constant for the derivative: a list (one entry per step); a pytree of
+            tensors (a tensor, tuple, dict, NamedTuple) stacked over steps; a pure function
+            ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a generator, a
+            ``DataLoader``), whose length need not be known.
+        hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``.
+        strategy: how the loop is differentiated; default `StoreAll`.
+        steps: T; needed where ``batches`` does not say it.
+        save_at: times whose states `Trajectory.at` must know, whatever the strategy. Other than
+            under `StoreAll`, the states of one trajectory do not depend on each other: for d
+            state(T) / d state(t), cut the loop at t and continue it from the carry.
+        progress: True shows a bar for each of the forward and the backward phase (package
+            ``tqdm``); or a function ``progress(phase, done, total)`` that is told after each step.
+            An exception, Ctrl-C too, leaves everything as it was.
+
+    Returns:
+        The `Trajectory`; `Trajectory.params`, ``losses``, ``aux`` and ``at(t)`` are differentiable.
+
+    Raises:
+        InvalidInputError: a batch requires grad, the number of steps is unknown, a name or shape
+            does not fit.
+
+    Example:
+        On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2, innerloop.optim.sgd(lr=0.5)
+        ... )
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> traj = innerloop.unroll(problem, {"w": w}, None, steps=3)
+        >>> torch.autograd.grad(traj.params["w"], w)
+        (tensor(0.1250),)
+    """
+    strategy = StoreAll() if strategy is None else strategy
+    _check_strategy(strategy)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise InvalidInputError(
+            "torch.inference_mode is on, in which no gradient can be taken, not even an inner "
+            "one: write torch.no_grad instead"
+        )
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(
+            f"expected an innerloop.Problem, got {type(problem).__name__}: write "
+            "innerloop.Problem(loss, optimizer)"
+        )
+    data = batches_of(batches, steps)
+    times = _times(save_at, data.steps)
+    report = reporter(progress)
+    with restored_on_error(), closing(report):
+        start = problem.init(params)
+        loop = Loop(problem, start, hyper, data, times, report)
+        if not isinstance(params, Carry) or params.random_state is None:
+            traj = strategy.run(loop)
+        else:
+            with at_random_state(params.random_state):
+                traj = strategy.run(loop)
+    late = [t for t in times if t > traj.steps]
+    if late:
+        raise InvalidInputError(
+            f"save_at has {late}, but the iterator ended after {traj.steps} steps"
+        )
+    return traj
+
+
+def _check_strategy(strategy: Any) -> None:
+    if not isinstance(strategy, Strategy):
+        raise InvalidInputError(
+            f"strategy={strategy!r} is not a strategy: write an instance, for example "
+            "innerloop.StoreAll()"
+        )
+
+
+def _times(save_at: Sequence[int], steps: int | None) -> tuple[int, ...]:
+    """The times, counted from the start."""
+    if not isinstance(save_at, Iterable) or any(type(t) is not int for t in save_at):
+        raise InvalidInputError(
+            f"save_at={save_at!r}: write a list of times, for example save_at=[0, 10]"
+        )
+    if steps is None:
+        if any(t < 0 for t in save_at):
+            raise InvalidInputError(
+                f"save_at={tuple(save_at)} counts from the end, which is not known: write steps=T"
+            )
+        return tuple(save_at)
+    times = tuple(t + steps + 1 if t < 0 else t for t in save_at)
+    for t in times:
+        if not 0 <= t <= steps:
+            raise InvalidInputError(f"save_at has {t}, but the loop has times 0 to {steps}")
+    return times

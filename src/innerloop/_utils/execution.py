@@ -1,0 +1,45 @@
+"""How the current code is being run: eagerly, under a ``torch.func`` transform, or by the compiler.
+
+Questions about *which* transform is running stay in `torch_private`.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+from innerloop._utils import torch_private
+
+
+class Mode(enum.Enum):
+    """One of the three ways in which code is run."""
+
+    EAGER = "eager"
+    TRANSFORMED = "transformed"
+    COMPILING = "compiling"
+
+
+def mode() -> Mode:
+    """Return how the current code is run; ``COMPILING`` takes precedence over ``TRANSFORMED``."""
+    if torch.compiler.is_compiling():
+        return Mode.COMPILING
+    return Mode.TRANSFORMED if torch_private.inside_transform() else Mode.EAGER
+
+
+def may_call_autograd() -> bool:
+    """True in eager code only: torch.autograd.grad raises under torch.func and in compiled code."""
+    return not torch.compiler.is_compiling() and not torch_private.inside_transform()
+
+
+def may_read_values(x: Tensor) -> bool:
+    """True if looking at the numbers in ``x`` costs no device wait and is possible.
+
+    Under ``vmap`` a tensor has no single value, and while the compiler traces it has none at all.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch_private.inside_vmap()
+    )

@@ -1,0 +1,171 @@
+"""Small helpers on pytrees of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from innerloop._utils import torch_private
+from innerloop.errors import InvalidInputError
+
+T = TypeVar("T")
+_LEAVES = (Tensor, int, float, str, type(None))
+_nodes: dict[type, tuple[Callable[[Any], list[Any]], Callable[[Any, list[Any]], Any]]] = {}
+
+
+def register(
+    cls: type, children: Callable[[Any], list[Any]], rebuild: Callable[[Any, list[Any]], Any]
+) -> None:
+    """Let all tree functions, here and in PyTorch, look into instances of ``cls``.
+
+    Args:
+        cls: the class.
+        children: what an instance holds.
+        rebuild: ``rebuild(old, new_children)``, an instance like ``old`` that holds these.
+    """
+    _nodes[cls] = (children, rebuild)
+    torch_private.register_tree_node(cls, children, rebuild)
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``fn`` applied to each leaf.
+
+    As ``torch.utils._pytree.tree_map``, which leaves a reference cycle behind at every call (a
+    recursive closure): a loop that maps its state at each step would grow until the garbage
+    collector runs. Kinds of containers that are rare here are left to it.
+    """
+    if isinstance(tree, _LEAVES):
+        return fn(tree)
+    kind = type(tree)
+    if kind is dict:
+        return {key: map_leaves(fn, value) for key, value in tree.items()}
+    if kind is list:
+        return [map_leaves(fn, value) for value in tree]
+    if isinstance(tree, tuple):
+        values = [map_leaves(fn, value) for value in tree]
+        return kind(*values) if hasattr(tree, "_fields") else tuple(values)
+    if kind in _nodes:
+        children, rebuild = _nodes[kind]
+        return rebuild(tree, [map_leaves(fn, child) for child in children(tree)])
+    return torch_private.tree_map(fn, tree)
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of ``tree``, in order."""
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found
+
+
+def with_leaves(tree: Any, values: list[Any]) -> Any:
+    """A tree like ``tree`` with these leaves."""
+    remaining = iter(values)
+    return map_leaves(lambda _: next(remaining), tree)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], tree: T) -> T:
+    """``tree`` with ``fn`` applied to each tensor; every other leaf (numbers, None) is kept."""
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of ``tree``, in order."""
+    return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def put(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """``leaves`` with ``values`` in these places."""
+    filled = list(leaves)
+    for i, value in zip(places, values, strict=True):
+        filled[i] = value
+    return filled
+
+
+class _Slot(int):
+    """A leaf that stands for the tensor of this index."""
+
+
+def split(tree: Any) -> tuple[list[Tensor], Any]:
+    """``(tensors, template)``: the tensors of ``tree``, and ``tree`` without them, for `join`."""
+    found: list[Tensor] = []
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        found.append(leaf)
+        return _Slot(len(found) - 1)
+
+    template = map_leaves(take, tree)
+    return found, template
+
+
+def join(template: Any, values: Sequence[Any], rest_too: bool = True) -> Any:
+    """The inverse of `split`, with other values in the places of the tensors; ``rest_too=False``: None for every other leaf."""
+    return map_leaves(
+        lambda leaf: values[leaf] if type(leaf) is _Slot else leaf if rest_too else None, template
+    )
+
+
+def differentiable(leaf: Any) -> bool:
+    """Whether a leaf is a tensor that may have a derivative."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """``(path, tensor)`` for each tensor of ``tree``; the path is written as Python would index it: ``['lr']``, ``[0]``."""
+    if isinstance(tree, Tensor):
+        yield prefix or "input", tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from named_tensors(value, f"{prefix}[{key!r}]")
+    elif isinstance(tree, (list, tuple)):
+        fields = getattr(tree, "_fields", None)
+        for i, value in enumerate(tree):
+            yield from named_tensors(value, f"{prefix}.{fields[i]}" if fields else f"{prefix}[{i}]")
+    else:
+        for i, leaf in enumerate(tensors(tree)):
+            yield f"{prefix}<{i}>", leaf
+
+
+def stack(trees: list[Any]) -> Any:
+    """One pytree whose leaves are the leaves of ``trees``, stacked along a new first dimension."""
+    if not trees:
+        return None
+    flat = [leaves(tree) for tree in trees]
+    if len({len(row) for row in flat}) > 1:
+        raise InvalidInputError("aux must have the same structure at every step")
+    columns = zip(*flat, strict=True)
+    return with_leaves(trees[0], [_stacked(column) for column in columns])
+
+
+def _stacked(column: tuple[Any, ...]) -> Tensor | None:
+    if all(leaf is None for leaf in column):
+        return None
+    for leaf in column:
+        if not isinstance(leaf, (Tensor, int, float)):
+            raise InvalidInputError(
+                f"aux has a leaf {leaf!r}: aux must be made of tensors and numbers, the same at "
+                "every step"
+            )
+    return torch.stack([torch.as_tensor(leaf) for leaf in column])
+
+
+def grad_with_aux(fn: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """``torch.func.grad(fn, has_aux=True)`` for an aux that may hold None, numbers and strings as well as tensors."""
+
+    def call(*args: Any) -> tuple[Any, Any]:
+        box: list[Any] = []
+
+        def tensors_only(*args: Any) -> tuple[Tensor, list[Tensor]]:
+            value, aux = fn(*args)
+            box.append(aux)
+            return value, list(tensors(aux))
+
+        grads, unwrapped = torch.func.grad(tensors_only, has_aux=True)(*args)
+        outside = iter(unwrapped)
+        return grads, map_tensors(lambda _: next(outside), box.pop())
+
+    return call

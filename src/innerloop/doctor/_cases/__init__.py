@@ -1,0 +1,1 @@
+"""The operations under audit, one file per family."""

@@ -1,0 +1,71 @@
+"""Nested lists, tuples, dicts and sets of tensors and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flatten(x: Any) -> list[Any]:
+    """The leaves of nested dicts, lists, tuples and sets, in order.
+
+    Example:
+        >>> from innerloop.higher.utils import flatten
+        >>> flatten({"lr": [0.1, 0.2], "betas": [(0.9, 0.999)]})
+        [0.1, 0.2, 0.9, 0.999]
+    """
+    if not is_container(x):
+        return [x]
+    return [leaf for child in (x.values() if isinstance(x, dict) else x) for leaf in flatten(child)]
+
+
+def is_container(target: Any) -> bool:
+    """Whether `flatten` and `recursive_map` look inside."""
+    return isinstance(target, (list, tuple, dict, set))
+
+
+def recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
+    """``target`` with each leaf replaced by ``map_fn(leaf)``; containers keep their type (named tuples too, unlike in ``higher``)."""
+    if isinstance(target, dict):
+        return _like(target, {key: recursive_map(value, map_fn) for key, value in target.items()})
+    if is_container(target):
+        return _like(target, [recursive_map(value, map_fn) for value in target])
+    return map_fn(target)
+
+
+def _like(container: Any, content: Any) -> Any:
+    """``content`` in a container of the same type."""
+    kind: Any = type(container)
+    if hasattr(container, "_fields"):
+        return kind(*content)
+    return (
+        kind(container.default_factory, content)
+        if hasattr(container, "default_factory")
+        else kind(content)
+    )
+
+
+def copy_tensor(t: Tensor, safe_copy: bool, device: torch.device | str | None = None) -> Tensor:
+    """A leaf with the value of ``t``; without ``safe_copy`` it may share the memory."""
+    value = t.detach().clone() if safe_copy else t.detach()
+    return (value if device is None else value.to(device)).requires_grad_(t.requires_grad)
+
+
+def copy_and_cast(target: Any, device: torch.device | str | None) -> Any:
+    """``target`` with a leaf of the same value in place of each tensor."""
+    return recursive_map(
+        target, lambda x: copy_tensor(x, True, device) if isinstance(x, Tensor) else x
+    )
+
+
+def detach(target: Any) -> Any:
+    """``target`` with each tensor detached."""
+    return recursive_map(target, lambda x: x.detach() if isinstance(x, Tensor) else x)
+
+
+def find(tensor: Tensor, candidates: Iterable[Any]) -> int | None:
+    """The position of this very tensor, None if it is not there."""
+    return next((i for i, candidate in enumerate(candidates) if candidate is tensor), None)

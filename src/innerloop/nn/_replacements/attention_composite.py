@@ -1,0 +1,49 @@
+"""Attention by plain operations, whose derivatives of any order are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def composite(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    drop: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Attention by plain operations, which have derivatives of any order. A row that sees nothing gives 0, with a derivative of 0."""
+    scores = (query * scale) @ key.mT
+    dead = None
+    if is_causal:
+        hidden = above_diagonal(scores.shape[-2], scores.shape[-1], query.device)
+        scores = scores + torch.zeros_like(hidden, dtype=scores.dtype).masked_fill_(
+            hidden, -math.inf
+        )
+    if mask is not None:
+        dead = dead_rows(
+            mask
+        )  # such a row's scores are left as they are, or made finite, and its result is replaced
+        if mask.dtype == torch.bool:  # added: the derivative of a sum moves no memory
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~(mask | dead), -math.inf)
+        else:
+            mask = mask.masked_fill(dead, 0.0)
+        scores = scores + mask
+    out = drop(scores.softmax(-1)) @ value
+    return out if dead is None else out.masked_fill(dead, 0.0)
+
+
+def above_diagonal(rows: int, columns: int, device: torch.device) -> Tensor:
+    """What a causal mask hides: keys later than the query."""
+    return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
+
+
+def dead_rows(mask: Tensor) -> Tensor:
+    """Rows that see nothing: their result is 0."""
+    return (~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1, keepdim=True)

@@ -1,0 +1,54 @@
+"""Small operations of which PyTorch lacks a derivative, or gets one wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from innerloop.errors import NotDifferentiableError
+
+
+def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Tensor, "..."]:
+    r"""``F.hardsigmoid``, which in PyTorch has no second derivative: :math:`\min(\max(x + 3, 0), 6) / 6`."""
+    # Outside, and on the kinks themselves, PyTorch's gradient is 0; a clamp's would be 1 there.
+    inside, shifted = (input > -3) & (input < 3), input + 3
+    result = torch.where(inside, shifted, shifted.detach().clamp(0, 6)) / 6
+    return input.copy_(result) if inplace else result
+
+
+def cholesky_inverse(
+    input: Float[Tensor, "*batch n n"], upper: bool = False, *, out: Tensor | None = None
+) -> Float[Tensor, "*batch n n"]:
+    r"""``torch.cholesky_inverse``, whose forward-mode derivative PyTorch gets wrong: :math:`(L L^T)^{-1} = L^{-T} L^{-1}`."""
+    if out is not None:  # of which PyTorch takes no derivative, and says so
+        return torch.cholesky_inverse(input, upper, out=out)
+    one = torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand_as(input)
+    factor = input.mH if upper else input
+    inverse = torch.linalg.solve_triangular(factor.tril(), one, upper=False)
+    return inverse.mH @ inverse
+
+
+def normalize(
+    input: Float[Tensor, "..."],
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Float[Tensor, "..."]:
+    """``F.normalize`` with ``out``, as the power iteration of spectral norm calls it: constants, which forward mode refuses to write."""
+    values = F.normalize(input.detach(), p, dim, eps)
+    return values if out is None else out.copy_(values)
+
+
+def refused(name: str, why: str) -> Callable[..., Any]:
+    """A form that raises: PyTorch's derivative is silently wrong, and we have none."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise NotDifferentiableError(f"{name} {why}")
+
+    return call

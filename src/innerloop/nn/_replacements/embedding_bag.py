@@ -1,0 +1,193 @@
+"""Embeddings, and sums, means and maxima of bags of them, with all derivatives."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+from torch.nn import functional as F
+
+from innerloop._utils import torch_private
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn._replacements.losses import can_be_read
+
+BY_FREQUENCY = (
+    "divides the gradient by counts, so that it is not the derivative of what is computed, and a "
+    "derivative of training cannot be told "
+    "from it. Leave it away inside the loop, and divide the gradient: loop.step(loss, "
+    "grad_callback=...)"
+)
+RENORMALISED = (
+    "rescales rows of the weight in place, which autograd does not see, so that a derivative of "
+    "training would leave it out. Rescale them "
+    "in the loss, where it is differentiated: weight * (max_norm / weight.norm(dim=1, "
+    "keepdim=True).clamp_min(max_norm))"
+)
+
+
+def check_max_norm(name: str, weight: Tensor, max_norm: float | None) -> None:
+    """Refuse ``max_norm`` for a weight that is learned. One that is not gives rescaled rows, and is left as it is."""
+    if max_norm is not None and (
+        torch.compiler.is_compiling() or torch_private.has_derivative(weight)
+    ):
+        raise NotDifferentiableError(f"{name}(max_norm={max_norm}) {RENORMALISED}")
+
+
+def embedding(
+    input: Int[Tensor, "*shape"],
+    weight: Float[Tensor, "rows features"],
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Float[Tensor, "*shape features"]:
+    """``F.embedding`` without what PyTorch hides from its own derivatives: refused, or for a constant weight computed beside it."""
+    if scale_grad_by_freq:
+        raise NotDifferentiableError(f"F.embedding(scale_grad_by_freq=True) {BY_FREQUENCY}")
+    check_max_norm("F.embedding", weight, max_norm)
+    return _rescaled(F.embedding(input, weight, padding_idx, sparse=sparse), max_norm, norm_type)
+
+
+def _rescaled(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
+    """Rows of at most that norm, with the bits of ``torch.embedding_renorm_``, which would write into the weight."""
+    if max_norm is None:
+        return rows
+    norm = torch.linalg.vector_norm(rows, norm_type, -1, keepdim=True)
+    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+
+
+def embedding_bag(
+    input: Shaped[Tensor, "..."],
+    weight: Shaped[Tensor, "..."],
+    offsets: Int[Tensor, " starts"] | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: Literal["sum", "mean", "max"] = "mean",
+    sparse: bool = False,
+    per_sample_weights: Float[Tensor, "..."] | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Float[Tensor, "bags features"]:
+    r"""``F.embedding_bag``, which in PyTorch has no second derivative and no forward mode.
+
+    .. math:: y_b = \sum_{i \in b} s_i\, w_{x_i}, \quad \frac{1}{|b|} \sum_{i \in b} w_{x_i} \quad\text{or}\quad \max_{i \in b} w_{x_i}
+
+    Args, Returns: as for ``torch.nn.functional.embedding_bag``. Memory grows with the number of
+    indices, not of bags.
+
+    Example:
+        >>> import torch
+        >>> from innerloop.nn.functional import embedding_bag
+        >>> embedding_bag(
+        ...     torch.tensor([0, 1, 2]), torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 2])
+        ... )
+        tensor([[2.],
+                [5.]])
+    """
+    # Until PyTorch 0.4 these two came in the other order.
+    swapped = input.is_floating_point() and weight.dtype == torch.long
+    indices, weight = (weight, input) if swapped else (input, weight)
+    _check(indices, weight, offsets, mode, per_sample_weights, include_last_offset, padding_idx)
+    if scale_grad_by_freq:
+        raise NotDifferentiableError(f"F.embedding_bag(scale_grad_by_freq=True) {BY_FREQUENCY}")
+    check_max_norm("F.embedding_bag", weight, max_norm)
+    flat, bag, bags = _membership(indices, offsets, include_last_offset)
+    rows = _rescaled(F.embedding(flat, weight, sparse=sparse), max_norm, norm_type)
+    counted = torch.ones_like(flat, dtype=torch.bool)
+    if padding_idx is not None:
+        counted = flat != (padding_idx if padding_idx >= 0 else weight.shape[0] + padding_idx)
+    if mode == "max":
+        return _maxima(rows, bag, bags, counted)
+    rows = torch.where(counted[:, None], rows, torch.zeros_like(rows))
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(-1, 1)
+    total = rows.new_zeros(bags, rows.shape[1]).index_add(0, bag, rows)
+    if mode == "sum":
+        return total
+    count = rows.new_zeros(bags).index_add(0, bag, counted.to(rows.dtype))
+    return total / count.clamp_min(1)[:, None]
+
+
+def bag_of_constant_norm(args: Any, kwargs: Any) -> bool:
+    """True, unless a learned weight is to be rescaled: that is refused where PyTorch's kernel stays, too."""
+    given = dict(zip(("input", "weight", "offsets", "max_norm"), args, strict=False)) | kwargs
+    check_max_norm("F.embedding_bag", given["weight"], given.get("max_norm"))
+    return True
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> None:
+    """Refuse what torch refuses, and offsets that decrease, of which torch makes something."""
+    if mode not in ("sum", "mean", "max"):
+        raise InvalidInputError(f'mode={mode!r}: write "sum", "mean" or "max"')
+    if weight.dim() != 2:
+        raise InvalidInputError(
+            f"weight {tuple(weight.shape)}: it has two dimensions, one row for each embedding"
+        )
+    if (offsets is None) != (input.dim() == 2):
+        raise InvalidInputError(
+            "a two-dimensional input has one bag a row and no offsets; a one-dimensional one "
+            "needs offsets"
+        )
+    if weights is not None and (mode != "sum" or weights.shape != input.shape):
+        raise InvalidInputError('per_sample_weights has the shape of input, and mode="sum"')
+    if weights is not None and weights.dtype != weight.dtype:
+        raise InvalidInputError(
+            f"per_sample_weights are {weights.dtype}, weight is {weight.dtype}; write "
+            "per_sample_weights.to(weight.dtype)"
+        )
+    count = weight.shape[0]
+    if padding_idx is not None and not -count <= padding_idx < count:
+        raise InvalidInputError(
+            f"padding_idx={padding_idx} is none of the {count} rows; pass a number from {-count} "
+            f"to {count - 1}"
+        )
+    if offsets is not None and can_be_read(offsets):
+        _check_offsets(offsets.tolist(), input.shape[0], include_last_offset)
+
+
+def _check_offsets(starts: list[int], length: int, include_last_offset: bool) -> None:
+    if include_last_offset and not starts:
+        raise InvalidInputError(
+            "offsets is empty; with include_last_offset it ends with the length of input"
+        )
+    if starts and (starts[0] != 0 or starts != sorted(starts) or starts[-1] > length):
+        raise InvalidInputError(
+            f"offsets={starts}: where the bags begin among {length} indices; start with 0, never "
+            f"decrease, end at {length} at the latest"
+        )
+
+
+def _membership(
+    input: Tensor, offsets: Tensor | None, include_last_offset: bool
+) -> tuple[Tensor, Tensor, int]:
+    """The indices in a row, the bag of each, and the number of bags."""
+    flat = input.reshape(-1)
+    places = torch.arange(flat.shape[0], device=flat.device)
+    if offsets is None:
+        return flat, places // max(1, input.shape[1]), input.shape[0]
+    starts = offsets[:-1] if include_last_offset else offsets
+    return flat, torch.bucketize(places, starts.to(places.dtype), right=True) - 1, starts.shape[0]
+
+
+def _maxima(rows: Tensor, bag: Tensor, bags: int, counted: Tensor) -> Tensor:
+    """The largest entry of each bag, taken from the first row that has it; zero for an empty bag."""
+    count, features = rows.shape
+    where = bag[:, None].expand(count, features)
+    low = torch.where(counted[:, None], rows.detach(), torch.full_like(rows, -torch.inf))
+    largest = low.new_full((bags, features), -torch.inf).scatter_reduce(0, where, low, "amax")
+    numbers = torch.arange(count, device=rows.device)[:, None].expand(count, features)
+    candidates = torch.where((low == largest[bag]) & counted[:, None], numbers, count)
+    first = numbers.new_full((bags, features), count).scatter_reduce(0, where, candidates, "amin")
+    return torch.cat([rows, rows.new_zeros(1, features)]).gather(0, first)

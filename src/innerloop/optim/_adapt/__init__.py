@@ -1,0 +1,1 @@
+"""Any other optimizer class, made differentiable by running its own ``step``."""

@@ -1,0 +1,126 @@
+"""Running in-place code on tracked tensors: what stands in the way of autograd is made to act on values alone.
+
+An optimizer's ``step`` is in-place code, and autograd differentiates in-place code. What loses the
+gradient is what stands around it: ``@torch.no_grad()``, ``.data``, ``detach()``, ``.item()``, leaf
+parameters whose memory is written. Inside `Values` these few mean what they mean for the values and
+nothing else; what would leave the graph is an error that names the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from innerloop._utils import torch_private
+from innerloop.errors import NotDifferentiableError
+from innerloop.optim._adapt.number import Number, _leaves_the_graph, _where
+from innerloop.optim._adapt.pure_calls import (
+    _DATA,
+    _GRAD,
+    _IDENTITIES,
+    _IS_LEAF,
+    _REPLACED,
+    _REQUIRES_GRAD,
+    _TO_NUMBER,
+    _each,
+    _into,
+    _one_of,
+    _tensors,
+)
+
+
+class Values(TorchFunctionMode):
+    """The mode in which an optimizer's ``step`` runs.
+
+    Attributes:
+        grads: what ``.grad`` reads and writes, by the identity of the tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grads: dict[int, Tensor | None] = {}
+        self._leaves: list[Tensor] = []
+        self._leaf_ids: set[int] = set()
+        self._paused = False
+
+    def own(self, tensors: Iterable[Tensor]) -> None:
+        """These pose as the leaves that the optimizer steps."""
+        self._leaves = list(tensors)
+        self._leaf_ids = {id(t) for t in self._leaves}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, functions of torch mean what they always mean."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "__delete__"):
+            return self._attribute(func, name, *args)
+        if torch_private.switches_gradients(func):
+            return None
+        if name in _IDENTITIES:
+            return args[0]
+        if name == "__deepcopy__":
+            return args[0].clone()
+        if name in _TO_NUMBER and torch_private.has_derivative(args[0]):
+            if name == "item":
+                return Number(args[0].reshape(()).double())
+            raise NotDifferentiableError(_leaves_the_graph(name))
+        if kwargs.get("out") is not None:
+            results = self.__torch_function__(
+                func, types, args, {k: v for k, v in kwargs.items() if k != "out"}
+            )
+            return _into(kwargs["out"], results)
+        if (
+            name.startswith("_foreach_")
+            and (one := _one_of(name.removeprefix("_foreach_"))) is not None
+        ):
+            return [
+                self.__torch_function__(one, types, *each)
+                for each in _each(one.__name__, args, kwargs)
+            ]
+        for own, names in _REPLACED:
+            if name in names:
+                return own(func, name, args, kwargs)
+        args, kwargs = _tensors((args, kwargs))
+        return func(*args, **kwargs)
+
+    def _attribute(self, func: Any, kind: str, tensor: Tensor, value: Any = None, *_: Any) -> Any:
+        descriptor = func.__self__
+        if descriptor is _DATA:
+            if kind == "__get__":
+                return tensor
+            if value.shape != tensor.shape:
+                raise NotDifferentiableError(
+                    f"{_where()}.data of a tensor of shape {tuple(tensor.shape)} is set to one of "
+                    f"shape {tuple(value.shape)}"
+                )
+            if value is not tensor:
+                tensor.copy_(value)
+            return None
+        if descriptor is _GRAD:
+            if kind == "__get__":
+                return self.grads.get(id(tensor))
+            self.grads[id(tensor)] = value if kind == "__set__" else None
+            return None
+        if descriptor is _REQUIRES_GRAD and kind == "__set__":
+            return None
+        if (
+            kind == "__get__"
+            and descriptor in (_IS_LEAF, _REQUIRES_GRAD)
+            and id(tensor) in self._leaf_ids
+        ):
+            return True
+        return func(*(tensor,) if kind == "__delete__" else (tensor, value, *_))

@@ -1,0 +1,177 @@
+"""Numbers that remember their derivative."""
+
+from __future__ import annotations
+
+import linecache
+import math
+import operator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import torch
+from torch import Tensor
+
+from innerloop.errors import NotDifferentiableError
+
+
+def _weak(number: Tensor, others: list[Tensor]) -> Tensor:
+    """``number`` such that, as a number of Python, it does not raise the dtype of ``others``."""
+    if any(t.ndim for t in others):
+        return number
+    dtypes = [t.dtype for t in others if t.is_floating_point()]
+    return number.to(dtypes[0]) if dtypes else number
+
+
+def _leaves_the_graph(name: str) -> str:
+    what = {
+        "__float__": "turns a tracked tensor into a float (float(x), a function of the math "
+        "module)",
+        "__int__": "makes an integer from a tracked tensor",
+        "__index__": "indexes by a tracked tensor",
+        "tolist": "turns a tracked tensor into a list of numbers",
+    }.get(name, "turns a tracked tensor into a numpy array")
+    return f"{_where()}it {what}: the derivative ends there. Write it with functions of torch"
+
+
+def _where() -> str:
+    """The line of the optimizer's code that is running."""
+    rules, *others = (
+        str(Path(f).parent)
+        for f in (torch.optim.__file__, torch.__file__, jaxtyping.__file__, __file__)
+    )
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(rules) or not path.startswith(tuple(others)):
+            return f"{Path(path).name}:{frame.f_lineno}: `{linecache.getline(path, frame.f_lineno).strip()}`: "
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+class Number(torch.SymFloat):
+    """A Python number that was computed from tensors, by ``.item()`` or as a hyper-parameter, and has not left the graph.
+
+    ``torch.SymFloat`` is the one kind of object that torch takes wherever it takes a number
+    (``add_(x, alpha=number)``) and shows to `Values` unopened. Arithmetic is that of the 0-dim
+    float64 tensor inside; what needs a float (``math.sqrt``) is refused.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __float__(self) -> float:
+        raise NotDifferentiableError(_leaves_the_graph("__float__"))
+
+    def __int__(self) -> int:
+        raise NotDifferentiableError(_leaves_the_graph("__int__"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        raise NotDifferentiableError(_leaves_the_graph("__int__"))
+
+    def __bool__(self) -> bool:
+        return bool(self.tensor)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"Number({self.tensor.detach()})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.tensor.detach().item(), spec)
+
+    def item(self) -> Number:
+        """Itself, as for a tensor."""
+        return self
+
+    def is_integer(self) -> bool:
+        """Whether the value is whole."""
+        return bool(self.tensor == self.tensor.round())
+
+
+_OTHER_MATH = {"ceil", "floor", "trunc", "remainder", "isclose"}
+"""Functions of ``math`` that make an integer, or that mean something else in torch."""
+
+
+class _Math:
+    """The module ``math`` that also takes a `Number`."""
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(math, name)
+        with_tensors = getattr(torch, name, None)
+
+        def function(*arguments: Any) -> Any:
+            if not any(isinstance(x, (Number, Tensor)) for x in arguments):
+                return own(*arguments)
+            if (
+                with_tensors is None or name in _OTHER_MATH
+            ):  # the others are those of torch under the same name
+                raise NotDifferentiableError(_leaves_the_graph("__float__"))
+            wrapped = [
+                Number(x.reshape(()).double()) if isinstance(x, Tensor) else x for x in arguments
+            ]
+            result = with_tensors(*[x.tensor if isinstance(x, Number) else x for x in wrapped])
+            return Number(result) if result.is_floating_point() else bool(result)
+
+        return function if callable(own) else own
+
+
+_lock = threading.RLock()
+
+
+@contextmanager
+def math_on_numbers(cls: type) -> Iterator[None]:
+    """Within it, ``math.sqrt(tensor.item())`` in the modules of ``cls`` and its bases stays in the graph; plain numbers are as ever."""
+    with _lock:
+        modules = {sys.modules.get(base.__module__) for base in cls.__mro__} - {None}
+        using = [vars(module) for module in modules if vars(module).get("math") is math]
+        try:
+            for names in using:
+                names["math"] = _Math()
+            yield
+        finally:
+            for names in using:
+                names["math"] = math
+
+
+def _arithmetic(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
+    def method(self: Number, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            own = _weak(self.tensor, [other])
+            return operation(other, own) if swapped else operation(own, other)
+        other = other.tensor if isinstance(other, Number) else other
+        return Number(operation(other, self.tensor) if swapped else operation(self.tensor, other))
+
+    return method
+
+
+def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self: Number(operation(self.tensor))
+
+
+def _comparison(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Number, other: Any) -> Any:
+        if isinstance(other, Tensor):
+            return operation(self.tensor, other)
+        return bool(operation(self.tensor, other.tensor if isinstance(other, Number) else other))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    _operation = getattr(operator, _name)
+    setattr(Number, f"__{_name}__", _arithmetic(_operation))
+    setattr(Number, f"__r{_name}__", _arithmetic(_operation, swapped=True))
+
+
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Number, f"__{_name}__", _comparison(getattr(operator, _name)))
+
+
+for _name in ("neg", "pos", "abs"):
+    setattr(Number, f"__{_name}__", _unary(getattr(operator, _name)))

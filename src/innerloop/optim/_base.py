@@ -1,0 +1,164 @@
+"""What an optimizer is: a pure pair of functions on named tensors."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from innerloop._types import Grads, Params
+from innerloop.errors import InvalidInputError
+from innerloop.optim._settings import _shown, any_given
+
+
+class Optimizer(abc.ABC):
+    """A pure pair ``init(params) -> state``, ``update(grads, state, params, hyper) -> (params, state)``.
+
+    Both are functions of their arguments alone, made of differentiable operations, and change none
+    of them: they can be differentiated, vmapped and compiled like any other function.
+    """
+
+    compiles: bool = True
+    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
+
+    needs_closure: bool = False
+    """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
+
+    @abc.abstractmethod
+    def init(self, params: Params) -> Any:
+        """The state before the first step.
+
+        Args:
+            params: named parameter tensors.
+
+        Returns:
+            A pytree of tensors and numbers.
+        """
+
+    @abc.abstractmethod
+    def update(
+        self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], Any]:
+        """One step.
+
+        Args:
+            grads: a gradient for each parameter; None (or no entry) leaves that parameter and its
+                state as they are, as ``torch.optim`` does for ``p.grad is None``.
+            state: what `init` or the last `update` returned.
+            params: named parameter tensors.
+            hyper: overrides of hyper-parameters, ``{"lr": tensor}``.
+
+        Returns:
+            ``(new_params, new_state)``.
+
+        Raises:
+            InvalidInputError: a gradient for an unknown parameter, an unknown or unusable
+                hyper-parameter.
+        """
+
+
+class Rule(Optimizer):
+    """An update rule of ``torch.optim``: a frozen dataclass whose fields are the constructor arguments there, in their order.
+
+    It says which fields are real-valued (``hyper_names``) and gives the NamedTuple of its state
+    (first field ``count``). Derive from `Elementwise` (one file per rule, one method to write), or
+    from `PerTensor` if the rule looks at a tensor as a whole.
+    """
+
+    hyper_names: ClassVar[tuple[str, ...]]
+    """The real-valued hyper-parameters, each replaceable by a tensor."""
+
+    state_type: ClassVar[Any]
+    """NamedTuple of the state: ``count`` first, then one field per tensor that the rule keeps for each parameter."""
+
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
+    """The optimizer of ``torch.optim`` that it is equal to."""
+
+    torch_state: ClassVar[Mapping[str, str]] = {}
+    """State field -> key in ``torch.optim``'s ``state[p]``."""
+
+    called: ClassVar[str] = ""
+    """The name of the function, where that is not the class's in lower case."""
+
+    torch_counts: ClassVar[bool] = True
+    """Whether torch keeps the step count in ``state[p]``."""
+
+    torch_count: ClassVar[str] = "step"
+    """Under which key."""
+
+    torch_shares_state: ClassVar[bool] = False
+    """Whether torch keeps one state for all parameters, with the first of them."""
+
+    torch_step: ClassVar[type] = Tensor
+    """As what: a 0-dim tensor, or an int."""
+
+    torch_from_constructor: ClassVar[tuple[str, ...]] = ()
+    """Settings that torch takes from its constructor for all parameters, whatever their param group says."""
+
+    by_torch_class: ClassVar[dict[type[torch.optim.Optimizer], type[Rule]]] = {}
+    """Every rule that says its ``torch_class``."""
+
+    def __init_subclass__(cls) -> None:
+        if "torch_class" in vars(cls):
+            Rule.by_torch_class[cls.torch_class] = cls
+
+    @abc.abstractmethod
+    def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
+        """The state fields that the rule uses with these hyper-parameters; the others are None."""
+
+    def validate(self, hyper: Mapping[str, Any]) -> None:
+        """Raise if a hyper-parameter given as a number is out of its range; tensors are not inspected."""
+
+    @abc.abstractmethod
+    def restored(self, slot: str, named: Mapping[str, Any], params: Params) -> Any:
+        """A state field from what torch keeps for each parameter (None where it keeps nothing yet); from one entry, if it is shared."""
+
+    @classmethod
+    def slots(cls) -> tuple[str, ...]:
+        """The state fields that hold tensors."""
+        return cls.state_type._fields[1:]
+
+    def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
+        values = {name: getattr(self, name) for name in self.hyper_names}
+        if not any_given(hyper):
+            return values  # the constructor has looked at them
+        assert hyper is not None
+        for name, value in hyper.items():
+            if name not in values:
+                raise InvalidInputError(
+                    f"{self!r} has no hyper-parameter {name!r}; it has "
+                    f"{', '.join(self.hyper_names)}. "
+                    "Flags such as nesterov or amsgrad cannot be tensors: set them in the "
+                    "constructor."
+                )
+            if isinstance(values[name], tuple) and not (
+                isinstance(value, tuple) and len(value) == len(values[name])
+            ):
+                raise InvalidInputError(
+                    f"{name!r} is a {('pair', 'triple')[len(values[name]) - 2]}, but got "
+                    f"{type(value).__name__}: write "
+                    f"hyper={{{name!r}: "
+                    f"({', '.join(('first', 'second', 'third')[: len(values[name])])})}}, each a "
+                    "number or a tensor"
+                )
+        values |= hyper
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a message with a symbolic number in it is not compiled
+            self.validate(values)
+        return values
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.repr and (
+                field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default
+            ):
+                shown.append(f"{field.name}={_shown(value)}")
+        return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"

@@ -1,0 +1,1 @@
+"""What update rules are built from."""

@@ -1,0 +1,43 @@
+"""Which parameters have a gradient, and how many steps each has taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from innerloop._types import Grads, Params
+from innerloop.errors import InvalidInputError
+
+
+def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
+    """Which parameters have a gradient; None if all have."""
+    everything = True
+    for name, p in params.items():
+        g = grads.get(name)
+        if g is None:
+            everything = False
+        elif g.shape != p.shape:
+            raise InvalidInputError(
+                f"the gradient of {name!r} has shape {tuple(g.shape)}, the parameter has "
+                f"{tuple(p.shape)}"
+            )
+    if len(grads) > len(params) or not everything:
+        unknown = [name for name in grads if name not in params]
+        if unknown:
+            raise InvalidInputError(
+                f"gradients for {unknown} but the parameters are {list(params)}"
+            )
+    return None if everything else {name: grads.get(name) is not None for name in params}
+
+
+def ages_of(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
+    """Split parameters by step count: an index for each parameter, and the counts that the indices stand for."""
+    if not isinstance(count, Mapping):
+        return None, [count]
+    distinct = sorted(set(count.values()))
+    missing = [name for name in params if name not in count]
+    if missing:
+        raise InvalidInputError(
+            f"the state knows no parameter {missing}: it belongs to other parameters"
+        )
+    return {name: distinct.index(count[name]) for name in params}, distinct

@@ -1,0 +1,1 @@
+"""Optimizers of ``torch.optim``, read in and written back."""

@@ -1,0 +1,77 @@
+"""Checks of an optimizer's settings and state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from innerloop._types import Hyper
+from innerloop.errors import InvalidInputError
+
+
+def is_used(value: Hyper) -> bool:
+    """Whether a term weighted by ``value`` is computed: a number 0 switches it off, a tensor never does (its gradient counts)."""
+    return not isinstance(value, (int, float)) or value != 0
+
+
+def check_betas(betas: Any) -> tuple[Any, Any]:
+    """A pair of numbers in [0, 1), or of tensors."""
+    require(
+        isinstance(betas, (tuple, list)) and len(betas) == 2,
+        f"betas={betas!r}: write a pair, betas=(0.9, 0.999)",
+    )
+    for i, beta in enumerate(betas):
+        for value in numbers(beta):
+            require(0 <= value < 1, f"betas[{i}]={value} must be in [0, 1)")
+    first, second = betas
+    return first, second
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InvalidInputError` unless ``condition``."""
+    if not condition:
+        raise InvalidInputError(message)
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """The plain numbers in a hyper-parameter; tensors are not looked at, that would wait for the device."""
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (v for v in value.values() if isinstance(v, (int, float)))
+
+
+def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
+    """Raise if a hyper-parameter among ``names`` is a negative number."""
+    for name in names:
+        for value in numbers(hyper[name]):
+            require(value >= 0, f"{name}={value} is negative (or NaN); {name} must be >= 0")
+
+
+def any_given(hyper: Any) -> bool:
+    """Whether there are overrides of hyper-parameters; raise if they are not a mapping."""
+    if hyper is None:
+        return False
+    if not isinstance(hyper, Mapping):
+        raise InvalidInputError(
+            f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}'
+        )
+    return bool(hyper)
+
+
+def check_state(owner: Any, state: Any, kind: type) -> None:
+    """Raise if ``state`` is that of another kind of optimizer."""
+    if not isinstance(state, kind):
+        raise InvalidInputError(
+            f"{owner!r} was given a state of type {type(state).__name__}, not {kind.__name__}: "
+            "pass what init(params) or the last "
+            "update returned"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)

@@ -1,0 +1,425 @@
+"""Keep some states, and run the steps between them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop._batches import Drawn
+from innerloop._carry import Carry
+from innerloop._trajectory import Trajectory
+from innerloop._utils import torch_private, tree
+from innerloop._utils.random_state import RandomState
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._engine import loop_function as node
+from innerloop.strategy._engine import schedule
+from innerloop.strategy._engine import step_pullback as pullback
+from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
+from innerloop.strategy._engine.guards import check_constants
+from innerloop.strategy._engine.snapshots import PLACES, Snapshots
+from innerloop.strategy._engine.step_pullback import Cotangents, Outgoing, Step, state_of
+from innerloop.strategy._measure import state_bytes, working_bytes
+
+SMALL = 256 * 2**20
+"""Bytes of states that are kept without a second thought when ``slots`` is not given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointed(Strategy):
+    r"""Run the loop without a graph, keep some of its states, and replay each step once more to differentiate it: exact, in bounded memory.
+
+    With s slots the T steps are run backwards by binomial checkpointing (Griewank & Walther 2000),
+    which replays the fewest steps possible: :func:`innerloop.strategy.schedule.replays`. The data
+    of an iterator need no known length (Wang, Moin & Iaccarino 2009:
+    :class:`innerloop.strategy.schedule.Online`).
+
+    **Cost** with G one inner gradient, A what a first-order step saves, P parameters, S optimizer
+    state:
+
+    ============================================  ==========================  ======================
+    kept                                          time                        memory
+    ============================================  ==========================  ======================
+    every state (``slots="all"``)                 4 T G                       T (P + S) + 2.23 A
+    :math:`2\sqrt T` states                       about 5 T G                 2 √T (P + S) + 2.23 A
+    s states                                      (4 + replays/T) T G         s (P + S) + 2.23 A
+    ============================================  ==========================  ======================
+
+    **When**: whenever `StoreAll` does not fit; any number of steps. **Not** for a few steps of a
+    small model, where `StoreAll` is up to a third faster; not for second derivatives of long loops,
+    which are right but take the memory of `StoreAll`.
+
+    Args:
+        slots: how many states are kept at once, the start among them; ``"all"``: every one.
+            Default: as many as 256 MB hold, but at least :math:`2\sqrt T`.
+        memory: instead of ``slots``: as many as fit into ``"4GB"``, ``"500MB"`` or a number of
+            bytes, besides what one step needs.
+        product: how a step's second derivative is taken: ``"reverse"`` (reverse over reverse),
+            ``"mixed"`` (forward over reverse, one ``jvp`` of the inner gradient), ``"finite"`` (a
+            central difference of it: approximate, no second derivative needed), or ``"auto"``: the
+            faster exact one on this kind of device.
+        save: ``"params"``, or ``"gradients"`` to keep the inner gradient of every step as well (T P
+            more): replayed steps then take an update each, not a gradient, and ``"mixed"`` a
+            quarter less time.
+        offload: where states wait: None (on their device), ``"cpu"`` (pinned memory, copied while
+            the device computes) or ``"disk"``.
+        keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
+        compile: compile the step and its pullback with ``torch.compile``: seconds to a minute once
+            per problem and shape, whatever T is; the first ones are compared with the uncompiled
+            and refused if they differ (so are losses that draw random numbers). Not inside of
+            ``torch.func`` transforms, where nothing is compiled.
+        finite_step: relative step of ``product="finite"``; its error falls with the square of it,
+            until rounding takes over. With the default step, the first and the last step are
+            compared with ``"reverse"`` where the loss has a second derivative: one that stops
+            gradients (``detach``) has another finite difference than derivative, and is refused.
+
+    Example:
+        On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2, innerloop.optim.sgd(lr=0.5)
+        ... )
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> traj = innerloop.unroll(
+        ...     problem, {"w": w}, None, steps=3, strategy=innerloop.Checkpointed(slots=1)
+        ... )
+        >>> torch.autograd.grad(traj.params["w"], w)
+        (tensor(0.1250),)
+    """
+
+    slots: int | str | None = None
+    memory: float | str | None = None
+    product: str = "auto"
+    save: str = "params"
+    offload: str | None = None
+    keep_batches: bool = True
+    compile: bool = False
+    finite_step: float | None = None
+
+    differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
+
+    def __post_init__(self) -> None:
+        slots = self.slots
+        if (
+            slots is not None
+            and slots != "all"
+            and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1)
+        ):
+            raise InvalidInputError(
+                f'slots={slots!r}: write a number of states, 1 or more, or "all"'
+            )
+        if slots is not None and self.memory is not None:
+            raise InvalidInputError("slots and memory are both given: write one of them")
+        _choice("product", self.product, ("auto", *pullback.PRODUCTS))
+        _choice("save", self.save, ("params", "gradients"))
+        _choice("offload", self.offload, PLACES)
+        if self.finite_step is not None and self.product != "finite":
+            raise InvalidInputError(
+                f'finite_step={self.finite_step} belongs to product="finite", not to '
+                f"{self.product!r}"
+            )
+        if self.finite_step is not None and not self.finite_step > 0:
+            raise InvalidInputError(
+                f"finite_step={self.finite_step!r}: write a positive number, 1e-5 for example"
+            )
+        if self.memory is not None:
+            in_bytes(self.memory)
+        if self.compile and self.save == "gradients":
+            raise InvalidInputError(
+                'compile=True compiles gradient and update together: write save="params"'
+            )
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.product != "finite"
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return f"Checkpointed({', '.join(changed)})"
+
+    def run(self, loop: Loop) -> Trajectory:
+        if torch.compiler.is_compiling():
+            raise NotDifferentiableError(node.COMPILING.format(self))
+        if isinstance(loop.batches, Drawn) and not self.keep_batches:
+            raise InvalidInputError(
+                "batches is an iterator, which yields each batch once, and with "
+                "keep_batches=False they are not there for the replay: "
+                "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
+            )
+        if (
+            isinstance(loop.batches, Drawn)
+            and not torch_private.inside_transform()
+            and self.offload is not None
+        ):
+            loop.batches.kept = Snapshots(self.offload)
+        return node.run(_Replay(loop, self))
+
+    def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
+        """How many states are kept at once.
+
+        Args:
+            loop: the loop.
+            steps: T, or None: not known yet.
+            needed: whether the loop will be differentiated.
+
+        Raises:
+            InvalidInputError: ``memory`` does not suffice for one step.
+        """
+        if self.slots == "all":
+            return sys.maxsize if steps is None else max(steps, 1)
+        if isinstance(self.slots, int):
+            return self.slots
+        size = state_bytes(loop)
+        if self.memory is None:
+            fitting = max(SMALL // size, 32 if steps is None else math.ceil(2 * math.sqrt(steps)))
+        else:
+            # Under a transform a step is not measured: the states may then take the whole budget.
+            step = dataclasses.replace(self, slots=1, memory=None)
+            measured = needed and steps != 0 and not torch_private.inside_transform()
+            working = working_bytes(loop, step) if measured else 0.0
+            fitting = int((in_bytes(self.memory) - working) // size)
+            if fitting < 1 and needed:
+                raise InvalidInputError(
+                    f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB, a "
+                    "step and its pullback "
+                    f"{working / 1e6:.3g} MB"
+                )
+        return max(fitting, 1) if steps is None else max(min(fitting, steps), 1)
+
+
+class _Replay(node.Method):
+    """One loop under `Checkpointed`."""
+
+    def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
+        super().__init__(loop)
+        self.strategy = strategy
+        self._draws = False
+        compiles = strategy.compile and not self.transformed
+        self._compiled = CompiledProblem(loop.problem, strategy.product) if compiles else None
+        self._checks_finite = strategy.finite_step is None and not self.transformed
+        self._slots = 1
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(self, loop: Loop) -> node.Ran:
+        steps = loop.batches.steps
+        self._slots = self.strategy.slots_for(loop, steps, self.recorded)
+        marks = _Marks(self._slots, steps)
+        snapshots = self._storage()
+        gradients = self._storage() if self.strategy.save == "gradients" else None
+        states: dict[int, Any] = {}
+        randoms: dict[int, RandomState | None] = {}
+        rows = Rows(loop.start.params)
+        carry = before = loop.start
+        for t in loop.batches.times():
+            batch = loop.batch(carry, t)
+            if self.recorded:
+                keep, dropped = marks.at(t)
+                if dropped is not None:
+                    del snapshots[dropped]
+                if keep:
+                    snapshots[t] = carry
+            before = carry
+            if gradients is None:
+                carry, loss, aux = self._step(loop, carry, batch, t)
+            else:
+                grads, loss, aux, buffers = loop.problem.gradient(
+                    carry.params, carry.buffers, loop.hyper, batch
+                )
+                carry = self._sharing(
+                    loop.problem.update(carry, grads, buffers, loop.hyper, t), before
+                )
+                if self.recorded:
+                    gradients[t] = (grads, buffers, carry.random_state)
+            if torch.is_grad_enabled():
+                check_constants(t, state_of(carry), loss, aux)
+            rows.add(loss, aux)
+            if t + 1 in loop.save_at and t + 1 != steps:
+                states[t + 1], randoms[t + 1] = (
+                    tree.map_tensors(Tensor.clone, state_of(carry)),
+                    carry.random_state,
+                )
+            loop.report("forward", t + 1, steps)
+        end = len(rows)
+        states[end], randoms[end] = state_of(carry), carry.random_state
+        if self._compiled is not None:
+            states = {
+                time: uncounted(state, state_of(loop.start)) for time, state in states.items()
+            }
+        if self.recorded:
+            self.kept = _Kept(snapshots, {end - 1: before} if end else {}, gradients)
+        return node.Ran(states, *rows.stacked(), end, randoms)
+
+    def _storage(self) -> dict[int, Any] | Snapshots:
+        # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an
+        # input of the pullback's node.
+        return {} if self.transformed else Snapshots(self.strategy.offload)
+
+    def _sharing(self, new: Carry, old: Carry) -> Carry:
+        """States share one random state as long as nothing is drawn."""
+        a, b = new.random_state, old.random_state
+        if a is None or b is None or a.equals(b):
+            return new._replace(random_state=b)
+        self._draws = True
+        return new
+
+    # -- backward ----------------------------------------------------------------------------------
+
+    def pull(
+        self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]
+    ) -> tuple[Cotangents, Cotangents]:
+        steps = self.steps
+        kept = _Kept(self._storage(), {}, None) if kept is None else kept
+        saved = {t: tree.leaves(c) for t, c in cotangents.states.items()}
+        aux = tree.leaves(cotangents.aux)
+        cotangent = saved[steps]
+        of_hyper: Cotangents = [None] * len(wanted)
+        reached: set[int] = set()
+        to_check: list[tuple[Step, Outgoing, pullback.Incoming]] = []
+        losses: list[Tensor] = []
+        for t in range(steps - 1, -1, -1):
+            carry = self._state(loop, t, kept)
+            self._rewind(carry)
+            batch = loop.batch(carry, t)
+            here = RandomState.now() if self._draws else None
+            step = Step(
+                loop.problem,
+                carry,
+                loop.hyper,
+                batch,
+                t,
+                wanted,
+                reached,
+                here,
+                self.strategy.finite_step,
+            )
+            loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
+            given = Outgoing(cotangent, loss_cotangent, [None if a is None else a[t] for a in aux])
+            gradient = None if kept.gradients is None else kept.gradients[t][0]
+            if self._compiled is None:
+                pulled = pullback.pull(self.strategy.product, step, given, gradient)
+            else:
+                pulled = self._compiled.pull(step, given)
+            if self.strategy.product == "finite" and t in (0, steps - 1) and self._checks_finite:
+                to_check.append((step, given, pulled))
+            cotangent = pulled.state
+            losses.append(pulled.loss)
+            if t in saved:
+                cotangent = [pullback.add(a, b) for a, b in zip(cotangent, saved[t], strict=True)]
+            of_hyper = [pullback.add(a, b) for a, b in zip(of_hyper, pulled.hyper, strict=True)]
+            kept.snapshots.pop(t, None)
+            if kept.gradients is not None:
+                del kept.gradients[t]
+            loop.report("backward", steps - t, steps)
+        if losses:
+            self.compare(torch.stack(losses[::-1]))
+        for checked in to_check:
+            pullback.check_finite(*checked)
+        return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+
+    def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
+        """The state before step t: kept, or replayed from the last one kept, keeping others on the way."""
+        if t in kept.last:
+            return kept.last.pop(t)
+        if t == 0:
+            return loop.start
+        snapshots = kept.snapshots
+        begin = next(reversed(snapshots), 0)  # they are in order of time
+        carry = snapshots[begin] if begin else loop.start
+        marks = set(schedule.kept(begin, t + 1, self._slots - len(snapshots)))
+        self._rewind(carry)
+        for time in range(begin, t):
+            carry = self._advance(loop, carry, time, kept)
+            if time + 1 in marks and time + 1 < t:
+                snapshots[time + 1] = carry
+        return carry
+
+    def _advance(self, loop: Loop, carry: Carry, t: int, kept: _Kept) -> Carry:
+        """One step, on constants."""
+        if kept.gradients is not None:
+            grads, buffers, random_state = kept.gradients[t]
+            return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(
+                random_state=random_state
+            )
+        return self._step(loop, carry, loop.batch(carry, t), t)[0]
+
+    def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+        problem = loop.problem if self._compiled is None else self._compiled
+        new, loss, aux = problem.step(carry, loop.hyper, batch, t)
+        return self._sharing(new, carry), loss, aux
+
+    def _rewind(self, carry: Carry) -> None:
+        if self._draws and carry.random_state is not None:
+            carry.random_state.restore()
+
+
+class _Kept(NamedTuple):
+    """What a sweep starts from.
+
+    Attributes:
+        snapshots: time -> carry.
+        last: the state before the last step, which the sweep needs first.
+        gradients: time -> (gradient, buffers and random state after the step), with
+            ``save="gradients"``.
+    """
+
+    snapshots: dict[int, Carry] | Snapshots
+    last: dict[int, Carry]
+    gradients: dict[int, Any] | Snapshots | None
+
+
+class _Marks:
+    """Which states the forward pass keeps."""
+
+    def __init__(self, slots: int, steps: int | None) -> None:
+        self._all = steps is not None and slots >= steps
+        self._online = schedule.Online(slots) if steps is None else None
+        self._times = set() if steps is None or self._all else set(schedule.kept(0, steps, slots))
+
+    def at(self, t: int) -> tuple[bool, int | None]:
+        """Whether to keep the state before step t, and which one to give up for it."""
+        if t == 0:
+            return False, None
+        if self._online is not None:
+            return self._online.keep(t)
+        return self._all or t in self._times, None
+
+
+def in_bytes(memory: float | str) -> int:
+    """``"4GB"``, ``"500MB"``, ``"1.5 GiB"`` or a number, as bytes.
+
+    Example:
+        >>> in_bytes("4GB"), in_bytes("1.5 MiB"), in_bytes(1000)
+        (4000000000, 1572864, 1000)
+    """
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool) and memory >= 1:
+        return int(memory)
+    pattern = r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*"
+    found = re.fullmatch(pattern, memory, re.IGNORECASE) if isinstance(memory, str) else None
+    count = 0
+    if found is not None:
+        number, prefix, binary = found.groups()
+        count = int(
+            float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+        )
+    if count < 1:
+        raise InvalidInputError(
+            f'memory={memory!r}: write "4GB", "500MB", "1.5GiB", or a number of bytes'
+        )
+    return count
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise InvalidInputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")

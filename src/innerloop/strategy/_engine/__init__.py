@@ -1,0 +1,1 @@
+"""What strategies are built from; users never choose among these."""

@@ -1,0 +1,238 @@
+"""One step and its pullback, compiled.
+
+What is compiled is the core of a step: the loss, its gradient and the update. Data and the
+optimizer's hyper-parameters are made by the user's functions before it, so that the number of the
+step is no part of the compiled code, which is one for all steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop._carry import Carry
+from innerloop._problem import Problem
+from innerloop._utils import tree
+from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiableError
+from innerloop.strategy._engine import step_pullback as pullback
+from innerloop.strategy._engine.step_pullback import (
+    Cotangents,
+    Incoming,
+    Outgoing,
+    Step,
+    carry_of,
+    state_of,
+)
+
+_numbers = itertools.count()
+
+
+class Core:
+    """The compiled step of a problem.
+
+    Args:
+        problem: the problem.
+        product: how the pullback is taken.
+    """
+
+    def __init__(self, problem: Problem, product: str) -> None:
+        # hyper is (the user's, the optimizer's): both are inputs, whatever the step.
+        core = Problem(_Loss(problem), problem.optimizer, optimizer_hyper=_second)
+        core.view = problem.view
+        core.computed_buffers = problem.computed_buffers
+
+        def advance(state: Any, hyper: Any, batch: Any) -> Any:
+            new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
+            return state_of(new), loss, aux
+
+        def pull(
+            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
+        ) -> Incoming:
+            step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
+            return pullback.PRODUCTS[product](step, given)
+
+        self._advance, self._pull = advance, pull
+        for function in (advance, pull):
+            # torch.compile counts recompilations per code object, and refuses a ninth: each problem
+            # gets code of its own.
+            function.__code__ = function.__code__.replace(
+                co_name=f"{function.__name__}_{next(_numbers)}"
+            )
+        self._compiled = torch.compile(advance, fullgraph=True), torch.compile(pull, fullgraph=True)
+        self._verified: set[Any] = set()
+
+    def advance(self, state: Any, hyper: Any, batch: Any) -> Any:
+        """``(new_state, loss, aux)``."""
+        return self._call(0, self._advance, (state, hyper, batch), "the step")
+
+    def pull(
+        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
+    ) -> Incoming:
+        """The cotangents of the state and of hyper."""
+        found: Incoming = self._call(
+            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step"
+        )
+        return found
+
+    def _call(
+        self, which: int, eager: Callable[..., Any], arguments: tuple[Any, ...], what: str
+    ) -> Any:
+        try:
+            found = self._compiled[which](*arguments)
+        except InnerLoopError:
+            raise
+        except Exception as error:
+            raise NotDifferentiableError(
+                f"{what} cannot be compiled: write compile=False. PyTorch says: {error}"
+            ) from error
+        shapes = which, tuple((x.shape, x.dtype, x.device) for x in tree.tensors(arguments))
+        if shapes not in self._verified:
+            _compare(found, eager(*arguments), what)
+            self._verified.add(shapes)
+        return found
+
+
+class _Loss:
+    """The user's loss of the first part of hyper."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.loss = problem.loss
+
+    def __call__(self, params: Any, hyper: Any, batch: Any) -> Any:
+        return self.loss(params, hyper[0], batch)
+
+
+def _second(hyper: Any, t: int) -> Any:
+    return hyper[1]
+
+
+_cores: weakref.WeakKeyDictionary[Problem, dict[str, Core]] = weakref.WeakKeyDictionary()
+
+
+class CompiledProblem:
+    """Steps of a problem through its compiled core; the optimizer's counts are tensors in between.
+
+    Args:
+        problem: the problem.
+        product: as in `Checkpointed`; ``"auto"`` is reverse over reverse.
+    """
+
+    def __init__(self, problem: Problem, product: str) -> None:
+        problem.check_compiles()
+        self.problem = problem
+        cores = _cores.setdefault(problem, {})
+        product = "reverse" if product == "auto" else product
+        if product not in cores:
+            cores[product] = Core(problem, product)
+        self.core = cores[product]
+
+    def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+        """As `Problem.step`, on constants."""
+        # In one grad mode, which is compiled in; and that is on: a captured tensor that requires
+        # grad shows in the results.
+        both = (hyper, self.problem.overrides(hyper, t))
+        with torch.enable_grad():
+            state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+        return carry_of(state, carry.random_state), loss, aux
+
+    def pull(self, step: Step, given: Outgoing) -> Incoming:
+        """As `pullback.pull`."""
+        leaves = tree.leaves(step.hyper)
+        with torch.enable_grad():
+            inputs = [
+                x.detach().requires_grad_() if w else x
+                for x, w in zip(leaves, step.wanted, strict=True)
+            ]
+            overrides = self.problem.overrides(tree.with_leaves(step.hyper, inputs), step.t)
+        ends = tree.leaves(overrides)
+        wanted = (*step.wanted, *[isinstance(x, Tensor) and x.requires_grad for x in ends])
+        constants = tree.map_tensors(Tensor.detach, overrides)
+        # Zeros in the places of what has no cotangent yet, so that one compiled pullback serves all
+        # steps.
+        full = given.state
+        old = tree.leaves(state_of(step.carry))
+        if len(old) == len(full):
+            pairs = zip(full, old, strict=True)
+            full = [
+                torch.zeros_like(x) if c is None and tree.differentiable(x) else c for c, x in pairs
+            ]
+        with torch.no_grad():
+            found = self.core.pull(
+                _counted(state_of(step.carry)),
+                (step.hyper, constants),
+                step.batch,
+                wanted,
+                given._replace(state=full),
+            )
+        direct, through = found.hyper[: len(leaves)], found.hyper[len(leaves) :]
+        reached = [
+            (y, c)
+            for y, c in zip(ends, through, strict=True)
+            if c is not None and isinstance(y, Tensor) and y.requires_grad
+        ]
+        rest: Cotangents = [None] * len(leaves)
+        if reached:
+            chosen = [i for i, w in enumerate(step.wanted) if w]
+            more = torch.autograd.grad(
+                [y for y, _ in reached],
+                [inputs[i] for i in chosen],
+                [c for _, c in reached],
+                allow_unused=True,
+            )
+            for i, value in zip(chosen, more, strict=True):
+                rest[i] = value
+        step.reached.update(range(len(leaves)))
+        hyper = [pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
+        return Incoming(found.state, hyper, found.loss)
+
+
+def _counted(state: Any) -> Any:
+    """The state with step counts as tensors: a number would be compiled in."""
+    params, optimizer_state, buffers = state
+    like = next(iter(params.values()))
+    count = lambda leaf: torch.tensor(leaf, device=like.device) if type(leaf) is int else leaf  # noqa: E731
+    return params, tree.map_leaves(count, optimizer_state), buffers
+
+
+def uncounted(state: Any, like: Any) -> Any:
+    """The state with step counts as numbers again, where ``like`` has numbers."""
+    pairs = zip(tree.leaves(state), tree.leaves(like), strict=False)
+    if len(tree.leaves(state)) != len(tree.leaves(like)):
+        return state
+    return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
+
+
+def beyond_rounding(ours: Tensor, theirs: Tensor, slack: float) -> tuple[float, float] | None:
+    """``(error, scale)`` where compiled numbers differ from uncompiled ones by more than rounding: 100 √ε of the largest, and ``slack``."""
+    scale = float(theirs.detach().abs().max())
+    error = float((ours - theirs).detach().abs().max())
+    return (
+        None
+        if error <= 100 * torch.finfo(theirs.dtype).eps ** 0.5 * scale + slack
+        else (error, scale)
+    )
+
+
+def _compare(found: Any, eager: Any, what: str) -> None:
+    """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
+    pairs = zip(tree.leaves(found), tree.leaves(eager), strict=True)
+    chosen = [(a, b.detach()) for a, b in pairs if tree.differentiable(b) and b.numel()]
+    largest = max((float(b.abs().max()) for _, b in chosen), default=0.0)
+    for ours, theirs in chosen:
+        # What is rounding of larger numbers (a sum that cancels) has no scale of its own.
+        slack = 100 * torch.finfo(theirs.dtype).eps * largest
+        difference = beyond_rounding(
+            torch.zeros_like(theirs) if ours is None else ours, theirs, slack
+        )
+        if difference is not None:
+            error, scale = difference
+            raise MetaGradientError(
+                f"{what}, compiled, differs from the uncompiled one by {error:.3e}, where values "
+                f"are up to {scale:.3e}: a compiler error, "
+                "or the loss draws random numbers. Write compile=False"
+            )

@@ -1,0 +1,125 @@
+"""Tensors whose gradient raises when it is asked for: what a strategy does not differentiate is an error, never a zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from innerloop._utils import torch_private, tree
+from innerloop.errors import CapturedTensorError, NotDifferentiableError
+
+
+def check_constants(step: int, *results: Any) -> None:
+    """Raise if what a step computed from constants has a derivative."""
+    for result in results:
+        for x in tree.tensors(result):
+            if torch_private.has_derivative(x):
+                raise CapturedTensorError(
+                    f"step {step} uses a tensor that requires grad and is captured by the loss, "
+                    "by optimizer_hyper or by the optimizer, "
+                    "not one of their arguments: under this strategy it would silently get no "
+                    "gradient. Hand it in through hyper "
+                    "(a module: its parameters by name) or params; or detach it "
+                    "(module.requires_grad_(False)) if it is a constant"
+                )
+
+
+T = TypeVar("T")
+
+
+def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
+    """``values``, whose gradient with respect to one of ``inputs`` raises; all their other gradients are as before."""
+    tokens = [_Token.apply(x, message) for x in _differentiated(inputs)]
+    return (
+        tree.map_tensors(lambda x: _With.apply(x, *tokens) if tree.differentiable(x) else x, values)
+        if tokens
+        else values
+    )
+
+
+def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
+    """``values`` (constants), whose gradient with respect to any of ``inputs`` raises, unless an outer loss gives it the weight zero."""
+    anchors = _differentiated(inputs)
+    if not anchors:
+        return values
+    return tree.map_tensors(
+        lambda x: _Constant.apply(message, x, *anchors) if tree.differentiable(x) else x, values
+    )
+
+
+def _differentiated(inputs: Iterable[Tensor]) -> list[Tensor]:
+    if not torch.is_grad_enabled():
+        return []
+    return [x for x in inputs if tree.differentiable(x) and torch_private.has_derivative(x)]
+
+
+class _Token(torch.autograd.Function):
+    """Zero, and a backward that raises: autograd runs it only where the gradient of its input is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(anchor: Tensor, message: str) -> Tensor:
+        return anchor.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotDifferentiableError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotDifferentiableError(ctx.message)
+
+
+class _With(torch.autograd.Function):
+    """The identity in its first argument, connected to the tokens."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *tokens: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (grad, *[torch.zeros_like(token) for token in ctx.saved_tensors])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
+        return tangent.view_as(tangent)
+
+
+class _Constant(torch.autograd.Function):
+    """The identity, whose backward raises if it is reached by anything but zeros."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(message: str, value: Tensor, *anchors: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.message, _, *anchors = inputs
+        ctx.save_for_backward(*anchors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch_private.innermost(grad).any():
+            raise NotDifferentiableError(ctx.message)
+        return (None, None, *[torch.zeros_like(anchor) for anchor in ctx.saved_tensors])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotDifferentiableError(ctx.message)

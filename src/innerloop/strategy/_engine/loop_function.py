@@ -1,0 +1,369 @@
+"""A whole loop as one node of the autograd graph, whose backward pass is a method's own.
+
+The node's inputs are the tensors of the start, of the hyper-parameters and of the data (constants
+too: ``vmap`` must see them); its outputs are the states asked for, the losses and aux. Its backward
+is a second node, whose forward is the method's lean pullback and whose own backward, for second
+derivatives, differentiates a plain run of the loop that keeps everything.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from innerloop._carry import Carry
+from innerloop._trajectory import Trajectory
+from innerloop._utils import torch_private, tree
+from innerloop._utils.fingerprint import agree
+from innerloop._utils.progress import closing, silent
+from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.strategy._base import Loop
+from innerloop.strategy._engine.replay_context import Ambient, Repeatable
+from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
+from innerloop.strategy._store_all import StoreAll
+
+_vjp: Any = torch.func.vjp
+_jvp: Any = torch.func.jvp
+
+
+class Ran(NamedTuple):
+    """What a loop gives.
+
+    Attributes:
+        states: time -> (params, optimizer_state, buffers), for T and the times of ``save_at``, 0
+            excepted.
+        losses: tensor ``[T]``.
+        aux: stacked over steps.
+        steps: T.
+        random_states: the random state of each time in ``states``.
+    """
+
+    states: dict[int, Any]
+    losses: Tensor
+    aux: Any
+    steps: int
+    random_states: dict[int, RandomState | None]
+
+
+class Method(abc.ABC):
+    """How one loop runs forward and is pulled back; one object per loop, which may keep what it needs from one to the other.
+
+    Args:
+        loop: the loop as the user gave it.
+
+    Attributes:
+        kept: a pytree of tensors for the pullback, besides the inputs.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self.tensors, self.inputs = tree.split(
+            (state_of(loop.start), loop.hyper, loop.batches.data)
+        )
+        self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
+        random_state = loop.start.random_state or RandomState.now()
+        empty = Carry({}, None, {}, random_state)
+        self.transformed = torch_private.inside_transform()
+        self.recorded = self.transformed or (
+            torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+        )
+        problem = copy.copy(loop.problem)
+        if self.recorded and problem.optimizer_hyper is not None:
+            problem.optimizer_hyper = Repeatable(problem.optimizer_hyper)
+        self.loop = loop._replace(
+            problem=problem, start=empty, hyper=None, batches=loop.batches.holding(None)
+        )
+        self.loop.batches.keeping = self.recorded
+        self.ambient = Ambient(loop)
+        self.losses: Tensor | None = None
+        self.steps = 0
+        self.outputs: Any = None
+        self.random_states: dict[int, RandomState | None] = {}
+        self.kept: Any = None
+
+    @abc.abstractmethod
+    def forward(self, loop: Loop) -> Ran:
+        """Run on constants."""
+
+    @abc.abstractmethod
+    def pull(
+        self, loop: Loop, kept: Any, cotangents: Ran, wanted: list[bool]
+    ) -> tuple[Cotangents, Cotangents]:
+        """The cotangents of the leaves of the start's state, and of those of hyper.
+
+        Args:
+            loop: on constants.
+            kept: what `forward` left in ``self.kept``, or None: it has been used up by an earlier
+                pullback.
+            cotangents: of what `forward` returned; None for each that is zero, and for everything
+                that is no tensor.
+            wanted: for each leaf of hyper, whether its cotangent is wanted.
+        """
+
+    def filled(self, tensors: Sequence[Tensor]) -> Loop:
+        """The loop with these tensors in it."""
+        state, hyper, data = tree.join(self.inputs, tensors)
+        start = carry_of(state, self.loop.start.random_state)
+        return self.loop._replace(start=start, hyper=hyper, batches=self.loop.batches.holding(data))
+
+    def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of a run that keeps everything."""
+        loop = self.filled(tensors)
+        loop = loop._replace(batches=loop.batches.ending(self.steps), report=silent)
+        with at_random_state(loop.start.random_state), self.ambient.restored(loop.problem):
+            traj = StoreAll().run(loop)
+        self.compare(traj.losses)
+        found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
+        return list(tree.tensors(found))
+
+    def compare(self, losses: Tensor) -> None:
+        """Raise unless the losses of a replay are those of the forward pass."""
+        if self.losses is not None and not agree(losses, self.losses):
+            raise InvalidInputError(
+                "the loss of a replayed step is not what it was in the forward pass, so the "
+                "gradient would be wrong: the loss must be a "
+                "function of its arguments. Random numbers must be torch's own (which are "
+                "rewound), not NumPy's or a generator's; data "
+                "must not be written in place between the forward and the backward pass; state of "
+                "a module must be in its buffers"
+            )
+
+
+def run(method: Method) -> Trajectory:
+    """Run the loop of ``method`` as one node."""
+    if torch_private.inside_dual_level():
+        raise NotDifferentiableError(
+            "dual numbers of torch.autograd.forward_ad do not reach through this strategy: write "
+            "torch.func.jvp, or use "
+            "innerloop.StoreAll()"
+        )
+    if torch_private.jvp_levels() > 1:
+        # torch calls the jvp of an autograd.Function with forward derivatives switched off: the
+        # outer level would be lost (up to 2.13).
+        raise NotDifferentiableError(
+            "torch.func.jvp of torch.func.jvp does not reach through this strategy (PyTorch drops "
+            "the outer derivative): write "
+            "torch.func.hessian, or jacrev of jacrev, or use innerloop.StoreAll()"
+        )
+    tensors, method.tensors = method.tensors, []
+    start = method.filled(tensors).start
+    with method.ambient.restored(method.loop.problem):
+        ran = method.forward(method.filled([x.detach() for x in tensors]))
+    method.losses = ran.losses.detach().clone()
+    method.steps, method.random_states = ran.steps, ran.random_states
+    outputs, method.outputs = tree.split((ran.states, ran.losses, ran.aux))
+    if method.recorded:
+        outputs = _distinct(outputs, method.transformed)
+        outputs = list(_Node.apply(method, len(outputs), *outputs, *tensors))
+    states, losses, aux = tree.join(method.outputs, outputs)
+    carries = {t: carry_of(state, ran.random_states[t]) for t, state in states.items()}
+    return Trajectory({**carries, 0: start}, losses, aux, method.steps)
+
+
+def _distinct(outputs: list[Tensor], transformed: bool) -> list[Tensor]:
+    """An alias for each tensor: one may stand among the inputs, or at several times."""
+    # Not a view where possible: the node hands its inputs on as they are, which torch allows for
+    # views one at a time only.
+    return [x.view_as(x) if transformed else x.data for x in outputs]
+
+
+class _Node(torch.autograd.Function):
+    """The loop: hands on outputs that have been computed from constants, and remembers how they depend on the inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(method: Method, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.method, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors[ctx.count :])
+        ctx.save_for_forward(*tensors[ctx.count :])
+        if not ctx.method.transformed:
+            ctx.mark_dirty(
+                *tensors[: ctx.count]
+            )  # the output is the input itself, not a view: it may be edited in place
+        ctx.mark_non_differentiable(*[x for x in output if not tree.differentiable(x)])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        method, tensors = ctx.method, ctx.saved_tensors
+        wanted = [
+            n and tree.differentiable(x)
+            for n, x in zip(ctx.needs_input_grad[2 + ctx.count :], tensors, strict=True)
+        ]
+        given = [c is not None for c in cotangents]
+        row: list[Tensor | None] = [None] * (2 + ctx.count + len(tensors))
+        if any(given):
+            # Where transforms run, all that the pullback uses has to pass through its node.
+            kept, template = (
+                tree.split((method.kept, method.loop.batches.kept))
+                if method.transformed
+                else ([], None)
+            )
+            request = _Request(method, wanted, given, template)
+            pulled = _Pull.apply(
+                request, *tensors, *[c for c in cotangents if c is not None], *kept
+            )
+            for i, value in zip(request.reached, pulled, strict=True):
+                row[2 + ctx.count + i] = value
+        return tuple(row)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        tensors, tangents = ctx.saved_tensors, tangents[2 + ctx.count :]
+        chosen = [
+            i for i, v in enumerate(tangents) if v is not None and tree.differentiable(tensors[i])
+        ]
+
+        def outputs(values: list[Tensor]) -> list[Tensor]:
+            return ctx.method.plain(tree.put(tensors, chosen, values))
+
+        found = _pushed(outputs, tensors, tangents, chosen)
+        return tuple(v if tree.differentiable(v) else None for v in found)
+
+
+class _Request:
+    """One pullback of a node.
+
+    Attributes:
+        method: the node's.
+        wanted: for each input, whether its cotangent is wanted.
+        given: for each output, whether its cotangent is not zero.
+        kept: what the method kept, without its tensors; None: the method holds it itself.
+        reached: the inputs whose cotangent is not zero; filled in by the pullback.
+    """
+
+    def __init__(self, method: Method, wanted: list[bool], given: list[bool], kept: Any) -> None:
+        self.method = method
+        self.wanted = wanted
+        self.given = given
+        self.kept = kept
+        self.reached: list[int] = []
+
+    def gradient(
+        self, tensors: Sequence[Tensor], chosen: list[int]
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """The pullback as a function of the ``chosen`` ones of its tensors (inputs, then cotangents), by a run that keeps everything."""
+
+        def gradient(values: list[Tensor]) -> list[Tensor]:
+            filled = tree.put(tensors, chosen, values)
+            inputs, cotangents = filled[: len(self.wanted)], filled[len(self.wanted) :]
+
+            def outputs(values: list[Tensor]) -> list[Tensor]:
+                ends = self.method.plain(tree.put(inputs, self.reached, values))
+                return [y for y, given in zip(ends, self.given, strict=True) if given]
+
+            _, pull = _vjp(outputs, [inputs[i] for i in self.reached])
+            return list(pull(cotangents)[0])
+
+        return gradient
+
+
+def _pushed(
+    fn: Callable[[list[Tensor]], list[Tensor]],
+    tensors: Sequence[Tensor],
+    tangents: Sequence[Any],
+    chosen: list[int],
+) -> list[Any]:
+    """The tangents of ``fn`` of the ``chosen`` tensors. Both are copied: vmap hands in expanded ones, which make no dual numbers."""
+    given: list[Sequence[Any]] = [tensors, tangents]
+    values, along = (
+        [x[i].clone(memory_format=torch.contiguous_format) for i in chosen] for x in given
+    )
+    found: list[Any] = _jvp(fn, (values,), (along,))[1]
+    return found
+
+
+class _Pull(torch.autograd.Function):
+    """The pullback of `_Node`, a function of its inputs and of the cotangents of its outputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(request: _Request, *tensors: Tensor) -> tuple[Tensor, ...]:
+        method, count = request.method, len(request.wanted)
+        inputs, cotangents, kept = (
+            tensors[:count],
+            iter(tensors[count:]),
+            tensors[count + sum(request.given) :],
+        )
+        row = [next(cotangents) if given else None for given in request.given]
+        states, losses, aux = tree.join(method.outputs, row, rest_too=False)
+        ran = Ran(states, losses, aux, method.steps, method.random_states)
+        if request.kept is None:
+            held, method.kept = method.kept, None
+        loop = method.filled([x.detach() for x in inputs])
+        if request.kept is not None:
+            held, loop.batches.kept = tree.join(request.kept, kept)
+        places = iter(request.wanted[method.count :])
+        wanted = [
+            next(places) if isinstance(leaf, Tensor) else False for leaf in tree.leaves(loop.hyper)
+        ]
+        with (
+            at_random_state(RandomState.now()),
+            method.ambient.restored(loop.problem),
+            closing(loop.report),
+        ):
+            of_start, of_hyper = method.pull(loop, held, ran, wanted)
+        leaves = [*tree.leaves(state_of(loop.start)), *tree.leaves(loop.hyper)]
+        found = [
+            c
+            for c, leaf in zip([*of_start, *of_hyper], leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        ]
+        request.reached = [i for i, c in enumerate(found) if c is not None and request.wanted[i]]
+        seen = {id(x) for x in tensors}
+        distinct: list[Tensor] = []
+        for i in request.reached:
+            c = found[i]
+            assert c is not None
+            distinct.append(c.clone() if id(c) in seen else c)
+            seen.add(id(c))
+        return tuple(distinct)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.request, *tensors = inputs
+        request = ctx.request
+        used = tensors[: len(request.wanted) + sum(request.given)]
+        ctx.save_for_backward(*used)
+        ctx.save_for_forward(*used)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        request, tensors = ctx.request, ctx.saved_tensors
+        chosen = [
+            i
+            for i, x in enumerate(tensors)
+            if tree.differentiable(x) and ctx.needs_input_grad[i + 1]
+        ]
+        _, pull = _vjp(request.gradient(tensors, chosen), [tensors[i] for i in chosen])
+        (found,) = pull(list(cotangents))
+        row: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for i, value in zip(chosen, found, strict=True):
+            row[i + 1] = value
+        return tuple(row)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
+        request, tensors = ctx.request, ctx.saved_tensors
+        chosen = [
+            i for i, x in enumerate(tensors) if tangents[i] is not None and tree.differentiable(x)
+        ]
+        return tuple(_pushed(request.gradient(tensors, chosen), tensors, tangents, chosen))
+
+
+COMPILING = (
+    "{0} cannot stand inside of compiled code: leave metagradient(compile=True) or torch.compile "
+    "away. Checkpointed(compile=True) compiles "
+    "its steps"
+)

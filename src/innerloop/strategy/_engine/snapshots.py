@@ -1,0 +1,115 @@
+"""Where the states that a sweep starts from are kept: on their device, in main memory, or on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop._utils import tree
+
+PLACES = (None, "cpu", "disk")
+
+
+class Snapshots(MutableMapping[int, Any]):
+    """Pytrees of tensors by time.
+
+    Args:
+        place: None keeps the tensors where they are (large ones by reference), ``"cpu"`` copies
+            those of another device to pinned main memory while that device goes on computing,
+            ``"disk"`` writes them to a temporary file each.
+    """
+
+    def __init__(self, place: str | None) -> None:
+        self.place = place
+        self._held: dict[int, Any] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="innerloop-")) if place == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._written = 0
+
+    def __setitem__(self, t: int, value: Any) -> None:
+        if self.place is None:
+            self._held[t] = _compact(value)
+            return
+        tensors, template = tree.split(value)
+        devices = [x.device for x in tensors]
+        if self.place == "cpu":
+            self._held[t] = template, devices, [_to_host(x) for x in tensors]
+            return
+        assert self._folder is not None
+        self._written += 1
+        path = self._folder / f"{self._written}.pt"
+        # A view would write the whole of the storage that it is a view of.
+        torch.save([x.detach().clone() for x in tensors], path)
+        self.pop(t, None)
+        self._held[t] = template, devices, path
+
+    def __getitem__(self, t: int) -> Any:
+        if self.place is None:
+            return self._held[t]
+        template, devices, kept = self._held[t]
+        tensors = torch.load(kept, weights_only=True) if self.place == "disk" else kept
+        return tree.join(
+            template, [x.to(d, non_blocking=True) for x, d in zip(tensors, devices, strict=True)]
+        )
+
+    def __delitem__(self, t: int) -> None:
+        entry = self._held.pop(t)
+        if self.place == "disk":
+            entry[2].unlink()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._held)
+
+    def __reversed__(self) -> Iterator[int]:
+        return reversed(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+SMALL = 1_048_576
+"""Bytes; smaller tensors of a kept state share one block."""
+_ALIGNMENT = 64
+
+
+def _compact(value: Any) -> Any:
+    """``value`` with its small tensors copied side by side into one block.
+
+    Kept one by one among the temporary tensors of the steps in between they fragment the heap: on
+    M2 with every fourth state kept, twice the memory. Each begins at a multiple of 64 bytes,
+    because kernels may round differently at other alignments.
+    """
+    tensors, template = tree.split(value)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if (
+            x.layout is torch.strided
+            and x.is_floating_point()
+            and 0 < x.numel() * x.element_size() <= SMALL
+        ):
+            groups.setdefault((x.dtype, x.device), []).append(i)
+    for (dtype, device), members in groups.items():
+        step = _ALIGNMENT // dtype.itemsize
+        sizes = [-(-tensors[i].numel() // step) * step for i in members]
+        pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
+        for i, piece in zip(members, pieces, strict=True):
+            x = tensors[i]
+            tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
+    return tree.join(template, tensors)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        return x
+    if x.layout is not torch.strided:  # pinned memory is for dense tensors
+        return x.cpu()
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return host.copy_(x, non_blocking=True)

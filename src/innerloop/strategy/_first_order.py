@@ -1,0 +1,158 @@
+"""Treat the inner gradients as constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from innerloop._carry import Carry
+from innerloop._inner_gradient import graph
+from innerloop._inner_gradient.loss import INDEPENDENT
+from innerloop._inner_gradient.torch_errors import explained
+from innerloop._module.checks import refusing_recomputation
+from innerloop._problem import Problem
+from innerloop._trajectory import Trajectory
+from innerloop._utils import torch_private, tree
+from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._engine.step_pullback import state_of
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrder(Strategy):
+    r"""Treat the gradient of each inner step as a constant, so that no second derivative is taken. Approximate.
+
+    .. math:: (\theta_{t+1}, s_{t+1}) = u(g_t, s_t, \theta_t, \lambda), \qquad g_t = \nabla_\theta \ell(\theta_t)
+        \text{ held constant}
+
+    For SGD :math:`d\theta_T / d\theta_0` is then the identity: first-order MAML (Finn et al.,
+    "Model-agnostic meta-learning", 2017). Hyper-parameters of the optimizer keep their direct
+    effect on each update. The error is of the order of η T times the curvature of the inner loss;
+    exact where that is zero, and in the limit of small steps.
+
+    **Cost**: T G in time; memory A, plus P per step for each hyper-parameter of the optimizer that
+    is learned (and for Adam's division).
+
+    **When**: few and small inner steps, as a cheap first try. **Not** for a hyper-parameter inside
+    the inner loss: it acts through the inner gradients alone, so asking for its gradient raises.
+    Nor for outer losses made of ``traj.losses`` or ``traj.aux``.
+
+    Example:
+        On the loss w²/2 every step multiplies w by 1 - lr. Exact: d w₃/d w₀ = (1 - lr)³ = 1/8; with
+        constant gradients it is 1.
+
+        >>> import torch, innerloop
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2, innerloop.optim.sgd(lr=0.5)
+        ... )
+        >>> w = torch.tensor(2.0, requires_grad=True)
+        >>> traj = innerloop.unroll(
+        ...     problem, {"w": w}, None, steps=3, strategy=innerloop.FirstOrder()
+        ... )
+        >>> torch.autograd.grad(traj.params["w"], w)
+        (tensor(1.),)
+    """
+
+    exact = False
+    differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
+
+    def run(self, loop: Loop) -> Trajectory:
+        carry = loop.start
+        states, rows = {0: carry}, Rows(carry.params)
+        in_loss: dict[int, Tensor] = {}
+        for t in loop.batches.times():
+            batch = loop.batch(carry.detach(), t)
+            grads, loss, aux, buffers = _constant_gradient(
+                loop.problem, carry, loop.hyper, batch, t, in_loss
+            )
+            carry = loop.problem.update(carry, grads, buffers, loop.hyper, t)
+            rows.add(loss, aux)
+            if t + 1 in loop.save_at:
+                states[t + 1] = carry
+            loop.report("forward", t + 1, loop.batches.steps)
+        states[len(rows)] = carry
+        # The newest parameters stand for what the optimizer has captured.
+        inputs = [
+            *tree.tensors((state_of(loop.start), loop.hyper)),
+            *in_loss.values(),
+            *carry.params.values(),
+        ]
+        computed = loop.problem.computed_buffers
+        for time, kept in states.items():
+            if time:
+                buffers = {
+                    n: refuse_outputs(b, inputs, _LOSSES) if n in computed else b
+                    for n, b in kept.buffers.items()
+                }
+                states[time] = refuse_inputs(kept, in_loss.values(), _IN_LOSS)._replace(
+                    buffers=buffers
+                )
+        return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), len(rows))
+
+
+def _constant_gradient(
+    problem: Problem, carry: Carry, hyper: Any, batch: Any, t: int, in_loss: dict[int, Tensor]
+) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
+    """`Problem.gradient` on constants; notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on."""
+    params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
+    leaves = tree.leaves(hyper)
+    places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
+
+    def evaluate(params: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, Any]:
+        filled = tree.with_leaves(hyper, tree.put(leaves, places, values))
+        loss, (aux, new_buffers) = problem.evaluate(
+            params, buffers, filled, batch, second_order=False
+        )
+        found = {
+            id(x): x
+            for x in graph.inspect(
+                [loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False
+            )
+        }
+        if not any(id(p) in found for p in params.values()):
+            raise NotDifferentiableError(INDEPENDENT)
+        given = {id(v): leaves[i] for i, v in zip(places, values, strict=True)}
+        own = {id(p) for p in params.values()}
+        # A leaf that is neither is captured by the loss; it acts through the inner gradients as
+        # well.
+        in_loss.update({id(x): given.get(key, x) for key, x in found.items() if key not in own})
+        return loss, (loss, aux, new_buffers)
+
+    constants = [leaves[i].detach() for i in places]
+    try:
+        if torch_private.inside_transform() or torch.compiler.is_compiling():
+            (grads, _), (loss, aux, new_buffers) = tree.grad_with_aux(lambda both: evaluate(*both))(
+                (params, constants)
+            )
+            check_constants(t, grads, loss, aux)
+            return grads, loss, aux, new_buffers
+        with torch.enable_grad(), refusing_recomputation():
+            alias = {name: p.requires_grad_() for name, p in params.items()}
+            loss, (_, aux, new_buffers) = evaluate(alias, [x.requires_grad_() for x in constants])
+        found = torch.autograd.grad(loss, list(alias.values()), allow_unused=True)
+    except InnerLoopError:
+        raise
+    except RuntimeError as error:
+        raise explained(error) from error
+    grads = {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(alias.items(), found, strict=True)
+    }
+    return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
+
+
+_IN_LOSS = (
+    "FirstOrder() holds the inner gradients constant, and this tensor acts through them: the "
+    "inner loss uses it, so its gradient "
+    "would be lost. Write strategy=innerloop.Checkpointed() (or StoreAll, ForwardMode, "
+    "Truncated), or detach the tensor"
+)
+_LOSSES = (
+    "FirstOrder() differentiates the parameters along the loop; traj.losses, traj.aux and buffers "
+    "are constants: evaluate the loss at "
+    "traj.params, or write strategy=innerloop.Checkpointed()"
+)
