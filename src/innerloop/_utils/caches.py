@@ -32,7 +32,7 @@ def cache(name: str, *, weak: bool = False) -> MutableMapping[K, V]:
     """
     if name in _caches:
         raise ValueError(f"there is a cache called {name!r} already")
-    made: MutableMapping[K, V] = weakref.WeakKeyDictionary() if weak else {}  # type: ignore[assignment]
+    made: MutableMapping[K, V] = weakref.WeakKeyDictionary() if weak else {}
     _caches[name] = made  # type: ignore[assignment]
     return made
 
