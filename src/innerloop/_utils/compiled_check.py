@@ -8,7 +8,7 @@ import torch
 
 from innerloop._utils import tree
 from innerloop.errors import MetaGradientError
-from innerloop.strategy._engine.compiled_step import beyond_rounding
+from innerloop.strategy._engine.compiled_step import difference_beyond_rounding
 
 
 def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> None:
@@ -19,7 +19,9 @@ def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> No
         strict=True,
     ):
         difference = (
-            beyond_rounding(ours, eager, torch.finfo(eager.dtype).tiny) if eager.numel() else None
+            difference_beyond_rounding(ours, eager, torch.finfo(eager.dtype).tiny)
+            if eager.numel()
+            else None
         )
         if difference is not None:
             error, scale = difference

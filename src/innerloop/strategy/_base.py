@@ -42,7 +42,7 @@ class Loop(NamedTuple):
         return self.batches.at(carry.params, self.hyper, t)
 
 
-class Rows:
+class StepOutputs:
     """What the steps give one by one: the losses and aux.
 
     Args:
@@ -68,8 +68,8 @@ class Rows:
         return losses, tree.stack(self._aux)
 
 
-def join(before: Any, after: Any) -> Any:
-    """Two results of `Rows.stacked`, one after the other."""
+def concatenate(before: Any, after: Any) -> Any:
+    """Two results of `StepOutputs.stacked`, one after the other."""
     if before is None or after is None:
         return after if before is None else before
     pairs = zip(tree.leaves(before), tree.leaves(after), strict=True)

@@ -17,7 +17,7 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InnerLoopError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._base import Loop, StepOutputs, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
 from innerloop.strategy._engine.step_pullback import state_of
 
@@ -62,7 +62,7 @@ class FirstOrder(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         carry = loop.start
-        states, rows = {0: carry}, Rows(carry.params)
+        states, rows = {0: carry}, StepOutputs(carry.params)
         in_loss: dict[int, Tensor] = {}
         for t in loop.batches.times():
             batch = loop.batch(carry.detach(), t)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from innerloop._trajectory import Trajectory
-from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._base import Loop, StepOutputs, Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StoreAll(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         carry = loop.start
-        states, rows = {0: carry}, Rows(carry.params)
+        states, rows = {0: carry}, StepOutputs(carry.params)
         for t in loop.batches.times():
             carry, loss, aux = loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)
             states[t + 1] = carry

@@ -19,11 +19,11 @@ from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._utils import tree
 from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiableError
-from innerloop.strategy._engine import step_pullback as pullback
+from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
-    Incoming,
-    Outgoing,
+    InputCotangents,
+    OutputCotangents,
     Step,
     carry_of,
     state_of,
@@ -51,10 +51,10 @@ class Core:
             return state_of(new), loss, aux
 
         def pull(
-            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
-        ) -> Incoming:
+            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+        ) -> InputCotangents:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
-            return pullback.PRODUCTS[product](step, given)
+            return step_pullback.PRODUCTS[product](step, given)
 
         self._advance, self._pull = advance, pull
         for function in (advance, pull):
@@ -71,10 +71,10 @@ class Core:
         return self._call(0, self._advance, (state, hyper, batch), "the step")
 
     def pull(
-        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
-    ) -> Incoming:
+        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+    ) -> InputCotangents:
         """The cotangents of the state and of hyper."""
-        found: Incoming = self._call(
+        found: InputCotangents = self._call(
             1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step"
         )
         return found
@@ -140,8 +140,8 @@ class CompiledProblem:
             state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
         return carry_of(state, carry.random_state), loss, aux
 
-    def pull(self, step: Step, given: Outgoing) -> Incoming:
-        """As `pullback.pull`."""
+    def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
+        """As `step_pullback.pull`."""
         leaves = tree.leaves(step.hyper)
         with torch.enable_grad():
             inputs = [
@@ -187,8 +187,8 @@ class CompiledProblem:
             for i, value in zip(chosen, more, strict=True):
                 rest[i] = value
         step.reached.update(range(len(leaves)))
-        hyper = [pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
-        return Incoming(found.state, hyper, found.loss)
+        hyper = [step_pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
+        return InputCotangents(found.state, hyper, found.loss)
 
 
 def _counted(state: Any) -> Any:
@@ -207,7 +207,9 @@ def uncounted(state: Any, like: Any) -> Any:
     return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
 
 
-def beyond_rounding(ours: Tensor, theirs: Tensor, slack: float) -> tuple[float, float] | None:
+def difference_beyond_rounding(
+    ours: Tensor, theirs: Tensor, slack: float
+) -> tuple[float, float] | None:
     """``(error, scale)`` where compiled numbers differ from uncompiled ones by more than rounding: 100 √ε of the largest, and ``slack``."""
     scale = float(theirs.detach().abs().max())
     error = float((ours - theirs).detach().abs().max())
@@ -226,7 +228,7 @@ def _compare(found: Any, eager: Any, what: str) -> None:
     for ours, theirs in chosen:
         # What is rounding of larger numbers (a sum that cancels) has no scale of its own.
         slack = 100 * torch.finfo(theirs.dtype).eps * largest
-        difference = beyond_rounding(
+        difference = difference_beyond_rounding(
             torch.zeros_like(theirs) if ours is None else ours, theirs, slack
         )
         if difference is not None:

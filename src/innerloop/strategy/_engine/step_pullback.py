@@ -79,7 +79,7 @@ class Step(NamedTuple):
             self.random_state.restore()
 
 
-class Outgoing(NamedTuple):
+class OutputCotangents(NamedTuple):
     """Cotangents of what a step gives; each list is aligned with `tree.leaves`.
 
     Attributes:
@@ -93,7 +93,7 @@ class Outgoing(NamedTuple):
     aux: Cotangents
 
 
-class Incoming(NamedTuple):
+class InputCotangents(NamedTuple):
     """Cotangents of what a step was given, and the loss, evaluated once more.
 
     Attributes:
@@ -130,7 +130,7 @@ def _takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> l
     return [*found, *step.wanted]
 
 
-def reverse(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def reverse(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     """Reverse over reverse: record the step, and run it backwards."""
     step.rewind()
     if torch_private.inside_transform() or torch.compiler.is_compiling():
@@ -163,10 +163,10 @@ def reverse(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         row = [next(found) if c else None for c in chosen]
     count = len(leaves) - len(step.wanted)
     step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    return Incoming(row[:count], row[count:], loss.detach())
+    return InputCotangents(row[:count], row[count:], loss.detach())
 
 
-def _reverse_by_transform(step: Step, given: Outgoing) -> Incoming:
+def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
     inputs = _Inputs(step, (*state_of(step.carry), step.hyper), buffers_at=2)
 
     def ends(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -182,10 +182,10 @@ def _reverse_by_transform(step: Step, given: Outgoing) -> Incoming:
     (values,) = pull([c for c in cotangents if c is not None])
     found = inputs.aligned(values)
     count = len(found) - len(step.wanted)
-    return Incoming(found[:count], found[count:], loss)
+    return InputCotangents(found[:count], found[count:], loss)
 
 
-def mixed(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def mixed(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     """Forward over reverse: one ``jvp`` of the inner gradient along the cotangent that the update hands it."""
 
     def product(
@@ -194,10 +194,10 @@ def mixed(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         step.rewind()
         return _jvp(gradients, (values,), (along,), has_aux=True)
 
-    return _factored(step, given, gradient, product)
+    return _through_factors(step, given, gradient, product)
 
 
-def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def finite(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     r"""A central difference of the inner gradient.
 
     .. math:: (\nabla\ell(\theta + \epsilon \bar g) - \nabla\ell(\theta - \epsilon \bar g)) / 2\epsilon
@@ -232,7 +232,7 @@ def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         ]
         return mean, slope, loss
 
-    return _factored(step, given, gradient, product)
+    return _through_factors(step, given, gradient, product)
 
 
 def _no_product(
@@ -243,7 +243,7 @@ def _no_product(
     return zeros, zeros, values[0].new_zeros(())
 
 
-def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
+def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
     """Compare the pullback of one step with reverse over reverse, where that exists.
 
     A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power
@@ -253,7 +253,7 @@ def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
         exact = reverse(step, given)
     except (InnerLoopError, RuntimeError):
         return
-    direct = _factored(step, given, None, _no_product)
+    direct = _through_factors(step, given, None, _no_product)
     error = scale = 0.0
     rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
     for a, b, c in rows:
@@ -272,7 +272,9 @@ def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
         )
 
 
-def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[..., Any]) -> Incoming:
+def _through_factors(
+    step: Step, given: OutputCotangents, gradient: Any, product: Callable[..., Any]
+) -> InputCotangents:
     """Pull through the update, then through the gradient by ``product``, then through what else the loss gives."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
     buffers_at = len(given.state) - sizes[2]
@@ -296,7 +298,7 @@ def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[...,
     )
     of_params = [add(a, b) for a, b in zip(of_params, params, strict=True)]
     of_hyper = [add(a, b) for a, b in zip(of_hyper, hyper, strict=True)]
-    return Incoming([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
+    return InputCotangents([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
 
 
 def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotangents]:
@@ -365,7 +367,7 @@ def _through_besides(step: Step, inputs: _Inputs, given: Cotangents) -> Cotangen
     return inputs.pulled(besides, given)
 
 
-PRODUCTS: dict[str, Callable[..., Incoming]] = {
+PRODUCTS: dict[str, Callable[..., InputCotangents]] = {
     "reverse": reverse,
     "mixed": mixed,
     "finite": finite,
@@ -376,7 +378,9 @@ _no_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
 """Losses for which ``"auto"`` has found that."""
 
 
-def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def pull(
+    product: str, step: Step, given: OutputCotangents, gradient: Any = None
+) -> InputCotangents:
     """Pull one step back.
 
     Raises:
