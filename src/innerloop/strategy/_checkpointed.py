@@ -14,7 +14,8 @@ from torch import Tensor
 from innerloop._batches import Drawn
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, StepOutputs, Strategy
@@ -153,7 +154,7 @@ class Checkpointed(Strategy):
         return f"Checkpointed({', '.join(changed)})"
 
     def run(self, loop: Loop) -> Trajectory:
-        if torch.compiler.is_compiling():
+        if mode() is Mode.COMPILING:
             raise NotDifferentiableError(loop_function.COMPILING.format(self))
         if isinstance(loop.batches, Drawn) and not self.keep_batches:
             raise InvalidInputError(
@@ -163,7 +164,7 @@ class Checkpointed(Strategy):
             )
         if (
             isinstance(loop.batches, Drawn)
-            and not torch_private.inside_transform()
+            and mode() is not Mode.TRANSFORMED
             and self.offload is not None
         ):
             loop.batches.kept = Snapshots(self.offload)
@@ -190,7 +191,7 @@ class Checkpointed(Strategy):
         else:
             # Under a transform a step is not measured: the states may then take the whole budget.
             step = dataclasses.replace(self, slots=1, memory=None)
-            measured = needed and steps != 0 and not torch_private.inside_transform()
+            measured = needed and steps != 0 and mode() is not Mode.TRANSFORMED
             working = working_bytes(loop, step) if measured else 0.0
             fitting = int((in_bytes(self.memory) - working) // size)
             if fitting < 1 and needed:

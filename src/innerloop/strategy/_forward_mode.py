@@ -16,6 +16,7 @@ from innerloop._inner_gradient.torch_errors import explained
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, StepOutputs, Strategy
@@ -93,7 +94,7 @@ class ForwardMode(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        if torch.compiler.is_compiling():
+        if mode() is Mode.COMPILING:
             raise NotDifferentiableError(loop_function.COMPILING.format(self))
         constant = loop._replace(start=loop.start.detach())
         traj = loop_function.run(_ForwardModeLoop(constant))

@@ -8,8 +8,7 @@ step is no part of the compiled code, which is one for all steps.
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._utils import tree
+from innerloop._utils.caches import cache
 from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiableError
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.step_pullback import (
@@ -111,7 +111,7 @@ def _second(hyper: Any, t: int) -> Any:
     return hyper[1]
 
 
-_cores: weakref.WeakKeyDictionary[Problem, dict[str, Core]] = weakref.WeakKeyDictionary()
+_cores: MutableMapping[Problem, dict[str, Core]] = cache("compiled steps", weak=True)
 
 
 class CompiledProblem:

@@ -19,14 +19,15 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.fingerprint import agree
 from innerloop._utils.progress import closing, silent
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop
-from innerloop.strategy._engine.replay_context import ReplayContext, Repeatable
+from innerloop.strategy._engine.plain_run import plain_run
+from innerloop.strategy._engine.replay_context import Repeatable, ReplayContext
 from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
-from innerloop.strategy._store_all import StoreAll
 
 _vjp: Any = torch.func.vjp
 _jvp: Any = torch.func.jvp
@@ -68,7 +69,7 @@ class LoopFunction(abc.ABC):
         self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
         random_state = loop.start.random_state or RandomState.now()
         empty = Carry({}, None, {}, random_state)
-        self.transformed = torch_private.inside_transform()
+        self.transformed = mode() is Mode.TRANSFORMED
         self.recorded = self.transformed or (
             torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
         )
@@ -116,7 +117,7 @@ class LoopFunction(abc.ABC):
         loop = self.filled(tensors)
         loop = loop._replace(batches=loop.batches.ending(self.steps), report=silent)
         with at_random_state(loop.start.random_state), self.context.restored(loop.problem):
-            traj = StoreAll().run(loop)
+            traj = plain_run(loop)
         self.compare(traj.losses)
         found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
         return list(tree.tensors(found))

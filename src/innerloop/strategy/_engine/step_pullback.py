@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,10 @@ from innerloop._carry import Carry
 from innerloop._inner_gradient import graph
 from innerloop._inner_gradient.torch_errors import explained
 from innerloop._problem import Problem
-from innerloop._utils import torch_private, tree
+from innerloop._types import Loss
+from innerloop._utils import tree
+from innerloop._utils.caches import cache
+from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
@@ -133,7 +135,7 @@ def _takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> l
 def reverse(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     """Reverse over reverse: record the step, and run it backwards."""
     step.rewind()
-    if torch_private.inside_transform() or torch.compiler.is_compiling():
+    if not may_call_autograd():
         return _reverse_by_transform(step, given)
     parts = (*state_of(step.carry), step.hyper)
     chosen = _takes_part(step, parts, 2)
@@ -374,8 +376,8 @@ PRODUCTS: dict[str, Callable[..., InputCotangents]] = {
 }
 PREFERRED = {"cpu": "reverse"}
 """What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/decisions.md); elsewhere reverse."""
-_no_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Losses for which ``"auto"`` has found that."""
+_no_forward_mode: MutableMapping[Loss, bool] = cache("losses without a forward mode", weak=True)
+"""Losses of which ``product="auto"`` has found that an operation lacks a forward-mode derivative."""
 
 
 def pull(
@@ -398,7 +400,7 @@ def pull(
         if chosen != "mixed" or not lacks_forward_mode(error):
             raise explained(error) from error
         if product == "auto":
-            _no_forward_mode.add(step.problem.loss)
+            _no_forward_mode[step.problem.loss] = True
             warnings.warn(
                 f"{step.problem!r}: an operation of the loss lacks a forward-mode derivative, so "
                 'product="auto" takes reverse over '
@@ -453,7 +455,7 @@ class _Inputs:
 
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
         """Note which leaves ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
-        if torch.compiler.is_compiling():
+        if mode() is Mode.COMPILING:
             return
         found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
         self.reached.update(i for i, v in zip(self.chosen, values, strict=True) if id(v) in found)
@@ -473,6 +475,6 @@ class _Inputs:
         """``values`` in their places among the leaves; None for those that were not reached, as autograd has it."""
         row: Cotangents = [None] * len(self.leaves)
         for i, value in zip(self.chosen, values, strict=True):
-            if i in self.reached or torch.compiler.is_compiling():
+            if i in self.reached or mode() is Mode.COMPILING:
                 row[i] = value
         return row
