@@ -18,7 +18,8 @@ from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
-from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiableError
+from innerloop._utils.compiled_check import check_compiled, fields_of
+from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
@@ -68,19 +69,36 @@ class Core:
 
     def advance(self, state: Any, hyper: Any, batch: Any) -> Any:
         """``(new_state, loss, aux)``."""
-        return self._call(0, self._advance, (state, hyper, batch), "the step")
+        return self._call(0, self._advance, (state, hyper, batch), "the step", _groups)
 
     def pull(
         self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
     ) -> InputCotangents:
         """The cotangents of the state and of hyper."""
+
+        def groups(found: InputCotangents) -> dict[str, object]:
+            params, optimizer_state, buffers = tree.with_leaves(state, found.state)
+            user, optimizer = tree.with_leaves(hyper, found.hyper)
+            return {
+                "gradient of params": params,
+                **fields_of(optimizer_state, "gradient of optimizer_state"),
+                "gradient of buffers": buffers,
+                "gradient of hyper": {"hyper": user, "optimizer_hyper": optimizer},
+                "loss": found.loss,
+            }
+
         found: InputCotangents = self._call(
-            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step"
+            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step", groups
         )
         return found
 
     def _call(
-        self, which: int, eager: Callable[..., Any], arguments: tuple[Any, ...], what: str
+        self,
+        which: int,
+        eager: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        what: str,
+        groups: Callable[[Any], dict[str, object]],
     ) -> Any:
         try:
             found = self._compiled[which](*arguments)
@@ -92,9 +110,21 @@ class Core:
             ) from error
         shapes = which, tuple((x.shape, x.dtype, x.device) for x in tree.tensors(arguments))
         if shapes not in self._verified:
-            _compare(found, eager(*arguments), what)
+            check_compiled(groups(found), groups(eager(*arguments)), what)
             self._verified.add(shapes)
         return found
+
+
+def _groups(found: tuple[tuple[Any, Any, Any], Tensor, Any]) -> dict[str, object]:
+    """Return what a step gives, by groups of one scale."""
+    (params, optimizer_state, buffers), loss, aux = found
+    return {
+        "params": params,
+        **fields_of(optimizer_state, "optimizer_state"),
+        "buffers": buffers,
+        "loss": loss,
+        "aux": aux,
+    }
 
 
 class _Loss:
@@ -205,36 +235,3 @@ def uncounted(state: Any, like: Any) -> Any:
     if len(tree.leaves(state)) != len(tree.leaves(like)):
         return state
     return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
-
-
-def difference_beyond_rounding(
-    ours: Tensor, theirs: Tensor, slack: float
-) -> tuple[float, float] | None:
-    """``(error, scale)`` where compiled numbers differ from uncompiled ones by more than rounding: 100 √ε of the largest, and ``slack``."""
-    scale = float(theirs.detach().abs().max())
-    error = float((ours - theirs).detach().abs().max())
-    return (
-        None
-        if error <= 100 * torch.finfo(theirs.dtype).eps ** 0.5 * scale + slack
-        else (error, scale)
-    )
-
-
-def _compare(found: Any, eager: Any, what: str) -> None:
-    """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
-    pairs = zip(tree.leaves(found), tree.leaves(eager), strict=True)
-    chosen = [(a, b.detach()) for a, b in pairs if tree.differentiable(b) and b.numel()]
-    largest = max((float(b.abs().max()) for _, b in chosen), default=0.0)
-    for ours, theirs in chosen:
-        # What is rounding of larger numbers (a sum that cancels) has no scale of its own.
-        slack = 100 * torch.finfo(theirs.dtype).eps * largest
-        difference = difference_beyond_rounding(
-            torch.zeros_like(theirs) if ours is None else ours, theirs, slack
-        )
-        if difference is not None:
-            error, scale = difference
-            raise MetaGradientError(
-                f"{what}, compiled, differs from the uncompiled one by {error:.3e}, where values "
-                f"are up to {scale:.3e}: a compiler error, "
-                "or the loss draws random numbers. Write compile=False"
-            )
