@@ -13,6 +13,7 @@ from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explained
+from innerloop._linear.products import lacks_forward_mode
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
@@ -26,7 +27,6 @@ from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
     carry_of,
-    lacks_forward_mode,
     state_of,
 )
 

@@ -55,7 +55,7 @@ class Core:
             state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
         ) -> InputCotangents:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
-            return step_pullback.PRODUCTS[product](step, given)
+            return step_pullback.PRODUCTS[product](step, given, None)
 
         self._advance, self._pull = advance, pull
         for function in (advance, pull):

@@ -1,18 +1,17 @@
-r"""The pullback of one step: from cotangents of what a step gives to cotangents of what it is given.
+r"""The pullback of one step: from cotangents of its results to cotangents of its inputs.
 
 With :math:`g = \nabla_\theta \ell(\theta, \lambda)` and the update :math:`(\theta', s') = u(g, s,
-\theta, \lambda)`, the cotangents
-:math:`(\bar\theta', \bar s')` are first pulled through the update, which gives :math:`\bar g` (and direct parts), and then through
-the gradient:
+\theta, \lambda)`, the cotangents :math:`(\bar\theta', \bar s')` are first pulled through the
+update, which gives :math:`\bar g` (and direct parts), and then through the gradient:
 
 .. math::
     \bar\theta \mathrel{+}= \nabla^2_{\theta\theta} \ell\, \bar g, \qquad
     \bar\lambda \mathrel{+}= \nabla^2_{\lambda\theta} \ell\, \bar g.
 
 The Hessian is symmetric, so both products are the derivative of :math:`(\nabla_\theta \ell,
-\nabla_\lambda \ell)` with respect to
-:math:`\theta` along :math:`\bar g`: one forward-mode pass over the gradient (Kemaev et al., "Scalable meta-learning via mixed-mode
-differentiation", 2025), or one central difference of it.
+\nabla_\lambda \ell)` with respect to :math:`\theta` along :math:`\bar g`: one forward-mode pass
+over the gradient (Kemaev et al., "Scalable meta-learning via mixed-mode differentiation", 2025), or
+one central difference of it (`innerloop._linear.products`).
 """
 
 from __future__ import annotations
@@ -28,8 +27,16 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._inner_gradient import graph
 from innerloop._inner_gradient.torch_errors import explained
+from innerloop._linear.products import (
+    Gradients,
+    SecondProduct,
+    central_difference,
+    forward_over_reverse,
+    lacks_forward_mode,
+    without_forward_mode,
+)
 from innerloop._problem import Problem
-from innerloop._types import Loss
+from innerloop._types import HyperTree, Loss, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
@@ -37,20 +44,21 @@ from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
 Cotangents = list[Tensor | None]
-_vjp: Any = (
-    torch.func.vjp
-)  # with has_aux they return three values, which their annotations do not say
-_jvp: Any = torch.func.jvp
+State = tuple[Params, Any, Params]
+"""The part of a carry that is differentiated: parameters, optimizer state, buffers."""
+
+# With has_aux it returns three values, which its annotation does not say.
+_vjp: Any = torch.func.vjp
 
 
 def carry_of(state: Sequence[Any], random_state: RandomState | None) -> Carry:
-    """The inverse of `state_of`."""
+    """Return the carry of which `state_of` gives ``state``."""
     params, optimizer_state, buffers = state
     return Carry(params, optimizer_state, buffers, random_state)
 
 
 class Step(NamedTuple):
-    """One step to be pulled back: its inputs, all of them constants.
+    """The inputs of one step that is to be pulled back, all of them constants.
 
     Attributes:
         problem: the problem.
@@ -58,16 +66,16 @@ class Step(NamedTuple):
         hyper: the hyper-parameters.
         batch: the data.
         t: the time.
-        wanted: for each leaf of ``hyper``, whether its cotangent is wanted.
+        wanted: for each leaf of ``hyper``, True if its cotangent is wanted.
         reached: the leaves of ``hyper`` that any step so far depends on; added to by a pullback.
-        random_state: the one in which the loss is evaluated; None: it draws nothing.
+        random_state: the random state in which the loss is evaluated; None: it draws nothing.
         finite_step: the relative step of the central difference; None: the cube root of the
             precision.
     """
 
     problem: Problem
     carry: Carry
-    hyper: Any
+    hyper: HyperTree
     batch: Any
     t: int
     wanted: Sequence[bool]
@@ -76,27 +84,31 @@ class Step(NamedTuple):
     finite_step: float | None = None
 
     def rewind(self) -> None:
-        """Before every evaluation of the loss: each must see the same random numbers."""
+        """Restore the random state, so that each evaluation of the loss sees the same numbers."""
         if self.random_state is not None:
             self.random_state.restore()
 
 
 class OutputCotangents(NamedTuple):
-    """Cotangents of what a step gives; each list is aligned with `tree.leaves`.
+    """Cotangents of the results of a step; each list is aligned with `tree.leaves`.
 
     Attributes:
         state: of the new (params, optimizer_state, buffers).
         loss: of the loss.
-        aux: of what the loss returned besides.
+        aux: of what the loss returned besides; an empty list: all zero.
     """
 
     state: Cotangents
     loss: Tensor | None
     aux: Cotangents
 
+    def of_aux(self, aux: object) -> Cotangents:
+        """Return the cotangents of the leaves of ``aux``, written out."""
+        return self.aux or [None] * len(tree.leaves(aux))
+
 
 class InputCotangents(NamedTuple):
-    """Cotangents of what a step was given, and the loss, evaluated once more.
+    """Cotangents of the inputs of a step, and the loss, evaluated once more.
 
     Attributes:
         state: of the old (params, optimizer_state, buffers).
@@ -109,16 +121,16 @@ class InputCotangents(NamedTuple):
     loss: Tensor
 
 
-def state_of(carry: Carry) -> tuple[Any, Any, Any]:
-    """The part of a carry that is differentiated."""
+def state_of(carry: Carry) -> State:
+    """Return the part of a carry that is differentiated."""
     return carry.params, carry.optimizer_state, carry.buffers
 
 
-def _takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> list[bool]:
-    """For each leaf of ``parts``, of which the last is hyper, whether the step is differentiated with respect to it.
+def takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> list[bool]:
+    """Return for each leaf of ``parts`` True if the step is differentiated with respect to it.
 
-    Running statistics are not: the kernels of normalisations write them, and refuse ones that
-    require grad.
+    The last of ``parts`` is hyper. Running statistics take no part: the kernels of normalisations
+    write them, and refuse tensors that require grad.
     """
     found: list[bool] = []
     for i, part in enumerate(parts[:-1]):
@@ -132,13 +144,13 @@ def _takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> l
     return [*found, *step.wanted]
 
 
-def reverse(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
-    """Reverse over reverse: record the step, and run it backwards."""
+def reverse(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
+    """Pull back by reverse over reverse: record the step, and run it backwards."""
     step.rewind()
     if not may_call_autograd():
         return _reverse_by_transform(step, given)
     parts = (*state_of(step.carry), step.hyper)
-    chosen = _takes_part(step, parts, 2)
+    chosen = takes_part(step, parts, 2)
     leaves = [
         x.detach().requires_grad_() if c else x
         for x, c in zip(tree.leaves(parts), chosen, strict=True)
@@ -151,7 +163,7 @@ def reverse(step: Step, given: OutputCotangents, gradient: Any = None) -> InputC
         ends = [*tree.leaves(state_of(new)), loss, *tree.leaves(aux)]
     pairs = [
         (y, c)
-        for y, c in zip(ends, [*given.state, given.loss, *given.aux], strict=True)
+        for y, c in zip(ends, [*given.state, given.loss, *given.of_aux(aux)], strict=True)
         if c is not None and y.requires_grad
     ]
     row: Cotangents = [None] * len(leaves)
@@ -175,78 +187,66 @@ def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangent
         *state, hyper = inputs.filled(values)
         carry = carry_of(state, step.carry.random_state)
         new, loss, aux = step.problem.step(carry, hyper, step.batch, step.t)
-        found = _selected([*tree.leaves(state_of(new)), loss, *tree.leaves(aux)], cotangents)
+        found = _selected(
+            [*tree.leaves(state_of(new)), loss, *tree.leaves(aux)],
+            [*given.state, given.loss, *given.of_aux(aux)],
+        )
         inputs.note(found, values)
         return found, loss
 
-    cotangents = [*given.state, given.loss, *given.aux]
     _, pull, loss = _vjp(ends, inputs.values, has_aux=True)
+    cotangents = [*given.state, given.loss, *given.aux]
     (values,) = pull([c for c in cotangents if c is not None])
     found = inputs.aligned(values)
     count = len(found) - len(step.wanted)
     return InputCotangents(found[:count], found[count:], loss)
 
 
-def mixed(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
-    """Forward over reverse: one ``jvp`` of the inner gradient along the cotangent that the update hands it."""
+def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
+    """Pull back by forward over reverse: one ``jvp`` of the inner gradient.
 
-    def product(
-        gradients: Callable[..., Any], values: list[Tensor], along: list[Tensor]
-    ) -> tuple[Any, Any, Tensor]:
-        step.rewind()
-        return _jvp(gradients, (values,), (along,), has_aux=True)
-
-    return _through_factors(step, given, gradient, product)
-
-
-def finite(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
-    r"""A central difference of the inner gradient.
-
-    .. math:: (\nabla\ell(\theta + \epsilon \bar g) - \nabla\ell(\theta - \epsilon \bar g)) / 2\epsilon
+    It is taken along the cotangent that the update hands to the gradient.
     """
 
-    def product(
-        gradients: Callable[..., Any], values: list[Tensor], along: list[Tensor]
-    ) -> tuple[Any, Any, Tensor]:
-        count = len(step.carry.params)
-        h = (
-            torch.finfo(values[0].dtype).eps ** (1 / 3)
-            if step.finite_step is None
-            else step.finite_step
-        )
-        scale = torch.stack([v.abs().max() for v in along[:count] if v.numel()]).max()
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        size = h * (1 + torch.stack([v.abs().max() for v in values[:count] if v.numel()]).max())
-        sides = []
-        for sign in (1, -1):
-            step.rewind()
-            moved = [
-                v + sign * size * (a / scale)
-                for v, a in zip(values[:count], along[:count], strict=True)
-            ]
-            sides.append(gradients([*moved, *values[count:]]))
-        (above, loss), (below, _) = sides
-        mean = [(a + b) / 2 for a, b in zip(above, below, strict=True)]
-        slope = [(a - b) * (scale / (2 * size)) for a, b in zip(above, below, strict=True)]
-        step.rewind()
-        loss = step.problem.evaluate(step.carry.params, step.carry.buffers, step.hyper, step.batch)[
-            0
-        ]
-        return mean, slope, loss
+    def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
+        return forward_over_reverse(gradients, values, along, before_each=step.rewind)
 
     return _through_factors(step, given, gradient, product)
 
 
-def _no_product(
-    gradients: Callable[..., Any], values: list[Tensor], along: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """No second derivative at all: what is left of a pullback is the direct part."""
+def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
+    """Pull back by a central difference of the inner gradient."""
+
+    def value() -> Tensor:
+        carry = step.carry
+        return step.problem.evaluate(carry.params, carry.buffers, step.hyper, step.batch)[0]
+
+    def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
+        return central_difference(
+            gradients,
+            values,
+            along,
+            before_each=step.rewind,
+            value=value,
+            moved=len(step.carry.params),
+            relative_step=step.finite_step,
+        )
+
+    return _through_factors(step, given, gradient, product)
+
+
+Product = Callable[[Gradients, list[Tensor], list[Tensor]], SecondProduct]
+"""``product(gradients, at, along)``."""
+
+
+def _no_product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
+    """Return zeros for the second derivative: the direct part of a pullback is left."""
     zeros = [torch.zeros_like(v) for v in values]
-    return zeros, zeros, values[0].new_zeros(())
+    return SecondProduct(zeros, zeros, values[0].new_zeros(()))
 
 
 def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
-    """Compare the pullback of one step with reverse over reverse, where that exists.
+    """Raise if the pullback of one step is not that of reverse over reverse, where that exists.
 
     A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power
     iteration) moves with the displaced parameters, and no smaller step cures that.
@@ -263,9 +263,8 @@ def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> 
             error += float((a - b).norm()) ** 2
             scale += float((b if c is None else b - c).norm()) ** 2
     error, scale = math.sqrt(error), math.sqrt(scale)
-    if (
-        scale and error > 0.05 * scale
-    ):  # where reverse over reverse sees nothing, there is nothing to compare with
+    # Where reverse over reverse sees nothing, there is nothing to compare with.
+    if scale and error > 0.05 * scale:
         raise NotDifferentiableError(
             f'product="finite" is off by {error / scale:.0%} at step {step.t}: the loss stops a '
             "gradient (detach, no_grad), "
@@ -275,9 +274,9 @@ def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> 
 
 
 def _through_factors(
-    step: Step, given: OutputCotangents, gradient: Any, product: Callable[..., Any]
+    step: Step, given: OutputCotangents, gradient: Params | None, product: Product
 ) -> InputCotangents:
-    """Pull through the update, then through the gradient by ``product``, then through what else the loss gives."""
+    """Pull through the update, through the gradient by ``product``, and through buffers and aux."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
     buffers_at = len(given.state) - sizes[2]
     if gradient is None:
@@ -291,7 +290,7 @@ def _through_factors(
 
     inputs = _Inputs(step, (step.carry.params, step.carry.buffers, step.hyper), buffers_at=1)
     total, loss = _through_gradient(step, inputs, of_gradient, given.loss, product)
-    more = _through_besides(step, inputs, [*given.state[buffers_at:], *given.aux])
+    more = _through_besides(step, inputs, given._replace(state=given.state[buffers_at:]))
     total = [add(a, b) for a, b in zip(total, more, strict=True)]
     params, buffers, hyper = (
         total[: sizes[0]],
@@ -303,8 +302,12 @@ def _through_factors(
     return InputCotangents([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
 
 
-def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotangents]:
-    """The cotangents of gradient, params, optimizer state and hyper, from those of the new params and optimizer state."""
+def _through_update(step: Step, gradient: Params, given: Cotangents) -> list[Cotangents]:
+    """Pull the cotangents of the new params and optimizer state through the update.
+
+    Returns:
+        The cotangents of gradient, params, optimizer state and hyper.
+    """
     problem = step.problem
     parts = (gradient, step.carry.params, step.carry.optimizer_state, step.hyper)
     inputs = _Inputs(step, parts)
@@ -330,9 +333,20 @@ def _through_gradient(
     inputs: _Inputs,
     along: Cotangents,
     given: Tensor | None,
-    product: Callable[..., Any],
+    product: Product,
 ) -> tuple[Cotangents, Tensor]:
-    """``(cotangents, loss)``: the second derivative of the loss along that of the gradient, and the first times that of the loss."""
+    """Pull the cotangents of the gradient and of the loss through the evaluation of both.
+
+    Args:
+        step: the step.
+        inputs: what the loss is a function of.
+        along: the cotangents of the gradient, along which the second derivative is taken.
+        given: the cotangent of the loss, which multiplies the first derivative.
+        product: takes the second derivative.
+
+    Returns:
+        ``(cotangents, loss)``.
+    """
 
     def value(values: list[Tensor]) -> tuple[Tensor, Tensor]:
         params, buffers, hyper = inputs.filled(values)
@@ -353,37 +367,50 @@ def _through_gradient(
     return inputs.aligned(slope), loss
 
 
-def _through_besides(step: Step, inputs: _Inputs, given: Cotangents) -> Cotangents:
-    """The cotangents that come from those of the new buffers and of aux."""
-    if all(c is None for c in given):
+def _through_besides(step: Step, inputs: _Inputs, given: OutputCotangents) -> Cotangents:
+    """Pull the cotangents of the new buffers (``given.state``) and of aux through the loss."""
+    cotangents = [*given.state, *given.aux]
+    if all(c is None for c in cotangents):
         return [None] * len(inputs.leaves)
     step.rewind()
 
     def besides(values: list[Tensor]) -> list[Tensor]:
         params, buffers, hyper = inputs.filled(values)
         _, (aux, new_buffers) = step.problem.evaluate(params, buffers, hyper, step.batch)
-        ends = _selected([*tree.leaves(new_buffers), *tree.leaves(aux)], given)
+        ends = _selected(
+            [*tree.leaves(new_buffers), *tree.leaves(aux)], [*given.state, *given.of_aux(aux)]
+        )
         inputs.note(ends, values)
         return ends
 
-    return inputs.pulled(besides, given)
+    return inputs.pulled(besides, cotangents)
 
 
-PRODUCTS: dict[str, Callable[..., InputCotangents]] = {
+Pullback = Callable[[Step, OutputCotangents, Params | None], InputCotangents]
+PRODUCTS: dict[str, Pullback] = {
     "reverse": reverse,
     "mixed": mixed,
     "finite": finite,
 }
 PREFERRED = {"cpu": "reverse"}
-"""What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/decisions.md); elsewhere reverse."""
+"""The product that ``"auto"`` takes on each kind of device; reverse on others.
+
+By measurement: docs/devnotes/decisions.md.
+"""
 _no_forward_mode: MutableMapping[Loss, bool] = cache("losses without a forward mode", weak=True)
-"""Losses of which ``product="auto"`` has found that an operation lacks a forward-mode derivative."""
+"""The losses in which ``product="auto"`` has met an operation without a forward mode."""
 
 
 def pull(
-    product: str, step: Step, given: OutputCotangents, gradient: Any = None
+    product: str, step: Step, given: OutputCotangents, gradient: Params | None = None
 ) -> InputCotangents:
     """Pull one step back.
+
+    Args:
+        product: ``"auto"`` or a key of `PRODUCTS`.
+        step: the step.
+        given: the cotangents of its results.
+        gradient: the inner gradient of the step, if it is known already.
 
     Raises:
         NotDifferentiableError: an operation lacks the derivative that ``product`` needs.
@@ -408,53 +435,42 @@ def pull(
                 stacklevel=2,
             )
             return reverse(step, given)
-        raise NotDifferentiableError(
-            'product="mixed" needs forward-mode derivatives, and an operation of the loss lacks '
-            'one: write product="reverse". '
-            f"PyTorch says: {error}"
-        ) from error
-
-
-def lacks_forward_mode(error: Exception) -> bool:
-    """Whether torch complains about a missing forward-mode derivative."""
-    signs = (
-        "forward AD",
-        "forward mode",
-        "forward-mode",
-        "jvp",
-        "functorch",
-        "ZeroTensors",
-        "tangent",
-        "dual",
-    )
-    return isinstance(error, NotImplementedError) or any(sign in str(error) for sign in signs)
+        raise without_forward_mode(error) from error
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum, where None is zero."""
+    """Add two cotangents, where None is zero."""
     return b if a is None else a if b is None else a + b
 
 
 def _selected(ends: list[Any], cotangents: Cotangents) -> list[Tensor]:
+    """Return the results that have a cotangent."""
     return [y for y, c in zip(ends, cotangents, strict=True) if c is not None]
 
 
 class _Inputs:
-    """The differentiable leaves of a tree whose last entry is ``hyper``, of which only the wanted leaves count."""
+    """The leaves of a tree that are differentiated.
+
+    Args:
+        step: the step; of ``hyper`` the leaves that it wants are differentiated.
+        inputs: the tree; its last entry is ``hyper``.
+        buffers_at: which entry is the buffers.
+    """
 
     def __init__(self, step: Step, inputs: tuple[Any, ...], buffers_at: int | None = None) -> None:
         self.step = step
         self.inputs = inputs
         self.leaves = tree.leaves(inputs)
-        self.chosen = [i for i, takes in enumerate(_takes_part(step, inputs, buffers_at)) if takes]
+        self.chosen = [i for i, takes in enumerate(takes_part(step, inputs, buffers_at)) if takes]
         self.values = [self.leaves[i] for i in self.chosen]
         self.reached: set[int] = set()
 
     def filled(self, values: list[Tensor]) -> Any:
+        """Return the tree with ``values`` in the places of the leaves that are differentiated."""
         return tree.with_leaves(self.inputs, tree.put(self.leaves, self.chosen, values))
 
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
-        """Note which leaves ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
+        """Note which leaves ``ends`` depend on: for all others a transform would give zeros."""
         if mode() is Mode.COMPILING:
             return
         found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
@@ -463,7 +479,7 @@ class _Inputs:
         self.step.reached.update(i - before for i in self.reached if i >= before)
 
     def pulled(self, fn: Callable[[list[Tensor]], list[Tensor]], given: Cotangents) -> Cotangents:
-        """The cotangents of all leaves, from those of what ``fn`` gives."""
+        """Pull ``given``, the cotangents of the results of ``fn``, back to all leaves."""
         cotangents = [c for c in given if c is not None]
         if not cotangents:
             return [None] * len(self.leaves)
@@ -472,7 +488,7 @@ class _Inputs:
         return self.aligned(pull(cotangents)[0])
 
     def aligned(self, values: Sequence[Tensor]) -> Cotangents:
-        """``values`` in their places among the leaves; None for those that were not reached, as autograd has it."""
+        """Return ``values`` in their places among the leaves, None where nothing was reached."""
         row: Cotangents = [None] * len(self.leaves)
         for i, value in zip(self.chosen, values, strict=True):
             if i in self.reached or mode() is Mode.COMPILING:

@@ -1,0 +1,1 @@
+"""Second derivatives as linear operators."""

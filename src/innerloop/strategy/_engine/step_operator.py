@@ -1,0 +1,119 @@
+"""The derivative of one step of training as a linear operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from innerloop._inner_gradient.torch_errors import explained
+from innerloop._linear.operator import LinearOperator, Vector
+from innerloop._linear.products import lacks_forward_mode
+from innerloop._utils import tree
+from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.strategy._engine.step_pullback import (
+    OutputCotangents,
+    Step,
+    carry_of,
+    pull,
+    state_of,
+    takes_part,
+)
+
+_jvp: Any = torch.func.jvp
+
+
+class StepPullback(LinearOperator):
+    r"""The pullback of one step: from a cotangent of the new state to one of the old state.
+
+    With :math:`s_{t+1} = F(s_t, \lambda)` it is the matrix :math:`(\partial F / \partial s)^T`. A
+    state is the parameters, the optimizer's state and the buffers; vectors are aligned with
+    ``tree.leaves(state_of(carry))``.
+
+    Args:
+        step: the step. ``step.wanted`` says for which leaves of hyper `both` gives a cotangent.
+        product: how the second derivative is taken, as in `Checkpointed`.
+    """
+
+    def __init__(self, step: Step, product: str = "reverse") -> None:
+        self.step = _at_own_random_numbers(step)
+        self.product = product
+        self.takes = self.gives = tree.leaves(state_of(step.carry))
+
+    def __call__(self, vector: Vector) -> Vector:
+        """Pull ``vector`` back to the old state."""
+        return self.both(vector)[0]
+
+    def both(self, vector: Vector) -> tuple[Vector, Vector]:
+        """Pull ``vector`` back through one step, to ``(state, hyper)``."""
+        with at_random_state(self.step.random_state):
+            found = pull(self.product, self.step, OutputCotangents(vector, None, []))
+        return found.state, found.hyper
+
+    @property
+    def T(self) -> StepPushforward:  # noqa: N802
+        """Return the derivative of the step, which pushes tangents of the old state forward."""
+        return StepPushforward(self.step, self.product)
+
+
+class StepPushforward(LinearOperator):
+    r"""The derivative of one step, :math:`\partial F / \partial s`: it needs forward mode.
+
+    Args:
+        step: the step.
+        product: of the pullback that is its transpose.
+    """
+
+    def __init__(self, step: Step, product: str = "reverse") -> None:
+        self.step = _at_own_random_numbers(step)
+        self.product = product
+        self.takes = self.gives = tree.leaves(state_of(step.carry))
+
+    def __call__(self, vector: Vector) -> Vector:
+        """Push ``vector`` forward to the new state."""
+        step, state = self.step, state_of(self.step.carry)
+        # The last part stands for hyper, which is held constant.
+        parts = takes_part(step._replace(wanted=()), (*state, None), buffers_at=2)
+        chosen = [i for i, takes in enumerate(parts) if takes and vector[i] is not None]
+        if not chosen:
+            return [None] * len(self.gives)
+        leaves = tree.leaves(state)
+
+        def advance(*values: Tensor) -> list[Tensor]:
+            filled = tree.with_leaves(state, tree.put(leaves, chosen, values))
+            carry = carry_of(filled, step.carry.random_state)
+            new, _, _ = step.problem.step(carry, step.hyper, step.batch, step.t)
+            found = tree.leaves(state_of(new))
+            places[:] = [i for i, x in enumerate(found) if tree.differentiable(x)]
+            return [found[i] for i in places]
+
+        places: list[int] = []
+        with at_random_state(step.random_state):
+            try:
+                _, pushed = _jvp(
+                    advance, tuple(leaves[i] for i in chosen), tuple(vector[i] for i in chosen)
+                )
+            except InnerLoopError:
+                raise
+            except RuntimeError as error:
+                if not lacks_forward_mode(error):
+                    raise explained(error) from error
+                raise NotDifferentiableError(
+                    "the transpose of a step's pullback needs forward-mode derivatives, and an "
+                    "operation of the loss lacks one: use the pullback itself. PyTorch says: "
+                    f"{error}"
+                ) from error
+        return tree.put([None] * len(self.gives), places, pushed)
+
+    @property
+    def T(self) -> StepPullback:  # noqa: N802
+        """Return the pullback."""
+        return StepPullback(self.step, self.product)
+
+
+def _at_own_random_numbers(step: Step) -> Step:
+    """Return ``step`` with a random state, so that every product sees the same numbers."""
+    known = step.random_state or step.carry.random_state or RandomState.now()
+    return step._replace(random_state=known)
