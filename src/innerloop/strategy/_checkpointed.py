@@ -1,4 +1,4 @@
-"""Keep some states, and run the steps between them again."""
+"""Some states are kept, and the steps between them run again."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ from innerloop.strategy._engine.step_pullback import (
 from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
-"""Bytes of states that are kept without a second thought when ``slots`` is not given."""
+"""Bytes of states that are kept in any case when ``slots`` is not given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointed(Strategy):
-    r"""Run the loop without a graph, keep some of its states, and replay each step once more to differentiate it: exact, in bounded memory.
+    r"""Run the loop without a graph, and replay its steps to differentiate them.
+
+    Some of the states are kept, so the memory is bounded; the derivative is exact.
 
     With s slots the T steps are run backwards by binomial checkpointing (Griewank & Walther 2000),
     which replays the fewest steps possible. The data of an iterator need no known length (Wang,
@@ -77,8 +79,8 @@ class Checkpointed(Strategy):
         keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
         compile: compile the step and its pullback with ``torch.compile``: seconds to a minute once
             per problem and shape, whatever T is; the first ones are compared with the uncompiled
-            and refused if they differ (so are losses that draw random numbers). Not inside of
-            ``torch.func`` transforms, where nothing is compiled.
+            and refused if they differ (so are losses that draw random numbers). Inside
+            ``torch.func`` transforms nothing is compiled.
         finite_step: relative step of ``product="finite"``; its error falls with the square of it,
             until rounding takes over. With the default step, the first and the last step are
             compared with ``"reverse"`` where the loss has a second derivative: one that stops
@@ -143,6 +145,7 @@ class Checkpointed(Strategy):
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
+        """True unless the second derivative is a finite difference."""
         return self.product != "finite"
 
     def __repr__(self) -> str:
@@ -154,6 +157,7 @@ class Checkpointed(Strategy):
         return f"Checkpointed({', '.join(changed)})"
 
     def run(self, loop: Loop) -> Trajectory:
+        """Run the loop as one node of the autograd graph, whose backward pass replays it."""
         if mode() is Mode.COMPILING:
             raise NotDifferentiableError(loop_function.COMPILING.format(self))
         if isinstance(loop.batches, Drawn) and not self.keep_batches:
@@ -171,12 +175,12 @@ class Checkpointed(Strategy):
         return loop_function.run(_Replay(loop, self))
 
     def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
-        """How many states are kept at once.
+        """Return how many states are kept at once.
 
         Args:
             loop: the loop.
             steps: T, or None: not known yet.
-            needed: whether the loop will be differentiated.
+            needed: True if the loop will be differentiated.
 
         Raises:
             InvalidInputError: ``memory`` does not suffice for one step.
@@ -204,7 +208,7 @@ class Checkpointed(Strategy):
 
 
 class _Replay(LoopFunction):
-    """One loop under `Checkpointed`."""
+    """A loop under `Checkpointed`."""
 
     def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
         super().__init__(loop)
@@ -267,12 +271,13 @@ class _Replay(LoopFunction):
         return LoopOutputs(states, *rows.stacked(), end, randoms)
 
     def _storage(self) -> dict[int, Any] | Snapshots:
+        """Return an empty storage for states."""
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an
         # input of the pullback's node.
         return {} if self.transformed else Snapshots(self.strategy.offload)
 
     def _sharing(self, new: Carry, old: Carry) -> Carry:
-        """States share one random state as long as nothing is drawn."""
+        """Return ``new`` with the random state of ``old``, as long as nothing is drawn."""
         a, b = new.random_state, old.random_state
         if a is None or b is None or a.equals(b):
             return new._replace(random_state=b)
@@ -340,13 +345,17 @@ class _Replay(LoopFunction):
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
 
     def _state(self, loop: Loop, t: int, kept: _ReplayData) -> Carry:
-        """The state before step t: kept, or replayed from the last one kept, keeping others on the way."""
+        """Return the state before step t.
+
+        It is kept, or replayed from the last one that is; others are kept on the way.
+        """
         if t in kept.last:
             return kept.last.pop(t)
         if t == 0:
             return loop.start
         snapshots = kept.snapshots
-        begin = next(reversed(snapshots), 0)  # they are in order of time
+        # Snapshots are in order of time.
+        begin = next(reversed(snapshots), 0)
         carry = snapshots[begin] if begin else loop.start
         marks = set(schedule.kept(begin, t + 1, self._slots - len(snapshots)))
         self._rewind(carry)
@@ -357,7 +366,7 @@ class _Replay(LoopFunction):
         return carry
 
     def _advance(self, loop: Loop, carry: Carry, t: int, kept: _ReplayData) -> Carry:
-        """One step, on constants."""
+        """Run step t again on constants."""
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
             return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(
@@ -376,7 +385,7 @@ class _Replay(LoopFunction):
 
 
 class _ReplayData(NamedTuple):
-    """What a sweep starts from.
+    """The data that a backward sweep starts from.
 
     Attributes:
         snapshots: time -> carry.
@@ -391,7 +400,7 @@ class _ReplayData(NamedTuple):
 
 
 class _CheckpointTimes:
-    """Which states the forward pass keeps."""
+    """The times whose states the forward pass keeps."""
 
     def __init__(self, slots: int, steps: int | None) -> None:
         self._all = steps is not None and slots >= steps
@@ -399,7 +408,7 @@ class _CheckpointTimes:
         self._times = set() if steps is None or self._all else set(schedule.kept(0, steps, slots))
 
     def at(self, t: int) -> tuple[bool, int | None]:
-        """Whether to keep the state before step t, and which one to give up for it."""
+        """Decide about the state before step t, as `schedule.OnlineSchedule.keep` does."""
         if t == 0:
             return False, None
         if self._online is not None:
@@ -408,7 +417,7 @@ class _CheckpointTimes:
 
 
 def in_bytes(memory: float | str) -> int:
-    """``"4GB"``, ``"500MB"``, ``"1.5 GiB"`` or a number, as bytes.
+    """Return ``"4GB"``, ``"500MB"``, ``"1.5 GiB"`` or a number as bytes.
 
     Example:
         >>> in_bytes("4GB"), in_bytes("1.5 MiB"), in_bytes(1000)
@@ -431,6 +440,7 @@ def in_bytes(memory: float | str) -> int:
     return count
 
 
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise InvalidInputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")

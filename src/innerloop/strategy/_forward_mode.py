@@ -1,4 +1,4 @@
-"""Push derivatives along the loop."""
+"""Derivatives are pushed along the loop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from innerloop._inner_gradient.torch_errors import explained
 from innerloop._linear.products import lacks_forward_mode
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import HyperTree
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
@@ -34,14 +35,14 @@ _jvp: Any = torch.func.jvp
 
 
 class OnlineGradient(NamedTuple):
-    """What `ForwardMode.online` yields.
+    """One result of `ForwardMode.online`.
 
     Attributes:
         t: the number of steps taken.
         carry: the state after them.
         value: the outer loss there.
-        grads: its derivative with respect to hyper, a pytree like hyper (None for what is no
-            floating-point tensor).
+        grads: its derivative with respect to hyper, a pytree like hyper (None for a leaf that is
+            not a floating-point tensor).
     """
 
     t: int
@@ -52,9 +53,13 @@ class OnlineGradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardMode(Strategy):
-    r"""Push the derivative of the state with respect to each hyper-parameter along the loop: exact, and nothing is stored.
+    r"""Push the derivative of the state with respect to hyper along the loop.
 
-    .. math:: \frac{d(\theta_{t+1}, s_{t+1})}{d\lambda} = \frac{\partial u}{\partial(\theta_t, s_t)} \frac{d(\theta_t, s_t)}{d\lambda}
+    The derivative is exact, and nothing is stored:
+
+    .. math::
+        \frac{d(\theta_{t+1}, s_{t+1})}{d\lambda} =
+        \frac{\partial u}{\partial(\theta_t, s_t)} \frac{d(\theta_t, s_t)}{d\lambda}
         + \frac{\partial u}{\partial \lambda}
 
     This is real-time recurrent learning (Williams & Zipser 1989), for hyper-parameters by
@@ -94,6 +99,7 @@ class ForwardMode(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
+        """Run the loop, with the derivative of the state carried along."""
         if mode() is Mode.COMPILING:
             raise NotDifferentiableError(loop_function.COMPILING.format(self))
         constant = loop._replace(start=loop.start.detach())
@@ -117,7 +123,7 @@ class ForwardMode(Strategy):
         hyper: Any,
         steps: int | None = None,
     ) -> Generator[OnlineGradient, Any, None]:
-        """The hyper-gradient of ``outer(params, hyper)`` after every step, while the loop is running.
+        """Yield the hyper-gradient of ``outer(params, hyper)`` after every step of a loop.
 
         Args:
             outer: the outer loss at the parameters of the moment.
@@ -182,11 +188,14 @@ def _hyper_gradient(
     outer: Callable[[dict[str, Tensor], Any], Tensor],
     push: _ForwardStep,
     carry: Carry,
-    tangents: list[Any],
-    hyper: Any,
+    tangents: Cotangents,
+    hyper: HyperTree,
     first: bool,
 ) -> tuple[Tensor, Any]:
-    """``(value, grads)`` of the outer loss here: its gradient along what was pushed, and its direct one."""
+    """Return ``(value, grads)`` of the outer loss at this state.
+
+    Its gradient has two parts: by the state, whose derivative was pushed here, and by hyper itself.
+    """
     leaves = tree.leaves(hyper)
     with torch.enable_grad():
         values = [x.detach().requires_grad_() for x in carry.params.values()]
@@ -216,7 +225,7 @@ def _hyper_gradient(
     return value.detach(), tree.map_tensors(Tensor.detach, tree.with_leaves(hyper, grads))
 
 
-def _check_alike(sent: Any, before: Any) -> None:
+def _check_alike(sent: HyperTree, before: HyperTree) -> None:
     """Raise unless both have the same leaves at the same places."""
     described = [
         [(path, tuple(x.shape), x.dtype) for path, x in tree.named_tensors(h, "hyper")]
@@ -230,7 +239,14 @@ def _check_alike(sent: Any, before: Any) -> None:
 
 
 class _ForwardStep:
-    """Steps that carry, for each element of the wanted hyper-parameters, the derivative of the state; in the first dimension."""
+    """A step that carries the derivative of the state along.
+
+    The first dimension of a derivative counts the elements of the hyper-parameters.
+
+    Args:
+        loop: the loop.
+        wanted: for each leaf of hyper, True if it is differentiated.
+    """
 
     def __init__(self, loop: Loop, wanted: list[bool]) -> None:
         self.problem = loop.problem
@@ -253,20 +269,19 @@ class _ForwardStep:
             self.basis.append(rows.reshape(self.count, *x.shape))
             done += size
 
-    def zeros(self, carry: Carry) -> list[Any]:
-        """The derivative of a state that does not depend on hyper."""
+    def zeros(self, carry: Carry) -> Cotangents:
+        """Return the derivative of a state that does not depend on hyper."""
         leaves = tree.leaves(state_of(carry))
         return [
             x.new_zeros(self.count, *x.shape) if tree.differentiable(x) else None for x in leaves
         ]
 
     def __call__(
-        self, carry: Carry, tangents: list[Any], hyper: Any, batch: Any, t: int
-    ) -> tuple[Carry, list[Any], tuple[Tensor, Any], tuple[Any, Any]]:
-        """One step: ``(carry, its derivative, (loss, aux), their derivatives)``."""
+        self, carry: Carry, tangents: Cotangents, hyper: HyperTree, batch: object, t: int
+    ) -> tuple[Carry, Cotangents, tuple[Tensor, Any], tuple[Any, Any]]:
+        """Run one step: ``(carry, its derivative, (loss, aux), their derivatives)``."""
         states, leaves = tree.leaves(state_of(carry)), tree.leaves(hyper)
-        # Kernels write running statistics in place, which have no derivative: they stay what they
-        # are.
+        # Kernels write running statistics in place; they are not differentiated.
         skipped = {
             id(b) for n, b in carry.buffers.items() if n not in self.problem.computed_buffers
         }
@@ -288,7 +303,8 @@ class _ForwardStep:
         def along(*tangents: Tensor) -> tuple[Any, Any]:
             return _jvp(step, tuple(values), tangents)
 
-        given = [*[tangents[i] for i in places], *self.basis]
+        # A differentiable leaf of the state always has a tangent.
+        given: list[Any] = [*[tangents[i] for i in places], *self.basis]
         try:
             if self.count == 1:
                 found, pushed = along(*[v[0] for v in given])
@@ -312,22 +328,25 @@ class _ForwardStep:
         of_state, of_loss, of_aux = tree.join(template, pushed, rest_too=False)
         return carry_of(state, random_state), tree.leaves(of_state), (loss, aux), (of_loss, of_aux)
 
-    def contract(self, cotangents: list[Any], tangents: list[Any]) -> list[Any]:
-        """The cotangent of each leaf of hyper; None where nothing depends on it."""
-        total: Any = None
+    def contract(self, cotangents: Cotangents, tangents: Cotangents) -> Cotangents:
+        """Return the cotangent of each leaf of hyper; None where nothing depends on it."""
+        total: Tensor | None = None
         for c, v in zip(cotangents, tangents, strict=True):
             if c is not None and v is not None:
                 product = (c.conj() * v).real if v.is_complex() else c * v
                 part = product.reshape(self.count, -1).sum(1)
                 total = part if total is None else total + part
-        row: list[Any] = [None] * len(self.leaves)
+        row: Cotangents = [None] * len(self.leaves)
         if total is not None:
             for i, piece in zip(self.places, total.split(self.sizes), strict=True):
                 row[i] = piece.reshape(self.leaves[i].shape).to(self.leaves[i].dtype)
         return row
 
     def influence(self, of_states: Iterable[Tensor], of_steps: Iterable[Tensor]) -> list[bool]:
-        """Which leaves of hyper have any influence at all: a derivative that is zero for one without any would hide a mistake."""
+        """Return for each leaf of hyper True if it has any influence.
+
+        A derivative of zero for a leaf without influence would hide a mistake.
+        """
         slopes = [*of_states, *[v.transpose(0, 1) for v in of_steps]]
         found = [False] * len(self.leaves)
         for v in slopes:
@@ -337,7 +356,7 @@ class _ForwardStep:
 
 
 class _ForwardModeLoop(LoopFunction):
-    """One loop under `ForwardMode`."""
+    """A loop under `ForwardMode`."""
 
     def __init__(self, loop: Loop) -> None:
         super().__init__(loop)

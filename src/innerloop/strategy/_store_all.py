@@ -32,4 +32,5 @@ class StoreAll(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
+        """Run the loop step by step, recorded by autograd."""
         return plain_run(loop)

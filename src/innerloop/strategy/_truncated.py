@@ -19,23 +19,24 @@ from innerloop.strategy._engine.step_pullback import state_of
 
 @dataclasses.dataclass(frozen=True)
 class Truncated(Strategy):
-    r"""Run all T steps, and differentiate through the last K of them: the state before those counts as a constant. Approximate.
+    r"""Run all T steps, and differentiate through the last K of them. Approximate.
 
-    .. math:: \frac{d\theta_T}{d\lambda} \approx \sum_{t = T-K}^{T-1} \frac{d\theta_T}{d\theta_{t+1}}
-        \frac{\partial \theta_{t+1}}{\partial \lambda}
+    The state before those counts as a constant:
+
+    .. math::
+        \frac{d\theta_T}{d\lambda} \approx \sum_{t = T-K}^{T-1}
+        \frac{d\theta_T}{d\theta_{t+1}} \frac{\partial \theta_{t+1}}{\partial \lambda}
 
     Exact for K ≥ T. Where the inner loss is strongly convex near the end of the loop, the error
-    falls geometrically in K, as
-    :math:`(1 - \eta\mu)^K` for gradient descent with step size η and curvature μ (Shaban et al., "Truncated back-propagation for
-    bilevel optimization", 2019). On short horizons it is biased towards greedy hyper-parameters,
-    too small a step size for example (Wu et al., "Understanding short-horizon bias in stochastic
-    meta-optimization", 2018).
+    falls geometrically in K, as :math:`(1 - \eta\mu)^K` for gradient descent with step size η and
+    curvature μ (Shaban et al., "Truncated back-propagation for bilevel optimization", 2019). On
+    short horizons it is biased towards greedy hyper-parameters, too small a step size for example
+    (Wu et al., "Understanding short-horizon bias in stochastic meta-optimization", 2018).
 
     **Cost**: (T + 2K) G in time, K (2.23 A + P + S) in memory.
 
     **When**: hyper-parameters that act all along a loop which forgets its start. **Not** for the
-    gradient with respect to the initial
-    parameters, which raises: `Checkpointed` is exact.
+    gradient with respect to the initial parameters, which raises: `Checkpointed` is exact.
 
     Args:
         last: K, the number of steps that are differentiated.
@@ -74,6 +75,7 @@ class Truncated(Strategy):
             )
 
     def run(self, loop: Loop) -> Trajectory:
+        """Run the loop: its early steps on constants, the last ones recorded by autograd."""
         steps = loop.batches.steps
         if steps is None:
             raise InvalidInputError(

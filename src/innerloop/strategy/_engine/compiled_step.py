@@ -1,8 +1,8 @@
 """One step and its pullback, compiled.
 
-What is compiled is the core of a step: the loss, its gradient and the update. Data and the
-optimizer's hyper-parameters are made by the user's functions before it, so that the number of the
-step is no part of the compiled code, which is one for all steps.
+The core of a step is compiled: the loss, its gradient and the update. The user's functions make
+the data and the optimizer's hyper-parameters before it, so that the number of the step is not part
+of the compiled code, and one compilation serves all steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._problem import Problem
+from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import check_compiled, fields_of
@@ -25,6 +26,7 @@ from innerloop.strategy._engine.step_pullback import (
     Cotangents,
     InputCotangents,
     OutputCotangents,
+    State,
     Step,
     carry_of,
     state_of,
@@ -65,16 +67,26 @@ class Core:
                 co_name=f"{function.__name__}_{next(_numbers)}"
             )
         self._compiled = torch.compile(advance, fullgraph=True), torch.compile(pull, fullgraph=True)
-        self._verified: set[Any] = set()
+        self._verified: set[object] = set()
 
-    def advance(self, state: Any, hyper: Any, batch: Any) -> Any:
-        """``(new_state, loss, aux)``."""
-        return self._call(0, self._advance, (state, hyper, batch), "the step", _groups)
+    def advance(
+        self, state: State, hyper: tuple[Any, Any], batch: object
+    ) -> tuple[State, Tensor, Any]:
+        """Run the step, and return ``(new_state, loss, aux)``."""
+        found: tuple[State, Tensor, Any] = self._call(
+            0, self._advance, (state, hyper, batch), "the step", _groups
+        )
+        return found
 
     def pull(
-        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+        self,
+        state: State,
+        hyper: tuple[Any, Any],
+        batch: object,
+        wanted: tuple[bool, ...],
+        given: OutputCotangents,
     ) -> InputCotangents:
-        """The cotangents of the state and of hyper."""
+        """Pull ``given`` back to the state and to hyper."""
 
         def groups(found: InputCotangents) -> dict[str, object]:
             params, optimizer_state, buffers = tree.with_leaves(state, found.state)
@@ -115,7 +127,7 @@ class Core:
         return found
 
 
-def _groups(found: tuple[tuple[Any, Any, Any], Tensor, Any]) -> dict[str, object]:
+def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:
     """Return what a step gives, by groups of one scale."""
     (params, optimizer_state, buffers), loss, aux = found
     return {
@@ -128,16 +140,17 @@ def _groups(found: tuple[tuple[Any, Any, Any], Tensor, Any]) -> dict[str, object
 
 
 class _Loss:
-    """The user's loss of the first part of hyper."""
+    """The user's loss as a function of the first part of hyper."""
 
     def __init__(self, problem: Problem) -> None:
         self.loss = problem.loss
 
-    def __call__(self, params: Any, hyper: Any, batch: Any) -> Any:
+    def __call__(self, params: Params, hyper: tuple[Any, Any], batch: object) -> Any:
         return self.loss(params, hyper[0], batch)
 
 
-def _second(hyper: Any, t: int) -> Any:
+def _second(hyper: tuple[Any, Any], t: int) -> Any:
+    """Return the hyper-parameters of the optimizer, the second part of hyper."""
     return hyper[1]
 
 
@@ -145,7 +158,7 @@ _cores: MutableMapping[Problem, dict[str, Core]] = cache("compiled steps", weak=
 
 
 class CompiledProblem:
-    """Steps of a problem through its compiled core; the optimizer's counts are tensors in between.
+    """A problem whose steps run through its compiled core, with counts as tensors.
 
     Args:
         problem: the problem.
@@ -161,17 +174,19 @@ class CompiledProblem:
             cores[product] = Core(problem, product)
         self.core = cores[product]
 
-    def step(self, carry: Carry, hyper: Any, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
-        """As `Problem.step`, on constants."""
-        # In one grad mode, which is compiled in; and that is on: a captured tensor that requires
-        # grad shows in the results.
+    def step(
+        self, carry: Carry, hyper: HyperTree, batch: object, t: int
+    ) -> tuple[Carry, Tensor, Any]:
+        """Run a step on constants, as `Problem.step` does."""
+        # The grad mode is compiled in, so it is always the same one. It is on, so that a captured
+        # tensor that requires grad shows in the results.
         both = (hyper, self.problem.overrides(hyper, t))
         with torch.enable_grad():
             state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
         return carry_of(state, carry.random_state), loss, aux
 
     def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
-        """As `step_pullback.pull`."""
+        """Pull a step back, as `step_pullback.pull` does."""
         leaves = tree.leaves(step.hyper)
         with torch.enable_grad():
             inputs = [
@@ -182,7 +197,7 @@ class CompiledProblem:
         ends = tree.leaves(overrides)
         wanted = (*step.wanted, *[isinstance(x, Tensor) and x.requires_grad for x in ends])
         constants = tree.map_tensors(Tensor.detach, overrides)
-        # Zeros in the places of what has no cotangent yet, so that one compiled pullback serves all
+        # Zeros stand in the places without a cotangent, so that one compiled pullback serves all
         # steps.
         full = given.state
         old = tree.leaves(state_of(step.carry))
@@ -221,16 +236,16 @@ class CompiledProblem:
         return InputCotangents(found.state, hyper, found.loss)
 
 
-def _counted(state: Any) -> Any:
-    """The state with step counts as tensors: a number would be compiled in."""
+def _counted(state: State) -> State:
+    """Return the state with step counts as tensors: a number would be compiled in."""
     params, optimizer_state, buffers = state
     like = next(iter(params.values()))
     count = lambda leaf: torch.tensor(leaf, device=like.device) if type(leaf) is int else leaf  # noqa: E731
     return params, tree.map_leaves(count, optimizer_state), buffers
 
 
-def uncounted(state: Any, like: Any) -> Any:
-    """The state with step counts as numbers again, where ``like`` has numbers."""
+def uncounted(state: State, like: State) -> State:
+    """Return the state with step counts as numbers again, where ``like`` has numbers."""
     pairs = zip(tree.leaves(state), tree.leaves(like), strict=False)
     if len(tree.leaves(state)) != len(tree.leaves(like)):
         return state

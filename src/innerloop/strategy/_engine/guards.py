@@ -1,9 +1,9 @@
-"""Tensors whose gradient raises when it is asked for: what a strategy does not differentiate is an error, never a zero."""
+"""Tensors whose gradient raises: a gradient that a strategy lacks is an error, never a zero."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from innerloop._utils import torch_private, tree
 from innerloop.errors import CapturedTensorError, NotDifferentiableError
 
 
-def check_constants(step: int, *results: Any) -> None:
-    """Raise if what a step computed from constants has a derivative."""
+def check_constants(step: int, *results: object) -> None:
+    """Raise if a step uses a tensor that was not passed in and requires grad.
+
+    Its gradient would be lost. The step was computed from constants, so no result of it may have a
+    derivative.
+    """
     for result in results:
         for x in tree.tensors(result):
             if torch_private.has_derivative(x):
@@ -31,7 +35,10 @@ T = TypeVar("T")
 
 
 def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
-    """``values``, whose gradient with respect to one of ``inputs`` raises; all their other gradients are as before."""
+    """Return ``values`` whose gradient with respect to one of ``inputs`` raises.
+
+    All other gradients of them are as before.
+    """
     tokens = [_Token.apply(x, message) for x in _differentiated(inputs)]
     return (
         tree.map_tensors(lambda x: _With.apply(x, *tokens) if tree.differentiable(x) else x, values)
@@ -41,7 +48,10 @@ def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
 
 
 def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
-    """``values`` (constants), whose gradient with respect to any of ``inputs`` raises, unless an outer loss gives it the weight zero."""
+    """Return ``values``, constants, whose gradient with respect to any of ``inputs`` raises.
+
+    It does not raise where an outer loss gives them the weight zero.
+    """
     anchors = _differentiated(inputs)
     if not anchors:
         return values
@@ -51,13 +61,17 @@ def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
 
 
 def _differentiated(inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Return those of ``inputs`` that something asks a derivative of."""
     if not torch.is_grad_enabled():
         return []
     return [x for x in inputs if tree.differentiable(x) and torch_private.has_derivative(x)]
 
 
 class _Token(torch.autograd.Function):
-    """Zero, and a backward that raises: autograd runs it only where the gradient of its input is asked for."""
+    """Zero, with a backward that raises.
+
+    Autograd runs it only where the gradient of its input is asked for.
+    """
 
     generate_vmap_rule = True
 
@@ -66,15 +80,15 @@ class _Token(torch.autograd.Function):
         return anchor.new_zeros(())
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.message = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: object) -> NoReturn:
         raise NotDifferentiableError(ctx.message)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, *tangents: object) -> NoReturn:
         raise NotDifferentiableError(ctx.message)
 
 
@@ -88,15 +102,15 @@ class _With(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return (grad, *[torch.zeros_like(token) for token in ctx.saved_tensors])
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Any, *_: Any) -> Any:
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:
         return tangent.view_as(tangent)
 
 
@@ -110,16 +124,16 @@ class _Constant(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.message, _, *anchors = inputs
         ctx.save_for_backward(*anchors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch_private.innermost(grad).any():
             raise NotDifferentiableError(ctx.message)
         return (None, None, *[torch.zeros_like(anchor) for anchor in ctx.saved_tensors])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, *tangents: object) -> NoReturn:
         raise NotDifferentiableError(ctx.message)

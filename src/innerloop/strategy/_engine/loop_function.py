@@ -1,9 +1,9 @@
-"""A whole loop as one node of the autograd graph, whose backward pass is a `LoopFunction`'s own.
+"""A whole loop as one node of the autograd graph, with a backward pass of its own.
 
 The node's inputs are the tensors of the start, of the hyper-parameters and of the data (constants
 too: ``vmap`` must see them); its outputs are the states asked for, the losses and aux. Its backward
-is a second node, whose forward is the function's lean pullback and whose own backward, for second
-derivatives, differentiates a plain run of the loop that keeps everything.
+is a second node, whose forward is the lean pullback of a `LoopFunction`. The backward of that one,
+for second derivatives, differentiates a plain run of the loop that keeps everything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _jvp: Any = torch.func.jvp
 
 
 class LoopOutputs(NamedTuple):
-    """What a loop gives.
+    """The results of a loop.
 
     Attributes:
         states: time -> (params, optimizer_state, buffers), for T and the times of ``save_at``, 0
@@ -53,7 +53,9 @@ class LoopOutputs(NamedTuple):
 
 
 class LoopFunction(abc.ABC):
-    """How one loop runs forward and is pulled back; one object per loop, which may keep what it needs from one to the other.
+    """The forward run and the pullback of one loop.
+
+    There is one object per loop, which may keep what the pullback needs.
 
     Args:
         loop: the loop as the user gave it.
@@ -89,31 +91,31 @@ class LoopFunction(abc.ABC):
 
     @abc.abstractmethod
     def forward(self, loop: Loop) -> LoopOutputs:
-        """Run on constants."""
+        """Run the loop on constants."""
 
     @abc.abstractmethod
     def pull(
         self, loop: Loop, kept: Any, cotangents: LoopOutputs, wanted: list[bool]
     ) -> tuple[Cotangents, Cotangents]:
-        """The cotangents of the leaves of the start's state, and of those of hyper.
+        """Pull ``cotangents`` back to the leaves of the start's state, and to those of hyper.
 
         Args:
-            loop: on constants.
+            loop: the loop, on constants.
             kept: what `forward` left in ``self.kept``, or None: it has been used up by an earlier
                 pullback.
             cotangents: of what `forward` returned; None for each that is zero, and for everything
-                that is no tensor.
-            wanted: for each leaf of hyper, whether its cotangent is wanted.
+                that is not a tensor.
+            wanted: for each leaf of hyper, True if its cotangent is wanted.
         """
 
     def filled(self, tensors: Sequence[Tensor]) -> Loop:
-        """The loop with these tensors in it."""
+        """Return the loop with these tensors in it."""
         state, hyper, data = tree.join(self.inputs, tensors)
         start = carry_of(state, self.loop.start.random_state)
         return self.loop._replace(start=start, hyper=hyper, batches=self.loop.batches.holding(data))
 
     def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of a run that keeps everything."""
+        """Return the outputs of a run that keeps everything."""
         loop = self.filled(tensors)
         loop = loop._replace(batches=loop.batches.ending(self.steps), report=silent)
         with at_random_state(loop.start.random_state), self.context.restored(loop.problem):
@@ -167,14 +169,18 @@ def run(function: LoopFunction) -> Trajectory:
 
 
 def _distinct(outputs: list[Tensor], transformed: bool) -> list[Tensor]:
-    """An alias for each tensor: one may stand among the inputs, or at several times."""
+    """Return an alias for each tensor: one may stand among the inputs, or at several times."""
     # Not a view where possible: the node hands its inputs on as they are, which torch allows for
     # views one at a time only.
     return [x.view_as(x) if transformed else x.data for x in outputs]
 
 
 class _LoopNode(torch.autograd.Function):
-    """The loop: hands on outputs that have been computed from constants, and remembers how they depend on the inputs."""
+    """The loop as a node.
+
+    It hands on outputs that have been computed from constants, and remembers how they depend on the
+    inputs.
+    """
 
     generate_vmap_rule = True
 
@@ -183,19 +189,18 @@ class _LoopNode(torch.autograd.Function):
         return tensors[:count]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.function, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors[ctx.count :])
         ctx.save_for_forward(*tensors[ctx.count :])
         if not ctx.function.transformed:
-            ctx.mark_dirty(
-                *tensors[: ctx.count]
-            )  # the output is the input itself, not a view: it may be edited in place
+            # The output is the input itself, not a view: it may be edited in place.
+            ctx.mark_dirty(*tensors[: ctx.count])
         ctx.mark_non_differentiable(*[x for x in output if not tree.differentiable(x)])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         function, tensors = ctx.function, ctx.saved_tensors
         wanted = [
             n and tree.differentiable(x)
@@ -219,7 +224,7 @@ class _LoopNode(torch.autograd.Function):
         return tuple(row)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         tensors, tangents = ctx.saved_tensors, tangents[2 + ctx.count :]
         chosen = [
             i for i, v in enumerate(tangents) if v is not None and tree.differentiable(tensors[i])
@@ -236,9 +241,9 @@ class _BackwardRequest:
     """One pullback of a node.
 
     Attributes:
-        function: the node's.
-        wanted: for each input, whether its cotangent is wanted.
-        given: for each output, whether its cotangent is not zero.
+        function: the function of the node.
+        wanted: for each input, True if its cotangent is wanted.
+        given: for each output, True if its cotangent is not zero.
         kept: what the function kept, without its tensors; None: the function holds it itself.
         reached: the inputs whose cotangent is not zero; filled in by the pullback.
     """
@@ -255,7 +260,12 @@ class _BackwardRequest:
     def gradient(
         self, tensors: Sequence[Tensor], chosen: list[int]
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """The pullback as a function of the ``chosen`` ones of its tensors (inputs, then cotangents), by a run that keeps everything."""
+        """Return the pullback as a function of some of its tensors, by a run that keeps everything.
+
+        Args:
+            tensors: the inputs of the node, then the cotangents.
+            chosen: the places of those that it is a function of.
+        """
 
         def gradient(values: list[Tensor]) -> list[Tensor]:
             filled = tree.put(tensors, chosen, values)
@@ -277,7 +287,8 @@ def _pushed(
     tangents: Sequence[Any],
     chosen: list[int],
 ) -> list[Any]:
-    """The tangents of ``fn`` of the ``chosen`` tensors. Both are copied: vmap hands in expanded ones, which make no dual numbers."""
+    """Push the tangents of the ``chosen`` tensors through ``fn``."""
+    # Both are copied: vmap hands in expanded tensors, of which no dual numbers can be made.
     given: list[Sequence[Any]] = [tensors, tangents]
     values, along = (
         [x[i].clone(memory_format=torch.contiguous_format) for i in chosen] for x in given
@@ -287,7 +298,7 @@ def _pushed(
 
 
 class _LoopBackward(torch.autograd.Function):
-    """The pullback of `_LoopNode`, a function of its inputs and of the cotangents of its outputs."""
+    """The pullback of `_LoopNode`: a function of its inputs and the cotangents of its outputs."""
 
     generate_vmap_rule = True
 
@@ -334,7 +345,7 @@ class _LoopBackward(torch.autograd.Function):
         return tuple(distinct)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.request, *tensors = inputs
         request = ctx.request
         used = tensors[: len(request.wanted) + sum(request.given)]
@@ -342,7 +353,7 @@ class _LoopBackward(torch.autograd.Function):
         ctx.save_for_forward(*used)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         request, tensors = ctx.request, ctx.saved_tensors
         chosen = [
             i
@@ -357,7 +368,7 @@ class _LoopBackward(torch.autograd.Function):
         return tuple(row)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, _: object, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         request, tensors = ctx.request, ctx.saved_tensors
         chosen = [
             i for i, x in enumerate(tensors) if tangents[i] is not None and tree.differentiable(x)
@@ -367,6 +378,5 @@ class _LoopBackward(torch.autograd.Function):
 
 COMPILING = (
     "{0} cannot stand inside of compiled code: leave metagradient(compile=True) or torch.compile "
-    "away. Checkpointed(compile=True) compiles "
-    "its steps"
+    "away. Checkpointed(compile=True) compiles its steps"
 )

@@ -1,14 +1,15 @@
-"""What surrounds a loop and must be the same when a step is replayed later: autocast, the modes of the modules."""
+"""The modes around a loop that hold again when a step is replayed: autocast, train and eval."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from innerloop._problem import Problem
+from innerloop._types import HyperTree
 from innerloop._utils import tree
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop.errors import InvalidInputError
@@ -16,13 +17,17 @@ from innerloop.strategy._base import Loop
 
 
 class Repeatable:
-    """A function ``optimizer_hyper(hyper, t)`` that raises if it gives something else when it is called again with the same t."""
+    """A function ``optimizer_hyper(hyper, t)`` whose results are compared.
 
-    def __init__(self, function: Callable[[Any, int], Any]) -> None:
+    It raises if it gives something else when it is called again with the same t.
+    """
+
+    def __init__(self, function: Callable[[Any, int], Mapping[str, Any]]) -> None:
         self.function = function
         self._seen: dict[int, Fingerprint] = {}
 
-    def __call__(self, hyper: Any, t: int) -> Any:
+    def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any]:
+        """Call the function, and compare its result with the one that it gave before."""
         result = self.function(hyper, t)
         found = Fingerprint.of(result)
         if t not in self._seen:
@@ -38,10 +43,10 @@ class Repeatable:
 
 
 class ReplayContext:
-    """The surroundings at the moment.
+    """The autocast and train/eval modes that are active when a loop first runs.
 
     Args:
-        loop: the loop that runs in them.
+        loop: the loop.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -53,14 +58,13 @@ class ReplayContext:
 
     @contextmanager
     def restored(self, problem: Problem) -> Iterator[None]:
-        """In them once more."""
+        """Re-enter the modes that were active when the loop first ran."""
         with ExitStack() as stack:
             if problem.view is not None and self._training is not None:
                 stack.enter_context(problem.view.in_modes(self._training))
             for kind, enabled, dtype in self._autocast:
                 if enabled or torch.is_autocast_enabled(kind):
-                    # The cache keeps a cast copy of every parameter that it has seen: here of every
-                    # step's.
+                    # The cache would keep a cast copy of the parameters of every step.
                     stack.enter_context(
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )

@@ -1,9 +1,9 @@
-r"""Where to keep states so that a loop is run backwards with the fewest replayed steps.
+r"""The times at which states are kept, so that the fewest steps are replayed.
 
 With s slots (the start of the loop is in one of them) and at most r visits of a step,
 :math:`\beta(s, r) = \binom{s + r}{s}` steps can be run backwards, and T of them take :math:`r T -
-\beta(s + 1, r - 1)` advances, r being the smallest with
-:math:`T \le \beta(s, r)` (Griewank & Walther, "Algorithm 799: revolve", 2000). The first T - 1 of these advances are the forward pass.
+\beta(s + 1, r - 1)` advances, r being the smallest with :math:`T \le \beta(s, r)` (Griewank &
+Walther, "Algorithm 799: revolve", 2000). The first T - 1 of these advances are the forward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from innerloop.errors import InvalidInputError
 
 @functools.lru_cache(maxsize=4096)
 def advances(steps: int, slots: int) -> int:
-    """The fewest advances with which ``steps`` steps are run backwards: the forward pass (all but the last step) and the replays.
+    """Return the fewest advances with which ``steps`` steps are run backwards.
+
+    They are the forward pass (all but the last step) and the replays.
 
     Example:
         >>> advances(10, 10), advances(10, 3), advances(10, 1)
@@ -30,7 +32,7 @@ def advances(steps: int, slots: int) -> int:
 
 
 def replays(steps: int, slots: int) -> int:
-    """How many steps are run a second time or more: `advances` less the forward pass.
+    """Return how many steps are run a second time or more: `advances` less the forward pass.
 
     Example:
         >>> replays(1000, 31) / 1000
@@ -40,6 +42,7 @@ def replays(steps: int, slots: int) -> int:
 
 
 def _visits(steps: int, slots: int) -> int:
+    """Return r, the most visits of one step."""
     if slots < 1:
         raise InvalidInputError(
             f"slots={slots}: at least the start of the loop must be kept, write slots=1 or more"
@@ -52,7 +55,7 @@ def _visits(steps: int, slots: int) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def stride(steps: int, slots: int) -> int:
-    r"""How far to run from a kept state before keeping the next one.
+    r"""Return how far to run from a kept state before keeping the next one.
 
     Args:
         steps: the steps to be run backwards from the kept state on.
@@ -72,7 +75,12 @@ def stride(steps: int, slots: int) -> int:
 
 
 def kept(start: int, end: int, slots: int) -> Iterator[int]:
-    """The times to keep while running from ``start`` (kept already, in one of the slots) towards ``end``.
+    """Yield the times to keep while running from ``start`` towards ``end``.
+
+    Args:
+        start: the time of a kept state, which has one of the slots.
+        end: where the run ends.
+        slots: the free slots and that one.
 
     Example:
         >>> list(kept(0, 10, 3))
@@ -85,7 +93,7 @@ def kept(start: int, end: int, slots: int) -> Iterator[int]:
 
 
 class OnlineSchedule:
-    """Which states to keep while the number of steps is not known yet.
+    """A choice of states to keep while the number of steps is not known yet.
 
     The rule of Wang, Moin & Iaccarino ("Minimal repetition dynamic checkpointing", 2009): a state
     of a lower level than a later one may go; where there is none, the newest one goes, and the
@@ -103,7 +111,11 @@ class OnlineSchedule:
         self._levels: list[int] = []
 
     def keep(self, t: int) -> tuple[bool, int | None]:
-        """Whether to keep the state at time t, and which one to give up for it."""
+        """Decide about the state at time t.
+
+        Returns:
+            ``(keep, dropped)``: True to keep it, and the time of a state to give up for it.
+        """
         if self.slots < 2:
             return False, None
         level, dropped = 0, None
@@ -120,7 +132,7 @@ class OnlineSchedule:
         return True, dropped
 
     def _dispensable(self) -> tuple[int, int]:
-        """``(place, level)``: which kept state may go, and the level of the one that comes."""
+        """Return ``(place, level)``: which kept state may go, and the level of the new one."""
         highest = -1
         for place in range(len(self.times) - 1, -1, -1):
             if self._levels[place] < highest:

@@ -1,4 +1,4 @@
-"""Where the states that a sweep starts from are kept: on their device, in main memory, or on disk."""
+"""The states that a backward sweep starts from: on their device, in main memory, or on disk."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ _ALIGNMENT = 64
 
 
 def _compact(value: Any) -> Any:
-    """``value`` with its small tensors copied side by side into one block.
+    """Return ``value`` with its small tensors copied side by side into one block.
 
     Kept one by one among the temporary tensors of the steps in between they fragment the heap: on
     M2 with every fourth state kept, twice the memory. Each begins at a multiple of 64 bytes,
@@ -107,9 +107,11 @@ def _compact(value: Any) -> Any:
 
 
 def _to_host(x: Tensor) -> Tensor:
+    """Copy ``x`` to main memory, without waiting where that is possible."""
     if x.device.type == "cpu":
         return x
-    if x.layout is not torch.strided:  # pinned memory is for dense tensors
+    # Pinned memory is for dense tensors.
+    if x.layout is not torch.strided:
         return x.cpu()
     host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     return host.copy_(x, non_blocking=True)
