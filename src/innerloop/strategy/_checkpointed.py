@@ -11,13 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._batches import Drawn
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._base import Loop, Measure, Rows, Strategy
 from innerloop.strategy._engine import loop_function as node
 from innerloop.strategy._engine import schedule
 from innerloop.strategy._engine import step_pullback as pullback
@@ -25,6 +24,7 @@ from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
 from innerloop.strategy._engine.step_pullback import Cotangents, Outgoing, Step, state_of
+from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
@@ -151,19 +151,34 @@ class Checkpointed(Strategy):
     def run(self, loop: Loop) -> Trajectory:
         if torch.compiler.is_compiling():
             raise NotDifferentiableError(node.COMPILING.format(self))
-        if isinstance(loop.batches, Drawn) and not self.keep_batches:
+        if loop.batches.single_pass and not self.keep_batches:
             raise InvalidInputError(
                 "batches is an iterator, which yields each batch once, and with "
                 "keep_batches=False they are not there for the replay: "
                 "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
             )
         if (
-            isinstance(loop.batches, Drawn)
+            loop.batches.single_pass
             and not torch_private.inside_transform()
             and self.offload is not None
         ):
             loop.batches.kept = Snapshots(self.offload)
         return node.run(_Replay(loop, self))
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: every step replayed once, and the replays that the slots need."""
+        steps, state = measure.steps, measure.state_bytes
+        cost = measure(dataclasses.replace(self, slots="all", memory=None))
+        slots = self.slots_for(measure.loop, steps)
+        again = schedule.replays(steps, slots) if slots < steps else 0
+        # The line starts from one step, with its state; it grows by what is kept of each.
+        gradients = steps if self.save == "gradients" else 0
+        kept = state * slots + max(cost.bytes.each - state, 0) * gradients
+        working = max(cost.bytes.at(1) - state, 0)
+        return Forecast(
+            cost.seconds.at(steps) + again * measure.plain().seconds.each,
+            kept + working + measure.kept_batch_bytes,
+        )
 
     def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
         """How many states are kept at once.
@@ -238,7 +253,7 @@ class _Replay(node.Method):
                     carry.params, carry.buffers, loop.hyper, batch
                 )
                 carry = self._sharing(
-                    loop.problem.update(carry, grads, buffers, loop.hyper, t), before
+                    loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t)), before
                 )
                 if self.recorded:
                     gradients[t] = (grads, buffers, carry.random_state)
@@ -298,7 +313,7 @@ class _Replay(node.Method):
                 carry,
                 loop.hyper,
                 batch,
-                t,
+                loop.time(t),
                 wanted,
                 reached,
                 here,
@@ -349,14 +364,14 @@ class _Replay(node.Method):
         """One step, on constants."""
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
-            return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(
+            return loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))._replace(
                 random_state=random_state
             )
         return self._step(loop, carry, loop.batch(carry, t), t)[0]
 
     def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
-        new, loss, aux = problem.step(carry, loop.hyper, batch, t)
+        new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
         return self._sharing(new, carry), loss, aux
 
     def _rewind(self, carry: Carry) -> None:

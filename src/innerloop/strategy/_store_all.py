@@ -34,7 +34,7 @@ class StoreAll(Strategy):
         carry = loop.start
         states, rows = {0: carry}, Rows(carry.params)
         for t in loop.batches.times():
-            carry, loss, aux = loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)
+            carry, loss, aux = loop.step(carry, loop.batch(carry, t), t)
             states[t + 1] = carry
             rows.add(loss, aux)
             loop.report("forward", t + 1, loop.batches.steps)
