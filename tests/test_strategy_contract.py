@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import innerloop
-from innerloop.strategy import Strategy
+from innerloop.strategy import Forecast, Inputs, Objective, Strategy
 from tests.oracles import assert_derivative, assert_params, derivative, smooth_noise
 from tests.strategies import (
     OUTER,
@@ -21,6 +21,7 @@ from tests.strategies import (
     SAVED,
     STEPS,
     Batch,
+    HandWritten,
     along_direction,
     batches,
     copied,
@@ -370,12 +371,7 @@ def test_a_loop_continues_from_a_carry(strategy: Strategy, rule: str):
     run = plain_run(rule, start(), hyper(), batches())
     shared: dict[str, Any] = {"hyper": values, "strategy": strategy}
     first = innerloop.unroll(problem(rule), params, batches()[:1], **shared)
-    later = innerloop.Problem(
-        problem(rule).loss,
-        problem(rule).optimizer,
-        optimizer_hyper=lambda h, t: {"lr": h["log_lr"][t + 1].exp()},
-    )
-    second = innerloop.unroll(later, first.at(-1), batches()[1:], **shared)
+    second = innerloop.unroll(problem(rule), first.at(-1), batches()[1:], **shared)
     assert_params({n: p.detach() for n, p in second.params.items()}, run.params[-1], 1e-12)
     torch.testing.assert_close(
         torch.cat([first.losses, second.losses]).detach(),
@@ -418,7 +414,7 @@ def test_metagradient_from_a_carry(strategy: Strategy):
                 with torch.no_grad():
                     for name, p in leaves.items():
                         p.add_(h * direction()["params"][name])
-            optimizer.param_groups[0]["lr"] = hyper()["log_lr"][t % 2].exp().item()
+            optimizer.param_groups[0]["lr"] = hyper()["log_lr"][t].exp().item()
             optimizer.zero_grad()
             loss(leaves, hyper(), batch)[0].backward()
             optimizer.step()
@@ -439,6 +435,137 @@ def test_metagradient_from_a_carry(strategy: Strategy):
 
 def outer_of_params(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
     return of_params(traj.params)
+
+
+SCHEDULE = (0.5, 0.1, 0.2, 0.3)
+
+
+@each_strategy()
+def test_a_schedule_goes_on_where_the_last_loop_stopped(strategy: Strategy):
+    """Four steps in one piece are two and two: w is multiplied by 1 - rate of each step, so that
+    8 becomes 8 * 0.5 * 0.9 * 0.8 * 0.7 = 2.016. A data function is told the time, too."""
+    told: list[int] = []
+
+    def data(params: Any, hyper: Any, t: int) -> Tensor:
+        told.append(t)
+        return torch.tensor(0.0)
+
+    decay = innerloop.Problem(
+        lambda params, hyper, batch: (params["w"] - batch) ** 2 / 2,
+        innerloop.optim.sgd(),
+        optimizer_hyper=lambda hyper, t: {"lr": hyper["rates"][t]},
+    )
+    hyper = {"rates": torch.tensor(SCHEDULE)}
+    whole = innerloop.unroll(
+        decay, {"w": torch.tensor(8.0)}, data, steps=4, hyper=hyper, strategy=strategy
+    )
+    first = innerloop.unroll(
+        decay, {"w": torch.tensor(8.0)}, data, steps=2, hyper=hyper, strategy=strategy
+    )
+    told.clear()
+    second = innerloop.unroll(
+        decay, first.at(-1), data, steps=2, hyper=hyper, strategy=strategy, save_at=[1]
+    )
+    assert whole.params["w"].item() == pytest.approx(2.016, rel=1e-14)
+    assert second.params["w"].item() == pytest.approx(2.016, rel=1e-14)
+    assert set(told) == {2, 3}
+    assert [second.at(t).time for t in (0, 1, 2)] == [2, 3, 4]
+    again = innerloop.unroll(
+        decay, first.at(-1)._replace(time=0), data, steps=2, hyper=hyper, strategy=strategy
+    )
+    assert again.params["w"].item() == pytest.approx(8 * (0.5 * 0.9) ** 2, rel=1e-14)
+
+
+@each_exact_strategy()
+def test_the_gradient_of_a_schedule_goes_on_as_well(strategy: Strategy):
+    """d w4 / d rate_t = -w4 / (1 - rate_t), for the steps of the second loop; a list of batches
+    counts from the second loop's start."""
+    decay = innerloop.Problem(
+        lambda params, hyper, batch: (params["w"] - batch) ** 2 / 2,
+        innerloop.optim.sgd(),
+        optimizer_hyper=lambda hyper, t: {"lr": hyper["rates"][t]},
+    )
+    rates = torch.tensor(SCHEDULE)
+    carry = innerloop.unroll(
+        decay, {"w": torch.tensor(8.0)}, [torch.tensor(0.0)] * 2, hyper={"rates": rates}
+    ).at(-1)
+    _, grads = innerloop.metagradient(
+        lambda traj, hyper: traj.params["w"],
+        decay,
+        carry,
+        [torch.tensor(0.0)] * 2,
+        hyper={"rates": rates},
+        wrt="hyper",
+        strategy=strategy,
+    )
+    expected = [0.0, 0.0, -2.016 / 0.8, -2.016 / 0.7]
+    torch.testing.assert_close(grads["rates"], torch.tensor(expected), rtol=1e-12, atol=0)
+
+
+# -- strategies of a user's own --------------------------------------------------------------------
+
+
+def test_a_strategy_of_a_users_own_can_be_planned():
+    """`HandWritten` stands under this contract; `plan` measures it like one of the package's."""
+    forecast = innerloop.plan(
+        problem("adam"), start(), batches(), hyper=hyper(), strategies=[HandWritten()]
+    )
+    (row,) = forecast.rows
+    assert row.strategy is forecast.best
+    assert 0 < row.seconds < 10
+    assert 0 < row.bytes < 1e7
+    assert "HandWritten()" in str(forecast)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled(HandWritten):
+    """Estimates the gradient by evaluating the outer loss at random displacements."""
+
+    exact = False
+
+    def value_and_grad(
+        self, objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
+    ) -> tuple[Any, dict[str, Any]]:
+        assert wrt == ("hyper",)
+        rate, width = inputs.hyper["lr"], 0.01  # type: ignore[index, call-overload]
+        signs = torch.randint(0, 2, (8,)) * 2 - 1
+        with torch.no_grad():
+            slopes = [
+                sign * (objective(inputs._replace(hyper={"lr": rate + width * sign}))[0])
+                for sign in (*signs, *-signs)
+            ]
+            result = objective(inputs)[1]
+        return result, {"hyper": {"lr": torch.stack(slopes).mean() / width}}
+
+    def forecast(self, measure: innerloop.strategy.Measure) -> Forecast:
+        plain = measure.plain()
+        return Forecast(17 * plain.seconds.at(measure.steps), plain.bytes.at(1))
+
+
+def test_a_strategy_may_sample_the_outer_loss():
+    """w3 = 8 (1 - lr)^3: its slope at 0.5 is -6, and the third-order term of a difference of width
+    0.01 is 8e-4. Nothing is recorded."""
+    decay = innerloop.Problem(
+        lambda params, hyper, batch: params["w"] ** 2 / 2,
+        innerloop.optim.sgd(),
+        optimizer_hyper=("lr",),
+    )
+    start, hyper = {"w": torch.tensor(8.0)}, {"lr": torch.tensor(0.5)}
+    value, grads = innerloop.metagradient(
+        lambda traj, hyper: (traj.params["w"], traj.steps),
+        decay,
+        start,
+        None,
+        steps=3,
+        hyper=hyper,
+        wrt="hyper",
+        strategy=Sampled(),
+    )
+    assert value == (1.0, 3)
+    assert grads["lr"].item() == pytest.approx(-6 - 8e-4, rel=1e-9)
+    (row,) = innerloop.plan(decay, start, None, steps=3, hyper=hyper, strategies=[Sampled()]).rows
+    assert 0 < row.seconds < 10
+    assert 0 < row.bytes < 1e6
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -700,7 +827,7 @@ def test_it_says_what_it_is(strategy: Strategy):
     assert isinstance(strategy.exact, bool)
     assert strategy.differentiates <= {"params", "hyper"}
     assert repr(strategy).startswith(type(strategy).__name__ + "(")
-    assert eval(repr(strategy), vars(innerloop)) == strategy  # noqa: S307
+    assert eval(repr(strategy), {**vars(innerloop), "HandWritten": HandWritten}) == strategy  # noqa: S307
     assert dataclasses.is_dataclass(strategy)
     with pytest.raises(dataclasses.FrozenInstanceError):
         strategy.exact = False

@@ -151,6 +151,108 @@ def test_an_input_without_influence_has_gradient_zero():
     assert grads["idle"].tolist() == [0.0, 0.0, 0.0]
 
 
+def decayed(params: Any, hyper: Any, batch: Any) -> Tensor:
+    return half_square(params, hyper, batch) * (1 + hyper["l2"])
+
+
+def test_the_optimizer_reads_entries_of_hyper_by_name():
+    """w2 = (1 - lr (1 + l2))^2 w0, with w0 = (2, -1) summed to 1, at lr = 0.5 and l2 = 0.2."""
+    hyper = {"lr": torch.tensor(0.5), "l2": torch.tensor(0.2)}
+    for names in (("lr",), ["lr"]):
+        _, grads = innerloop.metagradient(
+            last,
+            simple(decayed, lr=7.0, optimizer_hyper=names),
+            begin(),
+            None,
+            hyper=hyper,
+            steps=2,
+            wrt="hyper",
+        )
+        assert grads["lr"].item() == pytest.approx(-2 * 0.4 * 1.2, rel=1e-14)
+        assert grads["l2"].item() == pytest.approx(-2 * 0.4 * 0.5, rel=1e-14)
+
+
+UNREAD = (
+    "no gradient arrives at hyper['lr']. sgd has a hyper-parameter of that name, but reads it only "
+    "if you say so: write Problem(loss, optimizer, optimizer_hyper=('lr',))"
+)
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
+def test_a_rate_that_nobody_reads(strategy: innerloop.strategy.Strategy):
+    """Its gradient was a silent zero once."""
+    both = {"lr": torch.tensor(0.5), "l2": torch.tensor(0.2)}
+    alone = {"lr": torch.tensor(0.5)}
+    shared: dict[str, Any] = {"steps": 2, "strategy": strategy}
+    for loss, hyper in ((decayed, both), (half_square, alone)):
+        for wrt in ("hyper", ("params", "hyper")):
+            with refused(NOT_DIFFERENTIABLE, UNREAD):
+                innerloop.metagradient(
+                    last, simple(loss), begin(), None, hyper=hyper, wrt=wrt, **shared
+                )
+    # Not asked for, or said to be none of the optimizer's, it is what it is: zero.
+    innerloop.metagradient(last, simple(decayed), begin(), None, hyper=both, wrt="params", **shared)
+    none = simple(decayed, optimizer_hyper=())
+    _, grads = innerloop.metagradient(last, none, begin(), None, hyper=both, **shared)
+    assert grads["hyper"]["lr"].item() == 0
+
+
+def test_a_rate_that_nobody_reads_under_vmap():
+    def gradient(rate: Tensor) -> Any:
+        hyper = {"lr": rate, "l2": torch.tensor(0.2)}
+        return innerloop.metagradient(last, simple(decayed), begin(), None, hyper=hyper, steps=2)[1]
+
+    with refused(NOT_DIFFERENTIABLE, UNREAD):
+        torch.func.vmap(gradient)(torch.ones(2))
+
+
+def test_the_loss_may_use_the_name_of_a_hyper_parameter():
+    """A penalty that the loss calls weight_decay is no mistake: w1 = (1 - 0.5 - wd / 2) w0."""
+    problem = simple(lambda p, h, batch: half_square(p, h, batch) * (1 + h["weight_decay"]))
+    hyper = {"weight_decay": torch.tensor(0.2)}
+    for call in (
+        lambda h: innerloop.metagradient(
+            last, problem, begin(), None, hyper=h, steps=1, wrt="hyper"
+        )[1],
+        lambda h: torch.func.vmap(
+            lambda wd: innerloop.metagradient(
+                last, problem, begin(), None, hyper={"weight_decay": wd}, steps=1, wrt="hyper"
+            )[1]
+        )(h["weight_decay"][None]),
+    ):
+        assert call(hyper)["weight_decay"].item() == pytest.approx(-0.5, rel=1e-14)
+
+
+def test_params_may_be_left_to_the_module():
+    """None stands for all parameters that require grad; a frozen one keeps its value."""
+    model = TwoLayers()
+    model.head.bias.requires_grad_(False)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, h, b: regression(m, b), innerloop.optim.sgd(lr=0.1)
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) < len(dict(model.named_parameters()))
+    traj = innerloop.unroll(problem, None, [0, 1])
+    assert list(traj.params) == list(trained)
+    given = innerloop.unroll(problem, trained, [0, 1])
+    for name, p in given.params.items():
+        assert torch.equal(traj.params[name], p)
+    assert all(
+        g is not None
+        for g in torch.autograd.grad(
+            sum(p.sum() for p in traj.params.values()), [*trained.values()]
+        )
+    )
+    outer = lambda traj, hyper: sum(p.square().sum() for p in traj.params.values())  # noqa: E731
+    ours, expected = (
+        innerloop.metagradient(outer, problem, params, [0, 1], wrt="params")[1]
+        for params in (None, trained)
+    )
+    assert list(ours) == list(expected)
+    for name, g in expected.items():
+        assert torch.equal(ours[name], g)
+
+
 def test_the_trajectory_says_which_times_it_knows():
     traj = innerloop.unroll(simple(), begin(), None, steps=3)
     assert list(traj.times) == [0, 1, 2, 3]
@@ -296,7 +398,60 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "strategy is a class": (
         lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy=innerloop.StoreAll),  # type: ignore[arg-type]
-        ["strategy", "innerloop.StoreAll()"],
+        ["strategy is the class StoreAll: write innerloop.StoreAll()"],
+    ),
+    "strategy is a class with arguments": (
+        lambda: innerloop.metagradient(
+            last, simple(), begin(), None, steps=1, strategy=innerloop.Truncated
+        ),  # type: ignore[arg-type]
+        ["strategy is the class Truncated: write innerloop.Truncated(last=...)"],
+    ),
+    "strategy is a name": (
+        lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy="all"),  # type: ignore[arg-type]
+        ["strategy is 'all', not a strategy", "innerloop.StoreAll()"],
+    ),
+    "planned strategy is a class": (
+        lambda: innerloop.plan(simple(), begin(), None, steps=1, strategies=[innerloop.StoreAll]),  # type: ignore[list-item]
+        ["strategies has the class StoreAll: write innerloop.StoreAll()"],
+    ),
+    "params is None without a module": (
+        lambda: innerloop.unroll(simple(), None, None, steps=1),
+        [
+            "params is None, and the problem was not made from a module: pass a dict of tensors, "
+            "or use Problem.from_module"
+        ],
+    ),
+    "params of a metagradient is None without a module": (
+        lambda: innerloop.metagradient(last, simple(), None, None, steps=1),
+        ["params is None, and the problem was not made from a module"],
+    ),
+    "optimizer_hyper names an unknown hyper-parameter": (
+        lambda: simple(optimizer_hyper=("rate",)),
+        ["optimizer_hyper names 'rate', but sgd has lr, momentum, dampening, weight_decay"],
+    ),
+    "optimizer_hyper names an unknown one of a group": (
+        lambda: innerloop.Problem(
+            half_square,
+            innerloop.optim.groups({"w": innerloop.optim.sgd()}),
+            optimizer_hyper=["betas"],
+        ),
+        ["optimizer_hyper names 'betas', but groups has lr, momentum, dampening, weight_decay"],
+    ),
+    "optimizer_hyper is a string": (
+        lambda: simple(optimizer_hyper="lr"),
+        ["optimizer_hyper='lr'", "optimizer_hyper=('lr',)"],
+    ),
+    "optimizer_hyper names an entry that is missing": (
+        lambda: innerloop.unroll(
+            simple(optimizer_hyper=("lr",)), begin(), None, steps=1, hyper={"l2": torch.tensor(1.0)}
+        ),
+        ["optimizer_hyper names 'lr', but hyper has no such entry; it has ['l2']"],
+    ),
+    "optimizer_hyper names an entry of a tensor": (
+        lambda: innerloop.unroll(
+            simple(optimizer_hyper=("lr",)), begin(), None, steps=1, hyper=torch.tensor(0.5)
+        ),
+        ["optimizer_hyper names 'lr', but hyper is Tensor: write a dict, hyper={'lr': tensor}"],
     ),
     "problem is a function": (
         lambda: innerloop.unroll(half_square, begin(), None, steps=1),  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,15 +17,17 @@ from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
 from innerloop._inner_gradient.torch_errors import explained
 from innerloop._module import view as module
 from innerloop._module.checks import check_names, refusing_recomputation
-from innerloop._types import Loss, Named, ValueAndGrad
+from innerloop._types import HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer
+from innerloop.optim._from_torch.from_torch import FromTorch
+from innerloop.optim._groups import Groups
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
-OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
+OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any]]
 
 
 class Problem:
@@ -41,9 +43,11 @@ class Problem:
         loss: ``loss(params, hyper, batch) -> scalar`` or ``(scalar, aux)``, a function of its
             arguments. Tensors that need a gradient belong into ``params`` or ``hyper``.
         optimizer: from `innerloop.optim`.
-        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``:
+        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``: the names of
+            the entries that it reads, ``("lr", "weight_decay")``, or a function
             ``optimizer_hyper(hyper, t) -> dict``, for example ``lambda hyper, t: {"lr":
-            hyper["log_lr"][t].exp()}``. Default: none.
+            hyper["log_lr"][t].exp()}``. Default: the optimizer reads nothing; ``()`` says so, for
+            an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
 
     Example:
         >>> import torch, innerloop
@@ -74,7 +78,11 @@ class Problem:
             )
         self.loss = loss
         self.optimizer = optimizer
-        self.optimizer_hyper = optimizer_hyper
+        self.optimizer_hyper: Callable[[Any, int], Mapping[str, Any]] | None = (
+            optimizer_hyper
+            if optimizer_hyper is None or callable(optimizer_hyper)
+            else _ReadByName(optimizer_hyper, optimizer)
+        )
         self.view: module.ModuleView | None = None
         self.computed_buffers: set[str] = set()
         """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
@@ -92,17 +100,19 @@ class Problem:
 
         The module's buffers (running statistics) and the random state are threaded through the
         loop; the user's module is not changed. ``params`` of `unroll` is then
-        ``dict(model.named_parameters())`` or a part of it; other parameters keep the module's
-        values.
+        None (all trainable parameters of the module), or a part of
+        ``dict(model.named_parameters())``; other parameters keep the module's values.
         """
         problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
         problem.view = module.ModuleView(model)
         return problem
 
-    def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
-        """The carry before the first step; a carry is returned as it is."""
+    def init(self, params: Params | Carry | None) -> Carry:
+        """Return the carry before the first step; a carry is returned as it is."""
         if isinstance(params, Carry):
             return params
+        if params is None:
+            params = self.trainable_params()
         if not isinstance(params, Mapping) or not all(
             isinstance(p, Tensor) for p in params.values()
         ):
@@ -124,6 +134,15 @@ class Problem:
             check_names(params, self.view.source)
             buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def trainable_params(self) -> dict[str, Tensor]:
+        """Return the trainable parameters of the module that was given to `from_module`."""
+        if self.view is None:
+            raise InvalidInputError(
+                "params is None, and the problem was not made from a module: pass a dict of "
+                "tensors, or use Problem.from_module"
+            )
+        return {name: p for name, p in self.view.source.items() if p.requires_grad}
 
     def evaluate(
         self,
@@ -232,7 +251,7 @@ class Problem:
         params, state = self.new_params(
             grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
         )
-        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
+        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now(), t + 1)
 
     def new_params(
         self,
@@ -285,3 +304,53 @@ class Problem:
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
+
+
+def hyper_names(optimizer: Optimizer) -> tuple[str, ...] | None:
+    """Return the names of an optimizer's hyper-parameters; None if it does not list them."""
+    if not isinstance(optimizer, (Groups, FromTorch)):
+        return getattr(optimizer, "hyper_names", None)
+    members = optimizer.members
+    found: dict[str, None] = {}
+    for member in members.values() if isinstance(members, Mapping) else members:
+        names = hyper_names(member)
+        if names is None:
+            return None
+        found |= dict.fromkeys(names)
+    return tuple(found)
+
+
+class _ReadByName:
+    """The function ``optimizer_hyper`` of an optimizer that reads entries of ``hyper`` by name."""
+
+    def __init__(self, names: Sequence[str], optimizer: Optimizer) -> None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InvalidInputError(
+                f"optimizer_hyper={names!r}: write a tuple of names, "
+                "optimizer_hyper=('lr',), or a function of (hyper, t)"
+            )
+        known = hyper_names(optimizer)
+        for name in names:
+            if known is not None and name not in known:
+                kind = repr(optimizer).partition("(")[0]
+                raise InvalidInputError(
+                    f"optimizer_hyper names {name!r}, but {kind} has {', '.join(known)}"
+                )
+        self.names = tuple(names)
+
+    def __call__(self, hyper: HyperTree, t: int) -> dict[str, Any]:
+        if self.names and not isinstance(hyper, Mapping):
+            raise InvalidInputError(
+                f"optimizer_hyper names {self.names[0]!r}, but hyper is {type(hyper).__name__}: "
+                f"write a dict, hyper={{{self.names[0]!r}: tensor}}"
+            )
+        assert isinstance(hyper, Mapping) or not self.names
+        found: dict[str, Any] = {}
+        for name in self.names:
+            if name not in hyper:  # type: ignore[operator]
+                raise InvalidInputError(
+                    f"optimizer_hyper names {name!r}, but hyper has no such entry; it has "
+                    f"{list(hyper)}"  # type: ignore[arg-type]
+                )
+            found[name] = hyper[name]  # type: ignore[index, call-overload]
+        return found

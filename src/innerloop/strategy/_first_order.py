@@ -17,9 +17,10 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InnerLoopError, NotDifferentiableError
-from innerloop.strategy._base import Loop, StepOutputs, Strategy
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
 from innerloop.strategy._engine.step_pullback import state_of
+from innerloop.strategy._forecast import Forecast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class FirstOrder(Strategy):
             grads, loss, aux, buffers = _constant_gradient(
                 loop.problem, carry, loop.hyper, batch, t, in_loss
             )
-            carry = loop.problem.update(carry, grads, buffers, loop.hyper, t)
+            carry = loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))
             rows.add(loss, aux)
             if t + 1 in loop.save_at:
                 states[t + 1] = carry
@@ -92,6 +93,12 @@ class FirstOrder(Strategy):
                     buffers=buffers
                 )
         return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), len(rows))
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost from steps that are differentiated with respect to params only."""
+        # Asking for the gradient of a hyper-parameter inside the loss raises.
+        cost = measure(self, frozenset({"params"}))
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(measure.steps))
 
 
 def _constant_gradient(

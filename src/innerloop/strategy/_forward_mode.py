@@ -19,7 +19,7 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, StepOutputs, Strategy
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs
 from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
@@ -29,6 +29,7 @@ from innerloop.strategy._engine.step_pullback import (
     lacks_forward_mode,
     state_of,
 )
+from innerloop.strategy._forecast import Forecast
 
 _jvp: Any = torch.func.jvp
 
@@ -107,6 +108,12 @@ class ForwardMode(Strategy):
             states, *refuse_inputs((traj.losses, traj.aux), start, _START), traj.steps
         )
 
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: the memory is that of one step, at any length."""
+        cost = measure(self)
+        # What is kept per step are the numbers of the losses.
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(1))
+
     def online(
         self,
         outer: Callable[[dict[str, Tensor], Any], Tensor],
@@ -168,8 +175,9 @@ class ForwardMode(Strategy):
                 if t is None:
                     return
                 carry, tangents, ends, _ = push(
-                    carry, tangents, loop.hyper, loop.batch(carry, t), t
+                    carry, tangents, loop.hyper, loop.batch(carry, t), loop.time(t)
                 )
+            carry = carry._replace(time=loop.time(t + 1))
             check_constants(t, state_of(carry), *ends)
             value, grads = _hyper_gradient(outer, push, carry, tangents, loop.hyper, first=t == 0)
             sent = yield OnlineGradient(t + 1, carry, value, grads)
@@ -359,10 +367,12 @@ class _ForwardModeLoop(LoopFunction):
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if push is None:
-                carry, *rest = loop.problem.step(carry, loop.hyper, batch, t)
+                carry, *rest = loop.step(carry, batch, t)
                 ends: Any = rest
             else:
-                carry, tangents, ends, derivatives = push(carry, tangents, loop.hyper, batch, t)
+                carry, tangents, ends, derivatives = push(
+                    carry, tangents, loop.hyper, batch, loop.time(t)
+                )
                 slopes.add(*derivatives)
             if torch.is_grad_enabled():
                 check_constants(t, state_of(carry), *ends)
