@@ -21,10 +21,12 @@ import innerloop
 from tests.networks import (
     adam,
     adapted,
+    after_sparse_steps,
     detached,
     direction,
     gradients,
     leaf,
+    looked_up,
     network,
     outer_value,
     sgd,
@@ -789,3 +791,43 @@ def test_a_loop_inside_a_backward_pass():
     model = network()
     assert x.grad is not None
     assert x.grad.item() == pytest.approx(outer_value(train(model, sgd(model))), rel=1e-12)
+
+
+# -- sparse and missing gradients ------------------------------------------------------------------
+
+SPARSE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+    "sparse adam": lambda params: torch.optim.SparseAdam(params, lr=0.05, eps=1e-2),
+}
+
+
+@pytest.mark.parametrize("rule", SPARSE)
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim itself
+def test_a_sparse_embedding_equals_finite_differences_of_torch(rule: str, closure: bool):
+    start = 0.5 * smooth_noise(5, 2)
+    model = nn.Embedding(5, 2, sparse=True, _weight=start.clone())
+    with innerloop.track(model, SPARSE[rule](model.parameters())) as loop:
+        for t in range(3):
+            if closure:
+                loop.step(lambda t=t: looked_up(loop.model.weight, t))
+            else:
+                loop.step(looked_up(loop.model.weight, t))
+        looked_up(loop.model.weight, 1).backward()
+    along = smooth_noise(5, 2, phase=1.0)
+    truth = derivative(lambda h: after_sparse_steps(SPARSE[rule], start + h * along))
+    assert_derivative(float((model.weight.grad.to_dense() * along).sum()), truth, rule)
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_skipped_as_after_backward():
+    """`unroll` differentiates a function instead: see ``test_unroll.py``."""
+    model = nn.ParameterDict(
+        {"used": nn.Parameter(torch.tensor(1.0)), "unused": nn.Parameter(torch.tensor(1.0))}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    with innerloop.track(model, optimizer) as loop:
+        loop.step(loop.model["used"] ** 2 / 2)
+        assert loop.model["unused"].item() == 1.0
+        assert loop.model["used"].item() == pytest.approx(0.85)

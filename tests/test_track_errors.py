@@ -343,15 +343,6 @@ def test_a_parameter_that_was_taken_away():
             loop.step(regression(loop.model, 1))
 
 
-def test_sparse_gradients():
-    model = nn.Embedding(5, 2, sparse=True)
-    with (
-        innerloop.track(model, sgd(model)) as loop,
-        refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"),
-    ):
-        loop.step(loop.model(torch.tensor([1, 2])).square().sum())
-
-
 # -- compiled losses -------------------------------------------------------------------------------
 
 

@@ -12,11 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from innerloop._carry import Carry, distinct
-from innerloop._inner_gradient import graph
-from innerloop._inner_gradient.closure import Evaluations
+from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import (
+    check_graph,
+    finish,
+    inner_gradient,
+    sparse_ones,
+    with_dense_gradients,
+)
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explained
 from innerloop._module.checks import check_names
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
@@ -26,15 +31,16 @@ from innerloop._track.cut import CutGuard
 from innerloop._track.start import _pure
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
-from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.errors import InvalidInputError
 from innerloop.nn import _mode as replace
 from innerloop.optim._base import Optimizer
 from innerloop.optim._from_torch.from_torch import FromTorch
+from innerloop.optim._transforms.grad_callback import GradCallback
 
 Learn = Literal["init", "outer", "nothing"]
 Model = nn.Module | Mapping[str, nn.Module]
 TorchOptimizer = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-GradCallback = Callable[[dict[str, Tensor | None]], Mapping[str, Tensor | None]]
+Callback = Callable[[dict[str, Tensor | None]], Mapping[str, Tensor | None]]
 Gradients = dict[str, Tensor | None]
 Closure = Callable[[], Any]
 
@@ -113,6 +119,7 @@ class Loop:
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
+        self._sparse: set[str] = set()
 
     @property
     def model(self) -> Any:
@@ -139,7 +146,7 @@ class Loop:
         self,
         loss: Tensor | Closure,
         hyper: Mapping[str, Any] | None = None,
-        grad_callback: GradCallback | None = None,
+        grad_callback: Callback | None = None,
     ) -> Float[Tensor, ""]:
         """One differentiable step of the optimizer.
 
@@ -174,7 +181,7 @@ class Loop:
             )
         if closure is None:
             loss = self._checked(loss)
-            grads = self._with_hooks(self._gradient_of(loss, current), grad_callback)
+            grads = self._called_back(grad_callback, self._gradient_of(loss, current))
         else:
             loss, grads = self._evaluated(closure, current, grad_callback, self._checked)
         if isinstance(self._optimizer, FromTorch):
@@ -193,7 +200,9 @@ class Loop:
                         )
                     return self._as_seen(found), grads
 
-                more["value_and_grad"] = Evaluations(evaluate, params, self._as_seen(loss), grads)
+                more["value_and_grad"] = CachedFirstEvaluation(
+                    evaluate, params, self._as_seen(loss), grads
+                )
             before = self._states[self._steps].optimizer_state
             updated, state = self._optimizer.update(grads, before, params, overrides, **more)
         if not self._guard.reached:
@@ -201,6 +210,7 @@ class Loop:
         number = (
             loss.detach().clone()
         )  # a clone, because a fused loss owns a storage of the size of the whole batch's output
+        updated = with_dense_gradients(updated, self._sparse)
         self._advance({**current, **updated}, state, loss, number)
         if self._kernels is not None and self._steps == 1:
             self._kernels.settle()
@@ -286,7 +296,7 @@ class Loop:
         else:
             before = self._view.read()
             self._states[self._steps] = self._states[self._steps]._replace(params=before)
-            params = distinct(params, before)
+            params = aliased(params, before)
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -359,20 +369,35 @@ class Loop:
             )
 
     def _gradient_of(self, loss: Tensor, current: Mapping[str, Tensor]) -> Gradients:
-        leaves = graph.inspect([loss], current.values(), self._second_order)
+        """Compute the gradients, as ``backward()`` and the hooks on the user's parameters would."""
+        leaves = check_graph([loss], current.values(), second_order=self._second_order)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+        independent = InvalidInputError(
+            f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
+            "trains, as they are now: compute it with "
+            "loop.model (not with the model that was passed to track), and anew after each step"
+        )
+        if not wanted:
+            raise independent
         with self._own_code():
-            grads = self._gradients(loss, wanted)
-        self._check_gradients(grads, leaves)
-        return grads
+            found = inner_gradient(
+                loss,
+                wanted,
+                create_graph=self._second_order,
+                independent=independent,
+                gate=self._gate,
+            )
+        self._gate.closed = self._second_order
+        self._check_origin(found, leaves)
+        self._sparse |= sparse_ones(found)
+        return finish(found, hooks=self._hooks, takes_sparse=self._optimizer.takes_sparse)
 
-    def _with_hooks(self, grads: Gradients, grad_callback: GradCallback | None) -> Gradients:
-        """What the hooks on the user's parameters, and then the callback, make of the gradients."""
-        for name, hook in self._hooks:
-            g = grads.get(name)
-            if g is not None and (changed := hook(g)) is not None:
-                grads[name] = changed
-        return grads if grad_callback is None else self._called_back(grad_callback, grads)
+    def _called_back(self, grad_callback: Callback | None, grads: Gradients) -> Gradients:
+        """Return what the user's callback makes of the gradients."""
+        if grad_callback is None:
+            return grads
+        changed, _ = GradCallback(grad_callback).apply(grads, (), {}, {})
+        return changed
 
     def _as_seen(self, loss: Tensor) -> Tensor:
         """The loss as a rule sees it: like the gradients, a constant where no second derivative is taken."""
@@ -382,7 +407,7 @@ class Loop:
         self,
         closure: Closure,
         at: Mapping[str, Tensor],
-        grad_callback: GradCallback | None,
+        grad_callback: Callback | None,
         check: Callable[[Any], Tensor],
     ) -> tuple[Tensor, Gradients]:
         """``(loss, gradients)`` of a closure, with these parameters in ``loop.model`` while it runs."""
@@ -392,45 +417,15 @@ class Loop:
                 n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_()
                 for n in self._trained
             }
-            alias = {n: p.view_as(p) for n, p in trial.items()}
+            alias = {n: _alias(p) for n, p in trial.items()}
             self._view.write(alias)
             try:
                 with _refusing_backward(trial.values(), self._view.source.values()):
                     loss = check(closure())
-                return loss, self._with_hooks(
-                    self._gradient_of(loss, {**at, **alias}), grad_callback
-                )
+                grads = self._gradient_of(loss, {**at, **alias})
+                return loss, self._called_back(grad_callback, grads)
             finally:
                 self._view.write({n: own[n] for n in alias})
-
-    def _gradients(self, loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        self._gate.closed = False
-        try:
-            values = torch.autograd.grad(
-                loss, list(wanted.values()), create_graph=self._second_order, allow_unused=True
-            )
-        except RuntimeError as error:
-            raise explained(error) from error
-        finally:
-            self._gate.closed = self._second_order
-        return dict(zip(wanted, values, strict=True))
-
-    @staticmethod
-    def _called_back(
-        grad_callback: GradCallback, grads: dict[str, Tensor | None]
-    ) -> dict[str, Tensor | None]:
-        changed = grad_callback(grads)
-        if not isinstance(changed, Mapping) or not set(changed) <= set(grads):
-            got = (
-                sorted(set(changed) - set(grads))
-                if isinstance(changed, Mapping)
-                else type(changed).__name__
-            )
-            raise InvalidInputError(
-                f"grad_callback must return the gradients by name, as it gets them; got {got}, "
-                f"expected {list(grads)}"
-            )
-        return dict(changed)
 
     def _current(self) -> dict[str, Tensor]:
         current = self._view.read()
@@ -442,13 +437,8 @@ class Loop:
                 )
         return current
 
-    def _check_gradients(self, grads: Mapping[str, Tensor | None], leaves: list[Tensor]) -> None:
-        if all(g is None for g in grads.values()):
-            raise InvalidInputError(
-                f"the loss depends on none of the {len(grads)} parameters that the optimizer "
-                "trains, as they are now: compute it with "
-                "loop.model (not with the model that was passed to track), and anew after each step"
-            )
+    def _check_origin(self, grads: Gradients, leaves: list[Tensor]) -> None:
+        """Raise if the loss uses a parameter of the user's own model where it should use ours."""
         for name in (self._own[id(leaf)] for leaf in leaves if id(leaf) in self._own):
             if name in grads and grads[name] is None:
                 raise InvalidInputError(
@@ -456,12 +446,4 @@ class Loop:
                     "loop.model: it is reached through a "
                     "closure or an object that is not a module. Make that a method of the module, "
                     "or a submodule"
-                )
-        for name, g in grads.items():
-            if g is not None and g.layout != torch.strided:
-                raise NotDifferentiableError(
-                    f"the gradient of {name!r} is sparse, and most operations on sparse tensors "
-                    "have no derivative: build nn.Embedding "
-                    "with sparse=False, which gives the same numbers; sparse_adam runs in "
-                    "innerloop.unroll"
                 )

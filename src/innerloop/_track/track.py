@@ -57,6 +57,10 @@ def track(
         not copied: do not edit those in place. Buffers (running statistics) are constants of the
         derivative, as in PyTorch.
 
+        A parameter that the loss does not use is skipped, as after ``backward()``: weight decay and
+        momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients
+        are made dense, except for ``SparseAdam``.
+
     Cost:
         About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
 

@@ -25,6 +25,9 @@ class Optimizer(abc.ABC):
     compiles: bool = True
     """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
 
+    takes_sparse: bool = False
+    """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
+
     needs_closure: bool = False
     """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
@@ -78,5 +78,5 @@ def _autograd(
         try:
             grads = torch.autograd.grad(loss, values, allow_unused=True)
         except RuntimeError as error:
-            raise explained(error) from error
+            raise explain(error) from error
     return tree.map_tensors(Tensor.detach, result), grads
