@@ -28,7 +28,7 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
-from innerloop.optim._base import Optimizer
+from innerloop.optim._base import Optimizer, refuse_class
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
 OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
@@ -69,6 +69,7 @@ class Problem:
             raise InvalidInputError(
                 f"loss must be a function loss(params, hyper, batch), got {type(loss).__name__}"
             )
+        refuse_class(optimizer)
         if not isinstance(optimizer, Optimizer):
             cure = (
                 "innerloop.optim.from_torch(optimizer)"

@@ -165,3 +165,17 @@ class Rule(Optimizer):
             ):
                 shown.append(f"{field.name}={_shown(value)}")
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
+
+
+def refuse_class(optimizer: object) -> None:
+    """Raise if ``optimizer`` is a class, where one of its instances is needed."""
+    if not isinstance(optimizer, type):
+        return
+    write = "innerloop.optim.sgd(lr=0.1)"
+    if issubclass(optimizer, Rule):
+        write = f"innerloop.optim.{optimizer.called or optimizer.__name__.lower()}(lr=0.1)"
+    elif issubclass(optimizer, torch.optim.Optimizer):
+        write = f"{optimizer.__name__}(model.parameters(), lr=0.1)"
+    raise InvalidInputError(
+        f"optimizer is the class {optimizer.__name__}, not an optimizer: call it, {write}"
+    )
