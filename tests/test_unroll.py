@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
+from innerloop._problem import residual
 from tests.memory import assert_nothing_is_left
-from tests.networks import network, sgd
-from tests.oracles import assert_derivative, derivative
+from tests.networks import after_sparse_steps, looked_up, network, sgd
+from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, features, regression
 from tests.strategies import Batch
 
@@ -678,3 +679,90 @@ def test_an_error_of_the_loss_comes_through_as_it_is():
             None,
             steps=1,
         )
+
+
+# -- the inner gradient ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        innerloop.StoreAll(),
+        innerloop.Checkpointed(product="reverse"),
+        innerloop.Checkpointed(product="reverse", save="params"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "rule", [innerloop.optim.adagrad(lr=0.1), innerloop.optim.sgd(lr=0.1, momentum=0.9)], ids=repr
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim itself
+def test_a_sparse_embedding_equals_finite_differences_of_torch(strategy: Any, rule: Any):
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    start = 0.5 * smooth_noise(5, 2)
+    w = start.clone().requires_grad_()
+    traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+    (found,) = torch.autograd.grad(looked_up(traj.params["w"], 1), w)
+    along = smooth_noise(5, 2, phase=1.0)
+
+    def of_torch(h: float) -> float:
+        make = (
+            partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+            if isinstance(rule, innerloop.optim.SGD)
+            else partial(torch.optim.Adagrad, lr=0.1)
+        )
+        return after_sparse_steps(make, start + h * along)
+
+    assert_derivative(float((found.to_dense() * along).sum()), derivative(of_torch), repr(rule))
+
+
+def test_groups_make_gradients_dense_for_the_rules_that_need_it():
+    """`sparse_adam` takes its gradient sparse, its neighbour dense."""
+    optimizer = innerloop.optim.groups(
+        {"a": innerloop.optim.sparse_adam(lr=0.1), "b": innerloop.optim.adagrad(lr=0.1)}
+    )
+
+    def loss(params: Any, hyper: Any, t: Any) -> Tensor:
+        return looked_up(params["a"], int(t)) + looked_up(params["b"], int(t))
+
+    start = {name: 0.5 * smooth_noise(5, 2) for name in "ab"}
+    traj = innerloop.unroll(innerloop.Problem(loss, optimizer), start, [0, 1])
+    for name, rule in optimizer.members.items():
+        alone = innerloop.unroll(
+            innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule),
+            {"w": start[name]},
+            [0, 1],
+        )
+        assert torch.equal(traj.params[name], alone.params["w"])
+
+
+def test_a_parameter_that_the_loss_does_not_use_has_the_gradient_zero():
+    """As in `torch.func`, so weight decay moves it; `track` skips it, as after ``backward()``."""
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["used"] ** 2 / 2,
+        innerloop.optim.sgd(lr=0.1, weight_decay=0.5),
+    )
+    start = {"used": torch.tensor(1.0), "unused": torch.tensor(1.0)}
+
+    def run(params: Any) -> Any:
+        return innerloop.unroll(problem, params, None, steps=1).params
+
+    batched = torch.func.vmap(run)({name: p.expand(2) for name, p in start.items()})
+    for end in (run(start), {name: p[0] for name, p in batched.items()}):
+        assert end["unused"].item() == pytest.approx(0.95)
+        assert end["used"].item() == pytest.approx(0.85)
+
+
+def test_the_residual_is_the_inner_gradient_as_constants():
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: (params["w"] * hyper["scale"] - batch) ** 2 / 2,
+        innerloop.optim.adam(),
+    )
+    params = {"w": leaf_of(3.0), "unused": leaf_of(1.0)}
+    found = residual(problem, problem.init(params), {"scale": leaf_of(2.0)}, torch.tensor(1.0))
+    assert {n: g.item() for n, g in found.items()} == {"w": 10.0, "unused": 0.0}
+    assert not any(g.requires_grad for g in found.values())
+
+
+def leaf_of(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)

@@ -11,7 +11,7 @@ from innerloop._types import Named
 from innerloop._utils import tree
 from innerloop._utils.random_state import RandomState
 
-_same = (
+_alias = (
     torch.ops.aten.alias.default
 )  # the identity; unlike the derivative of a view, its own takes a sparse gradient too
 
@@ -45,6 +45,8 @@ class Carry(NamedTuple):
         return Carry(params, state, buffers, self.random_state, self.time)
 
 
-def distinct(params: Named, before: Named) -> dict[str, Tensor]:
+def aliased(params: Named, before: Named) -> dict[str, Tensor]:
     """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
-    return {n: _same(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
+    return {
+        n: _alias(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()
+    }

@@ -10,19 +10,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from innerloop._carry import Carry, _same, distinct
-from innerloop._inner_gradient import graph
-from innerloop._inner_gradient.closure import Evaluations
+from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import (
+    check_graph,
+    finish,
+    inner_gradient,
+    sparse_ones,
+    with_dense_gradients,
+)
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module import view as module
 from innerloop._module.checks import check_names, refusing_recomputation
-from innerloop._types import HyperTree, Loss, Named, Params, ValueAndGrad
+from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
-from innerloop.optim._base import Optimizer
+from innerloop.optim._base import Optimizer, refuse_class
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._groups import Groups
 
@@ -67,6 +73,7 @@ class Problem:
             raise InvalidInputError(
                 f"loss must be a function loss(params, hyper, batch), got {type(loss).__name__}"
             )
+        refuse_class(optimizer)
         if not isinstance(optimizer, Optimizer):
             cure = (
                 "innerloop.optim.from_torch(optimizer)"
@@ -86,6 +93,8 @@ class Problem:
         self.view: module.ModuleView | None = None
         self.computed_buffers: set[str] = set()
         """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
+        self._sparse: set[str] = set()
+        """Parameters whose inner gradient was sparse."""
 
     @classmethod
     def from_module(
@@ -182,7 +191,7 @@ class Problem:
         except InnerLoopError:
             raise
         except RuntimeError as error:
-            raise explained(error) from error
+            raise explain(error) from error
 
     def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
@@ -198,7 +207,7 @@ class Problem:
         grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
             dict(params), buffers, hyper, batch
         )
-        return grads, loss, aux, new_buffers
+        return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """In eager code: the same derivative, and a quarter faster on small models, where the transform's wrappers count."""
@@ -207,32 +216,39 @@ class Problem:
             # An alias, so that the derivative is the partial one even if hyper or the batch was
             # computed from params.
             alias = {
-                n: _same(p) if p.requires_grad else p.detach().requires_grad_()
+                n: _alias(p) if p.requires_grad else p.detach().requires_grad_()
                 for n, p in params.items()
             }
             with refusing_recomputation():
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
-            if not loss.requires_grad:
-                raise NotDifferentiableError(INDEPENDENT)
             # Only a loop that something outside asks a derivative of is recorded; else the step is
             # plain training.
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
             ends = [loss, *tree.tensors(aux), *new_buffers.values()]
-            leaves = graph.inspect(ends, alias.values(), second_order=recording)
+            leaves = check_graph(ends, alias.values(), second_order=recording)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
-            found = torch.autograd.grad(
-                loss, list(alias.values()), create_graph=recording, allow_unused=True
+            grads = self.for_the_rule(
+                inner_gradient(
+                    loss,
+                    alias,
+                    create_graph=recording,
+                    independent=NotDifferentiableError(INDEPENDENT),
+                ),
+                params,
             )
-        if all(g is None for g in found):
-            raise NotDifferentiableError(INDEPENDENT)
-        grads = {
-            n: torch.zeros_like(p) if g is None else g
-            for (n, p), g in zip(params.items(), found, strict=True)
-        }
         if recording:
             return grads, loss, aux, new_buffers
         return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
+
+    def for_the_rule(self, found: Grads, params: Params) -> dict[str, Tensor]:
+        """Return a gradient for each parameter: zero for those that the loss does not use."""
+        if sparse := sparse_ones(found):
+            self._sparse |= sparse
+        finished = finish(found, takes_sparse=self.optimizer.takes_sparse)
+        return {
+            name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
+        }
 
     def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
         """The optimizer's hyper-parameters at step t; None: its own."""
@@ -251,7 +267,8 @@ class Problem:
         params, state = self.new_params(
             grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
         )
-        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now(), t + 1)
+        params = with_dense_gradients(aliased(params, carry.params), self._sparse)
+        return Carry(params, state, dict(buffers), RandomState.now(), t + 1)
 
     def new_params(
         self,
@@ -295,7 +312,7 @@ class Problem:
             return loss, grads
 
         closure = (
-            Evaluations(evaluate, carry.params, loss, grads)
+            CachedFirstEvaluation(evaluate, carry.params, loss, grads)
             if self.optimizer.needs_closure
             else None
         )
@@ -354,3 +371,26 @@ class _ReadByName:
                 )
             found[name] = hyper[name]  # type: ignore[index, call-overload]
         return found
+
+
+def residual(problem: Problem, carry: Carry, hyper: HyperTree, batch: object) -> Grads:
+    """Compute the inner gradient at ``carry`` as constants.
+
+    It is zero where the inner problem is solved; its derivatives at a solution are what implicit
+    differentiation needs.
+
+    Args:
+        problem: the loss; the update rule plays no part.
+        carry: where to evaluate; nothing in it is changed.
+        hyper: the outer variables, as in `unroll`.
+        batch: the data of this step.
+
+    Returns:
+        A gradient for each parameter, zero where the loss does not use it.
+    """
+    params, buffers, constants = tree.map_tensors(
+        Tensor.detach, (carry.params, carry.buffers, hyper)
+    )
+    with torch.no_grad():
+        grads, *_ = problem.gradient(params, buffers, constants, batch)
+    return tree.map_tensors(Tensor.detach, grads)

@@ -59,6 +59,11 @@ def unroll(
         InvalidInputError: a batch requires grad, the number of steps is unknown, a name or shape
             does not fit.
 
+    Note:
+        A parameter that the loss does not use has the gradient zero, as in ``torch.func``, so
+        weight decay or momentum may still move it; `track` skips it, as ``backward()`` does.
+        Sparse gradients are made dense, except for a rule that takes them (``sparse_adam``).
+
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
 

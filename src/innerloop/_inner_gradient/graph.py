@@ -22,7 +22,9 @@ COMPILED = (
 )
 
 
-def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+def check_graph(
+    ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool
+) -> list[Tensor]:
     """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
 
     Returns:

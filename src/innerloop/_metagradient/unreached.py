@@ -46,7 +46,7 @@ class Unreached:
         if not self.suspects or mode() is not Mode.TRANSFORMED:
             return
         assert isinstance(hyper, Mapping)
-        found = {id(x) for x in graph.inspect([loss], (), second_order=False)}
+        found = {id(x) for x in graph.check_graph([loss], (), second_order=False)}
         for name in self.suspects:
             if not any(id(x) in found for x in tree.tensors(hyper[name])):
                 raise NotDifferentiableError(self._unread(name))

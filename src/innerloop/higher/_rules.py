@@ -10,13 +10,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient.closure import Evaluations
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher._base import (
     DifferentiableOptimizer,
     GradCallback,
-    Grads,
+    GradList,
     GroupedGrads,
     Override,
     State,
@@ -68,7 +68,7 @@ class DifferentiableRule(DifferentiableOptimizer):
             track_higher_grads,
             **kwargs,
         )
-        self._evaluations: Evaluations | None = None
+        self._evaluations: CachedFirstEvaluation | None = None
         self._begin()
         self._shown: dict[
             Place, tuple[Any, Any]
@@ -277,7 +277,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         loss: Tensor | Callable[[], Tensor],
         params: list[Tensor],
         callback: GradCallback | None,
-    ) -> Grads:
+    ) -> GradList:
         if not self._pure.needs_closure:
             return super()._evaluated(loss, params, callback)
         if not callable(loss) or self._fmodel is None:
@@ -300,7 +300,7 @@ class DifferentiableRule(DifferentiableOptimizer):
 
         start = {str(i): params[i] for members in self._group_to_param_list for i in members}
         first = evaluate(start)
-        self._evaluations = Evaluations(evaluate, start, *first)
+        self._evaluations = CachedFirstEvaluation(evaluate, start, *first)
         return [first[1].get(str(i)) for i in range(len(params))]
 
 

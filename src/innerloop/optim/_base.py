@@ -25,6 +25,9 @@ class Optimizer(abc.ABC):
     compiles: bool = True
     """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
 
+    takes_sparse: bool = False
+    """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
+
     needs_closure: bool = False
     """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
 
@@ -162,3 +165,17 @@ class Rule(Optimizer):
             ):
                 shown.append(f"{field.name}={_shown(value)}")
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
+
+
+def refuse_class(optimizer: object) -> None:
+    """Raise if ``optimizer`` is a class, where one of its instances is needed."""
+    if not isinstance(optimizer, type):
+        return
+    write = "innerloop.optim.sgd(lr=0.1)"
+    if issubclass(optimizer, Rule):
+        write = f"innerloop.optim.{optimizer.called or optimizer.__name__.lower()}(lr=0.1)"
+    elif issubclass(optimizer, torch.optim.Optimizer):
+        write = f"{optimizer.__name__}(model.parameters(), lr=0.1)"
+    raise InvalidInputError(
+        f"optimizer is the class {optimizer.__name__}, not an optimizer: call it, {write}"
+    )

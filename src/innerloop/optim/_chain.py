@@ -72,6 +72,7 @@ class Chain(Optimizer):
             )
         self.rule: Optimizer = rule
         self.compiles = rule.compiles
+        self.takes_sparse = rule.takes_sparse
         self.transforms: dict[str, Transform] = dict(_numbered((*transforms, *inner)))
         if (
             of_rule := getattr(rule, "hyper_names", None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.grads import dense
 from innerloop.optim._settings import any_given, check_state
 
 
@@ -52,7 +53,10 @@ class PerGroup:
             members, names, state.members, split_hyper(hyper, members, names), strict=True
         ):
             part = {n: params[n] for n in ns}
-            updated, new_state = opt.update({n: grads.get(n) for n in ns}, member, part, values)
+            own = {n: grads.get(n) for n in ns}
+            updated, new_state = opt.update(
+                own if opt.takes_sparse else dense(own), member, part, values
+            )
             new_params.update(updated)
             states.append(new_state)
         return new_params, GroupsState(tuple(states))
@@ -98,6 +102,7 @@ class Groups(Optimizer):
                 )
         self.members = dict(members)
         self.compiles = all(opt.compiles for opt in members.values())
+        self.takes_sparse = any(opt.takes_sparse for opt in members.values())
 
     def init(self, params: Params) -> GroupsState:
         return PerGroup.init(tuple(self.members.values()), self._names(params), params)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import Carry
-from innerloop._inner_gradient import graph
+from innerloop._inner_gradient.gradient import check_graph, inner_gradient
 from innerloop._inner_gradient.loss import INDEPENDENT
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import refusing_recomputation
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
@@ -116,7 +116,7 @@ def _constant_gradient(
         )
         found = {
             id(x): x
-            for x in graph.inspect(
+            for x in check_graph(
                 [loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False
             )
         }
@@ -136,19 +136,18 @@ def _constant_gradient(
                 (params, constants)
             )
             check_constants(t, grads, loss, aux)
-            return grads, loss, aux, new_buffers
+            return problem.for_the_rule(grads, params), loss, aux, new_buffers
         with torch.enable_grad(), refusing_recomputation():
             alias = {name: p.requires_grad_() for name, p in params.items()}
             loss, (_, aux, new_buffers) = evaluate(alias, [x.requires_grad_() for x in constants])
-        found = torch.autograd.grad(loss, list(alias.values()), allow_unused=True)
+        found = inner_gradient(
+            loss, alias, create_graph=False, independent=NotDifferentiableError(INDEPENDENT)
+        )
     except InnerLoopError:
         raise
     except RuntimeError as error:
-        raise explained(error) from error
-    grads = {
-        n: torch.zeros_like(p) if g is None else g
-        for (n, p), g in zip(alias.items(), found, strict=True)
-    }
+        raise explain(error) from error
+    grads = problem.for_the_rule(found, params)
     return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
 

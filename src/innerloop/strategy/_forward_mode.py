@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
@@ -308,7 +308,7 @@ class _ForwardStep:
             raise
         except RuntimeError as error:
             if not lacks_forward_mode(error):
-                raise explained(error) from error
+                raise explain(error) from error
             raise NotDifferentiableError(
                 "ForwardMode() needs forward-mode derivatives, and an operation of the loss lacks "
                 "one: write "

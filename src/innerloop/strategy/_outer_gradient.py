@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
@@ -78,5 +78,5 @@ def _by_autograd(
             try:
                 found = torch.autograd.grad(loss, values, allow_unused=True)
             except RuntimeError as error:
-                raise explained(error) from error
+                raise explain(error) from error
     return tree.map_tensors(Tensor.detach, result), found

@@ -1,12 +1,27 @@
-"""Which parameters have a gradient, and how many steps each has taken."""
+"""Which parameters have a gradient, of which layout, and how many steps each has taken."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
+
+K = TypeVar("K")
+
+
+def is_sparse(gradient: Tensor) -> bool:
+    """Return True if ``gradient`` is stored in any layout but the dense one."""
+    return gradient.layout != torch.strided
+
+
+def dense(grads: Mapping[K, Tensor | None]) -> dict[K, Tensor | None]:
+    """Return ``grads`` with a dense tensor in place of each sparse one; it keeps its graph."""
+    return {key: g.to_dense() if g is not None and is_sparse(g) else g for key, g in grads.items()}
 
 
 def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
