@@ -71,7 +71,7 @@ class Loop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self.hyper = dict(hyper or {})
-        self._kernels = replace.Block() if self._second_order else None
+        self._kernels = replace.LoopMode() if self._second_order else None
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -203,7 +203,7 @@ class Loop:
         )  # a clone, because a fused loss owns a storage of the size of the whole batch's output
         self._advance({**current, **updated}, state, loss, number)
         if self._kernels is not None and self._steps == 1:
-            self._kernels.settle()
+            self._kernels.after_first_step()
         return number
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
@@ -297,11 +297,11 @@ class Loop:
             self._losses = [self._stacked_losses()]
 
     def _own_code(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._kernels is None else self._kernels.off()
+        return nullcontext() if self._kernels is None else self._kernels.paused()
 
     def _users_code(self) -> AbstractContextManager[Any]:
         """Inside `_own_code`: what a closure runs."""
-        return nullcontext() if self._kernels is None else self._kernels.back()
+        return nullcontext() if self._kernels is None else self._kernels.resumed()
 
     def _now(self) -> Carry:
         """The newest state, with the user's edits in it."""

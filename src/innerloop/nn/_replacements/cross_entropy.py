@@ -10,6 +10,7 @@ from torch import Tensor
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.nn import _twice_differentiable as twice
+from innerloop.nn._derivative_order import Args, Kwargs
 from innerloop.nn._replacements.softmax_loss import SoftmaxLoss, precise
 
 TAKES_CHUNKS = 2**20
@@ -87,6 +88,12 @@ def cross_entropy(
         loss = total(input, target, weight, ignore_index, reduction, label_smoothing)
     dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
     return loss if autocast else loss.to(dtype)
+
+
+def has_many_logits(args: Args, kwargs: Kwargs) -> bool:
+    """True if there are so many logits that our own computation is taken."""
+    logits = args[0] if args else kwargs["input"]
+    return isinstance(logits, Tensor) and logits.numel() >= TAKES_CHUNKS
 
 
 def _by_chunks(*tensors: Tensor | None) -> bool:

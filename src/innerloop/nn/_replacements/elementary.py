@@ -10,7 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import NotDifferentiableError
+from innerloop.nn._derivative_order import Args, Kwargs
 
 
 def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Tensor, "..."]:
@@ -43,6 +46,24 @@ def normalize(
     """``F.normalize`` with ``out``, as the power iteration of spectral norm calls it: constants, which forward mode refuses to write."""
     values = F.normalize(input.detach(), p, dim, eps)
     return values if out is None else out.copy_(values)
+
+
+def is_differentiated(args: Args, kwargs: Kwargs) -> bool:
+    """True if an argument is differentiated."""
+    return mode() is not Mode.COMPILING and any(
+        isinstance(x, Tensor) and torch_private.has_derivative(x) for x in (*args, *kwargs.values())
+    )
+
+
+def is_into_out(args: Args, kwargs: Kwargs) -> bool:
+    """True if the result is written into a given tensor while forward mode runs."""
+    return kwargs.get("out") is not None and torch_private.forward_mode()
+
+
+def is_product_in_forward_mode(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``scatter_reduce`` multiplies while forward mode runs."""
+    reduce = kwargs.get("reduce", args[4] if len(args) > 4 else None)
+    return reduce == "prod" and torch_private.forward_mode()
 
 
 def refused(name: str, why: str) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn._derivative_order import Args, Kwargs
 from innerloop.nn._replacements.losses import can_be_read
 
 BY_FREQUENCY = (
@@ -27,10 +29,11 @@ RENORMALISED = (
 )
 
 
-def check_max_norm(name: str, weight: Tensor, max_norm: float | None) -> None:
+def check_max_norm(name: str, weight: object, max_norm: object) -> None:
     """Refuse ``max_norm`` for a weight that is learned. One that is not gives rescaled rows, and is left as it is."""
     if max_norm is not None and (
-        torch.compiler.is_compiling() or torch_private.has_derivative(weight)
+        mode() is Mode.COMPILING
+        or (isinstance(weight, Tensor) and torch_private.has_derivative(weight))
     ):
         raise NotDifferentiableError(f"{name}(max_norm={max_norm}) {RENORMALISED}")
 
@@ -112,9 +115,16 @@ def embedding_bag(
     return total / count.clamp_min(1)[:, None]
 
 
-def bag_of_constant_norm(args: Any, kwargs: Any) -> bool:
+def by_frequency_or_norm(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.embedding`` divides gradients by counts, or rescales its weight."""
+    by_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+    return by_norm or bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+
+
+def bag_of_constant_norm(args: Args, kwargs: Kwargs) -> bool:
     """True, unless a learned weight is to be rescaled: that is refused where PyTorch's kernel stays, too."""
-    given = dict(zip(("input", "weight", "offsets", "max_norm"), args, strict=False)) | kwargs
+    names = ("input", "weight", "offsets", "max_norm")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     check_max_norm("F.embedding_bag", given["weight"], given.get("max_norm"))
     return True
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
+from innerloop.nn._derivative_order import Args, Kwargs
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -55,7 +57,7 @@ def _weighted(error: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
 
 
-def weight_of_l1_loss(input: Tensor, target: Tensor) -> Tensor | None:
+def weight_of_l1_loss(input: object, target: object) -> Tensor | None:
     """The ``weight`` of the call of ``F.l1_loss`` that is running: it does not hand it over to a mode (torch 2.13).
 
     Under several modes the function calls itself, and the innermost call has lost it already.
@@ -90,6 +92,19 @@ def l1_loss(
             f"weight {tuple(weight.shape)}, input {tuple(input.shape)}: their shapes must be equal"
         )
     return _weighted(error, weight, reduction)
+
+
+def loses_its_weight(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.l1_loss`` was called with a weight."""
+    if mode() is Mode.COMPILING or "weight" in kwargs:
+        return False
+    given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+    return weight_of_l1_loss(given["input"], given["target"]) is not None
+
+
+def in_chunks(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.linear_cross_entropy`` is to take the logits some rows at a time."""
+    return kwargs.get("options") is not None
 
 
 def linear_cross_entropy(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop.nn._derivative_order import Args, Kwargs
 
-def on_cuda(args: Any, kwargs: Any) -> bool:
-    """Whether a recurrent operation would run in cuDNN, whose backward cannot be differentiated."""
+
+def on_cuda(args: Args, kwargs: Kwargs) -> bool:
+    """True if a recurrent operation would run in cuDNN, whose gradient has no derivative."""
     return isinstance(args[0], Tensor) and args[0].is_cuda
 
 
