@@ -854,8 +854,10 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "p=-2.0": lambda: ours.pdist(X, -2.0),
     "p=3": lambda: ours.multi_margin_loss(X, LABELS, p=3),
     "one label": lambda: ours.multi_margin_loss(X, LABELS[:2]),
-    "none of the 3 classes": lambda: ours.multi_margin_loss(X, LABELS + 1),
-    "none of the 3": lambda: ours.multilabel_margin_loss(X, MANY + 1),
+    r"target has the label \d, but there are only 3 classes \(0 to 2\)": lambda: (
+        ours.multi_margin_loss(X, LABELS + 1)
+    ),
+    "only 3 classes": lambda: ours.multilabel_margin_loss(X, MANY + 1),
     "shapes must be equal": lambda: ours.multilabel_margin_loss(X, MANY[0]),
     "7 times": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], torch.tensor([8, 5]), CTC[2]),
     "hold its labels": lambda: ours.ctc_loss(
@@ -864,7 +866,9 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "must be used": lambda: ours.ctc_loss(
         LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])
     ),
-    "none of the 5 classes": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]),
+    "targets has the label 5, but there are only 5 classes": lambda: ours.ctc_loss(
+        LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]
+    ),
 }
 
 

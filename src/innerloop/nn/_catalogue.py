@@ -89,7 +89,7 @@ class Operation:
 
     @property
     def nodes_of_derivative(self) -> tuple[str, ...]:
-        """Return the nodes that differentiating `nodes` leaves in a graph, where the third is wrong.
+        """Return the nodes that differentiating `nodes` leaves in a graph, if `order` is 3.
 
         A loss that contains one of them is a function of a gradient through the operation.
         """

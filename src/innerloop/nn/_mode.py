@@ -231,7 +231,7 @@ class LoopMode:
         return nullcontext()
 
     def resumed(self) -> AbstractContextManager[object]:
-        """Switch the mode on again inside a `paused` block, for code of the user that runs there."""
+        """Switch the mode on again inside a `paused` block, for the user's code in it."""
         if self._is_on and torch_private.function_mode() is not self._mode:
             return self._mode
         return nullcontext()

@@ -115,13 +115,9 @@ def _functions() -> Iterator[Case]:
         yield function(f"torch.{name}", "functions", operation, p)
     for name in CONSTANT:
         if hasattr(sp, name):
-            degree = (2,) if "polynomial" in name else ()
-            yield function(
-                f"torch.special.{name}",
-                "functions",
-                lambda x, f=getattr(sp, name), n=degree: f(x, *n),
-                p,
-            )
+            call = getattr(sp, name)
+            call = _of_degree_two(call) if "polynomial" in name else call
+            yield function(f"torch.special.{name}", "functions", call, p)
     yield function(
         "torch.triangular_solve",
         "functions",
@@ -185,3 +181,7 @@ def _functions() -> Iterator[Case]:
     yield function("torch.angle", "functions", lambda x, y: torch.angle(torch.complex(x, y)), x, y)
     yield function("torch.complex abs", "functions", lambda x, y: torch.complex(x, y).abs(), x, y)
     yield function("torch.sgn (complex)", "functions", lambda x, y: torch.complex(x, y).sgn(), x, y)
+
+
+def _of_degree_two(polynomial: Call) -> Call:
+    return lambda x: polynomial(x, 2)

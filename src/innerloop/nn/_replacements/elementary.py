@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +16,10 @@ from innerloop.nn._derivative_order import Args, Kwargs
 
 
 def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Tensor, "..."]:
-    r"""``F.hardsigmoid``, which in PyTorch has no second derivative: :math:`\min(\max(x + 3, 0), 6) / 6`."""
+    r"""Compute ``F.hardsigmoid``, which in PyTorch has no second derivative.
+
+    .. math:: \min(\max(x + 3, 0), 6) / 6
+    """
     # Outside, and on the kinks themselves, PyTorch's gradient is 0; a clamp's would be 1 there.
     inside, shifted = (input > -3) & (input < 3), input + 3
     result = torch.where(inside, shifted, shifted.detach().clamp(0, 6)) / 6
@@ -27,8 +29,12 @@ def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Ten
 def cholesky_inverse(
     input: Float[Tensor, "*batch n n"], upper: bool = False, *, out: Tensor | None = None
 ) -> Float[Tensor, "*batch n n"]:
-    r"""``torch.cholesky_inverse``, whose forward-mode derivative PyTorch gets wrong: :math:`(L L^T)^{-1} = L^{-T} L^{-1}`."""
-    if out is not None:  # of which PyTorch takes no derivative, and says so
+    r"""Compute ``torch.cholesky_inverse``, whose forward-mode derivative PyTorch gets wrong.
+
+    .. math:: (L L^T)^{-1} = L^{-T} L^{-1}
+    """
+    # PyTorch takes no derivative of a result in ``out``, and says so.
+    if out is not None:
         return torch.cholesky_inverse(input, upper, out=out)
     one = torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand_as(input)
     factor = input.mH if upper else input
@@ -43,7 +49,10 @@ def normalize(
     eps: float = 1e-12,
     out: Tensor | None = None,
 ) -> Float[Tensor, "..."]:
-    """``F.normalize`` with ``out``, as the power iteration of spectral norm calls it: constants, which forward mode refuses to write."""
+    """Compute ``F.normalize`` with ``out``, as the power iteration of spectral norm calls it.
+
+    The results are constants, which PyTorch refuses to write while forward mode runs.
+    """
     values = F.normalize(input.detach(), p, dim, eps)
     return values if out is None else out.copy_(values)
 
@@ -66,10 +75,10 @@ def is_product_in_forward_mode(args: Args, kwargs: Kwargs) -> bool:
     return reduce == "prod" and torch_private.forward_mode()
 
 
-def refused(name: str, why: str) -> Callable[..., Any]:
-    """A form that raises: PyTorch's derivative is silently wrong, and we have none."""
+def refused(name: str, why: str) -> Callable[..., object]:
+    """Make a replacement that raises: PyTorch's derivative is silently wrong, and we have none."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         raise NotDifferentiableError(f"{name} {why}")
 
     return call
