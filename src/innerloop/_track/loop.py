@@ -71,7 +71,7 @@ class TrackedLoop:
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
-        self._kernels = replace.Block() if self._second_order else None
+        self._kernels = replace.LoopMode() if self._second_order else None
         self._gate = Gate()
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -209,7 +209,7 @@ class TrackedLoop:
         updated = with_dense_gradients(updated, self._sparse)
         self._advance({**current, **updated}, state, value, number)
         if self._kernels is not None and self._steps == 1:
-            self._kernels.settle()
+            self._kernels.after_first_step()
         return number
 
     def at(self, t: int) -> Carry:
@@ -326,11 +326,11 @@ class TrackedLoop:
             self._losses = [self._stacked_losses()]
 
     def _own_code(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._kernels is None else self._kernels.off()
+        return nullcontext() if self._kernels is None else self._kernels.paused()
 
     def _users_code(self) -> AbstractContextManager[object]:
         """Return the block for a closure that runs inside `_own_code`."""
-        return nullcontext() if self._kernels is None else self._kernels.back()
+        return nullcontext() if self._kernels is None else self._kernels.resumed()
 
     def _now(self) -> Carry:
         """Return the newest state, with the user's edits in it."""
