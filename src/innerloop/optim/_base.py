@@ -12,7 +12,7 @@ from torch import Tensor
 
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
-from innerloop.optim._settings import _shown, any_given
+from innerloop.optim._settings import has_overrides, text_of
 
 
 class Optimizer(abc.ABC):
@@ -125,7 +125,7 @@ class Rule(Optimizer):
     def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
         """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
         values = {name: getattr(self, name) for name in self.hyper_names}
-        if not any_given(hyper):
+        if not has_overrides(hyper):
             return values  # the constructor has looked at them
         assert hyper is not None
         for name, value in hyper.items():
@@ -160,5 +160,5 @@ class Rule(Optimizer):
             if field.repr and (
                 field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default
             ):
-                shown.append(f"{field.name}={_shown(value)}")
+                shown.append(f"{field.name}={text_of(value)}")
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"

@@ -13,7 +13,7 @@ from innerloop._types import Grads, Params
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.grads import active_ones, ages_of
+from innerloop.optim._engine.grads import by_step_count, which_have_gradient
 from innerloop.optim._engine.packing import (
     FLAT_LIMIT,
     Bucket,
@@ -46,11 +46,11 @@ class Elementwise(Rule):
     flat_limit: ClassVar[int] = FLAT_LIMIT
     """Elements; a larger parameter is updated alone and never copied."""
 
-    def packs(self, hyper: Mapping[str, Any]) -> bool:
+    def packs_small_params(self, hyper: Mapping[str, Any]) -> bool:
         """Whether small parameters are updated as one flat tensor; below about four operations per tensor that costs more than it saves."""
         return True
 
-    def translates(self, hyper: Mapping[str, Any]) -> bool:
+    def update_ignores_param(self, hyper: Mapping[str, Any]) -> bool:
         """Whether ``step(grad, param) == param + step(grad, 0)`` to the last bit: then parameters need not be packed, only the result."""
         return False
 
@@ -96,7 +96,7 @@ class Elementwise(Rule):
     ) -> tuple[dict[str, Tensor], Any]:
         check_state(self, state, self.state_type)
         resolved = self.resolve(hyper)
-        active = active_ones(grads, params)
+        active = which_have_gradient(grads, params)
         lists = self._takes_lists(resolved)
         if (
             lists
@@ -108,7 +108,7 @@ class Elementwise(Rule):
             done = self._without_state(grads, state, params, resolved)
             if done is not None:
                 return done
-        ages, counts = ages_of(state.count, params)
+        ages, counts = by_step_count(state.count, params)
         layout = self._layout(params, resolved, active, ages)
         old = {
             n: self._laid_out(n, s, layout, params)
@@ -124,7 +124,7 @@ class Elementwise(Rule):
             if i in together:
                 new_params[bucket.names[0]], local = together[i]
             elif bucket.active:
-                moves = len(bucket.names) > 1 and self.translates(resolved)
+                moves = len(bucket.names) > 1 and self.update_ignores_param(resolved)
                 param = _real(bucket, params) if moves else pack(bucket, params)
                 values = _for_bucket(resolved, bucket, param)
                 count = counts[bucket.age] + 1
@@ -152,7 +152,9 @@ class Elementwise(Rule):
         active: Mapping[str, bool] | None = None,
         ages: Mapping[str, int] | None = None,
     ) -> Layout:
-        return layout_of(params, active, ages, self.flat_limit if self.packs(hyper) else 0)
+        return layout_of(
+            params, active, ages, self.flat_limit if self.packs_small_params(hyper) else 0
+        )
 
     def _takes_lists(self, hyper: Mapping[str, Any]) -> bool:
         """Whether `step_lists` is there, and nothing looks closer than autograd does."""

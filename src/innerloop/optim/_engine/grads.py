@@ -9,7 +9,7 @@ from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 
 
-def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
+def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:
     """Which parameters have a gradient; None if all have."""
     everything = True
     for name, p in params.items():
@@ -30,7 +30,7 @@ def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
     return None if everything else {name: grads.get(name) is not None for name in params}
 
 
-def ages_of(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
+def by_step_count(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
     """Split parameters by step count: an index for each parameter, and the counts that the indices stand for."""
     if not isinstance(count, Mapping):
         return None, [count]
