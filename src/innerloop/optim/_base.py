@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._settings import has_overrides, text_of
 
@@ -147,9 +148,8 @@ class Rule(Optimizer):
                     "number or a tensor"
                 )
         values |= hyper
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a message with a symbolic number in it is not compiled
+        # A message with a symbolic number in it cannot be compiled.
+        if mode() is not Mode.COMPILING:
             self.validate(values)
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._types import Grads, Params, ValueAndGrad
-from innerloop._utils import torch_private, tree
+from innerloop._utils import caches, torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.optim._adapt.frozen import FrozenState, freeze, thaw
@@ -26,7 +27,7 @@ from innerloop.optim._settings import check_state, has_overrides
 Make = Callable[[dict[str, Tensor]], torch.optim.Optimizer]
 _SHAPES = {0: ((), ()), 1: ((4,), (3,)), 2: ((5, 2), (2, 4))}
 """Parameters of the small problem, by their number of axes; wide and tall, so that G Gᵀ is singular on one side."""
-_VERIFIED: dict[Any, set[Any]] = {}
+_verified: MutableMapping[Any, set[Any]] = caches.cache("verified optimizer classes")
 """What was verified for each class and settings."""
 _IN_TRANSFORM = (
     '{!r} inside torch.func.grad, vjp or vmap (the products "mixed" and "finite" use them): torch '
@@ -39,7 +40,7 @@ _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no 
 
 def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
     """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
-    for (cls, shown, needs_closure), keys in _VERIFIED.items():
+    for (cls, shown, needs_closure), keys in _verified.items():
         names = sorted(
             {name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)}
         )
@@ -80,7 +81,7 @@ class Adapted(Optimizer):
         self.cls = cls
         self._shown = shown
         self._verifies = verifies
-        self._verified: set[Any] = set() if key is None else _VERIFIED.setdefault(key, set())
+        self._verified: set[Any] = set() if key is None else _verified.setdefault(key, set())
 
     def init(self, params: Params) -> AdaptedState:
         self.verify(params)
@@ -112,7 +113,7 @@ class Adapted(Optimizer):
             InvalidInputError: the class itself fails.
             NotDifferentiableError: they differ; with the numbers.
         """
-        if not self._verifies or torch_private.inside_transform():
+        if not self._verifies or mode() is Mode.TRANSFORMED:
             return
         if self.cls is None:
             small = {
@@ -158,7 +159,7 @@ class Adapted(Optimizer):
             state.count == 0
             and self._verifies
             and not self.needs_closure
-            and not torch_private.inside_transform()
+            and mode() is not Mode.TRANSFORMED
         ):
             self._compare(new, grads, state, params, hyper or {}, random_state)
         return new, new_state
@@ -344,7 +345,7 @@ def _running(owner: Adapted, given: Sequence[Tensor]) -> Iterator[Any]:
     the state that the plain run left.
     """
     values = ValueInterpreter()
-    if torch_private.inside_transform():
+    if mode() is Mode.TRANSFORMED:
         if torch_private.inside_reverse_transform():
             raise NotDifferentiableError(_IN_TRANSFORM.format(owner))
         with torch.autograd.graph.saved_tensors_hooks(copy_of, same), values:
@@ -368,7 +369,7 @@ def _plain(t: Tensor) -> Tensor:
 
 def _constant(t: Tensor) -> Tensor:
     """A copy of what does not depend on the parameters; a strategy may have made it require a gradient all the same."""
-    return t.clone() if torch_private.inside_transform() else t.detach().clone()
+    return t.clone() if mode() is Mode.TRANSFORMED else t.detach().clone()
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
