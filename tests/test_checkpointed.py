@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1462,8 +1463,9 @@ def test_a_bar_needs_tqdm(monkeypatch: pytest.MonkeyPatch):
         innerloop.unroll(plain(), begin(), None, steps=2, strategy=Checkpointed(), progress=True)
 
 
-def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str]):
+def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     params, hyper = inputs()
     traj = innerloop.unroll(
         plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True
@@ -1471,6 +1473,16 @@ def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str]):
     assert "forward: 100%" in capsys.readouterr().err
     of_end(traj).backward()
     assert "backward: 100%" in capsys.readouterr().err
+
+
+def test_no_bar_where_standard_error_is_no_terminal(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("tqdm")
+    params, hyper = inputs()
+    traj = innerloop.unroll(
+        plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True
+    )
+    of_end(traj).backward()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("types_unchecked")

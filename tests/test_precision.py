@@ -12,20 +12,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import innerloop
+from innerloop._utils import caches
 from innerloop.optim import chain, clip_by_global_norm, in_float32
-from innerloop.optim._engine.precision import forget_warning
 from tests.optimizers import RULES, Rule, each_rule
 from tests.oracles import Params, Task, assert_params, smooth_noise
 from tests.strategies import each_exact_strategy
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _said_nothing_yet() -> Iterator[None]:
-    forget_warning()
-    yield
-    forget_warning()
 
 
 @pytest.fixture
@@ -68,7 +61,7 @@ def test_a_differentiated_update_of_half_precision_warns_once(kind: str, dtype: 
     ):
         step(params, OPTIMIZERS[kind])
     step(params, OPTIMIZERS[kind])  # a second warning would be an error
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         step(params)
 
@@ -85,10 +78,10 @@ def test_transforms_count_as_differentiation_and_are_not_broken():
     w = torch.ones(3, dtype=torch.bfloat16)
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.grad(lambda w: step({"w": w})["w"].sum())(w)
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.vmap(torch.func.grad(lambda w: step({"w": w})["w"].sum()))(w.expand(2, 3))
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.jvp(lambda w: step({"w": w})["w"], (w,), (w,))
 

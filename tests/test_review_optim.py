@@ -16,9 +16,9 @@ from torch import Tensor
 
 import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError, optim
+from innerloop._utils import caches
 from innerloop.errors import PrecisionWarning
 from innerloop.optim import adapt
-from innerloop.optim._engine.precision import forget_warning
 from innerloop.optim._from_torch.from_torch import overrides_step
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -166,7 +166,7 @@ def test_one_complex_parameter_with_a_tensor_rate_and_a_missing_gradient():
 @pytest.mark.parametrize("name", ["learned", "adapt"])
 def test_half_precision_is_warned_of(name: str):
     optimizer, p = MADE[name](), torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
-    forget_warning()
+    caches.clear()
     with pytest.warns(PrecisionWarning, match="bfloat16"):
         optimizer.update({"p": p * 2}, optimizer.init({"p": p}), {"p": p})
 

@@ -30,7 +30,7 @@ from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast
 from innerloop.higher.patch import PatchedModule
 from innerloop.optim._adapt.frozen import freeze, thaw
-from innerloop.optim._adapt.number import Number
+from innerloop.optim._adapt.number import TracedNumber
 from innerloop.optim._adapt.rule import Adapted, AdaptedState
 from innerloop.optim._base import Rule
 from innerloop.optim._from_torch.from_torch import FromTorch, from_torch
@@ -374,8 +374,8 @@ class DifferentiableAdapted(DifferentiableRule):
             kept = optimizer.state[stand_ins[self._group_to_param_list[g][j]]]
             if value is _GONE:
                 kept.pop(key, None)
-            elif isinstance(kept.get(key), Number):
-                kept[key] = Number(torch.as_tensor(value, dtype=kept[key].tensor.dtype))
+            elif isinstance(kept.get(key), TracedNumber):
+                kept[key] = TracedNumber(torch.as_tensor(value, dtype=kept[key].tensor.dtype))
             else:
                 kept[key] = value
         for p in [p for p, kept in optimizer.state.items() if not kept]:

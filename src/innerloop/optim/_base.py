@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
-from innerloop.optim._settings import _shown, any_given
+from innerloop.optim._settings import has_overrides, text_of
 
 
 class Optimizer(abc.ABC):
@@ -128,7 +129,7 @@ class Rule(Optimizer):
     def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
         """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
         values = {name: getattr(self, name) for name in self.hyper_names}
-        if not any_given(hyper):
+        if not has_overrides(hyper):
             return values  # the constructor has looked at them
         assert hyper is not None
         for name, value in hyper.items():
@@ -150,9 +151,8 @@ class Rule(Optimizer):
                     "number or a tensor"
                 )
         values |= hyper
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a message with a symbolic number in it is not compiled
+        # A message with a symbolic number in it cannot be compiled.
+        if mode() is not Mode.COMPILING:
             self.validate(values)
         return values
 
@@ -163,7 +163,7 @@ class Rule(Optimizer):
             if field.repr and (
                 field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default
             ):
-                shown.append(f"{field.name}={_shown(value)}")
+                shown.append(f"{field.name}={text_of(value)}")
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
 
 

@@ -12,7 +12,7 @@ from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
 from innerloop.optim._engine.grads import dense
-from innerloop.optim._settings import any_given, check_state
+from innerloop.optim._settings import check_state, has_overrides
 
 
 class GroupsState(NamedTuple):
@@ -151,7 +151,7 @@ def split_hyper(
     hyper: Mapping[str, Any] | None, members: Sequence[Optimizer], names: Sequence[Sequence[str]]
 ) -> list[dict[str, Any] | None]:
     """One mapping of overrides per group."""
-    if not any_given(hyper):
+    if not has_overrides(hyper):
         return [None] * len(members)
     assert hyper is not None
     split: list[dict[str, Any]] = [{} for _ in members]

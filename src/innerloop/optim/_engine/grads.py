@@ -24,7 +24,7 @@ def dense(grads: Mapping[K, Tensor | None]) -> dict[K, Tensor | None]:
     return {key: g.to_dense() if g is not None and is_sparse(g) else g for key, g in grads.items()}
 
 
-def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
+def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:
     """Which parameters have a gradient; None if all have."""
     everything = True
     for name, p in params.items():
@@ -45,7 +45,7 @@ def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
     return None if everything else {name: grads.get(name) is not None for name in params}
 
 
-def ages_of(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
+def by_step_count(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
     """Split parameters by step count: an index for each parameter, and the counts that the indices stand for."""
     if not isinstance(count, Mapping):
         return None, [count]
