@@ -29,6 +29,7 @@ from innerloop import Checkpointed, StoreAll
 from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left, without_collector
 from tests.oracles import assert_derivative, derivative, smooth_noise
+from tests.small_problems import one_weight, quadratic_problem
 
 pytestmark = pytest.mark.usefixtures("float64")
 INVALID, CAPTURED, NOT_DIFFERENTIABLE = (
@@ -1601,3 +1602,37 @@ def test_compiled_code_around_it_is_refused(how: str):
     message = "cannot be compiled as a whole" if ours else "cannot stand inside of compiled code"
     with pytest.raises(innerloop.InvalidInputError if ours else RuntimeError, match=message):
         run()
+
+
+@pytest.mark.parametrize("slots", ["all", 1])
+def test_an_optimizer_hyper_that_changes_is_noticed(slots: Any):
+    calls = [0]
+
+    def changing(hyper: Any, t: int) -> dict[str, float]:
+        calls[0] += 1
+        return {"lr": 0.5 / calls[0]}
+
+    traj = innerloop.unroll(
+        quadratic_problem(optimizer_hyper=changing),
+        one_weight(),
+        None,
+        steps=3,
+        strategy=Checkpointed(slots=slots),
+    )
+    with pytest.raises(innerloop.InvalidInputError, match="optimizer_hyper"):
+        traj.params["w"].backward()
+
+
+def test_a_hyper_parameter_written_in_place_by_data_is_noticed():
+    hyper = {"lr": torch.tensor(0.5, requires_grad=True)}
+    traj = innerloop.unroll(
+        quadratic_problem(optimizer_hyper=lambda h, t: h),
+        one_weight(),
+        None,
+        steps=3,
+        hyper=hyper,
+        strategy=Checkpointed(),
+    )
+    hyper["lr"].data.mul_(2)
+    with pytest.raises(innerloop.InvalidInputError):
+        traj.params["w"].backward()

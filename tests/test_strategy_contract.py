@@ -4,6 +4,7 @@ and is differentiated."""
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +14,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import innerloop
+from innerloop import Checkpointed, FirstOrder, StoreAll
 from innerloop.strategy import Forecast, Inputs, Objective, Strategy
 from tests.oracles import assert_derivative, assert_params, derivative, smooth_noise
+from tests.small_problems import Once, one_weight
 from tests.strategies import (
     OUTER,
     RULES,
@@ -834,3 +837,90 @@ def test_it_says_what_it_is(strategy: Strategy):
     text = type(strategy).__doc__ or ""
     for word in ("Cost", "When", "Not"):
         assert word in text, f"the docstring of {type(strategy).__name__} lacks **{word}**"
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(slots=2)], ids=repr)
+def test_threads_may_share_a_problem(strategy: Strategy):
+    """Each loop as if it ran alone, and the user's module untouched."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    problem = innerloop.Problem.from_module(
+        model, lambda m, h, x: (m(x) - h).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    data = torch.randn(20, 6, 3)
+    found: dict[Any, Tensor] = {}
+
+    def run(target: float, key: Any) -> None:
+        _, grads = innerloop.metagradient(
+            lambda traj, h: sum(p.sin().sum() for p in traj.params.values()),
+            problem,
+            dict(model.named_parameters()),
+            data,
+            hyper=torch.tensor(target),
+            wrt="hyper",
+            strategy=strategy,
+        )
+        found[key] = grads
+
+    threads = [threading.Thread(target=run, args=(float(i), i)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        run(float(i), "alone")
+        torch.testing.assert_close(found[i], found["alone"], rtol=1e-12, atol=0)
+    for name, b in model.named_buffers():
+        assert torch.equal(b, before[name])
+
+
+class Moving(nn.Module):
+    """A weight, and its moving average in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0))
+        self.ema: Tensor
+        self.register_buffer("ema", torch.tensor(0.0))
+
+    def forward(self) -> Tensor:
+        self.ema = 0.5 * self.ema + 0.5 * self.w
+        return (self.w - 1) ** 2 + 0.1 * self.ema**2
+
+
+def test_buffers_that_depend_on_parameters():
+    model = Moving()
+    problem = innerloop.Problem.from_module(model, lambda m, h, b: m(), innerloop.optim.sgd(lr=0.1))
+
+    def gradient(strategy: Strategy) -> Tensor:
+        params = {"w": torch.tensor(2.0, requires_grad=True)}
+        traj = innerloop.unroll(problem, params, None, steps=3, strategy=strategy)
+        (found,) = torch.autograd.grad(traj.params["w"] + traj.at(-1).buffers["ema"], params["w"])
+        return found
+
+    exact = gradient(StoreAll())
+    for strategy in (
+        Checkpointed(slots=1),
+        Checkpointed(product="mixed"),
+        Checkpointed(slots=2, save="gradients"),
+    ):
+        torch.testing.assert_close(gradient(strategy), exact, rtol=1e-12, atol=0)
+    with pytest.raises(innerloop.NotDifferentiableError, match="buffers"):
+        gradient(FirstOrder())
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed()], ids=repr)
+def test_a_second_derivative_that_torch_would_drop_is_named(strategy: Strategy):
+    """d w_2 / d w_0 is (1 - lr)^2 = 1/4; torch says 1, because the gradient that comes in does not
+    require grad."""
+    problem = innerloop.Problem(lambda p, h, b: Once.apply(p["w"]) / 2, innerloop.optim.sgd(lr=0.5))
+    with pytest.raises(
+        innerloop.NotDifferentiableError, match="Once is marked once_differentiable"
+    ):
+        innerloop.unroll(problem, one_weight(), None, steps=2, strategy=strategy).params[
+            "w"
+        ].backward()
+    params = one_weight()
+    innerloop.unroll(problem, params, None, steps=2, strategy=FirstOrder()).params["w"].backward()
+    assert params["w"].grad == 1

@@ -17,6 +17,7 @@ import innerloop
 from tests.networks import adam, gradients, leaf, network, outer_value, sgd, train
 from tests.oracles import smooth_noise
 from tests.situations import SEED, STEPS, TwoLayers, features, regression
+from tests.small_problems import Once
 from tests.test_module_situations import Everything
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -675,3 +676,12 @@ def test_at_refuses_as_a_trajectory_does():
             loop.step(regression(loop.model, t))
         with refused(INVALID, "time 1", 'learn="nothing"'):
             loop.at(1)
+
+
+def test_a_second_derivative_that_torch_would_drop_is_named():
+    model = nn.Linear(1, 1)
+    with (
+        pytest.raises(innerloop.NotDifferentiableError, match="once_differentiable"),
+        innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
+    ):
+        loop.step(Once.apply(loop.model(torch.ones(1, 1))).sum())

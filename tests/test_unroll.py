@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
@@ -21,6 +21,7 @@ from tests.memory import assert_nothing_is_left
 from tests.networks import after_sparse_steps, looked_up, network, sgd
 from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, features, regression
+from tests.small_problems import one_weight, quadratic_problem
 from tests.strategies import Batch
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -766,3 +767,61 @@ def test_the_residual_is_the_inner_gradient_as_constants():
 
 def leaf_of(value: float) -> Tensor:
     return torch.tensor(value, requires_grad=True)
+
+
+def test_a_loop_that_is_continued_leaves_the_users_random_numbers_alone() -> None:
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(lr=0.1))
+    carry = innerloop.unroll(problem, {"w": torch.ones(2)}, None, steps=1).at(-1)
+    drawn = []
+    for _ in range(3):
+        drawn.append(torch.randn(2))
+        carry = innerloop.unroll(problem, carry, None, steps=1).at(-1)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_hyper_parameters_that_reach_nothing() -> None:
+    problem = innerloop.Problem(
+        half_square, innerloop.optim.sgd(lr=0.1)
+    )  # optimizer_hyper was forgotten
+    for wrt in ("hyper", ("params", "hyper")):
+        with pytest.raises(innerloop.NotDifferentiableError, match="optimizer_hyper"):
+            innerloop.metagradient(
+                lambda traj, hyper: traj.params["w"].sum(),
+                problem,
+                {"w": torch.ones(2)},
+                None,
+                steps=2,
+                hyper={"lr": torch.tensor(0.5)},
+                wrt=wrt,
+            )
+
+
+def test_a_constant_outer_loss_under_vmap() -> None:
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(lr=0.1))
+    outer = lambda traj, hyper: torch.ones(())  # noqa: E731
+    one = lambda w: innerloop.metagradient(outer, problem, {"w": w}, None, steps=1, wrt="params")[  # noqa: E731
+        1
+    ]["w"]
+    with pytest.raises(innerloop.NotDifferentiableError, match="does not depend"):
+        torch.func.vmap(one)(torch.ones(3, 2))
+
+
+def test_a_loss_that_uses_the_captured_model() -> None:
+    model = nn.Linear(2, 1)
+    x = torch.ones(4, 2)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, b: model(x).square().mean(), innerloop.optim.sgd()
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match="does not depend on params"):
+        innerloop.unroll(problem, dict(model.named_parameters()), None, steps=2)
+
+
+def test_times_are_whole_numbers():
+    with pytest.raises(innerloop.InvalidInputError, match="list of times"):
+        innerloop.unroll(quadratic_problem(), one_weight(), None, steps=3, save_at=[True])
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(innerloop.InvalidInputError, match="no_grad"):
+        innerloop.unroll(quadratic_problem(), one_weight(), None, steps=3)
