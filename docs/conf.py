@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # the extensions `offline_mathjax` and `reference`
 
 project = "innerloop"
 author = "The innerloop authors"
@@ -22,6 +24,8 @@ version = release
 
 extensions = [
     "myst_nb",
+    "offline_mathjax",
+    "reference",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -40,7 +44,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {name: name for name in ("Grads", "Hyper", "Params")}
-autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Cost"]
 napoleon_use_rtype = False
@@ -54,7 +57,7 @@ nb_execution_mode = "off"
 
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["wide.css"]
+html_css_files = ["pages.css"]
 html_title = f"innerloop {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

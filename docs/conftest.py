@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
+collect_ignore = ["offline_mathjax.py", "reference.py"]  # extensions of Sphinx
+
 PEERS = {
     "migration-from-betty.md": ["betty"],
     "migration-from-higher.md": ["higher"],

@@ -4,18 +4,17 @@ pre-training and random initialisation.
     python examples/few_shot_digits.py                # five class splits, a table at the end
     python examples/few_shot_digits.py --splits 1     # one of them
 
-Ten classes are split into six for training, multiplied by rotations and flips into 48, and four
-that are only tested, on untouched images. A task is: three classes, five images of each to adapt
-to, fifteen of each to be judged on. Compared are
+Six of the ten classes are for training; rotations and flips make 48 of them. The other four are for
+testing, with unchanged images. A task has three classes, with five images of each to adapt to and
+fifteen of each to test on. Three ways are compared:
 
 (a) an initialisation and one learning rate per parameter, meta-learned through five inner steps
-(Finn et al. 2017, MAML; Li et al. 2017,
-    Meta-SGD),
+    (Finn et al. 2017, MAML; Li et al. 2017, Meta-SGD),
 (b) ordinary pre-training on the same 48 classes, with a new head,
 (c) a random initialisation.
 
-(b) and (c) adapt all layers with the best rate of a grid, which is picked *on the test tasks
-themselves*, for each number of steps anew: that favours the baselines.
+(b) and (c) adapt all layers with the best rate of a grid. That rate is chosen *on the test tasks
+themselves*, separately for each number of steps, which favours the baselines.
 """
 
 from __future__ import annotations
@@ -232,7 +231,10 @@ def run_split(args: Args, number: int) -> dict[str, Tensor]:
     tasks = sample(
         split.test, args.test_tasks, args, torch.Generator().manual_seed(args.seed + 1000 + number)
     )
-    with tqdm(total=args.iterations, desc=f"split {number}: meta-learning", unit="step") as bar:
+    # disable=None: no bar where standard error is not a terminal, so that a log stays readable.
+    with tqdm(
+        total=args.iterations, desc=f"split {number}: meta-learning", unit="step", disable=None
+    ) as bar:
         learned = learner.accuracy(*meta_learn(learner, split, bar), tasks)
         bar.set_description(f"split {number}: baselines")
         pretrained = baseline(learner, pretrain(args, split), tasks)

@@ -1,16 +1,16 @@
 """A learned optimizer, meta-trained through unrolled training, against tuned SGD: random quadratics
 and scikit-learn's digits.
 
-    python examples/learned_optimizer.py # both families, about two minutes on one core python
-    examples/learned_optimizer.py --family quadratics # one of them
+    python examples/learned_optimizer.py                       # both families, two minutes
+    python examples/learned_optimizer.py --family quadratics   # one of them
 
-A network with a few hundred weights sees, for one entry of one parameter at a time, the gradient
-and its averages over several time scales, and says how far that entry moves (Andrychowicz et al.
-2016; features as in Metz et al. 2020). Its weights are trained by the exact derivative of the
-losses along a short training run, over many random tasks at once.
+A network with a few hundred weights is the optimizer. For one entry of one parameter at a time, it
+sees the gradient and its averages over several time scales, and says how far that entry moves
+(Andrychowicz et al. 2016; features as in Metz et al. 2020). Its weights are trained by the exact
+derivative of the losses along a short training run, over many random tasks at once.
 
-The baselines are SGD, SGD with momentum and Adam. Each has the best setting of a grid, picked on
-training tasks of the same family, by the number that is reported. All are compared on the same
+The baselines are SGD, SGD with momentum and Adam. Each gets the best setting of a grid, chosen on
+training tasks of the same family by the number that is reported. All are compared on the same
 held-out tasks, after the same number of steps.
 """
 
@@ -306,7 +306,10 @@ class Result(NamedTuple):
 def run_family(args: Args, name: str) -> Result:
     began = time.perf_counter()
     family = quadratics() if name == "quadratics" else digits(max(args.steps, args.test_steps))
-    with tqdm(total=args.iterations, desc=f"{name}: meta-training", unit="step") as bar:
+    # disable=None: no bar where standard error is not a terminal, so that a log stays readable.
+    with tqdm(
+        total=args.iterations, desc=f"{name}: meta-training", unit="step", disable=None
+    ) as bar:
         weights = meta_train(args, family, bar)
     training = family.sample(args.tuning_tasks, False, torch.Generator().manual_seed(args.seed + 1))
     testing = family.sample(args.test_tasks, True, torch.Generator().manual_seed(args.seed + 2))

@@ -57,6 +57,11 @@ def test_stride_is_the_best_place_for_the_next_state(slots: int):
         )
 
 
+def test_replays_that_the_page_of_the_strategies_states():
+    found = [round(schedule.replays(1000, slots) / 1000, 2) for slots in (1000, 62, 31, 10)]
+    assert found == [0, 0.94, 1.44, 2.64]  # the table in docs/strategies.md
+
+
 def test_many_slots_need_no_replay_and_one_slot_needs_all():
     """For lengths at which the table of the dynamic programme would be too large: closed forms."""
     for steps in (1, 10, 1000, 100_000):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import INDEPENDENT
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.operator import LinearOperator, Vector
 from innerloop._linear.products import (
     SecondProduct,
@@ -133,7 +133,7 @@ class Hessian(LinearOperator):
             except RuntimeError as error:
                 if self.product == "mixed" and lacks_forward_mode(error):
                     raise without_forward_mode(error) from error
-                raise explained(error) from error
+                raise explain(error) from error
 
     def _taken(self, at: list[Tensor], along: list[Tensor], learned: list[int]) -> SecondProduct:
         count = len(along)

@@ -11,14 +11,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._batches import Drawn
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, StepOutputs, Strategy
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import check_constants
@@ -31,6 +30,7 @@ from innerloop.strategy._engine.step_pullback import (
     Step,
     state_of,
 )
+from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
@@ -160,19 +160,30 @@ class Checkpointed(Strategy):
         """Run the loop as one node of the autograd graph, whose backward pass replays it."""
         if mode() is Mode.COMPILING:
             raise NotDifferentiableError(loop_function.COMPILING.format(self))
-        if isinstance(loop.batches, Drawn) and not self.keep_batches:
+        if loop.batches.single_pass and not self.keep_batches:
             raise InvalidInputError(
                 "batches is an iterator, which yields each batch once, and with "
                 "keep_batches=False they are not there for the replay: "
                 "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
             )
-        if (
-            isinstance(loop.batches, Drawn)
-            and mode() is not Mode.TRANSFORMED
-            and self.offload is not None
-        ):
+        if loop.batches.single_pass and mode() is not Mode.TRANSFORMED and self.offload is not None:
             loop.batches.kept = Snapshots(self.offload)
         return loop_function.run(_Replay(loop, self))
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: every step replayed once, and the replays that the slots need."""
+        steps, state = measure.steps, measure.state_bytes
+        cost = measure(dataclasses.replace(self, slots="all", memory=None))
+        slots = self.slots_for(measure.loop, steps)
+        again = schedule.replays(steps, slots) if slots < steps else 0
+        # The line starts from one step, with its state; it grows by what is kept of each.
+        gradients = steps if self.save == "gradients" else 0
+        kept = state * slots + max(cost.bytes.each - state, 0) * gradients
+        working = max(cost.bytes.at(1) - state, 0)
+        return Forecast(
+            cost.seconds.at(steps) + again * measure.plain().seconds.each,
+            kept + working + measure.kept_batch_bytes,
+        )
 
     def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
         """Return how many states are kept at once.
@@ -247,7 +258,7 @@ class _Replay(LoopFunction):
                     carry.params, carry.buffers, loop.hyper, batch
                 )
                 carry = self._sharing(
-                    loop.problem.update(carry, grads, buffers, loop.hyper, t), before
+                    loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t)), before
                 )
                 if self.recorded:
                     gradients[t] = (grads, buffers, carry.random_state)
@@ -308,7 +319,7 @@ class _Replay(LoopFunction):
                 carry,
                 loop.hyper,
                 batch,
-                t,
+                loop.time(t),
                 wanted,
                 reached,
                 here,
@@ -369,14 +380,14 @@ class _Replay(LoopFunction):
         """Run step t again on constants."""
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
-            return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(
+            return loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))._replace(
                 random_state=random_state
             )
         return self._step(loop, carry, loop.batch(carry, t), t)[0]
 
     def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
-        new, loss, aux = problem.step(carry, loop.hyper, batch, t)
+        new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
         return self._sharing(new, carry), loss, aux
 
     def _rewind(self, carry: Carry) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.products import lacks_forward_mode
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
@@ -21,7 +21,7 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, StepOutputs, Strategy
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs
 from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
@@ -30,6 +30,7 @@ from innerloop.strategy._engine.step_pullback import (
     carry_of,
     state_of,
 )
+from innerloop.strategy._forecast import Forecast
 
 _jvp: Any = torch.func.jvp
 
@@ -113,6 +114,12 @@ class ForwardMode(Strategy):
             states, *refuse_inputs((traj.losses, traj.aux), start, _START), traj.steps
         )
 
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: the memory is that of one step, at any length."""
+        cost = measure(self)
+        # What is kept per step are the numbers of the losses.
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(1))
+
     def online(
         self,
         outer: Callable[[dict[str, Tensor], Any], Tensor],
@@ -174,8 +181,9 @@ class ForwardMode(Strategy):
                 if t is None:
                     return
                 carry, tangents, ends, _ = push(
-                    carry, tangents, loop.hyper, loop.batch(carry, t), t
+                    carry, tangents, loop.hyper, loop.batch(carry, t), loop.time(t)
                 )
+            carry = carry._replace(time=loop.time(t + 1))
             check_constants(t, state_of(carry), *ends)
             value, grads = _hyper_gradient(outer, push, carry, tangents, loop.hyper, first=t == 0)
             sent = yield OnlineGradient(t + 1, carry, value, grads)
@@ -316,7 +324,7 @@ class _ForwardStep:
             raise
         except RuntimeError as error:
             if not lacks_forward_mode(error):
-                raise explained(error) from error
+                raise explain(error) from error
             raise NotDifferentiableError(
                 "ForwardMode() needs forward-mode derivatives, and an operation of the loss lacks "
                 "one: write "
@@ -378,10 +386,12 @@ class _ForwardModeLoop(LoopFunction):
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if push is None:
-                carry, *rest = loop.problem.step(carry, loop.hyper, batch, t)
+                carry, *rest = loop.step(carry, batch, t)
                 ends: Any = rest
             else:
-                carry, tangents, ends, derivatives = push(carry, tangents, loop.hyper, batch, t)
+                carry, tangents, ends, derivatives = push(
+                    carry, tangents, loop.hyper, batch, loop.time(t)
+                )
                 slopes.add(*derivatives)
             if torch.is_grad_enabled():
                 check_constants(t, state_of(carry), *ends)

@@ -70,7 +70,7 @@ class LoopFunction(abc.ABC):
         )
         self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
         random_state = loop.start.random_state or RandomState.now()
-        empty = Carry({}, None, {}, random_state)
+        empty = Carry({}, None, {}, random_state, loop.start.time)
         self.transformed = mode() is Mode.TRANSFORMED
         self.recorded = self.transformed or (
             torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
@@ -111,7 +111,8 @@ class LoopFunction(abc.ABC):
     def filled(self, tensors: Sequence[Tensor]) -> Loop:
         """Return the loop with these tensors in it."""
         state, hyper, data = tree.join(self.inputs, tensors)
-        start = carry_of(state, self.loop.start.random_state)
+        begin = self.loop.start
+        start = carry_of(state, begin.random_state)._replace(time=begin.time)
         return self.loop._replace(start=start, hyper=hyper, batches=self.loop.batches.holding(data))
 
     def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ def plain_run(loop: Loop) -> Trajectory:
     carry = loop.start
     states, outputs = {0: carry}, StepOutputs(carry.params)
     for t in loop.batches.times():
-        carry, loss, aux = loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)
+        carry, loss, aux = loop.step(carry, loop.batch(carry, t), t)
         states[t + 1] = carry
         outputs.add(loss, aux)
         loop.report("forward", t + 1, loop.batches.steps)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.operator import LinearOperator, Vector
 from innerloop._linear.products import lacks_forward_mode
 from innerloop._utils import tree
@@ -99,7 +99,7 @@ class StepPushforward(LinearOperator):
                 raise
             except RuntimeError as error:
                 if not lacks_forward_mode(error):
-                    raise explained(error) from error
+                    raise explain(error) from error
                 raise NotDifferentiableError(
                     "the transpose of a step's pullback needs forward-mode derivatives, and an "
                     "operation of the loss lacks one: use the pullback itself. PyTorch says: "

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient import graph
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.products import (
     Gradients,
     SecondProduct,
@@ -425,7 +425,7 @@ def pull(
         raise
     except RuntimeError as error:
         if chosen != "mixed" or not lacks_forward_mode(error):
-            raise explained(error) from error
+            raise explain(error) from error
         if product == "auto":
             _no_forward_mode[step.problem.loss] = True
             warnings.warn(
@@ -473,7 +473,7 @@ class _Inputs:
         """Note which leaves ``ends`` depend on: for all others a transform would give zeros."""
         if mode() is Mode.COMPILING:
             return
-        found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
+        found = {id(x) for x in graph.check_graph(ends, (), second_order=False)}
         self.reached.update(i for i, v in zip(self.chosen, values, strict=True) if id(v) in found)
         before = len(self.leaves) - len(self.step.wanted)
         self.step.reached.update(i - before for i in self.reached if i >= before)
