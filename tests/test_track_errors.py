@@ -621,6 +621,7 @@ def test_an_optimizer_that_does_not_list_its_hyper_parameters_is_asked_at_the_fi
         loop.step(regression(loop.model, 0))
 
 
+@pytest.mark.usefixtures("types_unchecked")
 @pytest.mark.parametrize(
     ("optimizer", "write"),
     [
@@ -657,6 +658,7 @@ def test_a_grad_callback_that_keeps_a_state():
             loop.step(loss, grad_callback=transform)
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_a_grad_callback_that_is_no_function():
     with (
         innerloop.track(network(), OURS) as loop,

@@ -25,6 +25,7 @@ from innerloop._module import view as module
 from innerloop._module.checks import check_names, refusing_recomputation
 from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
@@ -151,7 +152,7 @@ class Problem:
                 result, new_buffers = self.view.run(
                     params, buffers, self.loss, self.view.module, hyper, batch
                 )
-        if self.view is not None and not torch.compiler.is_compiling():
+        if self.view is not None and mode() is not Mode.COMPILING:
             self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
@@ -164,11 +165,9 @@ class Problem:
 
     def gradient(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """``(gradient with respect to params, loss, aux, new_buffers)``: the residual of the inner problem is the first."""
-        transformed = torch.compiler.is_compiling() or torch_private.inside_transform()
+        taken = self._by_autograd if may_call_autograd() else self._by_transform
         try:
-            return (self._by_transform if transformed else self._by_autograd)(
-                params, buffers, hyper, batch
-            )
+            return taken(params, buffers, hyper, batch)
         except InnerLoopError:
             raise
         except RuntimeError as error:
@@ -179,7 +178,7 @@ class Problem:
 
         def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
             loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
-            if not torch.compiler.is_compiling() and not torch_private.is_tracked(loss):
+            if mode() is not Mode.COMPILING and not torch_private.is_tracked(loss):
                 raise NotDifferentiableError(INDEPENDENT)
             return loss, (loss, aux, new_buffers)
 

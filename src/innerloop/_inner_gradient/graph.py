@@ -53,7 +53,7 @@ def check_graph(
             kernels.append(node)
         elif second_order and kind in WRONG_THIRD:
             node.register_hook(_watch_second)
-        elif second_order and _once_differentiable(node):
+        elif second_order and torch_private.is_once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
                 "derivative. Write its backward out of "
@@ -127,14 +127,4 @@ def _without_second(kind: str) -> str:
         "not use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
         "first_order=True, "
         "strategy=innerloop.FirstOrder()"
-    )
-
-
-def _once_differentiable(node: Any) -> bool:
-    """Whether a node is a custom Function whose backward says that it must not be differentiated again."""
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    wrapped = getattr(backward, "__wrapped__", None)
-    return (
-        wrapped is not None
-        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -76,9 +77,7 @@ def _named(
     model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]
 ) -> list[tuple[str, Any]]:
     if isinstance(model, nn.Module):
-        return [
-            (name.replace("_orig_mod.", ""), tensor) for name, tensor in listing(model)
-        ]  # what torch.compile puts in between
+        return [(torch_private.uncompiled_name(name), tensor) for name, tensor in listing(model)]
     seen: dict[int, tuple[str, Any]] = {}
     for key, module in model.items():
         for name, tensor in _named(module, listing):

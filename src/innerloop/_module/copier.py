@@ -16,16 +16,17 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
+    """Return the module inside the one that ``torch.compile`` made, or the module itself.
+
+    A compiled forward pass has no second derivative.
+    """
+    return torch_private.uncompiled(module)
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
-_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - {
-    "_parameters",
-    "_buffers",
-}
+_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - set(
+    torch_private.TENSOR_TABLES
+)
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
@@ -115,10 +116,10 @@ class _Copier:
         self.done[id(module)] = new
         self.keep.append(module)
         self.modes.append((new, module))
-        own = new.__dict__
+        own, parameters = vars(new), torch_private.parameter_table(module)
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                own[key] = table = self._table(key, value)
+            if key in torch_private.TENSOR_TABLES:
+                own[key] = table = self._table(value, value is parameters)
                 for name, tensor in table.items():
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
@@ -128,15 +129,14 @@ class _Copier:
                 own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
-        own["_compiled_call_impl"] = None
+        torch_private.forget_compiled_call(new)
         return new
 
-    def _table(self, key: str, table: dict[str, Any]) -> dict[str, Any]:
-        return (
-            _Parameters(table, self.gate)
-            if key == "_parameters" and self.gate is not None
-            else dict(table)
-        )
+    def _table(self, table: dict[str, Any], of_parameters: bool) -> dict[str, Any]:
+        """Return a copy of a table; that of parameters notices reads at the wrong time."""
+        if of_parameters and self.gate is not None:
+            return _Parameters(table, self.gate)
+        return dict(table)
 
     def _own(self, table: Any) -> Any:
         """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""

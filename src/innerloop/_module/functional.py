@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_names, refusing_recomputation
 from innerloop._module.view import ModuleView
+from innerloop._utils.execution import Mode, mode
 from innerloop.nn._mode import replacing
 
 
@@ -41,7 +42,7 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         **kwargs: Any,
     ) -> Any:
         check_names(params, view.source)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and mode() is not Mode.COMPILING:
             with refusing_recomputation():
                 return evaluate(params, args, buffers, kwargs)
         return evaluate(params, args, buffers, kwargs)

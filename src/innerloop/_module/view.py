@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, named_buffers, named_parameters
 from innerloop._module.copier import Gate, _Copier, plain
+from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
 
@@ -122,7 +123,7 @@ class ModuleView:
         """
         # One copy for all threads: they take turns. (Compiled code runs where it was compiled, and
         # knows no locks.)
-        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+        with nullcontext() if mode() is Mode.COMPILING else self._lock:
             return self._run(params, buffers, function, *args, **kwargs)
 
     def _run(
@@ -154,12 +155,15 @@ def keep_running_statistics(view: ModuleView) -> None:
     for module in view.modules:
         if (
             getattr(module, "track_running_stats", False)
-            and vars(module)["_buffers"].get("running_mean") is not None
+            and torch_private.buffer_table(module).get("running_mean") is not None
         ):
             module.register_forward_pre_hook(_copy_running_statistics)
 
 
 def _copy_running_statistics(module: nn.Module, _: Any) -> None:
     if module.training:
-        table = vars(module)["_buffers"]
-        table.update({name: table[name].clone() for name in ("running_mean", "running_var")})
+        table = torch_private.buffer_table(module)
+        for name in ("running_mean", "running_var"):
+            statistic = table[name]
+            assert statistic is not None
+            table[name] = statistic.clone()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from innerloop._module.copier import Gate, plain
 from innerloop._module.view import ModuleView, keep_running_statistics
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import FastWeights, fast_weights
 from innerloop.higher._nested import copy_tensor
@@ -147,8 +148,8 @@ class PatchedModule(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        table = vars(self).get("_parameters")
-        if table is None or table.get(name) is None or "_innerloop_fast" not in vars(self):
+        table = torch_private.parameter_table(self)
+        if table.get(name) is None or "_innerloop_fast" not in vars(self):
             ours = vars(PatchedModule).get(name)
             if isinstance(ours, property) and ours.fset is None and not isinstance(self, _Part):
                 raise InvalidInputError(
@@ -165,7 +166,9 @@ class PatchedModule(nn.Module):
         fast.take([value if p is table[name] else p for p in fast.newest])
 
     def __delattr__(self, name: str) -> None:
-        if vars(self)["_parameters"].get(name) is not None and "_innerloop_fast" in vars(self):
+        if torch_private.parameter_table(self).get(name) is not None and "_innerloop_fast" in vars(
+            self
+        ):
             raise InvalidInputError(
                 f"the parameter {name!r} of a patched module cannot be deleted: delete it in the "
                 "model, before it is patched"
@@ -216,7 +219,7 @@ class _Offered:
         del vars(part)[self._name]
 
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = torch_private.REGISTRIES
 _NAMES = tuple(
     name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward"
 )
@@ -283,20 +286,21 @@ def buffer_sync(
                 "form"
             )
     module = plain(module)
-    for name, buffer in vars(module)["_buffers"].items():
+    for name, buffer in torch_private.buffer_table(module).items():
         copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
-        vars(fmodule)["_buffers"][name] = (
+        torch_private.buffer_table(fmodule)[name] = (
             copied.to(device) if device is not None and copied is not None else copied
         )
-    theirs = vars(fmodule)["_modules"]
-    for name, child in vars(module)["_modules"].items():
+    theirs = torch_private.module_table(fmodule)
+    for name, child in torch_private.module_table(module).items():
         if name not in theirs:
             raise InvalidInputError(
                 f"{type(fmodule).__name__} has no submodule {name!r}: pass the module that it is "
                 "a patched form of"
             )
-        if child is not None:
-            buffer_sync(child, theirs[name], device)
+        part = theirs[name]
+        if child is not None and part is not None:
+            buffer_sync(child, part, device)
 
 
 def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None) -> Any:

@@ -15,7 +15,8 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import refusing_recomputation
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
+from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Rows, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
@@ -124,7 +125,7 @@ def _constant_gradient(
 
     constants = [leaves[i].detach() for i in places]
     try:
-        if torch_private.inside_transform() or torch.compiler.is_compiling():
+        if not may_call_autograd():
             (grads, _), (loss, aux, new_buffers) = tree.grad_with_aux(lambda both: evaluate(*both))(
                 (params, constants)
             )
