@@ -475,6 +475,7 @@ def test_the_tables_of_a_module():
     assert torch_private.parameter_table(object.__new__(torch.nn.Linear)) == {}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 def test_what_compile_leaves_in_a_module():
     module = torch.nn.Linear(1, 1)
     compiled = torch.compile(module)

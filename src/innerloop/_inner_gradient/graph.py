@@ -1,4 +1,4 @@
-"""What can be read off an autograd graph: whether compiled code is in it, and which leaves it reaches."""
+"""Read off an autograd graph: operations without a second derivative, leaves outside the loop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ COMPILED = (
 
 
 def check_graph(
-    ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool
+    ends: Iterable[Tensor], params: Iterable[Tensor], *, second_order: bool
 ) -> list[Tensor]:
-    """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
+    """Raise if an operation between ``ends`` and ``params`` lacks a second derivative.
+
+    The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters.
 
     Returns:
-        The leaves outside of the loop.
+        The leaves at which the walk ended, parameters that are leaves among them.
     """
-    ends, current = list(ends), list(current)
+    ends, current = list(ends), list(params)
     kernels = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
@@ -69,7 +71,10 @@ def check_graph(
 
 
 def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
-    """A hook on a node that has just computed ``gradients``: let the nodes that differentiate them look out for a third derivative."""
+    """Let the nodes that differentiate ``gradients`` look out for a third derivative.
+
+    It is a hook on the node that has just computed them.
+    """
     for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
         node.register_prehook(_refuse_third)
 
@@ -86,7 +91,10 @@ def _refuse_third(_: Any) -> None:
 
 
 def _reaches(start: Any, current: list[Tensor]) -> bool:
-    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+    """Return True if the inner gradient passes through a node.
+
+    What leads to outer tensors alone is differentiated only once.
+    """
     ends = {p.grad_fn for p in current if p.grad_fn is not None}
     leaves = {id(p) for p in current if p.grad_fn is None}
     seen, stack = set(), [start]

@@ -15,7 +15,7 @@ INDEPENDENT = (
 
 
 def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
-    """``loss`` as a scalar; raise unless it is one."""
+    """Return ``loss`` as a scalar; raise unless it is one."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(
             f"{what} must return a scalar tensor (or a pair (scalar, aux)), got "

@@ -15,7 +15,10 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 @contextmanager
 def refusing_recomputation() -> Iterator[None]:
-    """Refuse saved-tensor hooks: a checkpointed forward would be recomputed later, when a module has other weights."""
+    """Refuse saved-tensor hooks.
+
+    A checkpointed forward would be recomputed later, when a module has other weights.
+    """
     message = "innerloop refuses saved tensor hooks here"
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(message):
@@ -64,12 +67,15 @@ def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
 
 def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """``named_parameters`` of a module, or of several with their key in front; a shared tensor is listed once."""
+    """List the named parameters of a module, or of several with their key in front.
+
+    A shared tensor is listed once.
+    """
     return _named(model, nn.Module.named_parameters)
 
 
 def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """``named_buffers``, likewise."""
+    """List the named buffers of a module, or of several with their key in front."""
     return _named(model, nn.Module.named_buffers)
 
 

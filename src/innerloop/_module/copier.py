@@ -1,4 +1,4 @@
-"""Copy a module's containers, so that its parameters can be replaced without touching the user's module."""
+"""Copy a module's containers: its parameters can then be replaced, and the user's stay."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Gate:
 
 
 class _Parameters(dict[str, Any]):
-    """A module's parameters, which notices when a backward pass reads them: it would get the newest ones, not those of its time.
+    """A module's parameters; it notices when a backward pass reads them.
+
+    Such a read would get the newest parameters, not those of the step being differentiated.
 
     ``torch.utils.checkpoint`` does that when it recomputes a forward pass; the gradient would be
     wrong without an error.
@@ -64,7 +66,7 @@ class _Parameters(dict[str, Any]):
         return super().__getitem__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """A snapshot of the values, as parameters: what a copy of a module has."""
+        """Return a snapshot of the values, as parameters, for a copy of the module."""
         for p in self.values():
             if isinstance(p, Tensor) and id(p) not in memo:
                 memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
@@ -72,7 +74,10 @@ class _Parameters(dict[str, Any]):
 
 
 class _Copier:
-    """Copies module trees, sharing all tensors, and remembers where each parameter and buffer stands in the copies."""
+    """A copier of module trees that shares all tensors.
+
+    It remembers where each parameter and buffer stands in the copies.
+    """
 
     def __init__(self, gate: Gate | None) -> None:
         self.gate = gate
@@ -82,7 +87,7 @@ class _Copier:
         self.modes: list[tuple[nn.Module, nn.Module]] = []
 
     def copy(self, obj: Any) -> Any:
-        """A copy of modules and of the containers that hold modules or parameters; anything else as it is."""
+        """Copy modules and containers that hold modules or parameters; return all else as it is."""
         if id(obj) in self.done:
             return self.done[id(obj)]
         if isinstance(obj, nn.Module):
@@ -100,7 +105,7 @@ class _Copier:
         return obj
 
     def places_of(self, name: str, tensor: Tensor) -> list[Place]:
-        """Where ``tensor`` stands in the copies."""
+        """Return the places at which ``tensor`` stands in the copies."""
         for container, _ in self.places[id(tensor)]:
             if not isinstance(container, (dict, list, deque)):
                 raise InvalidInputError(
@@ -139,12 +144,15 @@ class _Copier:
         return dict(table)
 
     def _own(self, table: Any) -> Any:
-        """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""
+        """Copy a table of the module itself (submodules, hooks).
+
+        It is always a new one, so that additions to the copy stay there.
+        """
         copied = self.copy(table)
         return type(table)(table) if copied is table else copied
 
     def _container(self, obj: Any) -> Any:
-        """A container with copied elements, or the container itself if none of them needed copying."""
+        """Return a container with copied elements, or the container itself if none was copied."""
         if id(obj) in self.done:
             return self.done[id(obj)]
         self.done[id(obj)] = obj  # a container that holds itself ends here

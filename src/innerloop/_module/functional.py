@@ -16,7 +16,7 @@ from innerloop.nn._mode import replacing
 
 
 def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
-    """``model`` as a pure function of its parameters and buffers.
+    """Return ``model`` as a pure function of its parameters and buffers.
 
     Args:
         model: any module; it is not changed, neither now nor by the calls.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node
 from torch.multiprocessing import reductions
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
@@ -257,7 +256,7 @@ def forget_compiled_call(module: nn.Module) -> None:
     vars(module)["_compiled_call_impl"] = None
 
 
-def is_once_differentiable(node: Node) -> bool:
+def is_once_differentiable(node: object) -> bool:
     """Return True if a node is a custom Function marked as ``once_differentiable``."""
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     wrapped = getattr(backward, "__wrapped__", None)

@@ -25,10 +25,11 @@ from innerloop.strategy._engine.step_pullback import state_of
 
 @dataclasses.dataclass(frozen=True)
 class FirstOrder(Strategy):
-    r"""Treat the gradient of each inner step as a constant, so that no second derivative is taken. Approximate.
+    r"""Treat the gradient of each inner step as a constant: no second derivative. Approximate.
 
-    .. math:: (\theta_{t+1}, s_{t+1}) = u(g_t, s_t, \theta_t, \lambda), \qquad g_t = \nabla_\theta \ell(\theta_t)
-        \text{ held constant}
+    .. math::
+        (\theta_{t+1}, s_{t+1}) = u(g_t, s_t, \theta_t, \lambda),
+        \qquad g_t = \nabla_\theta \ell(\theta_t) \text{ held constant}
 
     For SGD :math:`d\theta_T / d\theta_0` is then the identity: first-order MAML (Finn et al.,
     "Model-agnostic meta-learning", 2017). Hyper-parameters of the optimizer keep their direct
@@ -98,7 +99,10 @@ class FirstOrder(Strategy):
 def _constant_gradient(
     problem: Problem, carry: Carry, hyper: Any, batch: Any, t: int, in_loss: dict[int, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
-    """`Problem.gradient` on constants; notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on."""
+    """Compute `Problem.gradient` on constants.
+
+    It notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on.
+    """
     params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
