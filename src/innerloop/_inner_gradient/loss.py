@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,7 +12,7 @@ INDEPENDENT = (
 )
 
 
-def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
+def check_loss(loss: object, what: str) -> Float[Tensor, ""]:
     """Return ``loss`` as a scalar; raise unless it is one."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(

@@ -34,7 +34,7 @@ def refusing_recomputation() -> Iterator[None]:
         ) from error
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Raise unless ``model`` is a module that can be viewed at other parameters."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"expected an nn.Module, got {type(model).__name__}")

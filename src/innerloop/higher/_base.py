@@ -344,7 +344,7 @@ class DifferentiableOptimizer(abc.ABC):
                     else value
                 )
 
-    def _entries(self, name: str, values: Any) -> list[Any]:
+    def _entries(self, name: str, values: object) -> list[Any]:
         """Return what ``override`` has under ``name``: one entry, or one per param group."""
         found = entries(values)
         if found is None or len(found) not in (1, len(self.param_groups)):
@@ -419,7 +419,7 @@ class DifferentiableOptimizer(abc.ABC):
             fast_weights(self._fmodel).reach.outside = any(id(leaf) not in own for leaf in leaves)
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raise unless this is a torch optimizer."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         got = (
@@ -435,7 +435,7 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def scalar(loss: Any) -> Tensor:
+def scalar(loss: object) -> Tensor:
     """Return the loss of a step; raise unless it is one number."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(
@@ -445,14 +445,14 @@ def scalar(loss: Any) -> Tensor:
     return check_loss(loss, "the loss")
 
 
-def _check_callback(callback: Any) -> None:
+def _check_callback(callback: object) -> None:
     if callback is not None and not callable(callback):
         raise InvalidInputError(
             f"grad_callback is {callback!r}: pass a function of the list of gradients"
         )
 
 
-def listed(params: Any, name: str) -> list[Tensor]:
+def listed(params: object, name: str) -> list[Tensor]:
     """Return ``params`` as a list; raise if there is anything but tensors in it."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise InvalidInputError(
@@ -469,7 +469,7 @@ def listed(params: Any, name: str) -> list[Tensor]:
     return found
 
 
-def entries(values: Any) -> list[Any] | None:
+def entries(values: object) -> list[Any] | None:
     """Return the elements of a list, an ``nn.ParameterList``, a tensor; None if there are none."""
     if isinstance(values, (str, Mapping)) or (isinstance(values, Tensor) and values.ndim == 0):
         return None
@@ -485,7 +485,7 @@ def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return twin
 
 
-def _as_before(new: Any, old: Any) -> Any:
+def _as_before(new: object, old: object) -> object:
     """Return a setting without its graph, and as a number if it was one."""
     if isinstance(old, Tensor):
         return detach(new)
@@ -497,7 +497,7 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _NAMES}
 
 
-def has_tensor(value: Any) -> bool:
+def has_tensor(value: object) -> bool:
     """Return True for a tensor, or a pair with one in it, which is compared by identity."""
     return isinstance(value, Tensor) or (
         isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)

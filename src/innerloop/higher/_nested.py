@@ -22,7 +22,7 @@ def flatten(x: Any) -> list[Any]:
     return [leaf for child in (x.values() if isinstance(x, dict) else x) for leaf in flatten(child)]
 
 
-def is_container(target: Any) -> bool:
+def is_container(target: object) -> bool:
     """Return True if `flatten` and `recursive_map` look inside."""
     return isinstance(target, (list, tuple, dict, set))
 
@@ -69,6 +69,6 @@ def detach(target: Any) -> Any:
     return recursive_map(target, lambda x: x.detach() if isinstance(x, Tensor) else x)
 
 
-def find(tensor: Tensor, candidates: Iterable[Any]) -> int | None:
+def find(tensor: Tensor, candidates: Iterable[object]) -> int | None:
     """Return the position of this very tensor, None if it is not there."""
     return next((i for i, candidate in enumerate(candidates) if candidate is tensor), None)

@@ -100,7 +100,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         return self._states
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: object) -> None:
         if not isinstance(value, Sequence) or len(value) != len(self.param_groups):
             raise InvalidInputError(
                 f"state must be a list with a dict for each of the {len(self.param_groups)} param "
@@ -422,7 +422,7 @@ def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _mark(value: Any) -> Any:
+def _mark(value: object) -> object:
     """Return a mark that changes when a value is written in place.
 
     It is a tensor's version; and its number, if it is one, for a write through ``.data``.

@@ -106,7 +106,7 @@ def _real_valued(opt: torch.optim.Optimizer) -> tuple[str, ...] | None:
     return None
 
 
-def _is_real(leaf: Any) -> bool:
+def _is_real(leaf: object) -> bool:
     return isinstance(leaf, (int, float, Tensor)) and not isinstance(leaf, bool)
 
 

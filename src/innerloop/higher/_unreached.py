@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -76,7 +75,7 @@ class ReachMonitor:
             if leaf.requires_grad and leaf.is_leaf:
                 leaf.register_post_accumulate_grad_hook(self._newest_reached)
 
-    def look_at_inputs(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    def look_at_inputs(self, args: Iterable[object], kwargs: Mapping[str, object]) -> None:
         """Look for a goal of the outer gradient among the inputs of a call.
 
         An outer loss may be meant for a leaf that no step has seen (a generator's output).
