@@ -478,7 +478,7 @@ def test_the_tables_of_a_module():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 def test_what_compile_leaves_in_a_module():
     module = torch.nn.Linear(1, 1)
-    compiled = torch.compile(module)
+    compiled: Any = torch.compile(module)
     assert torch_private.uncompiled(compiled) is module
     assert torch_private.uncompiled(module) is module
     names = [torch_private.uncompiled_name(name) for name, _ in compiled.named_parameters()]

@@ -592,7 +592,7 @@ def test_an_unknown_hyper_parameter_is_refused_when_the_loop_is_made(kind: str):
     model = network()
     ours = innerloop.optim.sgd(lr=0.1)
     scale, known = innerloop.optim.scale(2.0), "lr, momentum, dampening, weight_decay"
-    optimizer, called, names = {
+    cases: dict[str, tuple[Any, str, str]] = {
         "torch": (sgd(model), "SGD", known),
         "ours": (ours, "SGD", known),
         "chain": (innerloop.optim.chain(scale, ours), "Chain", f"scale.factor, {known}"),
@@ -601,7 +601,8 @@ def test_an_unknown_hyper_parameter_is_refused_when_the_loop_is_made(kind: str):
             "SGD, Rprop",
             f"{known}, etas, step_sizes",
         ),
-    }[kind]
+    }
+    optimizer, called, names = cases[kind]
     text = f"{called} has no hyper-parameter 'rate'; it has {names}"
     with exactly(text):
         innerloop.track(model, optimizer, hyper={"rate": leaf(0.1)})

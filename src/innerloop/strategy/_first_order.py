@@ -43,6 +43,8 @@ class FirstOrder(Strategy):
     the inner loss: it acts through the inner gradients alone, so asking for its gradient raises.
     Nor for outer losses made of ``traj.losses`` or ``traj.aux``.
 
+    ``track(..., first_order=True)`` does the same to a hand-written loop.
+
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr. Exact: d w₃/d w₀ = (1 - lr)³ = 1/8; with
         constant gradients it is 1.
