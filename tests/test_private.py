@@ -4,8 +4,7 @@ does."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from innerloop._utils import torch_private
 
@@ -45,6 +45,13 @@ EXERCISED = {
     "derivative_levels",
     "reverse_over_forward",
     "divides_by_frequency",
+    "parameter_table",
+    "buffer_table",
+    "module_table",
+    "uncompiled",
+    "uncompiled_name",
+    "forget_compiled_call",
+    "is_once_differentiable",
 }
 
 
@@ -57,8 +64,7 @@ def test_every_name_is_exercised_here():
     own = {
         name
         for name in names
-        if getattr(torch_private, name)
-        not in (Tensor, Callable, Iterator, Any, AbstractContextManager, contextmanager)
+        if getattr(torch_private, name).__module__ in (torch_private.__name__, _pytree.__name__)
     }
     assert own == EXERCISED
     source = Path(__file__).read_text()
@@ -455,3 +461,48 @@ def test_the_order_of_transforms_is_known():
     torch.func.jvp(torch.func.grad(look), (at,), (at,))
     torch.func.grad(lambda x: torch.func.jvp(look, (x,), (at,))[1])(at)
     assert seen == [False, False, False, True]
+
+
+def test_the_tables_of_a_module():
+    module = torch.nn.BatchNorm1d(2)
+    module.register_module("none", None)
+    assert list(torch_private.parameter_table(module)) == ["weight", "bias"]
+    assert torch_private.parameter_table(module)["bias"] is module.bias
+    assert "running_mean" in torch_private.buffer_table(module)
+    assert torch_private.module_table(module) == {"none": None}
+    for table in torch_private.REGISTRIES:
+        assert isinstance(vars(module)[table], dict)
+    assert torch_private.parameter_table(object.__new__(torch.nn.Linear)) == {}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
+def test_what_compile_leaves_in_a_module():
+    module = torch.nn.Linear(1, 1)
+    compiled: Any = torch.compile(module)
+    assert torch_private.uncompiled(compiled) is module
+    assert torch_private.uncompiled(module) is module
+    names = [torch_private.uncompiled_name(name) for name, _ in compiled.named_parameters()]
+    assert names == ["weight", "bias"]
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the compiled call ran")
+
+    module.compile(backend=lambda graph, inputs: refuse)
+    torch_private.forget_compiled_call(module)
+    assert module(torch.ones(1)).shape == (1,)
+
+
+def test_once_differentiable_is_seen_in_the_graph():
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    x = torch.ones(1, requires_grad=True)
+    nodes = (Marked.apply(x).grad_fn, x.clone().grad_fn)
+    assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False]

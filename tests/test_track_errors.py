@@ -593,7 +593,7 @@ def test_an_unknown_hyper_parameter_is_refused_when_the_loop_is_made(kind: str):
     model = network()
     ours = innerloop.optim.sgd(lr=0.1)
     scale, known = innerloop.optim.scale(2.0), "lr, momentum, dampening, weight_decay"
-    optimizer, called, names = {
+    cases: dict[str, tuple[Any, str, str]] = {
         "torch": (sgd(model), "SGD", known),
         "ours": (ours, "SGD", known),
         "chain": (innerloop.optim.chain(scale, ours), "Chain", f"scale.factor, {known}"),
@@ -602,7 +602,8 @@ def test_an_unknown_hyper_parameter_is_refused_when_the_loop_is_made(kind: str):
             "SGD, Rprop",
             f"{known}, etas, step_sizes",
         ),
-    }[kind]
+    }
+    optimizer, called, names = cases[kind]
     text = f"{called} has no hyper-parameter 'rate'; it has {names}"
     with exactly(text):
         innerloop.track(model, optimizer, hyper={"rate": leaf(0.1)})
@@ -622,6 +623,7 @@ def test_an_optimizer_that_does_not_list_its_hyper_parameters_is_asked_at_the_fi
         loop.step(regression(loop.model, 0))
 
 
+@pytest.mark.usefixtures("types_unchecked")
 @pytest.mark.parametrize(
     ("optimizer", "write"),
     [
@@ -658,6 +660,7 @@ def test_a_grad_callback_that_keeps_a_state():
             loop.step(loss, grad_callback=transform)
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_a_grad_callback_that_is_no_function():
     with (
         innerloop.track(network(), OURS) as loop,

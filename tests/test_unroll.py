@@ -760,7 +760,7 @@ def test_the_residual_is_the_inner_gradient_as_constants():
         innerloop.optim.adam(),
     )
     params = {"w": leaf_of(3.0), "unused": leaf_of(1.0)}
-    found = residual(problem, problem.init(params), {"scale": leaf_of(2.0)}, torch.tensor(1.0))
+    found: Any = residual(problem, problem.init(params), {"scale": leaf_of(2.0)}, torch.tensor(1.0))
     assert {n: g.item() for n, g in found.items()} == {"w": 10.0, "unused": 0.0}
     assert not any(g.requires_grad for g in found.values())
 

@@ -38,7 +38,7 @@ class Carry(NamedTuple):
     time: int = 0
 
     def detach(self) -> Carry:
-        """The same values, cut from their history."""
+        """Return the same values, cut from their history."""
         params, state, buffers = tree.map_tensors(
             torch.Tensor.detach, (self.params, self.optimizer_state, self.buffers)
         )
@@ -46,7 +46,10 @@ class Carry(NamedTuple):
 
 
 def aliased(params: Named, before: Named) -> dict[str, Tensor]:
-    """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
+    """Return ``params`` with an alias for each that a step left as it was.
+
+    Times are told apart by the identity of their tensors.
+    """
     return {
         n: _alias(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()
     }

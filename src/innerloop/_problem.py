@@ -25,6 +25,7 @@ from innerloop._module import view as module
 from innerloop._module.checks import check_names, refusing_recomputation
 from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
@@ -37,9 +38,11 @@ OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any]]
 
 
 class Problem:
-    r"""One step of training, as its two factors: a loss :math:`\ell` and an update rule :math:`u` with state :math:`s`.
+    r"""One step of training: a loss :math:`\ell`, and an update rule :math:`u` with state :math:`s`.
 
-    .. math:: (\theta_{t+1}, s_{t+1}) = u(\nabla_\theta\, \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)
+    .. math::
+        (\theta_{t+1}, s_{t+1})
+        = u(\nabla_\theta\, \ell(\theta_t, \lambda, b_t), s_t, \theta_t, \lambda)
 
     The factors stay separate because strategies need them: the symmetry of the Hessian of ``loss``,
     the residual
@@ -47,7 +50,7 @@ class Problem:
 
     Args:
         loss: ``loss(params, hyper, batch) -> scalar`` or ``(scalar, aux)``, a function of its
-            arguments. Tensors that need a gradient belong into ``params`` or ``hyper``.
+            arguments. Tensors that need a gradient belong in ``params`` or ``hyper``.
         optimizer: from `innerloop.optim`.
         optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``: the names of
             the entries that it reads, ``("lr", "weight_decay")``, or a function
@@ -92,7 +95,10 @@ class Problem:
         )
         self.view: module.ModuleView | None = None
         self.computed_buffers: set[str] = set()
-        """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
+        """Buffers that the module computes by differentiable operations.
+
+        Running statistics are not among them: the norms write those without a graph.
+        """
         self._sparse: set[str] = set()
         """Parameters whose inner gradient was sparse."""
 
@@ -105,7 +111,7 @@ class Problem:
         *,
         optimizer_hyper: OptimizerHyper | None = None,
     ) -> Problem:
-        """The same with ``loss(model, hyper, batch)``, written with the module itself.
+        """Make a problem from ``loss(model, hyper, batch)``, written with the module itself.
 
         The module's buffers (running statistics) and the random state are threaded through the
         loop; the user's module is not changed. ``params`` of `unroll` is then
@@ -162,7 +168,10 @@ class Problem:
         *,
         second_order: bool = True,
     ) -> tuple[Float[Tensor, ""], Any]:
-        """``(loss, (aux, new_buffers))``, by operations whose gradient can be differentiated again, if that is to be done."""
+        """Return ``(loss, (aux, new_buffers))``.
+
+        If second derivatives will be taken, operations that lack them are replaced meanwhile.
+        """
         with replacing() if second_order else nullcontext():
             if self.view is None:
                 result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
@@ -170,7 +179,7 @@ class Problem:
                 result, new_buffers = self.view.run(
                     params, buffers, self.loss, self.view.module, hyper, batch
                 )
-        if self.view is not None and not torch.compiler.is_compiling():
+        if self.view is not None and mode() is not Mode.COMPILING:
             self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
@@ -182,23 +191,21 @@ class Problem:
         )
 
     def gradient(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
-        """``(gradient with respect to params, loss, aux, new_buffers)``: the residual of the inner problem is the first."""
-        transformed = torch.compiler.is_compiling() or torch_private.inside_transform()
+        """Return ``(gradient with respect to params, loss, aux, new_buffers)``."""
+        taken = self._by_autograd if may_call_autograd() else self._by_transform
         try:
-            return (self._by_transform if transformed else self._by_autograd)(
-                params, buffers, hyper, batch
-            )
+            return taken(params, buffers, hyper, batch)
         except InnerLoopError:
             raise
         except RuntimeError as error:
             raise explain(error) from error
 
     def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
-        """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
+        """Differentiate in vmap, jvp and compiled code, where torch.autograd.grad raises."""
 
         def objective(params: Any, buffers: Any, hyper: Any, batch: Any) -> tuple[Tensor, Any]:
             loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
-            if not torch.compiler.is_compiling() and not torch_private.is_tracked(loss):
+            if mode() is not Mode.COMPILING and not torch_private.is_tracked(loss):
                 raise NotDifferentiableError(INDEPENDENT)
             return loss, (loss, aux, new_buffers)
 
@@ -210,7 +217,11 @@ class Problem:
         return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
-        """In eager code: the same derivative, and a quarter faster on small models, where the transform's wrappers count."""
+        """Differentiate in eager code.
+
+        The derivative is the same, and a quarter faster on small models, where the transform's
+        wrappers count.
+        """
         recording = torch.is_grad_enabled()
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was
@@ -251,7 +262,7 @@ class Problem:
         }
 
     def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
-        """The optimizer's hyper-parameters at step t; None: its own."""
+        """Return the optimizer's hyper-parameters at step t; None for its own."""
         return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
 
     def update(
@@ -263,7 +274,7 @@ class Problem:
         t: int,
         value_and_grad: ValueAndGrad | None = None,
     ) -> Carry:
-        """The carry after the gradient of step t, and the buffers that came with it, are known."""
+        """Return the carry after step t, given its gradient and the buffers that came with it."""
         params, state = self.new_params(
             grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
         )
@@ -278,7 +289,7 @@ class Problem:
         overrides: Mapping[str, Any] | None,
         value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], Any]:
-        """What the optimizer makes of these gradients: ``(new_params, new_state)``."""
+        """Return ``(new_params, new_state)``, which the optimizer makes of these gradients."""
         if not self.optimizer.needs_closure:
             return self.optimizer.update(grads, state, params, overrides)
         if value_and_grad is None:
@@ -302,7 +313,7 @@ class Problem:
     def step(
         self, carry: Carry, hyper: Any, batch: Any, t: int
     ) -> tuple[Carry, Float[Tensor, ""], Any]:
-        """One step of training: ``(new_carry, loss, aux)``."""
+        """Take one step of training: ``(new_carry, loss, aux)``."""
         grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
         held = dict(buffers)
 

@@ -131,9 +131,7 @@ class Tally:
         return sum(self.kinds.values())
 
     def __str__(self) -> str:
-        kinds = ", ".join(
-            f"{self.kinds[k]} {k}" for k in (RIGHT, REFUSED, UNDECIDED, SILENT, BARE)
-        )
+        kinds = ", ".join(f"{self.kinds[k]} {k}" for k in (RIGHT, REFUSED, UNDECIDED, SILENT, BARE))
         rate = self.total / max(self.seconds, 1e-9)
         return f"{self.total} cases: {kinds}; {self.seconds:.0f} s, {rate:.1f} cases/s"
 

@@ -1,4 +1,4 @@
-"""What can be read off an autograd graph: whether compiled code is in it, and which leaves it reaches."""
+"""Read off an autograd graph: operations without a second derivative, leaves outside the loop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ COMPILED = (
 
 
 def check_graph(
-    ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool
+    ends: Iterable[Tensor], params: Iterable[Tensor], *, second_order: bool
 ) -> list[Tensor]:
-    """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
+    """Raise if an operation between ``ends`` and ``params`` lacks a second derivative.
+
+    The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters.
 
     Returns:
-        The leaves outside of the loop.
+        The leaves at which the walk ended, parameters that are leaves among them.
     """
-    ends, current = list(ends), list(current)
+    ends, current = list(ends), list(params)
     suspects: list[tuple[Any, Operation]] = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
@@ -50,7 +52,7 @@ def check_graph(
                 node.register_hook(partial(_watch_second, operation))
             else:
                 suspects.append((node, operation))
-        elif second_order and _once_differentiable(node):
+        elif second_order and torch_private.is_once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
                 "derivative. Write its backward out of "
@@ -91,7 +93,10 @@ def _refuse_third(operation: Operation, _: object) -> None:
 
 
 def _reaches(start: Any, current: list[Tensor]) -> bool:
-    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+    """Return True if the inner gradient passes through a node.
+
+    What leads to outer tensors alone is differentiated only once.
+    """
     ends = {p.grad_fn for p in current if p.grad_fn is not None}
     leaves = {id(p) for p in current if p.grad_fn is None}
     seen, stack = set(), [start]
@@ -131,14 +136,4 @@ def _lacks_derivative(operation: Operation, kind: str) -> str:
         "on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not "
         "use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
         "first_order=True, strategy=innerloop.FirstOrder()"
-    )
-
-
-def _once_differentiable(node: Any) -> bool:
-    """Whether a node is a custom Function whose backward says that it must not be differentiated again."""
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    wrapped = getattr(backward, "__wrapped__", None)
-    return (
-        wrapped is not None
-        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,8 +12,8 @@ INDEPENDENT = (
 )
 
 
-def check_loss(loss: Any, what: str) -> Float[Tensor, ""]:
-    """``loss`` as a scalar; raise unless it is one."""
+def check_loss(loss: object, what: str) -> Float[Tensor, ""]:
+    """Return ``loss`` as a scalar; raise unless it is one."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(
             f"{what} must return a scalar tensor (or a pair (scalar, aux)), got "

@@ -13,7 +13,7 @@ BATCHED = (
 
 
 def explain(error: RuntimeError) -> RuntimeError:
-    """The message of torch with the cure, where we know it."""
+    """Return torch's error with what to write instead, where we know it."""
     if isinstance(error, InnerLoopError):
         return error
     text = str(error)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
 @contextmanager
 def refusing_recomputation() -> Iterator[None]:
-    """Refuse saved-tensor hooks: a checkpointed forward would be recomputed later, when a module has other weights."""
+    """Refuse saved-tensor hooks.
+
+    A checkpointed forward would be recomputed later, when a module has other weights.
+    """
     message = "innerloop refuses saved tensor hooks here"
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(message):
@@ -30,7 +34,7 @@ def refusing_recomputation() -> Iterator[None]:
         ) from error
 
 
-def check_module(model: Any) -> None:
+def check_module(model: object) -> None:
     """Raise unless ``model`` is a module that can be viewed at other parameters."""
     if not isinstance(model, nn.Module):
         raise InvalidInputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -63,12 +67,15 @@ def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
 
 def named_parameters(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """``named_parameters`` of a module, or of several with their key in front; a shared tensor is listed once."""
+    """List the named parameters of a module, or of several with their key in front.
+
+    A shared tensor is listed once.
+    """
     return _named(model, nn.Module.named_parameters)
 
 
 def named_buffers(model: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    """``named_buffers``, likewise."""
+    """List the named buffers of a module, or of several with their key in front."""
     return _named(model, nn.Module.named_buffers)
 
 
@@ -76,9 +83,7 @@ def _named(
     model: nn.Module | Mapping[str, nn.Module], listing: Callable[[nn.Module], Any]
 ) -> list[tuple[str, Any]]:
     if isinstance(model, nn.Module):
-        return [
-            (name.replace("_orig_mod.", ""), tensor) for name, tensor in listing(model)
-        ]  # what torch.compile puts in between
+        return [(torch_private.uncompiled_name(name), tensor) for name, tensor in listing(model)]
     seen: dict[int, tuple[str, Any]] = {}
     for key, module in model.items():
         for name, tensor in _named(module, listing):

@@ -1,4 +1,4 @@
-"""Copy a module's containers, so that its parameters can be replaced without touching the user's module."""
+"""Copy a module's containers: its parameters can then be replaced, and the user's stay."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module inside the one that ``torch.compile`` returns: a compiled forward has no second derivative."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else module
+    """Return the module inside the one that ``torch.compile`` made, or the module itself.
+
+    A compiled forward pass has no second derivative.
+    """
+    return torch_private.uncompiled(module)
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
-_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - {
-    "_parameters",
-    "_buffers",
-}
+_TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - set(
+    torch_private.TENSOR_TABLES
+)
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
@@ -40,7 +41,9 @@ class Gate:
 
 
 class _Parameters(dict[str, Any]):
-    """A module's parameters, which notices when a backward pass reads them: it would get the newest ones, not those of its time.
+    """A module's parameters; it notices when a backward pass reads them.
+
+    Such a read would get the newest parameters, not those of the step being differentiated.
 
     ``torch.utils.checkpoint`` does that when it recomputes a forward pass; the gradient would be
     wrong without an error.
@@ -63,7 +66,7 @@ class _Parameters(dict[str, Any]):
         return super().__getitem__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """A snapshot of the values, as parameters: what a copy of a module has."""
+        """Return a snapshot of the values, as parameters, for a copy of the module."""
         for p in self.values():
             if isinstance(p, Tensor) and id(p) not in memo:
                 memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
@@ -71,7 +74,10 @@ class _Parameters(dict[str, Any]):
 
 
 class _Copier:
-    """Copies module trees, sharing all tensors, and remembers where each parameter and buffer stands in the copies."""
+    """A copier of module trees that shares all tensors.
+
+    It remembers where each parameter and buffer stands in the copies.
+    """
 
     def __init__(self, gate: Gate | None) -> None:
         self.gate = gate
@@ -81,7 +87,7 @@ class _Copier:
         self.modes: list[tuple[nn.Module, nn.Module]] = []
 
     def copy(self, obj: Any) -> Any:
-        """A copy of modules and of the containers that hold modules or parameters; anything else as it is."""
+        """Copy modules and containers that hold modules or parameters; return all else as it is."""
         if id(obj) in self.done:
             return self.done[id(obj)]
         if isinstance(obj, nn.Module):
@@ -99,7 +105,7 @@ class _Copier:
         return obj
 
     def places_of(self, name: str, tensor: Tensor) -> list[Place]:
-        """Where ``tensor`` stands in the copies."""
+        """Return the places at which ``tensor`` stands in the copies."""
         for container, _ in self.places[id(tensor)]:
             if not isinstance(container, (dict, list, deque)):
                 raise InvalidInputError(
@@ -115,10 +121,10 @@ class _Copier:
         self.done[id(module)] = new
         self.keep.append(module)
         self.modes.append((new, module))
-        own = new.__dict__
+        own, parameters = vars(new), torch_private.parameter_table(module)
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                own[key] = table = self._table(key, value)
+            if key in torch_private.TENSOR_TABLES:
+                own[key] = table = self._table(value, value is parameters)
                 for name, tensor in table.items():
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
@@ -128,23 +134,25 @@ class _Copier:
                 own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
-        own["_compiled_call_impl"] = None
+        torch_private.forget_compiled_call(new)
         return new
 
-    def _table(self, key: str, table: dict[str, Any]) -> dict[str, Any]:
-        return (
-            _Parameters(table, self.gate)
-            if key == "_parameters" and self.gate is not None
-            else dict(table)
-        )
+    def _table(self, table: dict[str, Any], of_parameters: bool) -> dict[str, Any]:
+        """Return a copy of a table; that of parameters notices reads at the wrong time."""
+        if of_parameters and self.gate is not None:
+            return _Parameters(table, self.gate)
+        return dict(table)
 
     def _own(self, table: Any) -> Any:
-        """A table of the module itself (submodules, hooks): always a new one, so that additions to the copy stay there."""
+        """Copy a table of the module itself (submodules, hooks).
+
+        It is always a new one, so that additions to the copy stay there.
+        """
         copied = self.copy(table)
         return type(table)(table) if copied is table else copied
 
     def _container(self, obj: Any) -> Any:
-        """A container with copied elements, or the container itself if none of them needed copying."""
+        """Return a container with copied elements, or the container itself if none was copied."""
         if id(obj) in self.done:
             return self.done[id(obj)]
         self.done[id(obj)] = obj  # a container that holds itself ends here

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_names, refusing_recomputation
 from innerloop._module.view import ModuleView
+from innerloop._utils.execution import Mode, mode
 from innerloop.nn._mode import replacing
 
 
 def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor], dict[str, Tensor]]:
-    """``model`` as a pure function of its parameters and buffers.
+    """Return ``model`` as a pure function of its parameters and buffers.
 
     Args:
         model: any module; it is not changed, neither now nor by the calls.
@@ -41,7 +42,7 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         **kwargs: Any,
     ) -> Any:
         check_names(params, view.source)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and mode() is not Mode.COMPILING:
             with refusing_recomputation():
                 return evaluate(params, args, buffers, kwargs)
         return evaluate(params, args, buffers, kwargs)

@@ -1,4 +1,4 @@
-"""Modules as functions of their parameters, and modules whose parameters can be replaced step by step."""
+"""Modules whose parameters can be replaced, once or step by step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, named_buffers, named_parameters
 from innerloop._module.copier import Gate, _Copier, plain
+from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
 
 class ModuleView:
-    """A module with the structure of the user's own, whose parameters and buffers are tensors that can be replaced.
+    """A copy of the user's module whose parameters and buffers are tensors that can be replaced.
 
     The tree of modules is copied (same classes, same attributes, same hooks), not the tensors, not
     anything else. It is the user's code that runs, without any wrapper in between; ``isinstance``
@@ -60,18 +61,21 @@ class ModuleView:
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
     def hand_over(self) -> Any:
-        """The copy, which the view lets go: it can then be kept inside the copy without a cycle, to `read` and to `write`."""
+        """Return the copy, and let go of it.
+
+        The view can then be kept inside the copy without a cycle, to `read` and to `write`.
+        """
         module, self.module, self._modes = self.module, None, []
         return module
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All modules of the copy."""
+        """Return all modules of the copy."""
         return [copied for copied, _ in self._modes]
 
     @property
     def training(self) -> list[bool]:
-        """The mode of each module: the user's own at the moment, unless inside `in_modes`."""
+        """Return the mode of each module: the user's own now, unless inside `in_modes`."""
         return (
             [original.training for _, original in self._modes]
             if self._training is None
@@ -88,11 +92,11 @@ class ModuleView:
             self._training = before
 
     def read(self) -> dict[str, Tensor]:
-        """The parameters as they are now (the user may have edited or replaced one)."""
+        """Return the parameters as they are now (the user may have edited or replaced one)."""
         return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
 
     def read_buffers(self) -> dict[str, Tensor]:
-        """The buffers as they are now."""
+        """Return the buffers as they are now."""
         return {name: places[0][0][places[0][1]] for name, places in self.buffers.items()}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -115,14 +119,16 @@ class ModuleView:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """``(function(*args, **kwargs), new_buffers)`` while these parameters and copies of these buffers are in place.
+        """Call ``function`` while these parameters and copies of these buffers are in place.
+
+        It returns ``(function(*args, **kwargs), new_buffers)``.
 
         Not ``torch.func.functional_call``: up to torch 2.13 that does not see a parameter which
         also stands in a list, and leaves its tensors behind in a module that is registered twice.
         """
         # One copy for all threads: they take turns. (Compiled code runs where it was compiled, and
         # knows no locks.)
-        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+        with nullcontext() if mode() is Mode.COMPILING else self._lock:
             return self._run(params, buffers, function, *args, **kwargs)
 
     def _run(
@@ -154,12 +160,15 @@ def keep_running_statistics(view: ModuleView) -> None:
     for module in view.modules:
         if (
             getattr(module, "track_running_stats", False)
-            and vars(module)["_buffers"].get("running_mean") is not None
+            and torch_private.buffer_table(module).get("running_mean") is not None
         ):
             module.register_forward_pre_hook(_copy_running_statistics)
 
 
 def _copy_running_statistics(module: nn.Module, _: Any) -> None:
     if module.training:
-        table = vars(module)["_buffers"]
-        table.update({name: table[name].clone() for name in ("running_mean", "running_var")})
+        table = torch_private.buffer_table(module)
+        for name in ("running_mean", "running_var"):
+            statistic = table[name]
+            assert statistic is not None
+            table[name] = statistic.clone()

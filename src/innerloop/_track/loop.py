@@ -1,4 +1,4 @@
-"""Differentiate through a hand-written loop over an ``nn.Module`` and a ``torch.optim`` optimizer."""
+"""The loop that `track` returns: a module and an optimizer, one recorded step at a time."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ class TrackedLoop:
         return Trajectory(states, self._stacked_losses, None, self._steps, missing)
 
     def detach(self) -> None:
-        """Cut the graph here: weights, buffers and optimizer state are kept, time starts again at 0.
+        """Cut the graph here: weights, buffers, optimizer state are kept, time restarts at 0.
 
         What is computed afterwards does not reach ``model.parameters()`` any more, only tensors
         outside of the model (as with ``learn="outer"``). `unroll` does the same with the strategy
@@ -425,7 +425,7 @@ class TrackedLoop:
         return loss if self._second_order else loss.detach()
 
     def _current(self) -> dict[str, Tensor]:
-        """Return the parameters as they are now; raise if the user replaced one by anything else."""
+        """Return the parameters as they are now; raise if one is no longer a tensor."""
         current = self._view.read()
         for name, p in current.items():
             if not isinstance(p, Tensor):

@@ -91,8 +91,8 @@ def checked_hyper(hyper: object, optimizer: Optimizer) -> dict[str, object]:
     rules = _rules_of(optimizer)
     known = [getattr(rule, "hyper_names", None) for rule in rules]
     # An optimizer of the user's own need not say which names it has.
-    if all(names is not None for names in known):
-        names = list(dict.fromkeys(name for part in known if part is not None for name in part))
+    if None not in known:
+        names = list(dict.fromkeys(name for part in known for name in part or ()))
         for name in hyper:
             if name not in names:
                 called = ", ".join(dict.fromkeys(type(rule).__name__ for rule in rules))

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing import reductions
 from torch.utils import _pytree
@@ -211,3 +211,56 @@ def function_mode() -> Any:
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, by ``torch.func.jvp`` or by dual numbers. No public query exists."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+TENSOR_TABLES = ("_parameters", "_buffers")
+"""The attributes of a module that hold its own tensors."""
+REGISTRIES = (*TENSOR_TABLES, "_modules")
+"""The attributes in which a module finds what it registers: ``getattr`` looks there last."""
+
+
+def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dict in which a module keeps its own parameters; empty before ``__init__``.
+
+    Publicly a parameter can be replaced by another one only, not by a plain tensor.
+    """
+    table: dict[str, Tensor | None] = vars(module).get("_parameters", {})
+    return table
+
+
+def buffer_table(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the dict in which a module keeps its own buffers; publicly it can only be read."""
+    table: dict[str, Tensor | None] = vars(module)["_buffers"]
+    return table
+
+
+def module_table(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the dict of a module's children, with the entries that are None."""
+    table: dict[str, nn.Module | None] = vars(module)["_modules"]
+    return table
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside the one that ``torch.compile`` made, or the module itself."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
+def uncompiled_name(name: str) -> str:
+    """Return a parameter's name without what ``torch.compile`` puts in between."""
+    return name.replace("_orig_mod.", "")
+
+
+def forget_compiled_call(module: nn.Module) -> None:
+    """Let a copied module run its own forward, not what ``module.compile()`` made of another."""
+    vars(module)["_compiled_call_impl"] = None
+
+
+def is_once_differentiable(node: object) -> bool:
+    """Return True if a node is a custom Function marked as ``once_differentiable``."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    wrapped = getattr(backward, "__wrapped__", None)
+    return (
+        wrapped is not None
+        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
+    )

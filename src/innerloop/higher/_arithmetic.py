@@ -1,4 +1,4 @@
-"""Small helpers for rules that were written against ``higher``: sums with an optional factor, and masks on gradients."""
+"""Helpers for rules that were written against ``higher``: sums, and masks on gradients."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ Factor = float | int | Tensor
 
 
 def _add(tensor: Tensor, a1: Factor, a2: Tensor | None = None) -> Tensor:
-    """``tensor + a1``, or ``tensor + a1 * a2``."""
+    """Compute ``tensor + a1``, or ``tensor + a1 * a2``."""
     return tensor + (a1 if a2 is None else a1 * a2)
 
 
 def _addcdiv(tensor: Tensor, a1: Factor, a2: Tensor, a3: Tensor | None = None) -> Tensor:
-    """``tensor + a1 / a2``, or ``tensor + a1 * (a2 / a3)``."""
+    """Compute ``tensor + a1 / a2``, or ``tensor + a1 * (a2 / a3)``."""
     return tensor + (a1 / a2 if a3 is None else a1 * (a2 / a3))
 
 
 def _addcmul(tensor: Tensor, a1: Factor, a2: Tensor, a3: Tensor | None = None) -> Tensor:
-    """``tensor + a1 * a2``, or ``tensor + a1 * a2 * a3``."""
+    """Compute ``tensor + a1 * a2``, or ``tensor + a1 * a2 * a3``."""
     return tensor + (a1 * a2 if a3 is None else a1 * a2 * a3)
 
 
 def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A hook that replaces a gradient by 0 where ``mask`` is True; so it does with the gradients of that gradient."""
+    """Return a hook that replaces a gradient by 0 where ``mask`` is True.
+
+    It does the same with the gradients of that gradient.
+    """
 
     def closure(grad: Tensor) -> Tensor:
         masked = grad.masked_fill(mask, 0)

@@ -1,4 +1,4 @@
-"""What all differentiable optimizers with the interface of ``higher.optim`` have in common: a step without the rule."""
+"""A step of a differentiable optimizer of ``higher.optim``, all but the rule."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class DifferentiableOptimizer(abc.ABC):
 
     @property
     def state(self) -> State:
-        """For each group what is kept for each of its parameters, by its position."""
+        """Return for each group what is kept for each of its parameters, by its position."""
         return self._states
 
     @state.setter
@@ -124,7 +124,7 @@ class DifferentiableOptimizer(abc.ABC):
         grad_callback: GradCallback | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """One differentiable step: instead of ``opt.zero_grad(); loss.backward(); opt.step()``.
+        """Take one differentiable step: ``opt.zero_grad(); loss.backward(); opt.step()``.
 
         Args:
             loss: scalar, computed with the patched module at its newest parameters; or a function
@@ -176,10 +176,10 @@ class DifferentiableOptimizer(abc.ABC):
 
     @abc.abstractmethod
     def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:
-        """Replace ``self.param_groups[i]["params"]`` by the parameters after a step with ``grouped_grads[i]``."""
+        """Replace ``"params"`` of each param group by those after a step with its gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``torch.optim.Optimizer.load_state_dict`` reads: state and settings, detached."""
+        """Return detached state and settings, as torch's ``load_state_dict`` reads them."""
         twin = twin_of(self._other)
         twin.param_groups = [
             {
@@ -199,7 +199,7 @@ class DifferentiableOptimizer(abc.ABC):
         return torch.optim.Optimizer.state_dict(twin)
 
     def _initial_state(self, device: torch.device | str | None) -> State:
-        """Copies of what the torch optimizer keeps."""
+        """Copy what the torch optimizer keeps."""
         state: State = [collections.defaultdict(dict) for _ in self.param_groups]
         for held, group in zip(state, self._other.param_groups, strict=True):
             for i, p in enumerate(group["params"]):
@@ -322,7 +322,7 @@ class DifferentiableOptimizer(abc.ABC):
         return list(changed)
 
     def _name_of(self, i: int) -> str:
-        """A parameter as an error should call it."""
+        """Return a parameter's name, as an error should call it."""
         names = [] if self._fmodel is None else list(fast_weights(self._fmodel).shapes)
         return repr(names[i]) if len(names) == len(self._reference) else f"number {i}"
 
@@ -344,8 +344,8 @@ class DifferentiableOptimizer(abc.ABC):
                     else value
                 )
 
-    def _entries(self, name: str, values: Any) -> list[Any]:
-        """What ``override`` has under ``name``: one entry for all param groups, or one for each."""
+    def _entries(self, name: str, values: object) -> list[Any]:
+        """Return what ``override`` has under ``name``: one entry, or one per param group."""
         found = entries(values)
         if found is None or len(found) not in (1, len(self.param_groups)):
             raise InvalidInputError(
@@ -359,7 +359,10 @@ class DifferentiableOptimizer(abc.ABC):
         return found
 
     def _check_setting(self, name: str) -> None:
-        """Raise if there is no such setting; a rule of the user's own may have more than its torch form, so here all will do."""
+        """Raise if there is no such setting.
+
+        A rule of the user's own may have more settings than its torch form, so here all will do.
+        """
         return
 
     def _follow_schedulers(self) -> None:
@@ -379,19 +382,25 @@ class DifferentiableOptimizer(abc.ABC):
                         group[name] = value
 
     def _look_for_goals(self, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """At the first step, which leaves it depends on (a learned rule, a setting); later ones the loss alone can bring in."""
+        """Note at the first step which leaves it depends on (a learned rule, a setting).
+
+        Only the loss can bring in others later.
+        """
         if self._fmodel is not None and self._track_higher_grads:
-            teacher = fast_weights(self._fmodel).teacher
-            if not teacher.outside and teacher.steps == 0:
+            reach = fast_weights(self._fmodel).reach
+            if not reach.outside and reach.steps == 0:
                 self._note(check_graph(after, before, second_order=False), before)
-            teacher.outside |= any(
+            reach.outside |= any(
                 t.requires_grad
                 for group in self.param_groups
                 for t in tree.tensors(settings_of(group))
             )
 
     def _look_for_captured(self, loss: Tensor, leaves: Iterable[Tensor]) -> None:
-        """A function kept in the model may close over the model itself, and compute with parameters that no step moves."""
+        """Warn if the loss uses the user's own parameters, which no step moves.
+
+        A function kept in the model may close over the model itself.
+        """
         own = {id(p): i for i, p in enumerate(self._reference)}
         if self._fmodel is None or not any(id(leaf) in own for leaf in leaves):
             return
@@ -402,15 +411,15 @@ class DifferentiableOptimizer(abc.ABC):
         known = {id(p) for p in times}
         for leaf in check_graph([loss], times, second_order=False):
             if id(leaf) in own and id(leaf) not in known:
-                fast.teacher.captured(self._name_of(own[id(leaf)]))
+                fast.reach.captured(self._name_of(own[id(leaf)]))
 
     def _note(self, leaves: Iterable[Tensor], params: Sequence[Tensor]) -> None:
-        if self._fmodel is not None and not fast_weights(self._fmodel).teacher.outside:
+        if self._fmodel is not None and not fast_weights(self._fmodel).reach.outside:
             own = {id(p) for p in params}
-            fast_weights(self._fmodel).teacher.outside = any(id(leaf) not in own for leaf in leaves)
+            fast_weights(self._fmodel).reach.outside = any(id(leaf) not in own for leaf in leaves)
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raise unless this is a torch optimizer."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         got = (
@@ -426,8 +435,8 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def scalar(loss: Any) -> Tensor:
-    """The loss of a step; raise unless it is one number."""
+def scalar(loss: object) -> Tensor:
+    """Return the loss of a step; raise unless it is one number."""
     if not isinstance(loss, Tensor):
         raise InvalidInputError(
             f"the loss is a {type(loss).__name__}: step takes the loss alone, a tensor with one "
@@ -436,15 +445,15 @@ def scalar(loss: Any) -> Tensor:
     return check_loss(loss, "the loss")
 
 
-def _check_callback(callback: Any) -> None:
+def _check_callback(callback: object) -> None:
     if callback is not None and not callable(callback):
         raise InvalidInputError(
             f"grad_callback is {callback!r}: pass a function of the list of gradients"
         )
 
 
-def listed(params: Any, name: str) -> list[Tensor]:
-    """``params`` as a list; an error if there is anything but tensors in it."""
+def listed(params: object, name: str) -> list[Tensor]:
+    """Return ``params`` as a list; raise if there is anything but tensors in it."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         raise InvalidInputError(
             f"{name} is a {type(params).__name__}: pass a list of tensors, "
@@ -460,8 +469,8 @@ def listed(params: Any, name: str) -> list[Tensor]:
     return found
 
 
-def entries(values: Any) -> list[Any] | None:
-    """One value or one per param group: the elements of a list, an ``nn.ParameterList``, a tensor; None if there are none."""
+def entries(values: object) -> list[Any] | None:
+    """Return the elements of a list, an ``nn.ParameterList``, a tensor; None if there are none."""
     if isinstance(values, (str, Mapping)) or (isinstance(values, Tensor) and values.ndim == 0):
         return None
     if not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
@@ -470,31 +479,31 @@ def entries(values: Any) -> list[Any] | None:
 
 
 def twin_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """An optimizer of the same class, for its groups and state to be replaced."""
+    """Return an optimizer of the same class, for its groups and state to be replaced."""
     twin = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer))
     return twin
 
 
-def _as_before(new: Any, old: Any) -> Any:
-    """A setting without its graph, and as a number if it was one."""
+def _as_before(new: object, old: object) -> object:
+    """Return a setting without its graph, and as a number if it was one."""
     if isinstance(old, Tensor):
         return detach(new)
     return recursive_map(new, lambda v: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v)
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a param group holds besides parameters."""
+    """Return what a param group holds besides parameters."""
     return {name: value for name, value in group.items() if name not in _NAMES}
 
 
-def has_tensor(value: Any) -> bool:
-    """Whether a setting is a tensor, or a pair with one in it: it is then compared by identity."""
+def has_tensor(value: object) -> bool:
+    """Return True for a tensor, or a pair with one in it, which is compared by identity."""
     return isinstance(value, Tensor) or (
         isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
     )
 
 
 def numbered(params: Iterable[Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Parameters by the names that the rules know them under: their positions."""
+    """Return parameters by the names that the rules know them under: their positions."""
     return ((str(i), p) for i, p in enumerate(params))

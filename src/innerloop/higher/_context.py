@@ -24,7 +24,7 @@ def innerloop_ctx(
     override: Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
-    """A functional copy of ``model`` and a differentiable form of ``opt``.
+    """Give a functional copy of ``model`` and a differentiable form of ``opt``.
 
     Args:
         model: any module; it is not changed.

@@ -14,16 +14,16 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
-from innerloop.higher._unreached import Teacher
+from innerloop.higher._unreached import ReachMonitor
 from innerloop.nn._mode import ReplacementMode, replacing
 
 
 class FastWeights:
-    """The parameters of a patched module by time; one object for the module and all its submodules.
+    """The parameters of a patched module by time, shared with all its submodules.
 
     Attributes:
         gate: tells when a backward pass must not read the parameters.
-        teacher: says where gradients went.
+        reach: says where gradients went.
         history: the parameters of each time; only the newest while ``track`` is off; empty before
             there are any.
         track: whether times are told apart.
@@ -31,7 +31,7 @@ class FastWeights:
 
     def __init__(self, view: ModuleView, gate: Gate, root: nn.Module) -> None:
         self.gate = gate
-        self.teacher = Teacher()
+        self.reach = ReachMonitor()
         self.history: list[list[Tensor]] = []
         self.track = True
         self.shapes = {name: p.shape for name, p in view.source.items()}
@@ -49,20 +49,23 @@ class FastWeights:
         return root
 
     def is_root(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the one that was patched; a part that has outlived it is not."""
+        """Return True if ``module`` was patched itself; a part that has outlived it was not."""
         return self._root() is module
 
     @property
     def newest(self) -> list[Tensor]:
-        """The parameters as they stand in the module."""
+        """Return the parameters as they stand in the module."""
         return list(self._view.read().values())
 
     def newest_or_none(self) -> list[Tensor] | None:
-        """The newest parameters, None before there are any."""
+        """Return the newest parameters, None before there are any."""
         return self.newest if self.history else None
 
     def read_in_hooks(self) -> list[Tensor]:
-        """The same, also from a hook of the outer backward pass; not from a recomputation, which has gradients switched on."""
+        """Return the newest parameters, also in a hook of the outer backward pass.
+
+        A recomputation, which has gradients switched on, is refused them.
+        """
         if not self.gate.closed or torch.is_grad_enabled():
             return self.newest
         self.gate.closed = False
@@ -72,7 +75,7 @@ class FastWeights:
             self.gate.closed = True
 
     def ready(self, params: Iterable[Tensor] | None) -> None:
-        """Before anything is computed: take ``params`` if there are some, else there must be some."""
+        """Take ``params`` before anything is computed; raise if there are none at all."""
         if params is not None:
             self.take(params)
         elif not self.history:
@@ -83,7 +86,7 @@ class FastWeights:
             )
 
     def of_time(self, time: int) -> list[Tensor]:
-        """The parameters after ``time`` updates."""
+        """Return the parameters after ``time`` updates."""
         if not isinstance(time, int):
             raise InvalidInputError(
                 f"time={time!r}: write an int, 0 for the start, -1 (or None) for the newest"
@@ -96,11 +99,14 @@ class FastWeights:
             raise InvalidInputError(
                 f"time={time}, but this module has parameters of times 0 to {known}{kept}"
             )
-        self.teacher.aware |= time in (0, -known - 1)
+        self.reach.aware |= time in (0, -known - 1)
         return self.history[time]
 
     def kernels(self) -> AbstractContextManager[Any]:
-        """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
+        """Return the block in which operations without second derivatives are replaced.
+
+        A module inside another one is in its block already.
+        """
         mode = torch_private.function_mode()
         inside = isinstance(mode, ReplacementMode) and mode.on
         return replacing() if self.track and not inside else nullcontext()
@@ -112,7 +118,7 @@ class FastWeights:
         )
 
     def take(self, params: Iterable[Tensor]) -> None:
-        """These are the parameters from now on."""
+        """Make these the parameters from now on."""
         if not isinstance(params, Iterable) or isinstance(params, Mapping):
             raise InvalidInputError(
                 f"got {type(params).__name__} as parameters: pass a list with a tensor for each"
@@ -121,18 +127,18 @@ class FastWeights:
         self._check(new)
         self._view.write(dict(zip(self._view.parameters, new, strict=True)))
         if self.history:
-            self.teacher.steps += 1
-            self.teacher.asked = False
+            self.reach.steps += 1
+            self.reach.asked = False
             self.gate.closed = self.track
         if not self.track:
             self.history.clear()
-            if self.teacher.steps:
-                self.teacher.watch_newest(new)
+            if self.reach.steps:
+                self.reach.watch_newest(new)
         self.history.append(new)
 
     @contextmanager
     def at(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """For a while these are the parameters; time does not go on."""
+        """Make these the parameters for a while; time does not go on."""
         before = self._view.read()
         self._view.write(dict(zip(self._view.parameters, params, strict=True)))
         try:
@@ -165,5 +171,5 @@ class FastWeights:
 
 
 def fast_weights(fmodel: nn.Module) -> FastWeights:
-    """What a patched module and its parts share."""
+    """Return what a patched module and its parts share."""
     return vars(fmodel)["_innerloop_fast"]

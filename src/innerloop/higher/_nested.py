@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def flatten(x: Any) -> list[Any]:
-    """The leaves of nested dicts, lists, tuples and sets, in order.
+    """List the leaves of nested dicts, lists, tuples and sets, in order.
 
     Example:
         >>> from innerloop.higher.utils import flatten
@@ -22,13 +22,16 @@ def flatten(x: Any) -> list[Any]:
     return [leaf for child in (x.values() if isinstance(x, dict) else x) for leaf in flatten(child)]
 
 
-def is_container(target: Any) -> bool:
-    """Whether `flatten` and `recursive_map` look inside."""
+def is_container(target: object) -> bool:
+    """Return True if `flatten` and `recursive_map` look inside."""
     return isinstance(target, (list, tuple, dict, set))
 
 
 def recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
-    """``target`` with each leaf replaced by ``map_fn(leaf)``; containers keep their type (named tuples too, unlike in ``higher``)."""
+    """Return ``target`` with each leaf replaced by ``map_fn(leaf)``.
+
+    Containers keep their type (named tuples too, unlike in ``higher``).
+    """
     if isinstance(target, dict):
         return _like(target, {key: recursive_map(value, map_fn) for key, value in target.items()})
     if is_container(target):
@@ -37,7 +40,7 @@ def recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
 
 
 def _like(container: Any, content: Any) -> Any:
-    """``content`` in a container of the same type."""
+    """Return ``content`` in a container of the same type."""
     kind: Any = type(container)
     if hasattr(container, "_fields"):
         return kind(*content)
@@ -49,23 +52,23 @@ def _like(container: Any, content: Any) -> Any:
 
 
 def copy_tensor(t: Tensor, safe_copy: bool, device: torch.device | str | None = None) -> Tensor:
-    """A leaf with the value of ``t``; without ``safe_copy`` it may share the memory."""
+    """Return a leaf with the value of ``t``; without ``safe_copy`` it may share the memory."""
     value = t.detach().clone() if safe_copy else t.detach()
     return (value if device is None else value.to(device)).requires_grad_(t.requires_grad)
 
 
 def copy_and_cast(target: Any, device: torch.device | str | None) -> Any:
-    """``target`` with a leaf of the same value in place of each tensor."""
+    """Return ``target`` with a leaf of the same value in place of each tensor."""
     return recursive_map(
         target, lambda x: copy_tensor(x, True, device) if isinstance(x, Tensor) else x
     )
 
 
 def detach(target: Any) -> Any:
-    """``target`` with each tensor detached."""
+    """Return ``target`` with each tensor detached."""
     return recursive_map(target, lambda x: x.detach() if isinstance(x, Tensor) else x)
 
 
-def find(tensor: Tensor, candidates: Iterable[Any]) -> int | None:
-    """The position of this very tensor, None if it is not there."""
+def find(tensor: Tensor, candidates: Iterable[object]) -> int | None:
+    """Return the position of this very tensor, None if it is not there."""
     return next((i for i, candidate in enumerate(candidates) if candidate is tensor), None)

@@ -1,4 +1,4 @@
-"""Differentiable optimizers that follow a rule of `innerloop.optim`, or another class's own ``step``."""
+"""Differentiable optimizers by a rule of `innerloop.optim`, or another class's own ``step``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ _GONE = object()
 
 
 class DifferentiableRule(DifferentiableOptimizer):
-    """Any optimizer whose rule `innerloop.optim` has; its arguments are those of `DifferentiableOptimizer`.
+    """An optimizer whose rule `innerloop.optim` has.
+
+    Its arguments are those of `DifferentiableOptimizer`.
 
     The classes of ``higher``'s names derive from this one.
     """
@@ -82,7 +84,7 @@ class DifferentiableRule(DifferentiableOptimizer):
 
     @property
     def state(self) -> State:
-        """What is kept for each parameter of each group, under the names of ``torch.optim``.
+        """Return what is kept for each parameter of each group, under torch's names.
 
         It may be edited or assigned (detached for a truncated loop, cleared for a new start): the
         next step goes on from it.
@@ -98,7 +100,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         return self._states
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: object) -> None:
         if not isinstance(value, Sequence) or len(value) != len(self.param_groups):
             raise InvalidInputError(
                 f"state must be a list with a dict for each of the {len(self.param_groups)} param "
@@ -158,7 +160,10 @@ class DifferentiableRule(DifferentiableOptimizer):
         return new
 
     def _write_settings(self) -> dict[str, list[Any]]:
-        """Let the rule read the settings as they are now; returns those that have a value for each element of a parameter."""
+        """Let the rule read the settings as they are now.
+
+        It returns those that have a value for each element of a parameter.
+        """
         shaped: dict[str, list[Any]] = {}
         groups = zip(
             self.param_groups, self._twin.param_groups, self._other.param_groups, strict=True
@@ -221,7 +226,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         return exported
 
     def _as_constructed(self, rule: Rule, parameter: Tensor) -> dict[str, Any]:
-        """What a torch optimizer keeps before its first step (Adagrad does)."""
+        """Return what a torch optimizer keeps before its first step (Adagrad does)."""
         kept = self._other.state.get(parameter, {})
         return (
             dict(copy_and_cast(kept, self._device))
@@ -230,7 +235,10 @@ class DifferentiableRule(DifferentiableOptimizer):
         )
 
     def _edits(self) -> dict[Place, Any]:
-        """What was changed in the state that was handed out: the new value, or `_GONE`. Keys that a subclass adds are its own."""
+        """Return what was changed in the state that was handed out: the new value, or `_GONE`.
+
+        Keys that a subclass adds are its own.
+        """
         found: dict[Place, Any] = {}
         there = set()
         for g, held in enumerate(self._states):
@@ -244,7 +252,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         return found | dict.fromkeys(self._shown.keys() - there, _GONE)
 
     def _kept_names(self, g: int) -> set[str] | None:
-        """The names under which torch keeps what this rule keeps; None: whatever there is."""
+        """Return the names under which torch keeps what this rule keeps; None for all."""
         rule = cast("FromTorch", self._pure).members[g]
         return {*(rule.torch_state[field] for field in rule.slots()), rule.torch_count}
 
@@ -305,7 +313,9 @@ class DifferentiableRule(DifferentiableOptimizer):
 
 
 class DifferentiableAdapted(DifferentiableRule):
-    """Any other optimizer class, by `innerloop.optim.adapt`: its own ``step`` runs, verified before the first use, or it is refused.
+    """An optimizer of any other class, by `innerloop.optim.adapt`.
+
+    Its own ``step`` runs, verified before the first use, or it is refused.
 
     Raises:
         InvalidInputError: the class itself fails on a list of parameters.
@@ -402,7 +412,7 @@ class DifferentiableAdapted(DifferentiableRule):
 
 
 def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
-    """The tensors that a rule keeps for one parameter, under torch's names, with their graph."""
+    """Return the tensors that a rule keeps for one parameter, under torch's names."""
     found = {}
     for field in rule.slots():
         held = getattr(kept, field)
@@ -412,8 +422,11 @@ def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _mark(value: Any) -> Any:
-    """What tells that a value was written in place: a tensor's version; and its number, if it is one, for a write through ``.data``."""
+def _mark(value: object) -> object:
+    """Return a mark that changes when a value is written in place.
+
+    It is a tensor's version; and its number, if it is one, for a write through ``.data``.
+    """
     if not isinstance(value, Tensor):
         return None
     number = value.item() if value.numel() == 1 and value.device.type == "cpu" else None
@@ -423,7 +436,7 @@ def _mark(value: Any) -> Any:
 def _edited(
     rule: Rule, kept: Any, edited: Mapping[str, Mapping[str, Any]], params: dict[str, Tensor]
 ) -> Any:
-    """The state of a rule in which some of what torch keeps, for some parameters, is another."""
+    """Return the state of a rule with some of what torch keeps, for some parameters, replaced."""
     cold = rule.init(params)
     fields = {}
     for field in rule.slots():
@@ -452,7 +465,7 @@ def _edited(
 
 
 def _slot(rule: Rule, field: str, value: Any, like: Any) -> Any:
-    """A value that a user gave, as the rule keeps it."""
+    """Return a value that a user gave, as the rule keeps it."""
     if not isinstance(like, Tensor):
         return value if isinstance(value, Tensor) and value.requires_grad else float(value)
     if not isinstance(value, Tensor) or value.shape != like.shape:
@@ -467,5 +480,8 @@ def _slot(rule: Rule, field: str, value: Any, like: Any) -> Any:
 
 
 def _alias(p: Tensor) -> Tensor:
-    """The same values to differentiate with respect to: where a line search looks, not where the step started."""
+    """Return the same values to differentiate with respect to.
+
+    A gradient is taken where a line search looks, not where the step started.
+    """
     return p.view_as(p) if p.requires_grad else p.detach().requires_grad_()

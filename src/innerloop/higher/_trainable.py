@@ -18,7 +18,7 @@ from innerloop.optim._base import Rule
 def get_trainable_opt_params(
     opt: torch.optim.Optimizer, device: torch.device | str | None = None
 ) -> dict[str, list[Any]]:
-    """The real-valued hyper-parameters of ``opt`` as tensors that require grad, for ``override``.
+    """Return the real-valued hyper-parameters of ``opt`` as leaf tensors, for ``override``.
 
     Args:
         opt: any torch optimizer; it is not changed.
@@ -99,14 +99,14 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
 
 
 def _real_valued(opt: torch.optim.Optimizer) -> tuple[str, ...] | None:
-    """The hyper-parameters of a known rule that have a derivative; None for another class."""
+    """Return the hyper-parameters of a known rule that have a derivative; else None."""
     for cls in type(opt).__mro__:
         if cls in Rule.by_torch_class:
             return Rule.by_torch_class[cls].hyper_names
     return None
 
 
-def _is_real(leaf: Any) -> bool:
+def _is_real(leaf: object) -> bool:
     return isinstance(leaf, (int, float, Tensor)) and not isinstance(leaf, bool)
 
 
@@ -118,7 +118,7 @@ def _learnable(leaf: float | Tensor, device: torch.device | str | None) -> Tenso
 
 
 def _applied(new: Any, old: Any, name: str) -> Any:
-    """``new`` in the form that ``old`` has."""
+    """Return ``new`` in the form that ``old`` has."""
     if isinstance(old, Tensor):
         if not isinstance(new, (int, float, Tensor)) or (
             isinstance(new, Tensor) and new.numel() not in (1, old.numel())
@@ -149,7 +149,7 @@ def _applied(new: Any, old: Any, name: str) -> Any:
 
 
 def _kept_identity(new: Any, old: Any) -> Any:
-    """``new``, where tensors are those that were there before."""
+    """Return ``new``, where tensors are those that were there before."""
     if isinstance(old, Tensor):
         with torch.no_grad():
             return old.copy_(new)

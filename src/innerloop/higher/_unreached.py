@@ -1,11 +1,10 @@
-"""Warnings at the moment when a gradient goes where nobody looks for it, or comes from where nobody expects it."""
+"""Warnings at the moment when a gradient goes where nobody looks for it."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -43,8 +42,10 @@ CAPTURED = (
 _NOT_THE_USER = ("torch", "innerloop", "beartype", "jaxtyping")
 
 
-class Teacher:
-    """Watches where ``backward()`` leaves gradients, for one patched module; ``torch.autograd.grad`` never disturbs it. It says each once.
+class ReachMonitor:
+    """A monitor of where ``backward()`` leaves gradients, for one patched module.
+
+    ``torch.autograd.grad`` never disturbs it. Each warning is given once.
 
     Attributes:
         steps: how many updates the parameters have had.
@@ -63,26 +64,29 @@ class Teacher:
         self._said: set[str] = set()
 
     def watch_copies(self, leaves: list[Tensor]) -> None:
-        """The parameters at time 0, if they are copies."""
+        """Watch the parameters at time 0, which are copies."""
         for leaf in leaves:
             if leaf.requires_grad:
                 leaf.register_post_accumulate_grad_hook(self._copy_reached)
 
     def watch_newest(self, leaves: list[Tensor]) -> None:
-        """The parameters after a step that was cut off from the one before."""
+        """Watch the parameters after a step that was cut off from the one before."""
         for leaf in leaves:
             if leaf.requires_grad and leaf.is_leaf:
                 leaf.register_post_accumulate_grad_hook(self._newest_reached)
 
-    def look_at_inputs(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-        """What the module is called with may be what the outer loss is for (a generator): a leaf that no step has seen."""
+    def look_at_inputs(self, args: Iterable[object], kwargs: Mapping[str, object]) -> None:
+        """Look for a goal of the outer gradient among the inputs of a call.
+
+        An outer loss may be meant for a leaf that no step has seen (a generator's output).
+        """
         if self.steps and not self.outside:
             self.outside = any(
                 isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())
             )
 
     def captured(self, name: str) -> None:
-        """An inner loss was computed with a parameter of the user's own model."""
+        """Warn that an inner loss was computed with a parameter of the user's own model."""
         if not self._captured:
             self._captured = True
             self._say(CAPTURED.format(name=name), CapturedParameterWarning)

@@ -52,7 +52,11 @@ _GradCallbackType, _StateType = base.GradCallback, base.State
 
 
 class DifferentiableSGD(DifferentiableRule):
-    """``torch.optim.SGD``. In ``higher`` ``maximize`` has no effect, and a learnable weight decay or momentum of 0 gets no gradient."""
+    """``torch.optim.SGD``.
+
+    In ``higher`` ``maximize`` has no effect, and a learnable weight decay or momentum of 0 gets no
+    gradient.
+    """
 
     torch_class = torch.optim.SGD
 
@@ -68,7 +72,10 @@ class DifferentiableAdam(DifferentiableRule):
 
 
 class DifferentiableAdamW(DifferentiableRule):
-    """``torch.optim.AdamW``. The release of ``higher`` lacks it; its git head has a wrong derivative in beta2."""
+    """``torch.optim.AdamW``.
+
+    The release of ``higher`` lacks it; its git head has a wrong derivative in beta2.
+    """
 
     torch_class = torch.optim.AdamW
 
@@ -92,19 +99,30 @@ class DifferentiableAdamax(DifferentiableRule):
 
 
 class DifferentiableASGD(DifferentiableRule):
-    """``torch.optim.ASGD``. In ``higher`` the derivatives in ``lr`` and ``lambd`` are wrong, and ``maximize`` has no effect."""
+    """``torch.optim.ASGD``.
+
+    In ``higher`` the derivatives in ``lr`` and ``lambd`` are wrong, and ``maximize`` has no
+    effect.
+    """
 
     torch_class = torch.optim.ASGD
 
 
 class DifferentiableRMSprop(DifferentiableRule):
-    """``torch.optim.RMSprop``. In ``higher`` a gradient of zero makes the centred form NaN, and it warns of wrong gradients; not here."""
+    """``torch.optim.RMSprop``.
+
+    In ``higher`` a gradient of zero makes the centred form NaN, and it warns of wrong gradients;
+    not here.
+    """
 
     torch_class = torch.optim.RMSprop
 
 
 class DifferentiableRprop(DifferentiableRule):
-    """``torch.optim.Rprop``, which looks at signs only: its derivative in the gradients is zero, as it should be."""
+    """``torch.optim.Rprop``.
+
+    It looks at signs only: its derivative in the gradients is zero, as it should be.
+    """
 
     torch_class = torch.optim.Rprop
 
@@ -154,7 +172,9 @@ def get_diff_optim(
     track_higher_grads: bool = True,
     **kwargs: Any,
 ) -> DifferentiableOptimizer:
-    """The differentiable form of ``opt``: as registered for its class, else by its rule, else by `innerloop.optim.adapt`.
+    """Return the differentiable form of ``opt``.
+
+    It is that registered for its class, else one by its rule, else one by `innerloop.optim.adapt`.
 
     A subclass that does not override ``step`` counts as its parent (``higher`` refuses it). The
     arguments are those of `DifferentiableOptimizer`.
@@ -198,7 +218,7 @@ def create_diff_optim(
     track_higher_grads: bool = True,
     **kwargs: Any,
 ) -> DifferentiableOptimizer:
-    """A differentiable optimizer without a torch optimizer to start from.
+    """Make a differentiable optimizer without a torch optimizer to start from.
 
     Args:
         opt_type: a subclass of ``torch.optim.Optimizer``.

@@ -1,4 +1,4 @@
-"""Modules whose parameters are replaced step by step, with the interface that ``higher`` gives them."""
+"""Modules whose parameters are replaced step by step, with the interface of ``higher``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from innerloop._module.copier import Gate, plain
 from innerloop._module.view import ModuleView, keep_running_statistics
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import FastWeights, fast_weights
 from innerloop.higher._nested import copy_tensor
@@ -38,22 +39,25 @@ class PatchedModule(nn.Module):
 
     @property
     def is_root(self) -> bool:
-        """Whether this is the module that was patched, not a part of it."""
+        """Return True if this is the module that was patched, not a part of it."""
         return fast_weights(self).is_root(self)
 
     @property
     def root(self) -> Any:
-        """The module that was patched."""
+        """Return the module that was patched."""
         return fast_weights(self).root
 
     @property
     def direct_submodule_call(self) -> bool:
-        """Always True: each part can be called alone (in ``higher`` a mark of its own bookkeeping)."""
+        """Return True: each part can be called alone (``higher`` keeps books about it)."""
         return True
 
     @property
     def track_higher_grads(self) -> bool:
-        """Whether parameters of earlier times are kept; switched off (``higher`` then goes on with outdated ones), only the newest are."""
+        """Return True if parameters of earlier times are kept.
+
+        Switched off, only the newest are kept (``higher`` then goes on with outdated ones).
+        """
         return fast_weights(self).track
 
     @track_higher_grads.setter
@@ -68,7 +72,10 @@ class PatchedModule(nn.Module):
 
     @property
     def fast_params(self) -> list[Tensor] | None:
-        """The newest parameters of the whole module; assigning a list is `update_params`. None before there are any."""
+        """Return the newest parameters of the whole module, None before there are any.
+
+        Assigning a list is `update_params`.
+        """
         return fast_weights(self).newest_or_none()
 
     @fast_params.setter
@@ -77,7 +84,7 @@ class PatchedModule(nn.Module):
 
     @property
     def init_fast_params(self) -> list[Tensor]:
-        """The parameters at time 0.
+        """Return the parameters at time 0.
 
         Raises:
             InvalidInputError: they are not kept (``track_higher_grads=False``).
@@ -91,11 +98,16 @@ class PatchedModule(nn.Module):
         return fast.of_time(0)
 
     def update_params(self, params: Iterable[Tensor]) -> None:
-        """Take these as the newest parameters: one tensor for each of ``model.parameters()``, in this order; time goes on by one."""
+        """Take these as the newest parameters; time goes on by one.
+
+        There must be one tensor for each of ``model.parameters()``, in this order.
+        """
         fast_weights(self).take(params)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
-        """The parameters after ``time`` updates, in the order of ``nn.Module.parameters``; of a submodule those that belong to it.
+        """Return the parameters after ``time`` updates, in the order of ``nn.Module.parameters``.
+
+        A submodule returns those that belong to it.
 
         Args:
             recurse: False: without those of submodules (in ``higher`` it has no effect).
@@ -111,7 +123,7 @@ class PatchedModule(nn.Module):
         newest = fast.read_in_hooks() if whole else fast.newest
         params = newest if time is None or time == -1 else fast.of_time(time)
         if whole:
-            fast.teacher.asked |= params is newest
+            fast.reach.asked |= params is newest
             return iter(params)
         index = {id(p): i for i, p in enumerate(newest)}
         return iter(
@@ -121,14 +133,14 @@ class PatchedModule(nn.Module):
     def boxed_forward(
         self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        """The module's own ``forward`` at the newest parameters; as `forward`."""
+        """Run the module's own ``forward`` at the newest parameters, as `forward` does."""
         fast = fast_weights(self)
         fast.ready(params)
         with fast.kernels():
             return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
-        """The module's own ``forward``; with ``params`` (all those of the root) after `update_params`."""
+        """Run the module's own ``forward``; with ``params``, after `update_params`."""
         fast = fast_weights(self)
         fast.ready(params)
         with fast.kernels():
@@ -142,13 +154,13 @@ class PatchedModule(nn.Module):
             params
         )  # here and not in forward: hooks that run before it compute with the parameters
         if fast.is_root(self):
-            fast.teacher.look_at_inputs(args, kwargs)
+            fast.reach.look_at_inputs(args, kwargs)
         with fast.kernels():
             return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        table = vars(self).get("_parameters")
-        if table is None or table.get(name) is None or "_innerloop_fast" not in vars(self):
+        table = torch_private.parameter_table(self)
+        if table.get(name) is None or "_innerloop_fast" not in vars(self):
             ours = vars(PatchedModule).get(name)
             if isinstance(ours, property) and ours.fset is None and not isinstance(self, _Part):
                 raise InvalidInputError(
@@ -165,7 +177,9 @@ class PatchedModule(nn.Module):
         fast.take([value if p is table[name] else p for p in fast.newest])
 
     def __delattr__(self, name: str) -> None:
-        if vars(self)["_parameters"].get(name) is not None and "_innerloop_fast" in vars(self):
+        if torch_private.parameter_table(self).get(name) is not None and "_innerloop_fast" in vars(
+            self
+        ):
             raise InvalidInputError(
                 f"the parameter {name!r} of a patched module cannot be deleted: delete it in the "
                 "model, before it is patched"
@@ -189,7 +203,7 @@ class PatchedModule(nn.Module):
 
 
 class _Offered:
-    """A name of `PatchedModule` on a part, where an attribute of the user's own goes before it."""
+    """A name of `PatchedModule` on a part; an attribute of the user's own takes precedence."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -216,14 +230,14 @@ class _Offered:
         del vars(part)[self._name]
 
 
-_TABLES = ("_parameters", "_buffers", "_modules")
+_TABLES = torch_private.REGISTRIES
 _NAMES = tuple(
     name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward"
 )
 
 
 class _Part(PatchedModule):
-    """What patching adds to the classes of submodules; it comes after the user's class, whose names go first."""
+    """A base of the classes of submodules; the user's class and its names come first."""
 
 
 for _name in _NAMES:
@@ -231,14 +245,17 @@ for _name in _NAMES:
 
 
 class _Unregistered:
-    """Patching tells the user's class nothing of a new subclass: ``__init_subclass__`` may ask for keywords, or keep a list."""
+    """A base that hides a new subclass from the user's class.
+
+    Its ``__init_subclass__`` may ask for keywords, or keep a list.
+    """
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
 
 
 def _plain_copy(patched: PatchedModule) -> nn.Module:
-    """A copy that is no part of a patched module."""
+    """Return a copy that is no part of a patched module."""
     view = ModuleView(patched)
     module, parts = view.module, view.modules
     view.write(
@@ -255,7 +272,7 @@ _MonkeyPatchBase = PatchedModule
 
 
 def _rebuild(plain: nn.Module, is_root: bool, has_parameters: bool, track: bool) -> nn.Module:
-    """What deepcopy and pickle make of the plain copy of a patched module."""
+    """Return what deepcopy and pickle make of the plain copy of a patched module."""
     if not is_root:
         return plain
     return (
@@ -283,24 +300,25 @@ def buffer_sync(
                 "form"
             )
     module = plain(module)
-    for name, buffer in vars(module)["_buffers"].items():
+    for name, buffer in torch_private.buffer_table(module).items():
         copied = buffer.detach().clone() if isinstance(buffer, Tensor) else buffer
-        vars(fmodule)["_buffers"][name] = (
+        torch_private.buffer_table(fmodule)[name] = (
             copied.to(device) if device is not None and copied is not None else copied
         )
-    theirs = vars(fmodule)["_modules"]
-    for name, child in vars(module)["_modules"].items():
+    theirs = torch_private.module_table(fmodule)
+    for name, child in torch_private.module_table(module).items():
         if name not in theirs:
             raise InvalidInputError(
                 f"{type(fmodule).__name__} has no submodule {name!r}: pass the module that it is "
                 "a patched form of"
             )
-        if child is not None:
-            buffer_sync(child, theirs[name], device)
+        part = theirs[name]
+        if child is not None and part is not None:
+            buffer_sync(child, part, device)
 
 
 def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None) -> Any:
-    """A copy of ``module`` without parameters of its own: they are given at each call, ``fmodel(x, params=params)``.
+    """Copy ``module``; each call gives the parameters, ``fmodel(x, params=params)``.
 
     Args:
         module: any module; it is not changed. (One that is patched already will do, for a loop
@@ -357,7 +375,7 @@ def monkeypatch(
     copy_initial_weights: bool = True,
     track_higher_grads: bool = True,
 ) -> Any:
-    """A copy of ``module`` whose parameters are plain tensors that can be replaced.
+    """Copy ``module``, with plain tensors as parameters, which can be replaced.
 
     Args:
         module: any module; it is not changed.
@@ -392,10 +410,10 @@ def monkeypatch(
         with torch.enable_grad():
             if copy_initial_weights:
                 start = [copy_tensor(p, True, device) for p in sources]
-                fast.teacher.watch_copies(start)
+                fast.reach.watch_copies(start)
             else:
                 start = [p.clone() if device is None else p.clone().to(device) for p in sources]
-                fast.teacher.outside = True
+                fast.reach.outside = True
         if device is not None:
             fast.move_buffers(device)
         fmodel.update_params(start)
@@ -410,7 +428,10 @@ def monkeypatch(
 
 
 def _patched_class(cls: type[nn.Module], is_root: bool) -> type[nn.Module]:
-    """The class of a patched module whose own class is ``cls``; found again among its subclasses, which keep nothing alive."""
+    """Return the class of a patched module whose own class is ``cls``.
+
+    It is found again among the subclasses of ``cls``, which keep nothing alive.
+    """
     cls = _original(cls)
     for known in type.__subclasses__(cls):
         if vars(known).get("_innerloop_original") == (cls, is_root):
@@ -434,13 +455,17 @@ def _arguments(function: Callable[..., Any]) -> Iterable[str]:
 
 
 def _original(cls: type[nn.Module]) -> type[nn.Module]:
-    """The user's own class."""
+    """Return the user's own class."""
     found: type[nn.Module] = vars(cls).get("_innerloop_original", (cls,))[0]
     return found
 
 
 def _check_names(module: nn.Module, held: Iterable[Tensor]) -> None:
-    """Raise if the root has a name that stands for something else on a patched module, or lists other parameters than its modules hold."""
+    """Raise if a root cannot be patched because of the names in its class.
+
+    It has a name that stands for something else on a patched module, or it lists other parameters
+    than its modules hold.
+    """
     cls = _original(type(module))
     by_class = {name for c in cls.__mro__ if c not in nn.Module.__mro__ for name in vars(c)}
     by_instance = {
@@ -469,4 +494,4 @@ def _check_names(module: nn.Module, held: Iterable[Tensor]) -> None:
 
 
 def _keep_as_they_are(self: nn.Module) -> None:
-    """Nothing: the weights are not this module's to move."""
+    """Do nothing: the weights are not this module's to move."""

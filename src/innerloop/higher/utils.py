@@ -23,7 +23,7 @@ _recursive_map = nested.recursive_map
 def get_func_params(
     module: nn.Module, device: torch.device | str | None = None, safe_copy: bool = True
 ) -> list[Tensor]:
-    """Tensors with the values of ``module.parameters()``, cut off from them.
+    """Return tensors with the values of ``module.parameters()``, cut off from them.
 
     Args:
         module: any module.

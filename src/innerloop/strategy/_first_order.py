@@ -15,7 +15,8 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import refusing_recomputation
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
+from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
@@ -25,10 +26,11 @@ from innerloop.strategy._forecast import Forecast
 
 @dataclasses.dataclass(frozen=True)
 class FirstOrder(Strategy):
-    r"""Treat the gradient of each inner step as a constant, so that no second derivative is taken. Approximate.
+    r"""Treat the gradient of each inner step as a constant: no second derivative. Approximate.
 
-    .. math:: (\theta_{t+1}, s_{t+1}) = u(g_t, s_t, \theta_t, \lambda), \qquad g_t = \nabla_\theta \ell(\theta_t)
-        \text{ held constant}
+    .. math::
+        (\theta_{t+1}, s_{t+1}) = u(g_t, s_t, \theta_t, \lambda),
+        \qquad g_t = \nabla_\theta \ell(\theta_t) \text{ held constant}
 
     For SGD :math:`d\theta_T / d\theta_0` is then the identity: first-order MAML (Finn et al.,
     "Model-agnostic meta-learning", 2017). Hyper-parameters of the optimizer keep their direct
@@ -41,6 +43,8 @@ class FirstOrder(Strategy):
     **When**: few and small inner steps, as a cheap first try. **Not** for a hyper-parameter inside
     the inner loss: it acts through the inner gradients alone, so asking for its gradient raises.
     Nor for outer losses made of ``traj.losses`` or ``traj.aux``.
+
+    ``track(..., first_order=True)`` does the same to a hand-written loop.
 
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr. Exact: d w₃/d w₀ = (1 - lr)³ = 1/8; with
@@ -104,7 +108,10 @@ class FirstOrder(Strategy):
 def _constant_gradient(
     problem: Problem, carry: Carry, hyper: Any, batch: Any, t: int, in_loss: dict[int, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
-    """`Problem.gradient` on constants; notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on."""
+    """Compute `Problem.gradient` on constants.
+
+    It notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on.
+    """
     params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
@@ -131,7 +138,7 @@ def _constant_gradient(
 
     constants = [leaves[i].detach() for i in places]
     try:
-        if torch_private.inside_transform() or torch.compiler.is_compiling():
+        if not may_call_autograd():
             (grads, _), (loss, aux, new_buffers) = tree.grad_with_aux(lambda both: evaluate(*both))(
                 (params, constants)
             )
