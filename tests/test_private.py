@@ -1,5 +1,5 @@
-"""Every private name of PyTorch that innerloop uses does what ``innerloop._utils.torch_private`` says it
-does."""
+"""Every private name of PyTorch that innerloop uses does what
+``innerloop._utils.torch_private`` says it does."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ EXERCISED = {
     "derivative_levels",
     "reverse_over_forward",
     "divides_by_frequency",
+    "is_once_differentiable",
 }
 
 
@@ -455,3 +456,21 @@ def test_the_order_of_transforms_is_known():
     torch.func.jvp(torch.func.grad(look), (at,), (at,))
     torch.func.grad(lambda x: torch.func.jvp(look, (x,), (at,))[1])(at)
     assert seen == [False, False, False, True]
+
+
+def test_is_once_differentiable():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Once(Twice):
+        backward = staticmethod(torch.autograd.function.once_differentiable(Twice.backward))
+
+    x = torch.ones(2, requires_grad=True)
+    nodes = [Once.apply(x).grad_fn, Twice.apply(x).grad_fn, x.sin().grad_fn]
+    assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False, False]

@@ -1,4 +1,4 @@
-"""What can be read off an autograd graph: whether compiled code is in it, and which leaves it reaches."""
+"""The walk through the autograd graph of an inner loss: what lacks a derivative, and its leaves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
 from innerloop.nn._catalogue import Operation, by_node
 
@@ -23,7 +24,7 @@ COMPILED = (
 
 
 def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
-    """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
+    """Raise if an operation between ``ends`` and the parameters lacks a second derivative.
 
     Returns:
         The leaves outside of the loop.
@@ -43,12 +44,16 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
-        elif second_order and (operation := _defective(node)) is not None:
+        elif (
+            second_order
+            and (operation := by_node(kind)) is not None
+            and (operation.node_when is None or operation.node_when(node))
+        ):
             if operation.order == 3 and kind in operation.nodes:
                 node.register_hook(partial(_watch_second, operation))
             else:
                 suspects.append((node, operation))
-        elif second_order and _once_differentiable(node):
+        elif second_order and torch_private.is_once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
                 "derivative. Write its backward out of "
@@ -61,14 +66,6 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
         if _reaches(node, current):
             raise NotDifferentiableError(_lacks_derivative(operation, type(node).__name__))
     return leaves
-
-
-def _defective(node: object) -> Operation | None:
-    """Find the operation of the catalogue whose defect this node has."""
-    operation = by_node(type(node).__name__)
-    if operation is None or operation.node_when is None or operation.node_when(node):
-        return operation
-    return None
 
 
 def _watch_second(operation: Operation, gradients: Sequence[Tensor | None], _: object) -> None:
@@ -88,11 +85,15 @@ def _refuse_third(operation: Operation, _: object) -> None:
         )
 
 
-def _reaches(start: Any, current: list[Tensor]) -> bool:
-    """Whether the inner gradient passes through a node; what leads to outer tensors alone is differentiated only once."""
+def _reaches(start: object, current: list[Tensor]) -> bool:
+    """True if the inner gradient passes through ``start``.
+
+    What leads to outer tensors alone is differentiated only once.
+    """
     ends = {p.grad_fn for p in current if p.grad_fn is not None}
     leaves = {id(p) for p in current if p.grad_fn is None}
-    seen, stack = set(), [start]
+    seen: set[Any] = set()
+    stack: list[Any] = [start]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -129,14 +130,4 @@ def _lacks_derivative(operation: Operation, kind: str) -> str:
         "on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not "
         "use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
         "first_order=True, strategy=innerloop.FirstOrder()"
-    )
-
-
-def _once_differentiable(node: Any) -> bool:
-    """Whether a node is a custom Function whose backward says that it must not be differentiated again."""
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    wrapped = getattr(backward, "__wrapped__", None)
-    return (
-        wrapped is not None
-        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
     )
