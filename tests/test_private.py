@@ -1,5 +1,5 @@
-"""Every private name of PyTorch that innerloop uses does what ``innerloop._utils.torch_private`` says it
-does."""
+"""Every private name of PyTorch that innerloop uses does what
+``innerloop._utils.torch_private`` says it does."""
 
 from __future__ import annotations
 

@@ -1055,9 +1055,10 @@ def test_names_functions_and_nodes_lead_to_one_operation_each() -> None:
     assert len({op.name for op in operations}) == len(operations)
     functions = [(f, op) for op in operations for f in op.replacements]
     nodes = [(node, op) for op in operations for node in (*op.nodes, *op.nodes_of_derivative)]
-    for entries, find in ((functions, catalogue.by_call), (nodes, catalogue.by_node)):
-        assert len({key for key, _ in entries}) == len(entries)
-        assert all(find(key) is op for key, op in entries)
+    assert len({f for f, _ in functions}) == len(functions)
+    assert len({node for node, _ in nodes}) == len(nodes)
+    assert all(catalogue.by_call(f) is op for f, op in functions)
+    assert all(catalogue.by_node(node) is op for node, op in nodes)
     assert not {f for f, _ in functions} & set(catalogue.LOOK_INSIDE)
     assert catalogue.by_call(torch.add) is None
     assert catalogue.by_node("AddBackward0") is None

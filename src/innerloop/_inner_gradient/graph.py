@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
 from innerloop.nn._catalogue import Operation, by_node
 
@@ -47,7 +48,11 @@ def check_graph(
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
-        elif second_order and (operation := _defective(node)) is not None:
+        elif (
+            second_order
+            and (operation := by_node(kind)) is not None
+            and (operation.node_when is None or operation.node_when(node))
+        ):
             if operation.order == 3 and kind in operation.nodes:
                 node.register_hook(partial(_watch_second, operation))
             else:
@@ -67,14 +72,6 @@ def check_graph(
     return leaves
 
 
-def _defective(node: object) -> Operation | None:
-    """Find the operation of the catalogue whose defect this node has."""
-    operation = by_node(type(node).__name__)
-    if operation is None or operation.node_when is None or operation.node_when(node):
-        return operation
-    return None
-
-
 def _watch_second(operation: Operation, gradients: Sequence[Tensor | None], _: object) -> None:
     """Let the nodes that differentiate ``gradients``, just computed, refuse a third derivative."""
     for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
@@ -92,14 +89,15 @@ def _refuse_third(operation: Operation, _: object) -> None:
         )
 
 
-def _reaches(start: Any, current: list[Tensor]) -> bool:
-    """Return True if the inner gradient passes through a node.
+def _reaches(start: object, current: list[Tensor]) -> bool:
+    """True if the inner gradient passes through ``start``.
 
     What leads to outer tensors alone is differentiated only once.
     """
     ends = {p.grad_fn for p in current if p.grad_fn is not None}
     leaves = {id(p) for p in current if p.grad_fn is None}
-    seen, stack = set(), [start]
+    seen: set[Any] = set()
+    stack: list[Any] = [start]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

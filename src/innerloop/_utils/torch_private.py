@@ -66,6 +66,16 @@ def derivative_levels() -> int:
     )
 
 
+def is_once_differentiable(node: Any) -> bool:
+    """True if a node is a custom Function whose backward must not be differentiated again."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    wrapped = getattr(backward, "__wrapped__", None)
+    return (
+        wrapped is not None
+        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
+    )
+
+
 def divides_by_frequency(node: Any) -> bool:
     """Whether a node of ``F.embedding`` has ``scale_grad_by_freq``."""
     return bool(node._saved_scale_grad_by_freq)
@@ -254,13 +264,3 @@ def uncompiled_name(name: str) -> str:
 def forget_compiled_call(module: nn.Module) -> None:
     """Let a copied module run its own forward, not what ``module.compile()`` made of another."""
     vars(module)["_compiled_call_impl"] = None
-
-
-def is_once_differentiable(node: object) -> bool:
-    """Return True if a node is a custom Function marked as ``once_differentiable``."""
-    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    wrapped = getattr(backward, "__wrapped__", None)
-    return (
-        wrapped is not None
-        and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
-    )

@@ -1,4 +1,7 @@
-"""Which operations of the installed PyTorch lack a derivative, or get one wrong without an error, and what innerloop does about each."""
+"""The audit of PyTorch's derivatives: which are missing or wrong, and what innerloop does.
+
+It looks at the PyTorch that is installed, operation by operation.
+"""
 
 from innerloop.doctor._cases.all_cases import all_cases
 from innerloop.doctor._cases.case import Case

@@ -1,11 +1,13 @@
-r"""Looking at every derivative of an operation.
+r"""The probe of every derivative of an operation.
 
 Each derivative is taken along fixed directions v and w in which no entry is zero, so that one
 number tells of all entries:
 
-.. math:: \text{first, forward: } \partial_v s, \qquad \text{second, mixed, func: } \partial_w \partial_v s,
+.. math::
+    \text{first, forward: } \partial_v s, \qquad
+    \text{second, mixed, func: } \partial_w \partial_v s,
 
-where s is a smooth scalar of what the operation gives. Truth is a difference of fourth order: of s
+where s is a smooth scalar of the operation's output. Truth is a difference of fourth order: of s
 for the first derivative, of the gradient for the second, of the second derivative for the third
 (which a loop inside a loop needs).
 """
@@ -31,8 +33,8 @@ from innerloop.nn._mode import replacing
 
 Verdict = Literal["right", "missing", "wrong", "not finite", "refused"]
 DERIVATIVES = ("first", "second", "forward", "mixed", "func", "back", "third")
-"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``func.grad`` of ``func.grad``; reverse over forward; reverse
-mode thrice."""
+"""Reverse mode; reverse over reverse; forward mode; forward over reverse; ``func.grad`` of
+``func.grad``; reverse over forward; reverse mode three times."""
 TOLERANCE = 1e-6
 _grad: Any = torch.func.grad
 _jvp: Any = torch.func.jvp
@@ -41,13 +43,13 @@ Scalar = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Finding:
-    """What the probe of one case found.
+    """The result of the probe of one case.
 
     Attributes:
         case: the case.
-        torch: the verdict on each derivative as PyTorch gives it; those that were not looked at are
+        torch: the verdict on each derivative as PyTorch gives it; those that were not examined are
             absent.
-        ours: the same inside of innerloop's loops.
+        ours: the verdicts inside innerloop's loops.
         notes: for each derivative that is not right, PyTorch's error or the numbers.
     """
 
@@ -58,17 +60,17 @@ class Finding:
 
     @property
     def supported(self) -> bool:
-        """Whether training through the operation can be differentiated in reverse mode."""
+        """Return True if training through the operation can be differentiated in reverse mode."""
         return self.case.smooth and self.ours["first"] == "right" and self.ours["second"] == "right"
 
     @property
     def silent(self) -> bool:
-        """Whether innerloop would let a wrong derivative pass."""
+        """Return True if innerloop would let a wrong derivative pass."""
         return "wrong" in self.ours.values()
 
     @property
     def action(self) -> str:
-        """What innerloop does about what PyTorch lacks."""
+        """Say what innerloop does about what PyTorch lacks."""
         lacking = _lacking(self.torch)
         left = [d for d in lacking if self.ours.get(d, "right") != "right"]
         if self.silent:
@@ -108,7 +110,10 @@ def examine_all(device: str = "cpu") -> Iterator[Finding]:
 
 
 def _lacking(verdicts: Mapping[str, Verdict]) -> list[str]:
-    """What is not right. Reverse over forward mode, which no strategy of ours takes, is only missed where it is wrong."""
+    """List the derivatives that are not right.
+
+    Reverse over forward mode, which no strategy takes, counts only where it is wrong.
+    """
     fine = {"back": ("right", "missing", "not finite")}
     return [d for d in DERIVATIVES if verdicts.get(d, "right") not in fine.get(d, ("right",))]
 
@@ -131,14 +136,14 @@ class _Probe:
         everything = list(range(len(self.at)))
         self._look(value, everything)
         if self.case.smooth:
-            # One input alone takes other ways through a kernel's formulas, and so does an operation
-            # that is itself the loss.
+            # With one input alone, formulas of a derivative take other branches, and so they do
+            # where the operation is itself the loss.
             for i, name in enumerate(self.names):
                 if name.startswith("inputs.") or len(everything) == 1:
                     self._look(linear, [i], ("second", "mixed"))
         return self.verdicts, self.notes
 
-    def _scalar(self, measure: Callable[[Any], Tensor], chosen: list[int]) -> Scalar:
+    def _scalar(self, measure: Callable[[object], Tensor], chosen: list[int]) -> Scalar:
         def scalar(values: Sequence[Tensor]) -> Tensor:
             filled = dict(zip(self.names, self.at, strict=True))
             filled.update({self.names[i]: x for i, x in zip(chosen, values, strict=True)})
@@ -150,7 +155,7 @@ class _Probe:
 
     def _look(
         self,
-        measure: Callable[[Any], Tensor],
+        measure: Callable[[object], Tensor],
         chosen: list[int],
         which: Sequence[str] = DERIVATIVES,
     ) -> None:
@@ -210,7 +215,7 @@ class _Probe:
     def _true(
         self, f: Callable[[float], Tensor | None], wanted: bool, no_grad: bool = False
     ) -> _Difference | None:
-        """Differences of ``f``, or None where there is no truth."""
+        """Make the differences of ``f``, or return None where there is no truth."""
         if not wanted or not self.case.smooth or self.case.constants:
             return None
 
@@ -256,7 +261,10 @@ class _Probe:
 
 
 class _Difference:
-    """The derivative of a function at 0 by differences, with one step and, if that does not agree, with a smaller one."""
+    """The derivative of a function at 0 by differences.
+
+    A second, smaller step is tried if the first does not agree.
+    """
 
     def __init__(self, f: Callable[[float], float]) -> None:
         self.f = f
@@ -264,7 +272,7 @@ class _Difference:
         self.known: dict[float, float] = {}
 
     def agrees(self, number: float) -> bool:
-        """Whether ``number`` is the derivative; also if that cannot be told, because ``f`` itself cannot be evaluated."""
+        """True if ``number`` is the derivative, or if ``f`` itself cannot be evaluated."""
         for h in (1e-3, 2e-4):
             try:
                 if h not in self.known:

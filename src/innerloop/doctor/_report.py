@@ -1,59 +1,56 @@
-"""What the audit found, as a table."""
+"""The findings of the audit, as a table."""
 
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import torch
 
+from innerloop._utils import text_table
 from innerloop.doctor._probe import DERIVATIVES, Finding
 
 SIGNS = {"right": "ok", "missing": "-", "wrong": "WRONG", "not finite": "nan", "refused": "-"}
 HEADINGS = ("operation", "innerloop", *DERIVATIVES)
-LEGEND = (
-    "First: reverse mode. Second: reverse over reverse. Forward: forward mode. Mixed: forward "
-    "over reverse. "
-    "Func: torch.func.grad of torch.func.grad. Back: reverse over forward mode. "
-    "Third: reverse mode thrice, for loops inside of loops.\n"
+DIRECTIONS = (
+    "First: reverse mode. Second: reverse over reverse. Forward: forward mode. Mixed: forward over "
+    "reverse. Func: torch.func.grad of torch.func.grad. Back: reverse over forward mode. Third: "
+    "reverse mode three times, for loops inside loops."
+)
+VERDICTS = (
     "ok: right against finite differences. -: raises. WRONG: wrong without an error. nan: not "
-    "finite at that point.\n"
-    "innerloop: what happens inside of its loops. Replaced: by a form that has what is missing. "
+    "finite at that point."
+)
+ACTIONS = (
+    "innerloop: what happens inside its loops. Replaced: by an operation that has what is missing. "
     "Raises: an error names the operation."
 )
 
 
 def to_text(findings: Sequence[Finding]) -> str:
-    """A table for the terminal: what lacks something, and how many lack nothing."""
-    rows = _rows(findings)
-    widths = [max(len(row[i]) for row in [HEADINGS, *rows]) for i in range(len(HEADINGS))]
-    line = lambda row: "  ".join(  # noqa: E731
-        cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
-    return "\n".join(
-        [
-            _title(findings),
-            "",
-            line(HEADINGS),
-            line(["-" * w for w in widths]),
-            *map(line, rows),
-            "",
-            LEGEND,
-            "",
-            _sum(findings),
-        ]
-    )
+    """Return a table for the terminal: what lacks something, and how many cases lack nothing."""
+    rows = text_table.table(_rows(findings), header=HEADINGS, rule=True)
+    legend = "\n".join((DIRECTIONS, VERDICTS, ACTIONS))
+    return "\n\n".join((_title(findings), rows, legend, _sum(findings)))
 
 
 def to_markdown(findings: Sequence[Finding]) -> str:
-    """The same for a page."""
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *_rows(findings)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{_title(findings)}\n\n{table}\n\n{LEGEND}\n\n{_sum(findings)}\n"
+    """Return the table for a page, in Markdown."""
+    rows = text_table.table(_rows(findings), header=HEADINGS, markdown=True)
+    prose = (DIRECTIONS, VERDICTS, ACTIONS, _sum(findings))
+    return "\n\n".join((_title(findings), rows, *map(_filled, prose))) + "\n"
+
+
+def _filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 99, break_long_words=False, break_on_hyphens=False)
 
 
 def _title(findings: Sequence[Finding]) -> str:
-    return f"PyTorch {torch.__version__}, {platform.machine()}: {len(findings)} cases of {len(_named(findings))} operations"
+    return (
+        f"PyTorch {torch.__version__}, {platform.machine()}: {len(findings)} cases of "
+        f"{len(_named(findings))} operations"
+    )
 
 
 def _sum(findings: Sequence[Finding]) -> str:
@@ -64,13 +61,12 @@ def _sum(findings: Sequence[Finding]) -> str:
         f"{fine} cases lack nothing. {silent} are wrong in PyTorch without an error; of those, "
         f"innerloop lets {left} pass. "
         f"{sum(f.supported for f in findings)} of {sum(f.case.smooth for f in findings)} smooth "
-        "cases can be trained through and "
-        "differentiated in reverse mode."
+        "cases can be trained through and differentiated in reverse mode."
     )
 
 
 def _named(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
-    """By operation, without what stands in brackets behind it."""
+    """Group findings by operation: the name of the case without its brackets."""
     named: dict[str, list[Finding]] = {}
     for finding in findings:
         named.setdefault(finding.case.name.partition("(")[0].strip(), []).append(finding)
@@ -78,7 +74,7 @@ def _named(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
 
 
 def _rows(findings: Sequence[Finding]) -> list[list[str]]:
-    """One row for the cases of an operation to which the same happens."""
+    """Make one row for all cases of an operation to which the same happens."""
     rows = []
     for name, group in _named(f for f in findings if f.action).items():
         alike: dict[tuple[str, ...], list[Finding]] = {}
@@ -86,6 +82,6 @@ def _rows(findings: Sequence[Finding]) -> list[list[str]]:
             signs = [SIGNS[finding.torch[d]] if d in finding.torch else "" for d in DERIVATIVES]
             alike.setdefault((finding.action, *signs), []).append(finding)
         for cells, same in alike.items():
-            forms = same[0].case.name if len(same) == 1 else f"{name} ({len(same)} cases)"
-            rows.append([forms, *cells])
+            title = same[0].case.name if len(same) == 1 else f"{name} ({len(same)} cases)"
+            rows.append([title, *cells])
     return rows

@@ -421,11 +421,9 @@ def by_node(name: str) -> Operation | None:
 
 def to_markdown() -> str:
     """Return the catalogue as a Markdown table, for the reference pages."""
-    rows = [
-        (f"`{op.name}`", op.reason, "replaced" if op.replacements else op.instead)
-        for op in OPERATIONS
-    ]
-    for i, (name, reason, _) in enumerate(rows):
-        if ": refused" in reason:
-            rows[i] = (name, *reason.split(": ", 1))
+    rows = []
+    for op in OPERATIONS:
+        reason, _, refused = op.reason.partition(": ")
+        action = "replaced" if op.replacements else op.instead
+        rows.append((f"`{op.name}`", reason, refused or action))
     return text_table.table(rows, header=("operation", "reason", "innerloop"), markdown=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -24,7 +24,7 @@ from innerloop.nn._catalogue import LOOK_INSIDE, Operation, by_call
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
 
 _log = logging.getLogger("innerloop")
-_announced: dict[str, str] = caches.cache("announced replacements")
+_announced: MutableMapping[str, str] = caches.cache("announced replacements")
 """The name of each operation that was replaced in this process -> the reason."""
 
 

@@ -22,7 +22,7 @@ from innerloop.doctor._cases.recurrent_and_attention import _attention, _recurre
 
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
-    """Every operation under audit."""
+    """Return every case under audit."""
     families = (
         _activations,
         _losses,

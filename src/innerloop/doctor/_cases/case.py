@@ -13,55 +13,61 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import rnn
 
-Call = Callable[..., Any]
+Call = Callable[..., object]
 F: Any = functional  # the stubs of torch lag behind its arguments
 
 
 def noise(*shape: int, phase: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Fixed numbers in (-scale, scale) that look random, none of them zero, and leave the random state alone."""
+    """Return fixed numbers in (-scale, scale) that look random, none of them zero.
+
+    The random state is left alone.
+    """
     count = math.prod(shape)
     angles = torch.arange(1.0, count + 1.0, dtype=torch.float64) * 12.9898 + phase * 78.233
     return scale * angles.sin().reshape(shape)
 
 
 def spread(*shape: int) -> Tensor:
-    """Numbers in (-1, 1) in an order that looks random, evenly apart: no small step changes which is the largest."""
+    """Return evenly spaced numbers in (-1, 1), in an order that looks random.
+
+    No small step changes which of them is the largest.
+    """
     order = noise(*shape).flatten().argsort().argsort().to(torch.float64)
     return ((order + 0.5) * (2 / order.numel()) - 1).reshape(shape)
 
 
 def positive(*shape: int, phase: float = 0.0) -> Tensor:
-    """Numbers in (.3, 1.7)."""
+    """Return fixed numbers in (.3, 1.7)."""
     return 1 + noise(*shape, phase=phase, scale=0.7)
 
 
 def probabilities(*shape: int, phase: float = 0.0) -> Tensor:
-    """Numbers in (.1, .9)."""
+    """Return fixed numbers in (.1, .9)."""
     return 0.5 + noise(*shape, phase=phase, scale=0.4)
 
 
 def matrix(n: int, phase: float = 0.0) -> Tensor:
-    """A well-conditioned matrix with distinct singular values and eigenvalues."""
+    """Return a well-conditioned matrix with distinct singular values and eigenvalues."""
     return torch.diag(torch.arange(1.0, n + 1.0, dtype=torch.float64)) + noise(
         n, n, phase=phase, scale=0.3
     )
 
 
 class Applied(nn.Module):
-    """A function of parameters."""
+    """A module that applies an operation to its parameters."""
 
     def __init__(self, operation: Call, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.operation = operation
         self.inputs = nn.ParameterList([nn.Parameter(x.clone()) for x in inputs])
 
-    def forward(self) -> Any:
-        """What the operation gives."""
+    def forward(self) -> object:
+        """Run the operation."""
         return self.operation(*self.inputs)
 
 
 class OnInput(nn.Module):
-    """A module at an input that is a parameter too."""
+    """A module that is called with inputs that are parameters too."""
 
     def __init__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], call: Call | None = None
@@ -71,8 +77,8 @@ class OnInput(nn.Module):
         self.inputs = nn.ParameterList([nn.Parameter(x.clone()) for x in inputs])
         self.call = call
 
-    def forward(self) -> Any:
-        """What the module gives."""
+    def forward(self) -> object:
+        """Run the module."""
         return (
             self.module(*self.inputs) if self.call is None else self.call(self.module, *self.inputs)
         )
@@ -101,7 +107,7 @@ class Case:
     first: bool = True
 
     def module(self) -> nn.Module:
-        """The same module at every call, in float64."""
+        """Build the module in float64, the same one at every call."""
         before = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -113,8 +119,11 @@ class Case:
                 torch.set_default_dtype(before)
 
 
-def value(output: Any) -> Tensor:
-    """A smooth scalar of what an operation gives, whose own derivatives depend on it, and which couples all entries."""
+def value(output: object) -> Tensor:
+    """Compute a smooth scalar of an operation's output.
+
+    It couples all entries, and its own derivatives depend on them.
+    """
     parts = list(_tensors(output))
     total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
     for i, part in enumerate(parts):
@@ -129,8 +138,8 @@ def value(output: Any) -> Tensor:
     return total
 
 
-def linear(output: Any) -> Tensor:
-    """A linear scalar of what an operation gives: the gradient that comes in is a constant."""
+def linear(output: object) -> Tensor:
+    """Compute a linear scalar of an operation's output: the incoming gradient is a constant."""
     parts = list(_tensors(output))
     if len(parts) == 1 and parts[0].dim() == 0 and not parts[0].is_complex():
         return parts[0]
@@ -141,7 +150,7 @@ def linear(output: Any) -> Tensor:
     return total
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: object) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point() or output.is_complex():
             yield output
@@ -153,7 +162,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def function(name: str, family: str, operation: Call, *inputs: Tensor, **flags: bool) -> Case:
-    """The case of a function of tensors."""
+    """Make the case of a function of tensors."""
     return Case(name, family, lambda: Applied(operation, inputs), **flags)
 
 
@@ -166,7 +175,7 @@ def layer(
     evaluation: bool = False,
     **flags: bool,
 ) -> Case:
-    """The case of a module."""
+    """Make the case of a module."""
     return Case(name, family, lambda: OnInput(make(), inputs, call).train(not evaluation), **flags)
 
 
@@ -174,9 +183,9 @@ X = noise(3, 4, scale=1.5)
 
 
 def _seeded(operation: Call) -> Call:
-    """The operation with the same random numbers at every call."""
+    """Give an operation the same random numbers at every call."""
 
-    def call(*inputs: Tensor) -> Any:
+    def call(*inputs: Tensor) -> object:
         torch.manual_seed(3)
         return operation(*inputs)
 
@@ -189,7 +198,7 @@ SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
 
 
 def _moved(module: nn.Module) -> nn.Module:
-    """With weights and statistics that are not those of initialisation, where errors hide behind ones and zeros."""
+    """Move weights and statistics away from ones and zeros, which would hide errors."""
     with torch.no_grad():
         for i, x in enumerate([*module.parameters(), *module.buffers()]):
             if x.is_floating_point():
@@ -197,7 +206,7 @@ def _moved(module: nn.Module) -> nn.Module:
     return module
 
 
-def _of_dimension(d: int, name: str, *args: Any, **options: Any) -> Call:
+def _of_dimension(d: int, name: str, *args: object, **options: object) -> Call:
     return lambda x: getattr(F, f"{name}{d}d")(x, *args, **options)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ def _recurrent() -> Iterator[Case]:
     )
 
 
-def _packed(module: nn.Module, x: Tensor) -> Any:
+def _packed(module: nn.Module, x: Tensor) -> object:
     output, state = module(rnn.pack_padded_sequence(x, torch.tensor([4, 2])))
     return rnn.pad_packed_sequence(output)[0], state
 

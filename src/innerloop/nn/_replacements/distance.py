@@ -77,7 +77,7 @@ def _check_norm(p: float) -> None:
 
 
 def _norm(x: Tensor, p: float) -> Tensor:
-    """Compute the p-norm along the last dimension, with zero derivatives at 0 and by entries of 0."""
+    """Compute the p-norm along the last dimension; at 0, and by entries of 0, its slope is 0."""
     if p == 0:
         return (x != 0).to(x.dtype).sum(-1) + 0 * x.sum(-1)
     if p == 1:
