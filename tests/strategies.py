@@ -39,7 +39,11 @@ class Enrolled:
 
 @dataclass(frozen=True)
 class HandWritten(Strategy):
-    """A strategy as a user would write it, of public names only: autograd keeps everything."""
+    """A strategy as a user would write it, of public names only: autograd keeps everything.
+
+    **Cost**: that of `StoreAll`. **When**: in the tests, to show that the package needs no change
+    for it. **Not** elsewhere.
+    """
 
     exact = True
     differentiates: ClassVar = frozenset({"params", "hyper"})

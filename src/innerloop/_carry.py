@@ -38,7 +38,7 @@ class Carry(NamedTuple):
     time: int = 0
 
     def detach(self) -> Carry:
-        """The same values, cut from their history."""
+        """Return the same values, cut from their history."""
         params, state, buffers = tree.map_tensors(
             torch.Tensor.detach, (self.params, self.optimizer_state, self.buffers)
         )
