@@ -49,12 +49,13 @@ class HandWritten(Strategy):
     differentiates: ClassVar = frozenset({"params", "hyper"})
 
     def run(self, loop: innerloop.strategy.Loop) -> innerloop.Trajectory:
-        carry, losses, aux = loop.start, [], []
-        states = {0: carry}
+        carry, states = loop.start, {0: loop.start}
+        losses: list[Tensor] = []
+        aux: list[Any] = []
         for t in loop.batches.times():
-            carry, *rest = loop.step(carry, loop.batch(carry, t), t)
-            for kept, value in zip((losses, aux), rest, strict=True):
-                kept.append(value)
+            carry, loss, more = loop.step(carry, loop.batch(carry, t), t)
+            losses.append(loss)
+            aux.append(more)
             if t + 1 in loop.save_at:
                 states[t + 1] = carry
         states[len(losses)] = carry

@@ -233,7 +233,7 @@ class _Evaluation:
             if after is not None:
                 after.restore()
 
-    def _with(self, values: Sequence[Tensor]) -> Any:
+    def _with(self, values: Sequence[Tensor]) -> HyperTree | nn.Module:
         """Return the inputs with ``values`` in them.
 
         Each requires grad, so that an inner loop trains it as it would the original.

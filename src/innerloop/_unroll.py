@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from innerloop.strategy._store_all import StoreAll
 def unroll(
     problem: Problem,
     params: Params | Carry | None,
-    batches: Any,
+    batches: object,
     *,
     hyper: HyperTree = None,
     strategy: Strategy | None = None,

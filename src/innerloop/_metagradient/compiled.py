@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from innerloop._metagradient.unreached import Unreached
+from innerloop._problem import Problem
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import _compare
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs, Objective
 
-_verified: Any = cache("compiled meta-gradients that were verified, by problem", weak=True)
+_verified: MutableMapping[Problem, set[object]] = cache(
+    "compiled meta-gradients that were verified, by problem", weak=True
+)
 
 
 def compiled_value_and_grad(
@@ -33,7 +37,7 @@ def compiled_value_and_grad(
     result, grads = compiled(objective, inputs, wrt)
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
     key = (shapes, wrt, strategy, variant)
-    known: set[object] = _verified.setdefault(unreached.problem, set())
+    known = _verified.setdefault(unreached.problem, set())
     if key not in known:
         eager_result, eager_grads = strategy.value_and_grad(objective, inputs, wrt)
         _compare(result, grads, eager_result, unreached.filled(inputs, eager_grads))
