@@ -39,18 +39,23 @@ class Enrolled:
 
 @dataclass(frozen=True)
 class HandWritten(Strategy):
-    """A strategy as a user would write it, of public names only: autograd keeps everything."""
+    """A strategy as a user would write it, of public names only: autograd keeps everything.
+
+    **Cost**: that of `StoreAll`. **When**: in the tests, to show that the package needs no change
+    for it. **Not** elsewhere.
+    """
 
     exact = True
     differentiates: ClassVar = frozenset({"params", "hyper"})
 
     def run(self, loop: innerloop.strategy.Loop) -> innerloop.Trajectory:
-        carry, losses, aux = loop.start, [], []
-        states = {0: carry}
+        carry, states = loop.start, {0: loop.start}
+        losses: list[Tensor] = []
+        aux: list[Any] = []
         for t in loop.batches.times():
-            carry, *rest = loop.step(carry, loop.batch(carry, t), t)
-            for kept, value in zip((losses, aux), rest, strict=True):
-                kept.append(value)
+            carry, loss, more = loop.step(carry, loop.batch(carry, t), t)
+            losses.append(loss)
+            aux.append(more)
             if t + 1 in loop.save_at:
                 states[t + 1] = carry
         states[len(losses)] = carry

@@ -242,7 +242,7 @@ def test_params_may_be_left_to_the_module():
     assert all(
         g is not None
         for g in torch.autograd.grad(
-            sum(p.sum() for p in traj.params.values()), [*trained.values()]
+            torch.stack([p.sum() for p in traj.params.values()]).sum(), [*trained.values()]
         )
     )
     outer = lambda traj, hyper: sum(p.square().sum() for p in traj.params.values())  # noqa: E731
@@ -404,8 +404,13 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "strategy is a class with arguments": (
         lambda: innerloop.metagradient(
-            last, simple(), begin(), None, steps=1, strategy=innerloop.Truncated
-        ),  # type: ignore[arg-type]
+            last,
+            simple(),
+            begin(),
+            None,
+            steps=1,
+            strategy=innerloop.Truncated,  # type: ignore[arg-type]
+        ),
         ["strategy is the class Truncated: write innerloop.Truncated(last=...)"],
     ),
     "strategy is a name": (

@@ -30,7 +30,7 @@ class Batches(abc.ABC):
         kept: what is kept for that, by step; shared by the copies of this object.
     """
 
-    data: Any = None
+    data: object = None
     steps: int | None
     single_pass: bool = False
     keeping: bool = False
@@ -40,7 +40,7 @@ class Batches(abc.ABC):
         self.kept: MutableMapping[int, Any] = {}
 
     @abc.abstractmethod
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         """Return the data of one step.
 
         Args:
@@ -50,7 +50,7 @@ class Batches(abc.ABC):
             time: the number of all steps before it, those of earlier loops among them.
         """
 
-    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> Any:
+    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> object:
         """Return the data of the first step without using them up."""
         return self.at(params, hyper, 0, time)
 
@@ -59,7 +59,7 @@ class Batches(abc.ABC):
         assert self.steps is not None, "only an iterator does not know its length"
         return range(self.steps)
 
-    def holding(self, data: Any) -> Batches:
+    def holding(self, data: object) -> Batches:
         """Return the same with other tensors in ``data``."""
         new = copy.copy(self)
         new.data = data
@@ -82,33 +82,33 @@ class NoBatches(Batches):
 class BatchList(Batches):
     """One entry per step."""
 
-    def __init__(self, entries: list[Any], steps: int) -> None:
+    def __init__(self, entries: list[object], steps: int) -> None:
         super().__init__(steps)
-        self.data = entries[:steps]
+        self.data: list[object] = entries[:steps]
 
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         return self.data[t]
 
 
 class StackedBatches(Batches):
     """A pytree of tensors whose first dimension is time."""
 
-    def __init__(self, stacked: Any, steps: int) -> None:
+    def __init__(self, stacked: object, steps: int) -> None:
         super().__init__(steps)
         self.data = stacked
 
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         return tree.map_tensors(lambda x: x[t], self.data)
 
 
 class BatchFunction(Batches):
     """A pure function of its arguments, whose results are constants of the derivative."""
 
-    def __init__(self, function: Callable[[Any, Any, int], Any], steps: int) -> None:
+    def __init__(self, function: Callable[..., object], steps: int) -> None:
         super().__init__(steps)
         self.function = function
 
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, time))
         if self.keeping:
             found = Fingerprint.of(batch)
@@ -129,12 +129,12 @@ class BatchIterator(Batches):
 
     single_pass = True
 
-    def __init__(self, source: Iterable[Any], steps: int | None) -> None:
+    def __init__(self, source: Iterable[object], steps: int | None) -> None:
         super().__init__(steps)
-        self.source: Iterator[Any] = iter(source)
+        self.source: Iterator[object] = iter(source)
         # Shared by the copies of this object, as the iterator is.
         self.position = [0]
-        self._ahead: list[tuple[Any, bool]] = []
+        self._ahead: list[tuple[object, bool]] = []
 
     def times(self) -> Iterable[int]:
         return (
@@ -143,7 +143,7 @@ class BatchIterator(Batches):
             else itertools.takewhile(self._has, itertools.count())
         )
 
-    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> Any:
+    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> object:
         """Return the next entry, which `at` will return as well."""
         if not self._has(self.position[0]):
             raise InvalidInputError(
@@ -159,14 +159,14 @@ class BatchIterator(Batches):
                 return False
         return True
 
-    def _draw(self) -> tuple[Any, bool]:
+    def _draw(self) -> tuple[object, bool]:
         """Return the next entry, and True if the iterator drew random numbers for it."""
         before = RandomState.now()
         entry = next(self.source)
         after = RandomState.now()
         return entry, before is not None and after is not None and not after.equals(before)
 
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         if t != self.position[0]:
             entry, random_state = self.kept[t]
             if random_state is not None:
@@ -186,7 +186,7 @@ class BatchIterator(Batches):
         return entry
 
 
-def batches_of(given: Any, steps: int | None) -> Batches:
+def batches_of(given: object, steps: int | None) -> Batches:
     """Return what the user gave, as the kind of `Batches` that it is.
 
     Raises:
@@ -219,7 +219,7 @@ def batches_of(given: Any, steps: int | None) -> Batches:
     return BatchList(given, total) if isinstance(given, list) else StackedBatches(given, total)
 
 
-def check_constant(batches: Any, name: str = "batches") -> None:
+def check_constant(batches: object, name: str = "batches") -> None:
     """Raise if a tensor requires grad."""
     for path, t in tree.named_tensors(batches, name):
         if t.requires_grad:

@@ -1,4 +1,4 @@
-"""Is a meta-gradient right? Autograd against finite differences, in float64."""
+"""``check_metagradient``: autograd against finite differences, in float64."""
 
 from __future__ import annotations
 
@@ -12,57 +12,74 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from innerloop._inner_gradient.loss import check_loss
+from innerloop._types import HyperTree
 from innerloop._utils import tree
 from innerloop._utils.differences import derivative
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, MetaGradientError
 
 
 class Comparison(NamedTuple):
-    """One directional derivative, two ways."""
+    """One directional derivative, computed in two ways.
+
+    Attributes:
+        input: the tensor that is moved.
+        autograd: its derivative by autograd.
+        finite: its derivative by finite differences.
+        uncertainty: by how much two of the finite differences differ.
+        ok: True if both derivatives agree.
+        hidden: True if the rounding of the loss is larger than the difference that would count.
+    """
 
     input: str
     autograd: float
     finite: float
     uncertainty: float
     ok: bool
-    hidden: bool = (
-        False  # whether the rounding of the loss is larger than the difference that would count
-    )
+    hidden: bool = False
 
 
 class Report(NamedTuple):
-    """What `check_metagradient` found."""
+    """The result of `check_metagradient`; prints as a table.
+
+    Attributes:
+        comparisons: one for each input tensor and direction.
+        step: the relative step of the finite differences.
+    """
 
     comparisons: tuple[Comparison, ...]
     step: float
 
     @property
     def ok(self) -> bool:
-        """Whether all agree."""
+        """True if all agree."""
         return all(c.ok for c in self.comparisons)
 
     @property
     def wrong(self) -> list[str]:
-        """The inputs whose gradient disagrees."""
+        """Inputs whose gradient disagrees."""
         return list(dict.fromkeys(c.input for c in self.comparisons if not c.ok))
 
     def __str__(self) -> str:
-        width = max(len("input"), *(len(c.input) for c in self.comparisons)) + 2
-        head = f"{'input':<{width}}{'autograd':>16}{'finite diff.':>16}{'difference':>12}{'uncertainty':>13}"
-        rows = [
-            f"{c.input:<{width}}{c.autograd:>16.8g}{c.finite:>16.8g}{abs(c.autograd - c.finite):>12.1e}{c.uncertainty:>13.1e}"
-            f"{'' if c.ok else '  <-- ' + _verdict(c)}"
-            for c in self.comparisons
-        ]
-        return "\n".join(
-            [head, *rows, f"(directional derivatives, float64, relative step {self.step:.1e})"]
+        shown = table(
+            [_cells(c) for c in self.comparisons],
+            header=["input", "autograd", "finite diff.", "difference", "uncertainty", ""],
+            align="<>>>>",
         )
+        return f"{shown}\n(directional derivatives, float64, relative step {self.step:.1e})"
+
+
+def _cells(c: Comparison) -> list[str]:
+    difference = abs(c.autograd - c.finite)
+    verdict = "" if c.ok else f"<-- {_verdict(c)}"
+    numbers = [f"{c.autograd:.8g}", f"{c.finite:.8g}", f"{difference:.1e}", f"{c.uncertainty:.1e}"]
+    return [c.input, *numbers, verdict]
 
 
 def check_metagradient(
     outer_fn: Callable[[Any], Tensor],
-    inputs: Any,
+    inputs: HyperTree | nn.Module,
     *,
     directions: int = 3,
     step: float = 1e-3,
@@ -75,7 +92,8 @@ def check_metagradient(
     compared with the four-point formula
 
     .. math::
-        \frac{8\,[f(x + hv) - f(x - hv)] - [f(x + 2hv) - f(x - 2hv)]}{12 h}, \qquad \text{error } O(h^4 f^{(5)}) + O(\varepsilon f / h).
+        \frac{8\,[f(x + hv) - f(x - hv)] - [f(x + 2hv) - f(x - 2hv)]}{12 h}, \qquad
+        \text{error } O(h^4 f^{(5)}) + O(\varepsilon f / h).
 
     In float64 the two errors balance near :math:`h = \varepsilon^{1/5} \approx 10^{-3}` (relative
     to the size of x), where about twelve digits are left. It is evaluated at h, h/2 and h/4, and
@@ -148,7 +166,7 @@ def check_metagradient(
 class _Evaluation:
     """``outer_fn`` at float64 copies of the inputs, with the same random numbers every time."""
 
-    def __init__(self, outer_fn: Callable[[Any], Tensor], inputs: Any) -> None:
+    def __init__(self, outer_fn: Callable[[Any], Tensor], inputs: HyperTree | nn.Module) -> None:
         self._outer_fn = outer_fn
         self._inputs = inputs
         self._random = RandomState.now()
@@ -185,6 +203,7 @@ class _Evaluation:
             )
 
     def gradient(self) -> tuple[float, list[Tensor]]:
+        """Return the value and its gradient by each input."""
         leaves = [v.clone().requires_grad_() for v in self.values]
         loss = self._value(leaves)
         if not loss.requires_grad:
@@ -198,6 +217,7 @@ class _Evaluation:
         ]
 
     def shifted(self, i: int, shift: Tensor) -> float:
+        """Return the value with input ``i`` moved by ``shift``."""
         return self._value([v + shift if k == i else v for k, v in enumerate(self.values)]).item()
 
     def _value(self, values: Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -213,8 +233,11 @@ class _Evaluation:
             if after is not None:
                 after.restore()
 
-    def _with(self, values: Sequence[Tensor]) -> Any:
-        """The inputs with ``values`` in them; each requires grad, so that an inner loop trains it as it would the original."""
+    def _with(self, values: Sequence[Tensor]) -> HyperTree | nn.Module:
+        """Return the inputs with ``values`` in them.
+
+        Each requires grad, so that an inner loop trains it as it would the original.
+        """
         values = [v if v.requires_grad else v.clone().requires_grad_() for v in values]
         if isinstance(self._inputs, nn.Module):
             return _with_parameters(copy.deepcopy(self._inputs).double(), self.names, values)
@@ -225,7 +248,10 @@ class _Evaluation:
 def _with_parameters(
     module: nn.Module, names: Sequence[str], values: Sequence[Tensor]
 ) -> nn.Module:
-    """``module`` with ``values`` as its parameters, connected to the graph of ``values`` (a Parameter would cut it)."""
+    """Return ``module`` with ``values`` as its parameters.
+
+    They are connected to the graph of ``values``, which a ``Parameter`` would cut.
+    """
     own = dict(module.named_parameters())
     by_id = {id(own[name]): value for name, value in zip(names, values, strict=True)}
     for submodule in module.modules():
@@ -235,9 +261,19 @@ def _with_parameters(
 
 
 class _PromoteToFloat64(TorchFunctionMode):
-    """Where a float32 tensor meets a float64 one it is promoted, so that captured float32 data does not stop the check."""
+    """A mode in which float32 tensors are promoted where they meet float64 ones.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    Captured float32 data then do not stop the check.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on promoted arguments."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
@@ -255,7 +291,10 @@ class _PromoteToFloat64(TorchFunctionMode):
 
 def _verdict(c: Comparison) -> str:
     if c.hidden:
-        return "cannot tell: the loss is so large that its rounding hides the slope; subtract a constant from it"
+        return (
+            "cannot tell: the loss is so large that its rounding hides the slope; subtract a "
+            "constant from it"
+        )
     if c.uncertainty > 1e-3 * max(abs(c.autograd), abs(c.finite)):
         return "finite differences do not settle: a kink nearby, or float32 inside outer_fn"
     return "no gradient arrives" if c.autograd == 0 else "WRONG"

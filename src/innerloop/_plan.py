@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
@@ -122,7 +122,7 @@ class Plan(NamedTuple):
 def plan(
     problem: Problem,
     params: Params | Carry | None,
-    batches: Any,
+    batches: object,
     *,
     hyper: HyperTree = None,
     steps: int | None = None,

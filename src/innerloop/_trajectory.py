@@ -1,8 +1,8 @@
-"""What an inner loop leaves behind."""
+"""``Trajectory``: the states, losses and auxiliary outputs that a loop leaves behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -17,13 +17,21 @@ class Trajectory:
 
     Attributes:
         losses: tensor ``[T]``, the inner loss before each step.
-        aux: what the loss returned besides, stacked over steps; None if nothing.
+        aux: what the loss returned besides the scalar, stacked over steps; None if nothing.
         steps: T.
+
+    Args:
+        states: time -> carry, times counted from the start of this loop. Each carry gets its
+            `Carry.time` here, counted on from that of the carry at time 0.
+        losses: the losses, or a function that stacks them when they are asked for.
+        aux: as above.
+        steps: T.
+        missing: how to keep a state that was not kept, for the error of `at`.
     """
 
     def __init__(
         self,
-        states: dict[int, Carry],
+        states: Mapping[int, Carry],
         losses: Float[Tensor, " steps"] | Callable[[], Tensor],
         aux: Any,
         steps: int,
@@ -38,18 +46,18 @@ class Trajectory:
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """The parameters after the last step."""
+        """Parameters after the last step."""
         return self.at(-1).params
 
     @property
     def losses(self) -> Float[Tensor, " steps"]:
-        """Tensor ``[T]``: the inner loss before each step."""
+        """Inner losses before each step, a tensor ``[T]``."""
         if not isinstance(self._losses, Tensor):
             self._losses = self._losses()
         return self._losses
 
     def at(self, t: int) -> Carry:
-        """The carry after ``t`` steps: 0 is the start, -1 (or T) the end.
+        """Return the carry after ``t`` steps: 0 is the start, -1 (or T) the end.
 
         Raises:
             InvalidInputError: ``t`` is outside of 0..T, or was not kept.
@@ -69,8 +77,9 @@ class Trajectory:
 
     @property
     def times(self) -> Sequence[int]:
-        """The times that `at` knows."""
+        """Times that `at` knows."""
         return sorted(self._states)
 
     def __repr__(self) -> str:
-        return f"Trajectory(steps={self.steps}, parameters={list(self._states[self.steps].params)})"
+        names = list(self._states[self.steps].params)
+        return f"Trajectory(steps={self.steps}, parameters={names})"

@@ -1,10 +1,9 @@
-"""Run an inner loop, and differentiate through it."""
+"""``unroll``: run an inner loop, and differentiate through it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from innerloop.strategy._store_all import StoreAll
 def unroll(
     problem: Problem,
     params: Params | Carry | None,
-    batches: Any,
+    batches: object,
     *,
     hyper: HyperTree = None,
     strategy: Strategy | None = None,
@@ -36,13 +35,18 @@ def unroll(
 
     Args:
         problem: what one step is.
-        params: named tensors at time 0, or a carry of an earlier loop (``traj.at(-1)``), which
-            continues it.
+        params: named tensors at time 0; None for the trainable parameters of the module given to
+            `Problem.from_module`; or a carry of an earlier loop (``traj.at(-1)``), which continues
+            it: its time goes on in ``optimizer_hyper(hyper, t)`` and ``batches(params, hyper, t)``,
+            while lists and stacked tensors, ``save_at``, ``Trajectory.at`` and ``losses`` count
+            from this call.
         batches: the data, constant for the derivative: a list (one entry per step); a pytree of
             tensors (a tensor, tuple, dict, NamedTuple) stacked over steps; a pure function
             ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a generator, a
             ``DataLoader``), whose length need not be known.
-        hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``.
+        hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``. The optimizer
+            reads from it only what ``optimizer_hyper`` of the problem says; `metagradient` raises
+            where that was forgotten, `unroll` cannot tell.
         strategy: how the loop is differentiated; default `StoreAll`.
         steps: T; needed where ``batches`` does not say it.
         save_at: times whose states `Trajectory.at` must know, whatever the strategy. Other than

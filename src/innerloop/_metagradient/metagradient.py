@@ -27,7 +27,7 @@ def metagradient(
     outer: Callable[[Trajectory, Any], Any],
     problem: Problem,
     params: Params | Carry | None,
-    batches: Any,
+    batches: object,
     *,
     hyper: HyperTree = None,
     wrt: str | Sequence[str] = ("params", "hyper"),

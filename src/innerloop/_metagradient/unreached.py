@@ -29,13 +29,13 @@ class Unreached:
         self.problem = problem
         known = hyper_names(problem.optimizer) or ()
         # Entries that look as if the optimizer read them.
-        entries = hyper if isinstance(hyper, Mapping) else {}
+        entries: Mapping[str, object] = hyper if isinstance(hyper, Mapping) else {}
         self.suspects = [
             name
-            for name in entries
+            for name, value in entries.items()
             if name in known
             and problem.optimizer_hyper is None
-            and any(map(tree.differentiable, tree.leaves(entries[name])))
+            and any(map(tree.differentiable, tree.leaves(value)))
         ]
 
     def look(self, loss: Tensor, hyper: HyperTree) -> None:
@@ -76,7 +76,7 @@ class Unreached:
         )
 
 
-def _zeros_for_none(name: str, given: Any, grads: Any) -> Any:
+def _zeros_for_none(name: str, given: object, grads: object) -> Any:
     leaves, found = tree.leaves(given), tree.leaves(grads)
     if any(isinstance(x, Tensor) for x in leaves) and all(g is None for g in found):
         raise NotDifferentiableError(f"no gradient arrives at {name}: {UNREACHED}")

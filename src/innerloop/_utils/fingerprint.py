@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from innerloop._utils import torch_private, tree
 
 
 class Fingerprint(NamedTuple):
-    """A few numbers that change when the data change: to notice a function that gives other data when it is called again.
+    """A few numbers that change when the data change.
+
+    They show that a function gives other data when it is called again.
 
     Attributes:
         numbers: sums over each tensor.
@@ -22,8 +24,8 @@ class Fingerprint(NamedTuple):
     precision: float
 
     @classmethod
-    def of(cls, batch: Any) -> Fingerprint:
-        """That of these data."""
+    def of(cls, batch: object) -> Fingerprint:
+        """Compute the fingerprint of a batch, a pytree of tensors and numbers."""
         numbers: list[Tensor] = []
         precision = torch.finfo(torch.float64).eps
         for x in tree.tensors(batch):
@@ -49,10 +51,11 @@ class Fingerprint(NamedTuple):
         )
 
     def agrees(self, before: Fingerprint) -> bool:
-        """Whether these are the same data, up to rounding."""
+        """True if both are of the same data, up to rounding."""
         ours, theirs = (torch_private.innermost(f.numbers).detach() for f in (self, before))
         if ours.shape != theirs.shape:
-            return torch_private.inside_vmap()  # one of them does not depend on the task
+            # Under vmap one of them may not depend on the task.
+            return torch_private.inside_vmap()
         tolerance = 10 * self.precision**0.75
         scale = float(theirs.abs().nan_to_num().max())
         return torch.allclose(
@@ -61,7 +64,10 @@ class Fingerprint(NamedTuple):
 
 
 def agree(again: Tensor, before: Tensor) -> bool:
-    """Whether the losses of a replay are the same numbers, up to what kernels with and without a graph may differ by."""
+    """True if the losses of a replay are the same numbers as before.
+
+    Kernels with and without a graph may differ by rounding.
+    """
     again, before = (
         torch_private.innermost(again).detach(),
         torch_private.innermost(before).detach(),

@@ -1,9 +1,9 @@
-"""Look at what an unrolled loop did: derivatives between times, and the paths of an outer gradient."""
+"""Derivatives of the parameters at one time by those at another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ Named = Mapping[str, Tensor]
 
 
 def jacobian(traj: Trajectory, time: int = 1, wrt: int | Named = 0) -> dict[str, dict[str, Tensor]]:
-    r"""The derivative :math:`\partial\theta_t / \partial\theta_s` of the parameters at one time with respect to an earlier one.
+    r"""Return the derivative of the parameters at one time by those at an earlier one.
+
+    It is :math:`\partial\theta_t / \partial\theta_s`, computed from the graph of the loop.
 
     Args:
         traj: of `innerloop.track` (``loop.trajectory``) or of `innerloop.unroll` with `StoreAll`,
@@ -94,8 +96,10 @@ def _connected(output: Tensor, inputs: Named) -> bool:
     return any(g is not None for g in _vjp([output], None, inputs))
 
 
-def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named) -> list[Tensor]:
-    """Vector-Jacobian product; zero where nothing connects."""
+def _pull(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, inputs: Named
+) -> list[Tensor]:
+    """Return the vector-Jacobian product; zero where nothing connects."""
     if not outputs[0].requires_grad:
         return [torch.zeros_like(p) for p in inputs.values()]
     grads = _vjp(outputs, cotangents, inputs)
@@ -105,7 +109,7 @@ def _pull(outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named)
 
 
 def _vjp(
-    outputs: list[Tensor], cotangents: list[Tensor] | None, inputs: Named
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, inputs: Named
 ) -> tuple[Tensor | None, ...]:
     try:
         return torch.autograd.grad(
@@ -122,7 +126,7 @@ def _vjp(
 
 
 def _rows(output: Tensor, inputs: Named) -> dict[str, Tensor]:
-    """The Jacobian of one tensor, a row per element."""
+    """Return the Jacobian of one tensor, a row per element."""
     basis = torch.eye(max(1, math.prod(output.shape)), dtype=output.dtype, device=output.device)
     rows = [
         _pull([output], [basis[i].reshape(output.shape)], inputs) for i in range(output.numel())

@@ -7,22 +7,27 @@ from typing import NamedTuple
 from torch import Tensor
 
 from innerloop._trajectory import Trajectory
+from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.inspect._jacobian import Named, _connected, _inputs, _pull
 
 
 class Paths(NamedTuple):
-    r"""The outer gradient with respect to :math:`\theta_s`, split by the parameters at a later time t that it flows through.
+    r"""An outer gradient, split by the parameters at a time t through which it flows.
+
+    The gradient is that with respect to the parameters :math:`\theta_s` at an earlier time s.
 
     .. math::
         \frac{dL}{d\theta_s}
-        = \underbrace{\sum_i \frac{\partial L}{\partial\theta_t^i} \frac{\partial\theta_t^i}{\partial\theta_s}}_{\text{through}}
-        + \underbrace{\text{the rest}}_{\text{direct: around time } t \text{, for example by earlier losses}}
+        = \underbrace{\sum_i \frac{\partial L}{\partial\theta_t^i}
+          \frac{\partial\theta_t^i}{\partial\theta_s}}_{\text{through}}
+        + \underbrace{\text{the rest}}_{\text{direct: around time } t
+          \text{, for example by earlier losses}}
 
     Attributes:
         outer: :math:`\partial L/\partial\theta_t^i` by name.
         through: ``through[name at t][name at s]``, the contribution of each parameter at t.
-        direct: what reaches time s on other ways, by name at s.
+        direct: the part that reaches time s in other ways, by name at s.
         total: the sum, which is the whole outer gradient.
         time: t.
         wrt: s; None where ``wrt`` was a mapping of tensors.
@@ -37,26 +42,18 @@ class Paths(NamedTuple):
 
     def __str__(self) -> str:
         names = list(self.total)
-        width = max(len(n) for n in [*names, *self.through, "through"]) + 2
-        show = lambda x: f"{x.item():+.6g}" if x.numel() == 1 else f"|.|={x.norm().item():.4g}"  # noqa: E731
-        rows = [
-            (
-                "through",
-                *(f"d/d {n}" + ("" if self.wrt is None else f"[{self.wrt}]") for n in names),
-            )
-        ]
-        rows += [
-            (f"{i}[{self.time}]", *(show(row[n]) for n in names)) for i, row in self.through.items()
-        ]
-        rows += [
-            ("direct", *(show(self.direct[n]) for n in names)),
-            ("total", *(show(self.total[n]) for n in names)),
-        ]
-        column = max(len(cell) for row in rows for cell in row[1:]) + 2
-        return "\n".join(
-            row[0].ljust(width + 4) + "".join(cell.rjust(column) for cell in row[1:])
-            for row in rows
+        at = "" if self.wrt is None else f"[{self.wrt}]"
+        rows = [(f"{name}[{self.time}]", row) for name, row in self.through.items()]
+        rows += [("direct", self.direct), ("total", self.total)]
+        return table(
+            [[label, *(_shown(row[name]) for name in names)] for label, row in rows],
+            header=["through", *(f"d/d {name}{at}" for name in names)],
+            align="<" + ">" * len(names),
         )
+
+
+def _shown(x: Tensor) -> str:
+    return f"{x.item():+.6g}" if x.numel() == 1 else f"|.|={x.norm().item():.4g}"
 
 
 def paths(traj: Trajectory, outer_loss: Tensor, time: int = -1, wrt: int | Named = 0) -> Paths:

@@ -46,11 +46,11 @@ class Loop(NamedTuple):
         """Return the number of all steps before step t, those of earlier loops among them."""
         return self.start.time + t
 
-    def batch(self, carry: Carry, t: int) -> Any:
+    def batch(self, carry: Carry, t: int) -> object:
         """Return the data of step t."""
         return self.batches.at(carry.params, self.hyper, t, self.time(t))
 
-    def step(self, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+    def step(self, carry: Carry, batch: object, t: int) -> tuple[Carry, Tensor, Any]:
         """Run step t and return ``(new_carry, loss, aux)``."""
         return self.problem.step(carry, self.hyper, batch, self.time(t))
 
@@ -65,9 +65,9 @@ class StepOutputs:
     def __init__(self, params: Params) -> None:
         self._like = next(iter(params.values()))
         self._losses: list[Tensor] = []
-        self._aux: list[Any] = []
+        self._aux: list[object] = []
 
-    def add(self, loss: Tensor, aux: Any) -> None:
+    def add(self, loss: Tensor, aux: object) -> None:
         """Append the loss and aux of one step."""
         self._losses.append(loss)
         self._aux.append(aux)

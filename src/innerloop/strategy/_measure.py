@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from innerloop._batches import Batches
+from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
@@ -28,7 +29,7 @@ def state_bytes(loop: Loop) -> int:
     return max(bytes_of(state_of(loop.start)), 1)
 
 
-def bytes_of(values: Any) -> int:
+def bytes_of(values: object) -> int:
     """Return the size of the tensors in a pytree."""
     return sum(x.numel() * x.element_size() for x in tree.tensors(values))
 
@@ -81,7 +82,9 @@ def measure(loop: Loop, strategy: Strategy, *, wrt: frozenset[str] = BOTH, round
     return Cost(_line(seconds, few), _line(peaks, few))
 
 
-_working: Any = cache("working memory of a step, by problem", weak=True)
+_working: MutableMapping[Problem, dict[object, float]] = cache(
+    "working memory of a step, by problem", weak=True
+)
 
 
 def working_bytes(loop: Loop, strategy: Strategy) -> float:
@@ -93,7 +96,7 @@ def working_bytes(loop: Loop, strategy: Strategy) -> float:
         (tuple(x.shape), x.dtype, x.device)
         for x in tree.tensors((state_of(loop.start), loop.hyper, loop.batches.data))
     )
-    known: dict[object, float] = _working.setdefault(loop.problem, {})
+    known = _working.setdefault(loop.problem, {})
     if shapes not in known:
         with at_random_state(RandomState.now()):
             known[shapes] = _peak(
@@ -111,7 +114,7 @@ class _FirstBatch(Batches):
         self.inner = batches
         self.data = batches.data
 
-    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         return self.inner.holding(self.data).first(params, hyper, time - t)
 
 
