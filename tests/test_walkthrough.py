@@ -361,7 +361,10 @@ def test_the_notebook_runs_and_prints_the_known_numbers(builder: ModuleType) -> 
 
 
 def test_the_percent_format_is_split_into_cells(builder: ModuleType) -> None:
-    source = '"""Not a cell."""\n\n# %% [markdown]\n# # Title\n#\n# text\n\n# %%\nx = 1  # %\n\n\n# %%\nprint(x)\n'
+    source = (
+        '"""Not a cell."""\n\n# %% [markdown]\n# # Title\n#\n# text\n\n'
+        "# %%\nx = 1  # %\n\n\n# %%\nprint(x)\n"
+    )
     assert builder.cells(source) == [
         ("markdown", "# Title\n\ntext"),
         ("code", "x = 1  # %"),

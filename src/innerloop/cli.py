@@ -12,7 +12,7 @@ from innerloop.errors import MissingExtraError
 from innerloop.walkthrough import Walkthrough, run, to_text, write_picture
 
 OK, DISAGREES, FAILED = 0, 1, 2
-"""Exit codes: all is done; the columns of the walk-through disagree; something is missing or cannot be written."""
+"""Exit codes: done; the walk-through's columns disagree; something is missing or unwritable."""
 PICTURE = Path("innerloop-walkthrough.png")
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
-    """Print the walk-through's tables, write its picture.
+    """Print the tables of the walk-through and write its picture.
 
     Args:
         picture: The file for the picture; None stands for `PICTURE`, and then a missing matplotlib
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_what_the_terminal_can() -> None:
-    """A terminal that has no letter for θ shows a question mark instead of a traceback."""
+    """Show a question mark, not a traceback, where the terminal has no letter for θ."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")

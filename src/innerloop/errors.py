@@ -1,4 +1,4 @@
-"""The errors of innerloop: each says what was passed, why it cannot work, and what to write instead."""
+"""Errors of innerloop: each says what was passed, why it cannot work, what to write instead."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class PrecisionWarning(UserWarning):
 
 
 class UnreachedGradientWarning(UserWarning):
-    """A gradient does not go where it is usually wanted: ``backward()`` leaves ``.grad`` of the model's own parameters as it was."""
+    """A gradient goes elsewhere than expected: the model's own ``.grad`` stays as it was."""
 
 
 class CapturedParameterWarning(UserWarning):
-    """An inner loss uses a parameter of the user's own model, which the inner loop does not update."""
+    """An inner loss uses a parameter of the user's model that the inner loop does not update."""
 
 
 class MissingExtraError(InnerLoopError, ImportError):
@@ -40,7 +40,7 @@ class MissingExtraError(InnerLoopError, ImportError):
 
     @classmethod
     def of(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
-        """The error for a missing ``package`` that ``pip install 'innerloop[extra]'`` brings."""
+        """Make the error for a missing package that ``pip install 'innerloop[extra]'`` brings."""
         return cls(
             f"{purpose} needs the package {package!r}, which is not installed: pip install "
             f"'innerloop[{extra}]'"

@@ -11,7 +11,7 @@ from typing import Any
 from innerloop.errors import InvalidInputError, MissingExtraError
 
 Report = Callable[[str, int, int | None], object]
-"""``report(phase, done, total)``: phase is ``"forward"`` or ``"backward"``, total may be unknown."""
+"""``report(phase, done, total)``: phase is "forward" or "backward", total may be None."""
 
 
 def silent(phase: str, done: int, total: int | None) -> None:

@@ -18,7 +18,7 @@ class RandomState(NamedTuple):
 
     @classmethod
     def now(cls) -> RandomState | None:
-        """The current one; None while compiling, where random state cannot be read."""
+        """Return the current state; None while compiling, where it cannot be read."""
         if torch.compiler.is_compiling():
             return None
         return cls(
@@ -27,7 +27,7 @@ class RandomState(NamedTuple):
         )
 
     def equals(self, other: RandomState) -> bool:
-        """Whether the same numbers would be drawn from both."""
+        """True if the same numbers would be drawn from both."""
         if self is other:
             return True
         return len(self.cuda) == len(other.cuda) and all(
@@ -56,7 +56,7 @@ def restored_on_error() -> Iterator[None]:
 
 @contextmanager
 def at_random_state(state: RandomState | None) -> Iterator[None]:
-    """Draw from ``state`` inside the block; outside, the user's own random numbers go on as if nothing had happened."""
+    """Draw from ``state`` inside the block, and leave the user's own random numbers alone."""
     before = RandomState.now()
     if state is not None:
         state.restore()

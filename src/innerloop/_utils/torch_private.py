@@ -25,7 +25,10 @@ tree_map = _pytree.tree_map
 def register_tree_node(
     cls: type, children: Callable[[Any], list[Any]], rebuild: Callable[[Any, list[Any]], Any]
 ) -> None:
-    """Let torch.func and torch.compile look into instances of ``cls``; the context of a node is an emptied instance."""
+    """Let torch.func and torch.compile look into instances of ``cls``.
+
+    The context of a node is an emptied instance.
+    """
     _pytree.register_pytree_node(
         cls,
         lambda node: (children(node), rebuild(node, [])),
@@ -35,7 +38,7 @@ def register_tree_node(
 
 
 def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform (grad, vmap, jvp, ...) or a forward-mode level is running.
+    """True if a ``torch.func`` transform (grad, vmap, jvp, ...) or a forward-mode level is running.
 
     ``torch.autograd.grad`` must not be called there, ``detach`` drops tangents, and some operations
     lack a batching rule. No public query exists.
@@ -46,18 +49,21 @@ def inside_transform() -> bool:
 
 
 def inside_dual_level() -> bool:
-    """Whether a level of ``torch.autograd.forward_ad`` was entered outside of ``torch.func``."""
+    """True if a level of ``torch.autograd.forward_ad`` was entered outside ``torch.func``."""
     return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0
 
 
 def jvp_levels() -> int:
-    """How many ``torch.func.jvp`` are running around each other."""
+    """Count the ``torch.func.jvp`` that are running around each other."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def derivative_levels() -> int:
-    """How many ``torch.func.grad``, ``vjp`` and ``jvp`` are running around each other, or around them a level of dual numbers."""
+    """Count the ``torch.func.grad``, ``vjp`` and ``jvp`` that are running around each other.
+
+    A level of dual numbers around them counts too.
+    """
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
@@ -77,12 +83,12 @@ def is_once_differentiable(node: Any) -> bool:
 
 
 def divides_by_frequency(node: Any) -> bool:
-    """Whether a node of ``F.embedding`` has ``scale_grad_by_freq``."""
+    """True if a node of ``F.embedding`` has ``scale_grad_by_freq``."""
     return bool(node._saved_scale_grad_by_freq)
 
 
 def reverse_over_forward() -> bool:
-    """Whether ``torch.func.grad`` or ``vjp`` is running around ``jvp``."""
+    """True if ``torch.func.grad`` or ``vjp`` is running around ``jvp``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = [level.key() for level in stack]
     jvp, grad = torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Grad
@@ -90,25 +96,34 @@ def reverse_over_forward() -> bool:
 
 
 def inside_vmap() -> bool:
-    """Whether one of the running transforms is ``torch.func.vmap``."""
+    """True if one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 def inside_reverse_transform() -> bool:
-    """Whether one of the running transforms is ``torch.func.grad`` or ``vjp``: hooks on saved tensors are refused there."""
+    """True if one of the running transforms is ``torch.func.grad`` or ``vjp``.
+
+    Hooks on saved tensors are refused there.
+    """
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
 def switches_gradients(function: Any) -> bool:
-    """Whether ``function``, as a ``TorchFunctionMode`` sees it, is the one by which ``torch.no_grad`` and its kind do their work."""
+    """True if ``function`` is the one by which ``torch.no_grad`` and its kind do their work.
+
+    A ``TorchFunctionMode`` sees that function.
+    """
     return function is torch._C._set_grad_enabled
 
 
 @contextmanager
 def no_saved_tensors_hooks() -> Iterator[None]:
-    """Take the innermost hooks on saved tensors off for a while; publicly they can be covered by others, or refused altogether."""
+    """Take the innermost hooks on saved tensors off for a while.
+
+    The public interface only covers them with others, or refuses hooks altogether.
+    """
     pack_and_unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if pack_and_unpack is None:
         yield
@@ -121,7 +136,9 @@ def no_saved_tensors_hooks() -> Iterator[None]:
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Whether the innermost ``torch.func.grad`` sees ``tensor``; it returns zeros, without a word, for a result that it does not see.
+    """True if the innermost ``torch.func.grad`` sees ``tensor``.
+
+    For a result that it does not see, ``torch.func.grad`` silently returns zeros.
 
     Its own level wraps constants too, so ``requires_grad`` is asked as well; that alone would take
     a tensor from outside for its own.
@@ -130,7 +147,10 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def has_derivative(tensor: Tensor) -> bool:
-    """Whether any level differentiates ``tensor``: autograd, each ``torch.func.grad`` that is running, or forward mode."""
+    """True if any level differentiates ``tensor``.
+
+    The levels are autograd, each ``torch.func.grad`` that is running, and forward mode.
+    """
     while True:
         if tensor.requires_grad or (
             forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
@@ -142,49 +162,73 @@ def has_derivative(tensor: Tensor) -> bool:
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """The plain tensor inside the wrappers of ``torch.func``; a batched one has the dimension of the tasks."""
+    """Return the plain tensor inside the wrappers of ``torch.func``.
+
+    A batched tensor has the dimension of the tasks.
+    """
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
-    """``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each: one call and one node of the graph for all of them."""
+    """Compute ``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each.
+
+    It is one call, and one node of the graph, for all of them.
+    """
     return list(torch._foreach_add(xs, ys, alpha=alpha))
 
 
 def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
-    """``x * factor`` for each, likewise."""
+    """Compute ``x * factor`` for each tensor, in one call."""
     return list(torch._foreach_mul(xs, factor))
 
 
 def version(tensor: Tensor) -> int:
-    """How often ``tensor`` has been written in place: tells whether a buffer changed without comparing its values."""
+    """Return how often ``tensor`` has been written in place.
+
+    So a buffer is known to have changed without comparing its values.
+    """
     return tensor._version
 
 
 def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
-    """The hooks of ``tensor.register_hook``: training runs them on each gradient, and they cannot be listed publicly."""
+    """Return the hooks of ``tensor.register_hook``.
+
+    Training runs them on each gradient, and they cannot be listed publicly.
+    """
     return list((tensor._backward_hooks or {}).values())
 
 
 def step_hooks(optimizer: torch.optim.Optimizer) -> int:
-    """How many hooks ``register_step_pre_hook`` and ``register_step_post_hook`` put on an optimizer."""
+    """Count the hooks on the optimizer's step.
+
+    They come from ``register_step_pre_hook`` and ``register_step_post_hook``.
+    """
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
-    """What ``optimizer.step`` notes on itself; without it a scheduler warns that it was stepped before its optimizer."""
+    """Note on the optimizer what ``optimizer.step`` notes.
+
+    Without it a scheduler warns that it was stepped before its optimizer.
+    """
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def backward_pass() -> int:
-    """A number for the backward pass that is running in this thread, -1 if none is: code that runs then is a hook or a recomputation."""
+    """Return a number for the backward pass that is running in this thread, -1 if none is.
+
+    Code that runs during one is a hook or a recomputation.
+    """
     return torch._C._current_graph_task_id()
 
 
 def storage_weakref(tensor: Tensor) -> Any:
-    """A reference to the memory of ``tensor`` that tells by ``expired()`` when it is gone; autograd keeps memory, not tensor objects."""
+    """Return a reference to the memory of ``tensor`` whose ``expired()`` tells when it is gone.
+
+    Autograd keeps the memory alive, not the tensor object.
+    """
     return reductions.StorageWeakRef(tensor.untyped_storage())
 
 
@@ -202,24 +246,36 @@ class _Observer(_TorchDispatchMode):
 
 
 def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
-    """Call ``seen`` with every tensor that an operation returns inside the block, in backward passes and below ``torch.func`` too."""
+    """Call ``seen`` with every tensor that an operation returns inside the block.
+
+    It sees operations in backward passes and below ``torch.func`` too.
+    """
     return _Observer(seen)
 
 
 def weight_norm() -> Callable[..., Tensor]:
-    """What both forms of weight normalisation in ``torch.nn.utils`` call; there is no public name for it."""
+    """Return the operation behind both forms of weight normalisation in ``torch.nn.utils``.
+
+    There is no public name for it.
+    """
     operation: Callable[..., Tensor] = torch._weight_norm
     return operation
 
 
 def function_mode() -> Any:
-    """The innermost ``TorchFunctionMode``: only that one can be left, and which one it is cannot be asked publicly."""
+    """Return the innermost ``TorchFunctionMode``.
+
+    Only that one can be left, and there is no public way to ask which one it is.
+    """
     count = torch._C._len_torch_function_stack()
     return torch._C._get_function_stack_at(count - 1) if count else None
 
 
 def forward_mode() -> bool:
-    """Whether a forward-mode derivative is being taken, by ``torch.func.jvp`` or by dual numbers. No public query exists."""
+    """True if a forward-mode derivative is being taken, by ``torch.func.jvp`` or dual numbers.
+
+    No public query exists.
+    """
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 

@@ -31,7 +31,7 @@ def register(
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """``tree`` with ``fn`` applied to each leaf.
+    """Apply ``fn`` to each leaf of ``tree``.
 
     As ``torch.utils._pytree.tree_map``, which leaves a reference cycle behind at every call (a
     recursive closure): a loop that maps its state at each step would grow until the garbage
@@ -54,30 +54,30 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of ``tree``, in order."""
+    """Return the leaves of ``tree``, in order."""
     found: list[Any] = []
     map_leaves(found.append, tree)
     return found
 
 
 def with_leaves(tree: Any, values: list[Any]) -> Any:
-    """A tree like ``tree`` with these leaves."""
+    """Build a tree like ``tree`` with these leaves."""
     remaining = iter(values)
     return map_leaves(lambda _: next(remaining), tree)
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: T) -> T:
-    """``tree`` with ``fn`` applied to each tensor; every other leaf (numbers, None) is kept."""
+    """Apply ``fn`` to each tensor of ``tree``; keep every other leaf (numbers, None)."""
     return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors of ``tree``, in order."""
+    """Return the tensors of ``tree``, in order."""
     return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
 def put(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    """``leaves`` with ``values`` in these places."""
+    """Return ``leaves`` with ``values`` in these places."""
     filled = list(leaves)
     for i, value in zip(places, values, strict=True):
         filled[i] = value
@@ -89,7 +89,7 @@ class _Slot(int):
 
 
 def split(tree: Any) -> tuple[list[Tensor], Any]:
-    """``(tensors, template)``: the tensors of ``tree``, and ``tree`` without them, for `join`."""
+    """Return ``(tensors, template)``: the tensors of ``tree``, and the rest of it, for `join`."""
     found: list[Tensor] = []
 
     def take(leaf: Any) -> Any:
@@ -103,19 +103,25 @@ def split(tree: Any) -> tuple[list[Tensor], Any]:
 
 
 def join(template: Any, values: Sequence[Any], rest_too: bool = True) -> Any:
-    """The inverse of `split`, with other values in the places of the tensors; ``rest_too=False``: None for every other leaf."""
+    """Undo `split`, with other values in the places of the tensors.
+
+    With ``rest_too=False`` every other leaf is None.
+    """
     return map_leaves(
         lambda leaf: values[leaf] if type(leaf) is _Slot else leaf if rest_too else None, template
     )
 
 
 def differentiable(leaf: Any) -> bool:
-    """Whether a leaf is a tensor that may have a derivative."""
+    """True if a leaf is a tensor that may have a derivative."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """``(path, tensor)`` for each tensor of ``tree``; the path is written as Python would index it: ``['lr']``, ``[0]``."""
+    """Return ``(path, tensor)`` for each tensor of ``tree``.
+
+    A path is written as Python would index it: ``['lr']``, ``[0]``.
+    """
     if isinstance(tree, Tensor):
         yield prefix or "input", tree
     elif isinstance(tree, dict):
@@ -131,7 +137,7 @@ def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def stack(trees: list[Any]) -> Any:
-    """One pytree whose leaves are the leaves of ``trees``, stacked along a new first dimension."""
+    """Stack the leaves of ``trees`` along a new first dimension, into one pytree."""
     if not trees:
         return None
     flat = [leaves(tree) for tree in trees]
@@ -154,7 +160,10 @@ def _stacked(column: tuple[Any, ...]) -> Tensor | None:
 
 
 def grad_with_aux(fn: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """``torch.func.grad(fn, has_aux=True)`` for an aux that may hold None, numbers and strings as well as tensors."""
+    """Return ``torch.func.grad(fn, has_aux=True)`` for an aux of any leaves.
+
+    Beside tensors it may hold None, numbers and strings.
+    """
 
     def call(*args: Any) -> tuple[Any, Any]:
         box: list[Any] = []

@@ -1,4 +1,4 @@
-"""Optimizers as pure functions: names, arguments and defaults of ``torch.optim``, in lower case. One file per rule."""
+"""Optimizers as pure functions: names, arguments and defaults of ``torch.optim``, in lower case."""
 
 from innerloop._types import Hyper
 from innerloop.optim._adapt.rule import Adapted, AdaptedState, adapt

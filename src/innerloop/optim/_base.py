@@ -17,24 +17,30 @@ from innerloop.optim._settings import has_overrides, text_of
 
 
 class Optimizer(abc.ABC):
-    """A pure pair ``init(params) -> state``, ``update(grads, state, params, hyper) -> (params, state)``.
+    """A pair ``init(params) -> state``, ``update(grads, state, params, hyper) -> (params, state)``.
 
     Both are functions of their arguments alone, made of differentiable operations, and change none
     of them: they can be differentiated, vmapped and compiled like any other function.
     """
 
     compiles: bool = True
-    """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
+    """True if ``torch.compile`` can follow ``update``.
+
+    It cannot where ``update`` decides by values, runs foreign code, or works on sparse tensors.
+    """
 
     takes_sparse: bool = False
     """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
 
     needs_closure: bool = False
-    """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
+    """True if ``update`` evaluates the loss itself.
+
+    It then takes ``value_and_grad``, params -> (loss, gradients), as fifth argument.
+    """
 
     @abc.abstractmethod
     def init(self, params: Params) -> Any:
-        """The state before the first step.
+        """Return the state before the first step.
 
         Args:
             params: named parameter tensors.
@@ -47,7 +53,7 @@ class Optimizer(abc.ABC):
     def update(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], Any]:
-        """One step.
+        """Take one step.
 
         Args:
             grads: a gradient for each parameter; None (or no entry) leaves that parameter and its
@@ -66,7 +72,9 @@ class Optimizer(abc.ABC):
 
 
 class Rule(Optimizer):
-    """An update rule of ``torch.optim``: a frozen dataclass whose fields are the constructor arguments there, in their order.
+    """An update rule of ``torch.optim``: a frozen dataclass with its constructor's arguments.
+
+    The fields stand in the order of the arguments there.
 
     It says which fields are real-valued (``hyper_names``) and gives the NamedTuple of its state
     (first field ``count``). Derive from `Elementwise` (one file per rule, one method to write), or
@@ -77,7 +85,7 @@ class Rule(Optimizer):
     """The real-valued hyper-parameters, each replaceable by a tensor."""
 
     state_type: ClassVar[Any]
-    """NamedTuple of the state: ``count`` first, then one field per tensor that the rule keeps for each parameter."""
+    """NamedTuple of the state: ``count`` first, then the tensors kept for each parameter."""
 
     torch_class: ClassVar[type[torch.optim.Optimizer]]
     """The optimizer of ``torch.optim`` that it is equal to."""
@@ -101,7 +109,7 @@ class Rule(Optimizer):
     """As what: a 0-dim tensor, or an int."""
 
     torch_from_constructor: ClassVar[tuple[str, ...]] = ()
-    """Settings that torch takes from its constructor for all parameters, whatever their param group says."""
+    """Settings that torch takes from its constructor, whatever a param group says."""
 
     by_torch_class: ClassVar[dict[type[torch.optim.Optimizer], type[Rule]]] = {}
     """Every rule that says its ``torch_class``."""
@@ -112,22 +120,28 @@ class Rule(Optimizer):
 
     @abc.abstractmethod
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
-        """The state fields that the rule uses with these hyper-parameters; the others are None."""
+        """Return the state fields in use with these hyper-parameters; the others are None."""
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
-        """Raise if a hyper-parameter given as a number is out of its range; tensors are not inspected."""
+        """Raise if a hyper-parameter given as a number is out of its range.
+
+        Tensors are not inspected.
+        """
 
     @abc.abstractmethod
     def restored(self, slot: str, named: Mapping[str, Any], params: Params) -> Any:
-        """A state field from what torch keeps for each parameter (None where it keeps nothing yet); from one entry, if it is shared."""
+        """Build a state field from what torch keeps for each parameter.
+
+        That is None where torch keeps nothing yet, and one entry if the state is shared.
+        """
 
     @classmethod
     def slots(cls) -> tuple[str, ...]:
-        """The state fields that hold tensors."""
+        """Return the state fields that hold tensors."""
         return cls.state_type._fields[1:]
 
     def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
+        """Return the value of each of ``hyper_names``: the constructor's, or the override."""
         values = {name: getattr(self, name) for name in self.hyper_names}
         if not has_overrides(hyper):
             return values  # the constructor has looked at them

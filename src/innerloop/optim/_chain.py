@@ -22,7 +22,7 @@ class ChainState(NamedTuple):
 
 
 class Chain(Optimizer):
-    r"""Transforms of the gradient, then an update rule: ``chain(clip_by_global_norm(1.0), adam())``.
+    r"""Transforms of the gradient, then a rule: ``chain(clip_by_global_norm(1.0), adam())``.
 
     .. math:: g \leftarrow \tau_n(\dots \tau_1(g)), \qquad \theta' = u(g, \theta)
 
@@ -114,7 +114,7 @@ class Chain(Optimizer):
     def _split(
         self, hyper: Mapping[str, Any] | None
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-        """The overrides of each transform, and those of the rule."""
+        """Return the overrides of each transform, and those of the rule."""
         if not has_overrides(hyper):
             return {}, None
         assert hyper is not None
@@ -149,7 +149,10 @@ def _numbered(transforms: Sequence[Transform]) -> Iterator[tuple[str, Transform]
 
 
 def _checked(grads: Grads, params: Params) -> dict[str, Tensor | None]:
-    """A gradient or None for each parameter; a transform that adds could hide a wrong shape from the rule."""
+    """Return a gradient or None for each parameter.
+
+    A transform that adds to a gradient of the wrong shape could hide that from the rule.
+    """
     unknown = [name for name in grads if name not in params]
     if unknown:
         raise InvalidInputError(f"gradients for {unknown} but the parameters are {list(params)}")

@@ -22,7 +22,7 @@ class GroupsState(NamedTuple):
 
 
 class PerGroup:
-    """How gradients, parameters and hyper-parameters are dealt out to the members; shared by every kind of grouping."""
+    """Dealing gradients, parameters and hyper-parameters out to members, for every grouping."""
 
     @staticmethod
     def init(
@@ -150,7 +150,7 @@ groups = Groups
 def split_hyper(
     hyper: Mapping[str, Any] | None, members: Sequence[Optimizer], names: Sequence[Sequence[str]]
 ) -> list[dict[str, Any] | None]:
-    """One mapping of overrides per group."""
+    """Return one mapping of overrides per group."""
     if not has_overrides(hyper):
         return [None] * len(members)
     assert hyper is not None

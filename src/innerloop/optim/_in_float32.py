@@ -18,16 +18,18 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class InFloat32State(NamedTuple):
-    """The float32 copies of the parameters (None without ``master``), and the state of the optimizer."""
+    """The float32 copies of the parameters (None without ``master``), and the rule's state."""
 
     master: dict[str, Tensor] | None
     rule: Any
 
 
 class InFloat32(Optimizer):
-    r"""The same optimizer, its state and arithmetic in float32, for parameters in float16 or bfloat16.
+    r"""The same optimizer with state and arithmetic in float32, for float16 and bfloat16.
 
-    .. math:: (\bar\theta', s') = u(\bar g, s, \bar\theta), \qquad \theta' = \operatorname{round}(\bar\theta'),
+    .. math::
+        (\bar\theta', s') = u(\bar g, s, \bar\theta), \qquad
+        \theta' = \operatorname{round}(\bar\theta'),
 
     where a bar means float32 and :math:`\bar\theta` is the parameter itself or, with ``master``,
     the copy that the last step left (Micikevicius et al., "Mixed precision training", 2018). Other
@@ -128,5 +130,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _followed(copy: Tensor, param: Tensor) -> Tensor:
-    """The copy, and what has been written into the parameter since; that is 0 otherwise, and always a constant."""
+    """Return the copy plus what has been written into the parameter since.
+
+    Where nothing was written that is 0, and it always is a constant.
+    """
     return copy + (param.float() - copy.to(param.dtype).float()).detach()

@@ -12,12 +12,15 @@ from innerloop.errors import InvalidInputError
 
 
 def is_active(value: Hyper) -> bool:
-    """Whether a term weighted by ``value`` is computed: a number 0 switches it off, a tensor never does (its gradient counts)."""
+    """True if a term weighted by ``value`` is computed.
+
+    The number 0 switches it off; a tensor of value 0 does not, because its gradient counts.
+    """
     return not isinstance(value, (int, float)) or value != 0
 
 
 def check_betas(betas: Any) -> tuple[Any, Any]:
-    """A pair of numbers in [0, 1), or of tensors."""
+    """Return a pair of numbers in [0, 1), or of tensors; raise if it is not one."""
     require(
         isinstance(betas, (tuple, list)) and len(betas) == 2,
         f"betas={betas!r}: write a pair, betas=(0.9, 0.999)",
@@ -36,7 +39,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """The plain numbers in a hyper-parameter; tensors are not looked at, that would wait for the device."""
+    """Yield the plain numbers in a hyper-parameter.
+
+    Tensors are not looked at: that would wait for the device.
+    """
     if isinstance(value, (int, float)):
         yield value
     elif isinstance(value, Mapping):
@@ -51,7 +57,7 @@ def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
 
 
 def has_overrides(hyper: Any) -> bool:
-    """Whether there are overrides of hyper-parameters; raise if they are not a mapping."""
+    """True if there are overrides of hyper-parameters; raise if they are not a mapping."""
     if hyper is None:
         return False
     if not isinstance(hyper, Mapping):

@@ -1,4 +1,4 @@
-"""The walk-through: a system of two parameters whose every derivative is known, computed three ways.
+"""The walk-through: two parameters whose every derivative is known, computed three ways.
 
 One record of quantities (`quantities`) is filled in by hand-derived formulas (`closed_form`), by
 innerloop (`by_autograd`) and by finite differences of a plain torch.optim loop (`by_differences`).

@@ -1,4 +1,4 @@
-"""The second column: `innerloop.track` and `innerloop.inspect`, used as any program would use them."""
+"""The second column: `innerloop.track` and `innerloop.inspect`, used as any program would."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Model(nn.Module):
         self.b = nn.Parameter(torch.tensor(start[1], dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The prediction ŷ."""
+        """Compute the prediction ŷ."""
         return (self.a**2 + self.b**2) * x
 
 
 def half_square(prediction: Tensor, system: System) -> Tensor:
-    """The loss."""
+    """Compute the loss."""
     return 0.5 * (prediction - system.y) ** 2
 
 
 def one_step(system: System) -> OneStep:
-    """One inner step inside `track`, the outer loss's `backward`, one step of the user's own torch optimizer."""
+    """Take one inner step inside `track`, then one outer step by the user's own optimizer."""
     x = torch.tensor(system.x, dtype=torch.float64)
     model = Model(system.start)
     optimizer = torch.optim.SGD(model.parameters(), lr=system.rate)
@@ -66,7 +66,10 @@ def one_step(system: System) -> OneStep:
 
 
 def two_models(system: System) -> TwoModels:
-    """`params=` starts the loop of m at M's parameters: the outer gradient arrives at M, and m is left alone."""
+    """Start the loop of m at M's parameters by `params=`.
+
+    The outer gradient arrives at M, and m is left alone.
+    """
     x = torch.tensor(system.x, dtype=torch.float64)
     meta_model, task_model = Model(system.start), Model(system.start)
     meta_optimizer = torch.optim.SGD(meta_model.parameters(), lr=system.rate)
@@ -81,7 +84,7 @@ def two_models(system: System) -> TwoModels:
 
 
 def many_steps(system: System, steps: int) -> ManySteps:
-    """A longer loop: every pair of times can be asked for its derivative."""
+    """Run a longer loop: every pair of times can be asked for its derivative."""
     x = torch.tensor(system.x, dtype=torch.float64)
     model = Model(system.start)
     with track(model, torch.optim.SGD(model.parameters(), lr=system.rate)) as loop:
@@ -105,6 +108,9 @@ def _matrix(nested: dict[str, dict[str, Tensor]]) -> Matrix:
 
 
 def _gradient(model: Model) -> Pair:
-    """What `backward` left in `.grad`; a gradient that never arrived is shown as nan, so that the table disagrees."""
+    """Return what `backward` left in `.grad`.
+
+    A gradient that never arrived is shown as nan, so that the table disagrees.
+    """
     a, b = (float("nan") if p.grad is None else p.grad.item() for p in (model.a, model.b))
     return a, b

@@ -1,4 +1,4 @@
-r"""The third column: a plain torch.optim loop, run again from nudged starts. innerloop takes no part in it.
+r"""The third column: a plain torch.optim loop, run again from nudged starts, no innerloop.
 
 Derivatives are four-point central differences,
 
@@ -17,11 +17,11 @@ import torch
 from innerloop.walkthrough._quantities import ManySteps, Matrix, OneStep, Pair, System, TwoModels
 
 NUDGE = 1e-4
-"""h. Ten chaotic steps have fifth derivatives of order 1e6 and more: at 1e-4 both errors stay below 1e-9."""
+"""h. Ten chaotic steps have fifth derivatives of order 1e6: at 1e-4 errors stay below 1e-9."""
 
 
 def train(system: System, start: Pair, steps: int) -> list[Pair]:
-    """(a, b) before the first step and after each of them, by an ordinary training loop."""
+    """Return (a, b) before the first step and after each, by an ordinary training loop."""
     a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in start)
     optimizer = torch.optim.SGD([a, b], lr=system.rate)
     points = [(a.item(), b.item())]
@@ -34,17 +34,17 @@ def train(system: System, start: Pair, steps: int) -> list[Pair]:
 
 
 def predict(system: System, at: Pair) -> float:
-    """The prediction ŷ."""
+    """Compute the prediction ŷ."""
     return (at[0] ** 2 + at[1] ** 2) * system.x
 
 
 def loss_of(system: System, prediction: float) -> float:
-    """The loss, as a function of the prediction."""
+    """Compute the loss of a prediction."""
     return 0.5 * (prediction - system.y) ** 2
 
 
 def one_step(system: System) -> OneStep:
-    """Values from one run, derivatives from eight nudged ones."""
+    """Take values from one run, derivatives from eight nudged ones."""
 
     def loss(at: Pair) -> float:
         return loss_of(system, predict(system, at))
@@ -82,7 +82,7 @@ def two_models(system: System) -> TwoModels:
 
 
 def many_steps(system: System, steps: int) -> ManySteps:
-    """Every derivative of a later point with respect to the first one, and of the last with respect to each."""
+    """Differentiate every later point by the first one, and the last one by each."""
 
     def influence(at: Pair, count: int) -> Matrix:
         return _jacobian(lambda start: train(system, start, count)[-1], at)

@@ -17,32 +17,32 @@ from innerloop.walkthrough._quantities import (
 
 
 def residual(system: System, at: Pair) -> float:
-    r""":math:`r = \hat y - y = (a^2 + b^2)\,x - y`, which is also dL/dŷ."""
+    r"""Compute :math:`r = \hat y - y = (a^2 + b^2)\,x - y`, which is also dL/dŷ."""
     a, b = at
     return (a**2 + b**2) * system.x - system.y
 
 
 def loss(system: System, at: Pair) -> float:
-    r""":math:`L = \tfrac12 r^2`."""
+    r"""Compute :math:`L = \tfrac12 r^2`."""
     return 0.5 * residual(system, at) ** 2
 
 
 def gradient(system: System, at: Pair) -> Pair:
-    r""":math:`\nabla L = 2xr\,(a, b)`: always on the line through the origin."""
+    r"""Compute :math:`\nabla L = 2xr\,(a, b)`: always on the line through the origin."""
     a, b = at
     factor = 2 * system.x * residual(system, at)
     return factor * a, factor * b
 
 
 def step(system: System, at: Pair) -> Pair:
-    r""":math:`\theta' = \theta - \eta \nabla L(\theta)`."""
+    r"""Compute :math:`\theta' = \theta - \eta \nabla L(\theta)`."""
     a, b = at
     by_a, by_b = gradient(system, at)
     return a - system.rate * by_a, b - system.rate * by_b
 
 
 def step_jacobian(system: System, at: Pair) -> Matrix:
-    r""":math:`d\theta'/d\theta = (1 - 2\eta x r)\, I - 4 \eta x^2\, \theta\theta^\top`."""
+    r"""Compute :math:`d\theta'/d\theta = (1 - 2\eta x r)\, I - 4 \eta x^2\, \theta\theta^\top`."""
     a, b = at
     keep = 1 - 2 * system.rate * system.x * residual(system, at)
     bend = 4 * system.rate * system.x**2
@@ -50,7 +50,7 @@ def step_jacobian(system: System, at: Pair) -> Matrix:
 
 
 def one_step(system: System) -> OneStep:
-    """One inner step and one outer step."""
+    """Compute one inner step and one outer step."""
     start = system.start
     updated, jacobian = step(system, start), step_jacobian(system, start)
     by_updated = gradient(system, updated)
@@ -71,13 +71,16 @@ def one_step(system: System) -> OneStep:
 
 
 def two_models(system: System) -> TwoModels:
-    """The formulas do not know which object holds the parameters: M moves as the one model did, m stays."""
+    """Compute the same with two models: M moves as the one model did, m stays.
+
+    The formulas do not know which object holds the parameters.
+    """
     one = one_step(system)
     return TwoModels(one.outer_gradient, one.final, task_model=system.start)
 
 
 def many_steps(system: System, steps: int) -> ManySteps:
-    """The chain rule over a loop: the product of the steps' 2x2 Jacobians, the newest on the left."""
+    """Multiply the steps' 2x2 Jacobians, the newest on the left: the chain rule over a loop."""
     points = [system.start]
     for _ in range(steps):
         points.append(step(system, points[-1]))

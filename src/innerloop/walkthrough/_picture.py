@@ -1,4 +1,4 @@
-"""The walk-through as one picture: where the parameters go, and how far each step's influence reaches."""
+"""The walk-through as one picture: where the parameters go, how far each step's influence goes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_picture(
 
 
 def draw(walkthrough: Walkthrough) -> Figure:
-    """The figure, made without pyplot: no window opens and no global setting changes."""
+    """Draw the figure, without pyplot: no window opens and no global setting changes."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -74,7 +74,10 @@ def _surface(axes: Axes, walkthrough: Walkthrough) -> None:
 
 
 def _loss(axes: Axes, system: System) -> None:
-    """Darker is higher. Shading follows the square root of the loss, or the steep wall would hide the valley."""
+    """Draw the loss; darker is higher.
+
+    Shading follows the square root of the loss, or the steep wall would hide the valley.
+    """
     import numpy as np
 
     a, b = np.meshgrid(np.linspace(LOW, HIGH, 300), np.linspace(LOW, HIGH, 300))
@@ -113,14 +116,14 @@ def _at(radius: float, degrees: float) -> Pair:
 
 
 def _leaps(axes: Axes, run: LongRun) -> None:
-    """The first leaps over the valley, as arcs beside the line they all lie on."""
+    """Draw the first leaps over the valley, as arcs beside the line they all lie on."""
     from matplotlib.patches import FancyArrowPatch
 
     points = run.steps.points[:4]
     for begin, end in pairwise(points):
         arrow = FancyArrowPatch(
-            begin, end, connectionstyle="arc3,rad=-0.3", arrowstyle="-|>", mutation_scale=13, color=OVERSHOOTS,
-            linewidth=1.6, shrinkA=3, shrinkB=3, zorder=4,
+            begin, end, connectionstyle="arc3,rad=-0.3", arrowstyle="-|>", mutation_scale=13,
+            color=OVERSHOOTS, linewidth=1.6, shrinkA=3, shrinkB=3, zorder=4,
         )  # fmt: skip
         axes.add_patch(arrow)
     axes.plot(
@@ -140,7 +143,7 @@ def _leaps(axes: Axes, run: LongRun) -> None:
 
 
 def _rolling(axes: Axes, run: LongRun) -> None:
-    """The path into the valley, and what becomes of a disc of starts on the way."""
+    """Draw the path into the valley, and what becomes of a disc of starts on the way."""
     points, images = run.steps.points, run.steps.from_start
     for k in (0, 2, STEPS):
         axes.fill(*_image_of_disc(points[k], images[k]), facecolor=SETTLES, alpha=0.25, zorder=3)

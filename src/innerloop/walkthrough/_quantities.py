@@ -15,10 +15,10 @@ IDENTITY: Matrix = ((1.0, 0.0), (0.0, 1.0))
 
 @dataclass(frozen=True)
 class System:
-    r"""The smallest model with a product in it: :math:`\hat y = (a^2 + b^2)\, x`, loss :math:`\tfrac12 (\hat y - y)^2`.
+    r"""The smallest model with a product in it: :math:`\hat y = (a^2 + b^2)\, x`.
 
-    The inner loop is plain SGD. The same example serves as the test example of the outer loss, and
-    the outer step is one SGD step too.
+    The loss is :math:`\tfrac12 (\hat y - y)^2`. The inner loop is plain SGD. The same example serves
+    as the test example of the outer loss, and the outer step is one SGD step too.
 
     Args:
         start: The parameters (a₀, b₀).
@@ -34,12 +34,15 @@ class System:
 
     @property
     def y(self) -> float:
-        """The target."""
+        """Return the target."""
         return (self.true[0] ** 2 + self.true[1] ** 2) * self.x
 
     @property
     def directions(self) -> tuple[Pair, Pair]:
-        """Two unit vectors: across the valley of the loss (from the origin through the start), and along it."""
+        """Return two unit vectors: across the valley of the loss, and along it.
+
+        Across the valley is the direction from the origin through the start.
+        """
         a, b = self.start
         length = math.hypot(a, b)
         return (a / length, b / length), (-b / length, a / length)
@@ -77,12 +80,12 @@ class ManySteps(NamedTuple):
 
 
 def along(matrix: Matrix, direction: Pair) -> float:
-    r"""How far a nudge along a unit vector still reaches along that vector: :math:`u^\top J u`."""
+    r"""Return how far a nudge along a unit vector still reaches along it: :math:`u^\top J u`."""
     (aa, ab), (ba, bb) = matrix
     u, v = direction
     return u * (aa * u + ab * v) + v * (ba * u + bb * v)
 
 
 def subscript(number: int) -> str:
-    """The digits as small letters below the line."""
+    """Write the digits as small letters below the line."""
     return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))

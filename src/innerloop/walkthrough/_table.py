@@ -1,4 +1,4 @@
-"""The walk-through as data: rows of (closed form, autograd, finite differences), in blocks, and whether they agree."""
+"""The walk-through as data: rows of (closed form, autograd, finite differences), in blocks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from innerloop.walkthrough._quantities import (
 AUTOGRAD_TOLERANCE = 1e-12
 """Both columns are float64 arithmetic on the same formulas: they may differ by rounding alone."""
 FINITE_TOLERANCE = 1e-6
-"""Wide enough for the rounding of a difference quotient, and far below the effect of any missing term."""
+"""Wide enough for the rounding of a difference quotient; a missing term is far larger."""
 _MODULES = (closed_form, by_autograd, by_differences)
 STEPS = 10
 SHOWN = (1, 2, 3, 5, 7, 10)
 """The steps k of a long run that get a row."""
 SETTLES, OVERSHOOTS = 0.5, 2.8
-"""Learning rates of the long runs: one that rolls into the valley, one that leaps over it to and fro for ever."""
+"""Learning rates of the long runs: one rolls into the valley, one leaps over it to and fro."""
 
 
 class Row(NamedTuple):
@@ -40,17 +40,17 @@ class Row(NamedTuple):
 
     @property
     def autograd_error(self) -> float:
-        """Distance to the closed form, relative where that is larger than one."""
+        """Return the distance to the closed form, relative where that is larger than one."""
         return abs(self.autograd - self.closed) / max(1.0, abs(self.closed))
 
     @property
     def finite_error(self) -> float:
-        """Distance to the closed form, relative where that is larger than one."""
+        """Return the distance to the closed form, relative where that is larger than one."""
         return abs(self.finite - self.closed) / max(1.0, abs(self.closed))
 
     @property
     def agrees(self) -> bool:
-        """Whether all three columns are the same number; a nan never agrees."""
+        """True if all three columns are the same number; a nan never agrees."""
         return self.autograd_error <= AUTOGRAD_TOLERANCE and self.finite_error <= FINITE_TOLERANCE
 
 
@@ -82,12 +82,12 @@ class Walkthrough:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of all blocks."""
+        """Return the rows of all blocks."""
         return tuple(row for block in self.blocks for row in block.rows)
 
     @property
     def agrees(self) -> bool:
-        """Whether every row agrees."""
+        """True if every row agrees."""
         return all(row.agrees for row in self.rows)
 
 

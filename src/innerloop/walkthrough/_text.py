@@ -15,7 +15,7 @@ _BAR = 18
 
 
 def to_text(walkthrough: Walkthrough) -> str:
-    """The header, one table per block, and the verdict."""
+    """Write the header, one table per block, and the verdict."""
     parts = [
         _header(walkthrough),
         *(_block(block) for block in walkthrough.blocks),
@@ -74,7 +74,7 @@ def _row(row: Row, largest: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Ten decimals, the decimal points below each other, without the zeros at the end."""
+    """Write ten decimals, the points below each other, without the zeros at the end."""
     text = f"{value:.10f}"
     digits = text.rstrip("0").rstrip(".") if "." in text else text
     return ("0" if digits == "-0" else digits).ljust(len(text)).rjust(15)

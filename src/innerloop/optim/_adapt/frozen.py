@@ -30,7 +30,9 @@ _BY_REFERENCE = (
 
 
 class FrozenState:
-    """What an optimizer keeps besides tensors: step counts, flags, settings, with marks where the tensors go.
+    """What an optimizer keeps besides tensors: step counts, flags, settings.
+
+    Marks stand in the places of the tensors.
 
     Attributes:
         names: of the parameters, in the optimizer's order.
@@ -59,7 +61,7 @@ tree.register(FrozenState, lambda rest: [], lambda rest, children: rest)
 def freeze(
     optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], FrozenState]:
-    """``(tensors, rest)`` of an optimizer that steps ``params``."""
+    """Return ``(tensors, rest)`` of an optimizer that steps ``params``."""
     file = io.BytesIO()
     freezer = _Freezer(file, optimizer, list(params.values()))
     try:
@@ -83,7 +85,10 @@ def thaw(
     params: Sequence[Tensor],
     number: Callable[[Tensor], Any] = TracedNumber,
 ) -> torch.optim.Optimizer:
-    """The optimizer again, with these tensors, stepping ``params``; ``number`` makes its numbers from tensors."""
+    """Build the optimizer again, with these tensors, stepping ``params``.
+
+    ``number`` makes its numbers from tensors.
+    """
     cls, *references = rest.references
     optimizer = object.__new__(cls)
     known = {"param": params, "tensor": tensors, "optimizer": [optimizer], "reference": references}

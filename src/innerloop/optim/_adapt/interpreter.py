@@ -1,9 +1,9 @@
-"""Running in-place code on tracked tensors: what stands in the way of autograd is made to act on values alone.
+"""A mode that runs in-place code on tracked tensors, so that autograd can follow it.
 
 An optimizer's ``step`` is in-place code, and autograd differentiates in-place code. What loses the
 gradient is what stands around it: ``@torch.no_grad()``, ``.data``, ``detach()``, ``.item()``, leaf
-parameters whose memory is written. Inside `ValueInterpreter` these few mean what they mean for the values and
-nothing else; what would leave the graph is an error that names the line.
+parameters whose memory is written. Inside `ValueInterpreter` these few mean what they mean for the
+values and nothing else; what would leave the graph is an error that names the line.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class ValueInterpreter(TorchFunctionMode):
         self._paused = False
 
     def own(self, tensors: Iterable[Tensor]) -> None:
-        """These pose as the leaves that the optimizer steps."""
+        """Let these pose as the leaves that the optimizer steps."""
         self._leaves = list(tensors)
         self._leaf_ids = {id(t) for t in self._leaves}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it, functions of torch mean what they always mean."""
+        """Give functions of torch their usual meaning inside the block."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -104,8 +104,8 @@ class ValueInterpreter(TorchFunctionMode):
                 return tensor
             if value.shape != tensor.shape:
                 raise NotDifferentiableError(
-                    f"{optimizer_line()}.data of a tensor of shape {tuple(tensor.shape)} is set to one of "
-                    f"shape {tuple(value.shape)}"
+                    f"{optimizer_line()}.data of a tensor of shape {tuple(tensor.shape)} "
+                    f"is set to one of shape {tuple(value.shape)}"
                 )
             if value is not tensor:
                 tensor.copy_(value)

@@ -20,7 +20,7 @@ from innerloop.errors import NotDifferentiableError
 
 
 def weak_number(number: Tensor, others: list[Tensor]) -> Tensor:
-    """``number`` such that, as a number of Python, it does not raise the dtype of ``others``."""
+    """Cast ``number`` so that, like a Python number, it does not raise the dtype of ``others``."""
     if any(t.ndim for t in others):
         return number
     dtypes = [t.dtype for t in others if t.is_floating_point()]
@@ -41,7 +41,7 @@ def leaves_the_graph(name: str) -> str:
 
 
 def optimizer_line() -> str:
-    """The line of the optimizer's code that is running."""
+    """Return the line of the optimizer's code that is running."""
     rules, *others = (
         str(Path(f).parent)
         for f in (torch.optim.__file__, torch.__file__, jaxtyping.__file__, __file__)
@@ -50,17 +50,20 @@ def optimizer_line() -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         if path.startswith(rules) or not path.startswith(tuple(others)):
-            return f"{Path(path).name}:{frame.f_lineno}: `{linecache.getline(path, frame.f_lineno).strip()}`: "
+            line = linecache.getline(path, frame.f_lineno).strip()
+            return f"{Path(path).name}:{frame.f_lineno}: `{line}`: "
         frame = frame.f_back  # type: ignore[assignment]
     return ""
 
 
 class TracedNumber(torch.SymFloat):
-    """A Python number that was computed from tensors, by ``.item()`` or as a hyper-parameter, and has not left the graph.
+    """A Python number that was computed from tensors and has not left the graph.
+
+    It comes from ``.item()``, or is a hyper-parameter.
 
     ``torch.SymFloat`` is the one kind of object that torch takes wherever it takes a number
-    (``add_(x, alpha=number)``) and shows to `ValueInterpreter` unopened. Arithmetic is that of the 0-dim
-    float64 tensor inside; what needs a float (``math.sqrt``) is refused.
+    (``add_(x, alpha=number)``) and shows to `ValueInterpreter` unopened. Arithmetic is that of the
+    0-dim float64 tensor inside; what needs a float (``math.sqrt``) is refused.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -88,11 +91,11 @@ class TracedNumber(torch.SymFloat):
         return format(self.tensor.detach().item(), spec)
 
     def item(self) -> TracedNumber:
-        """Itself, as for a tensor."""
+        """Return the number itself, as for a tensor."""
         return self
 
     def is_integer(self) -> bool:
-        """Whether the value is whole."""
+        """True if the value is whole."""
         return bool(self.tensor == self.tensor.round())
 
 
@@ -131,7 +134,10 @@ _lock = threading.RLock()
 
 @contextmanager
 def math_on_numbers(cls: type) -> Iterator[None]:
-    """Within it, ``math.sqrt(tensor.item())`` in the modules of ``cls`` and its bases stays in the graph; plain numbers are as ever."""
+    """Keep ``math.sqrt(tensor.item())`` in the graph inside the block.
+
+    It does so in the modules of ``cls`` and its bases; plain numbers are as ever.
+    """
     with _lock:
         modules = {sys.modules.get(base.__module__) for base in cls.__mro__} - {None}
         using = [vars(module) for module in modules if vars(module).get("math") is math]

@@ -74,7 +74,7 @@ def _marked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_tensors(arguments: Any) -> Any:
-    """The arguments of a function of torch with each `TracedNumber` as a 0-dim tensor."""
+    """Return a torch function's arguments with a 0-dim tensor for each `TracedNumber`."""
     pieces = list(_pieces(arguments))
     met = [x for x in pieces if isinstance(x, Tensor)]
 
@@ -99,19 +99,23 @@ def _pieces(arguments: Any) -> Iterator[Any]:
 
 
 def write_into(out: Any, results: Any) -> Any:
-    """``func(..., out=out)``, which autograd refuses."""
+    """Do what ``func(..., out=out)`` does, which autograd refuses."""
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
         if target.shape != result.shape:
             raise NotDifferentiableError(
-                f"{optimizer_line()}out= has shape {tuple(target.shape)}, the result {tuple(result.shape)}"
+                f"{optimizer_line()}out= has shape {tuple(target.shape)}, "
+                f"the result {tuple(result.shape)}"
             )
         target.copy_(result)
     return out
 
 
 def single_call(name: str) -> Any:
-    """What ``torch._foreach_NAME`` does to each tensor: some of these functions lack a derivative that the single ones have."""
+    """Return what ``torch._foreach_NAME`` does to each tensor.
+
+    Some functions on lists lack a derivative that the single ones have.
+    """
     if name == "norm":
         return torch.linalg.vector_norm
     stem = name.removesuffix("_")
@@ -124,7 +128,7 @@ def single_call(name: str) -> Any:
 def for_each(
     name: str, args: Any, kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments for each tensor of the lists."""
+    """Yield the arguments for each tensor of the lists."""
     given = {("value" if k == "scalars" else k): v for k, v in kwargs.items()}
     if name.startswith("addc") and len(args) == 4:
         *args, given["value"] = args
@@ -142,7 +146,7 @@ def for_each(
 
 
 def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """``x.add_(y, alpha=number)``: autograd has no derivative in ``alpha``."""
+    """Compute ``x.add_(y, alpha=number)``: autograd has no derivative in ``alpha``."""
     factor = kwargs.get("value" if name.startswith("addc") else "alpha")
     args = with_tensors(args)
     if not isinstance(factor, (TracedNumber, Tensor)):
@@ -160,7 +164,7 @@ def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tenso
 
 
 def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """``x.clamp(min=0.0, max=number)``: torch wants both to be tensors, or none."""
+    """Compute ``x.clamp(min=0.0, max=number)``: torch wants two tensors or two numbers."""
     x, *rest = args
     bounds = with_tensors(dict(zip(("min", "max"), rest, strict=False)) | dict(kwargs))
     if any(isinstance(b, Tensor) for b in bounds.values()):
@@ -177,7 +181,7 @@ def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tens
 
 
 def _root(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """√x and x^.5 with derivative 0 instead of infinity at 0."""
+    """Compute √x and x^.5 with derivative 0 instead of infinity at 0."""
     args, kwargs = with_tensors((args, kwargs))
     x, *exponent = args
     is_root = name.startswith("sqrt") or (
@@ -192,7 +196,7 @@ def _root(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
-    """``torch.tensor(x)`` of what is tracked."""
+    """Compute ``torch.tensor(x)`` of what is tracked."""
     source = args[1] if name == "new_tensor" else args[0]
     pieces = source if isinstance(source, (tuple, list)) else [source]
     if not any(
@@ -212,7 +216,7 @@ def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
 
 
 def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
-    """``torch.full(shape, number)``."""
+    """Compute ``torch.full(shape, number)``."""
     if not any(isinstance(x, TracedNumber) for x in (*args, *kwargs.values())):
         return func(*args, **kwargs)
     number = next(x for x in (*args, *kwargs.values()) if isinstance(x, TracedNumber))
@@ -221,7 +225,10 @@ def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
 
 
 def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
-    """``torch.normal(mean, std)``, whose derivative autograd takes for zero; the same random numbers."""
+    """Compute ``torch.normal(mean, std)`` from the same random numbers.
+
+    Autograd takes its derivative for zero.
+    """
     mean, std = with_tensors(
         (
             args[0] if args else kwargs.get("mean"),
@@ -248,11 +255,11 @@ REPLACED: tuple[tuple[Callable[..., Any], set[str]], ...] = (
 
 
 def same(x: Any) -> Any:
-    """What autograd saved, as it is."""
+    """Return what autograd saved, as it is."""
     return x
 
 
 def copy_of(x: Tensor) -> Tensor:
-    """What autograd saves of ``x``, whose memory will be overwritten."""
+    """Return what autograd saves of ``x``, whose memory will be overwritten."""
     with torch.no_grad():
         return x.clone()

@@ -26,7 +26,7 @@ from innerloop.optim._settings import check_state, has_overrides
 
 Make = Callable[[dict[str, Tensor]], torch.optim.Optimizer]
 _SHAPES = {0: ((), ()), 1: ((4,), (3,)), 2: ((5, 2), (2, 4))}
-"""Parameters of the small problem, by their number of axes; wide and tall, so that G Gᵀ is singular on one side."""
+"""Shapes of the small problem, by number of axes; wide and tall: one side of G Gᵀ is singular."""
 _verified: MutableMapping[Any, set[Any]] = caches.cache("verified optimizer classes")
 """What was verified for each class and settings."""
 _IN_TRANSFORM = (
@@ -39,7 +39,11 @@ _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no 
 
 
 def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
-    """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
+    """Yield what was verified so far.
+
+    Each entry is ``(class, class and settings as shown, needs a closure, names of tensor
+    hyper-parameters)``.
+    """
     for (cls, shown, needs_closure), keys in _verified.items():
         names = sorted(
             {name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)}
@@ -88,7 +92,7 @@ class Adapted(Optimizer):
         return self.start(params)
 
     def start(self, params: Params) -> AdaptedState:
-        """`init` without looking whether the class is right."""
+        """Return the state before the first step; unlike `init`, do not verify the class."""
         with _running(self, [*params.values()]) as (values, enter, leave):
             working = {name: enter(p) for name, p in params.items()}
             values.own(working.values())
@@ -98,14 +102,16 @@ class Adapted(Optimizer):
                     f"{self!r} made a {type(optimizer).__name__}, not a torch.optim.Optimizer"
                 )
             tensors, rest = freeze(optimizer, working)
-        # What is not `TrackedTensor` was not computed from the parameters: a setting of the user's, whose
-        # graph is its own.
+        # What is no `TrackedTensor` was not computed from the parameters: it is a setting of the
+        # user's, whose graph is its own.
         return AdaptedState(
             0, tuple(leave(t) if isinstance(t, TrackedTensor) else t for t in tensors), rest
         )
 
     def verify(self, params: Params, hyper: Mapping[str, Any] | None = None) -> None:
-        """Compare values and gradient with the class itself, on a small problem whose parameters have as many axes as these.
+        """Compare values and gradient with the class itself, on a small problem.
+
+        Its parameters have as many axes as these.
 
         Once for each class, settings, numbers of axes and names of tensor hyper-parameters.
 
@@ -144,7 +150,10 @@ class Adapted(Optimizer):
         hyper: Mapping[str, Any] | None = None,
         value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], AdaptedState]:
-        """One step; see `Optimizer.update`. A hyper-parameter is verified the first time that it is a tensor."""
+        """Take one step; see `Optimizer.update`.
+
+        A hyper-parameter is verified the first time that it is a tensor.
+        """
         if self.needs_closure and value_and_grad is None:
             raise InvalidInputError(
                 f"{self!r} evaluates the loss itself: pass value_and_grad=, params -> (loss, grads)"
@@ -173,7 +182,10 @@ class Adapted(Optimizer):
         value_and_grad: ValueAndGrad | None = None,
         hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], AdaptedState]:
-        """`update` without looking whether it is right; ``hold`` takes the parameters that the class saw."""
+        """Take one step without verifying it.
+
+        ``hold`` takes the parameters that the class saw.
+        """
         check_state(self, state, AdaptedState)
         which_have_gradient(grads, params)
         if set(state.rest.names) != set(params):
@@ -240,7 +252,10 @@ class Adapted(Optimizer):
         hyper: Mapping[str, Any],
         random_state: RandomState | None,
     ) -> None:
-        """The first step, for each set of shapes, with the class's own: the small problem may have taken other branches."""
+        """Compare the first step with that of the class itself, once for each set of shapes.
+
+        The small problem may have taken other branches.
+        """
         key = ("step", *(tuple(p.shape) for p in params.values()))
         if key in self._verified:
             return
@@ -305,7 +320,10 @@ class Adapted(Optimizer):
         overrides: Mapping[str, Any],
         enter: Callable[[Tensor], Tensor],
     ) -> Iterator[None]:
-        """The param groups with these hyper-parameters; put back what ``step`` did not replace itself."""
+        """Put these hyper-parameters into the param groups for the length of the block.
+
+        Afterwards, what ``step`` did not replace itself is put back.
+        """
         for group in optimizer.param_groups:
             group.update((key, False) for key in _KERNELS if key in group)
         replaced = []
@@ -338,7 +356,9 @@ class Adapted(Optimizer):
 
 @contextmanager
 def _running(owner: Adapted, given: Sequence[Tensor]) -> Iterator[Any]:
-    """``(mode, enter, leave)``: tensors are entered as copies that may be overwritten, and leave without what was only for us.
+    """Yield ``(mode, enter, leave)`` for one run of foreign code.
+
+    Tensors enter as copies that may be overwritten, and leave without what was only for us.
 
     Everything is tracked even where nobody differentiates: which numbers depend on the parameters
     must not depend on that, since a strategy runs the same step once plainly and once tracked, from
@@ -368,7 +388,10 @@ def _plain(t: Tensor) -> Tensor:
 
 
 def _constant(t: Tensor) -> Tensor:
-    """A copy of what does not depend on the parameters; a strategy may have made it require a gradient all the same."""
+    """Copy what does not depend on the parameters.
+
+    A strategy may have made it require a gradient all the same.
+    """
     return t.clone() if mode() is Mode.TRANSFORMED else t.detach().clone()
 
 
@@ -381,7 +404,10 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _is_plain(settings: Any) -> bool:
-    """Whether what is shown of the settings tells them apart; functions, tensors and other objects may look alike and differ."""
+    """True if what is shown of the settings tells them apart.
+
+    Functions, tensors and other objects may look alike and differ.
+    """
     if isinstance(settings, dict):
         return all(map(_is_plain, settings.values()))
     if isinstance(settings, (tuple, list)):
@@ -390,7 +416,7 @@ def _is_plain(settings: Any) -> bool:
 
 
 def _check_tensors(hyper: Mapping[str, Any]) -> bool:
-    """Whether there are tensors among the hyper-parameters; raise if one has several entries."""
+    """True if a hyper-parameter is a tensor; raise if one has several entries."""
     found = [(key, t) for key, value in hyper.items() for t in _tensors_in([value])]
     for key, t in found:
         if t.numel() != 1:
@@ -403,7 +429,7 @@ def _check_tensors(hyper: Mapping[str, Any]) -> bool:
 
 
 def _first(value: Any) -> Any:
-    """A hyper-parameter's value for the first group that has one."""
+    """Return a hyper-parameter's value for the first group that has one."""
     return next((v for v in value if v is not None), None) if isinstance(value, list) else value
 
 
@@ -414,7 +440,7 @@ def _tensor_places(value: Any) -> tuple[bool, ...]:
 
 
 def _numbers(value: Any, enter: Callable[[Tensor], Tensor]) -> Any:
-    """A hyper-parameter as ``step`` reads it."""
+    """Return a hyper-parameter as ``step`` reads it."""
     if isinstance(value, (tuple, list)):
         return tuple(_numbers(v, enter) for v in value)
     if not isinstance(value, Tensor):
@@ -429,7 +455,9 @@ def adapt(
     verify: bool = True,
     **settings: Any,
 ) -> Adapted:
-    """A third party's ``torch.optim.Optimizer`` made differentiable: its own ``step`` runs, on copies that autograd records.
+    """Make a third party's ``torch.optim.Optimizer`` differentiable.
+
+    Its own ``step`` runs, on copies that autograd records.
 
     In-place updates, ``@torch.no_grad()``, ``.data``, ``detach()``, ``.item()`` and state of any
     form (in ``state[p]``, in the param groups, on the object, made during a step) lose no gradient,

@@ -1,4 +1,4 @@
-"""Is an adapted optimizer right? Its values against the class itself, its gradient against finite differences of the class."""
+"""Is an adapted optimizer right? Compare it with the class itself and finite differences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Steps(Protocol):
     needs_closure: bool
 
     def start(self, params: Named) -> Any:
-        """The state before the first step."""
+        """Return the state before the first step."""
 
     def run(
         self,
@@ -39,13 +39,13 @@ class Steps(Protocol):
         value_and_grad: Any = None,
         hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], Any]:
-        """One step."""
+        """Take one step."""
 
 
 def verify(
     adapted: Steps, shapes: Mapping[str, Sequence[int]], hyper: Mapping[str, Any] | None = None
 ) -> None:
-    """Six steps on a smooth problem with parameters of these shapes, in float64.
+    """Take six steps on a smooth problem with parameters of these shapes, in float64.
 
     Args:
         adapted: the optimizer.
@@ -76,7 +76,10 @@ def verify(
 
 
 class _Task:
-    r"""Losses :math:`\sum_i \sin(\theta_i + s + t/10) + 1.5\,\theta_i`, with s coupling all: gradients between .3 and 2.8 in size."""
+    r"""Losses :math:`\sum_i \sin(\theta_i + s + t/10) + 1.5\,\theta_i`, with s coupling all.
+
+    Their gradients are between .3 and 2.8 in size.
+    """
 
     def __init__(
         self, adapted: Steps, shapes: Mapping[str, Sequence[int]], hyper: dict[str, Any]
@@ -109,7 +112,7 @@ class _Task:
         return (torch.arange(1.0, len(v) + 1) / 5 * v).cos().sum()
 
     def plain(self, params: Named, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
-        """By the class itself, as its users run it."""
+        """Run the class itself, as its users do."""
         torch.default_generator.manual_seed(
             0
         )  # torch.manual_seed would seed the user's other devices, too
@@ -149,7 +152,10 @@ class _Task:
     def tracked(
         self, params: Named, hyper: Mapping[str, Any], state: Any = None
     ) -> dict[str, Tensor]:
-        """By the adapted class, differentiable in both arguments; from ``state``, if there is one."""
+        """Run the adapted class, differentiable in both arguments.
+
+        It begins from ``state``, if there is one.
+        """
         torch.default_generator.manual_seed(0)
         made = self.adapted.start(params)  # always, for the random numbers that it may draw
         now, state = dict(params), made if state is None else state
@@ -192,7 +198,10 @@ def _compare(adapted: Steps, theirs: Named, ours: Named) -> None:
 
 
 def _repeat(adapted: Steps, task: _Task) -> None:
-    """The same steps twice from one state: what else changes between steps would not be rewound where steps are replayed."""
+    """Take the same steps twice from one state.
+
+    Whatever else changes between steps would not be rewound where steps are replayed.
+    """
     params, state = task.params(), adapted.start(task.params())
     first, again = (task.tracked(params, task.hyper, state) for _ in range(2))
     if not all(torch.allclose(p, again[name], rtol=0, atol=FORWARD) for name, p in first.items()):
@@ -234,7 +243,8 @@ def _differentiate(adapted: Steps, task: _Task, index: int) -> None:
     size = max(abs(slope), 1e-3) if slope == slope else 1.0
     truth, apart = _settled(shifted, 1e-7 * size)
     size = max(abs(truth), size)
-    what = f"the derivative of an outer loss after {STEPS} steps{f' in the initialisation and in {list(hyper)}' if hyper else ''}"
+    by = f" in the initialisation and in {list(hyper)}" if hyper else ""
+    what = f"the derivative of an outer loss after {STEPS} steps{by}"
     if not apart <= GRADIENT * size:
         raise NotDifferentiableError(
             f"{adapted!r}: {what} cannot be confirmed: autograd gives {slope:.9g}, finite "
@@ -252,7 +262,9 @@ def _differentiate(adapted: Steps, task: _Task, index: int) -> None:
 
 
 def _settled(f: Callable[[float], float], enough: float) -> tuple[float, float]:
-    """The derivative at 0 and its uncertainty: how far three neighbouring steps are apart, for the step that is best.
+    """Return the derivative at 0 and its uncertainty.
+
+    The uncertainty is how far three neighbouring steps are apart, for the step that is best.
 
     Three, because where something is rounded to float32 two neighbours may well agree by chance.
     """
@@ -271,7 +283,7 @@ def _settled(f: Callable[[float], float], enough: float) -> tuple[float, float]:
 
 
 def _noise(shape: Sequence[int], phase: float) -> Tensor:
-    """Fixed numbers in (-1, 1) that leave the random state alone."""
+    """Return fixed numbers in (-1, 1) and leave the random state alone."""
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(1.0, count + 1.0) * 12.9898 + phase * 78.233).reshape(
         tuple(shape)
@@ -280,7 +292,7 @@ def _noise(shape: Sequence[int], phase: float) -> Tensor:
 
 @contextmanager
 def _float64() -> Iterator[None]:
-    """Optimizers make tensors of the default type; at float32 their rounding would hide the slope."""
+    """Make float64 the default type: at float32, rounding would hide the slope."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -25,7 +25,7 @@ def dense(grads: Mapping[K, Tensor | None]) -> dict[K, Tensor | None]:
 
 
 def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:
-    """Which parameters have a gradient; None if all have."""
+    """Return for each parameter whether it has a gradient; None if all have."""
     everything = True
     for name, p in params.items():
         g = grads.get(name)
@@ -46,7 +46,7 @@ def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:
 
 
 def by_step_count(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
-    """Split parameters by step count: an index for each parameter, and the counts that the indices stand for."""
+    """Split parameters by step count: an index for each, and the count of each index."""
     if not isinstance(count, Mapping):
         return None, [count]
     distinct = sorted(set(count.values()))

@@ -21,28 +21,28 @@ def add_scaled(x: Tensor, y: Tensor, alpha: Scalar) -> Tensor:
 
 
 def average(mean: Any, new: Tensor, beta: Any) -> Tensor:
-    """β·mean + (1-β)·new."""
+    """Compute β·mean + (1-β)·new."""
     if isinstance(beta, Tensor):
         return beta * mean + (1 - beta) * new
     return torch.lerp(mean, new, 1 - beta)
 
 
 def average_of_squares(mean: Any, new: Tensor, beta: Any) -> Tensor:
-    """β·mean + (1-β)·new²."""
+    """Compute β·mean + (1-β)·new²."""
     if isinstance(beta, Tensor):
         return beta * mean + (1 - beta) * (new * new)
     return torch.addcmul(mean * beta, new, new, value=1 - beta)
 
 
 def at_first_step(count: Any, first: Scalar, later: Tensor) -> Tensor:
-    """What a state holds before its first step: ``first``, which a hyper-parameter says; after that, ``later``."""
+    """Return ``first`` (from a hyper-parameter) at the first step, and ``later`` after that."""
     if isinstance(count, Tensor):
         return torch.where(count == 1, torch.ones_like(later) * first, later)
     return torch.ones_like(later) * first if count == 1 else later
 
 
 def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, "*shape"]:
-    """√v for v ≥ 0, with derivative 0 instead of infinity at v = 0.
+    """Compute √v for v ≥ 0, with derivative 0 instead of infinity at v = 0.
 
     Clamped at the smallest normal number: one kernel, and ``sqrt(v) + eps`` keeps its bits for
     every usual eps. ``exact`` leaves v alone (for eps = 0, where the forward value itself is 0/0,
@@ -59,26 +59,35 @@ def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, 
 
 
 def root_of(v: Float[Tensor, "*shape"], eps: Any, eps_root: Any) -> Float[Tensor, "*shape"]:
-    """√(v + eps_root), to which eps is about to be added; the number 0 for ``eps_root`` changes no bit."""
+    """Compute √(v + eps_root), to which eps is about to be added.
+
+    The number 0 for ``eps_root`` changes no bit.
+    """
     if isinstance(eps_root, Tensor) or eps_root != 0:
         return safe_sqrt(v + eps_root)
     return safe_sqrt(v, exact=isinstance(eps, (int, float)) and eps == 0)
 
 
 def times(value: Any, factor: Any) -> Any:
-    """The product; the number 0 stays a number, which switches a term off."""
+    """Multiply; the number 0 stays a number, which switches a term off."""
     return value if not isinstance(value, Tensor) and value == 0 else value * factor
 
 
 def one_minus_power(beta: Any, count: Any, like: Tensor) -> Any:
-    """The bias correction 1 - βᵗ: a Python float if both are numbers, as torch does, else a tensor that loses no precision."""
+    """Compute the bias correction 1 - βᵗ.
+
+    It is a Python float if both are numbers, as in torch, else a tensor that loses no precision.
+    """
     if not isinstance(beta, Tensor) and not isinstance(count, Tensor):
         return 1 - beta ** float(count)
     return 1 - precise(beta, like) ** precise(count, like)
 
 
 def precise(value: Any, like: Tensor) -> Any:
-    """A scalar that is a tensor, in float64 wherever the device has it (that costs nothing); numbers and larger tensors as they are."""
+    """Cast a scalar tensor to float64 wherever the device has it, which costs nothing.
+
+    Numbers stay as they are; a larger tensor gets at least float32.
+    """
     if not isinstance(value, Tensor):
         return value
     if value.ndim:

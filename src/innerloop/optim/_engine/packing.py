@@ -48,7 +48,7 @@ def layout_of(
     ages: Mapping[str, int] | None = None,
     limit: int = FLAT_LIMIT,
 ) -> Layout:
-    """Partition ``params`` into buckets of equal dtype, device, activity and age.
+    """Split ``params`` into buckets of equal dtype, device, activity and age.
 
     Args:
         params: the named parameters.
@@ -100,13 +100,13 @@ def _build(
 
 
 def _padding(shape: torch.Size, dtype: torch.dtype) -> int:
-    """Real elements from the end of a tensor to the next multiple of 64 bytes."""
+    """Count the real elements from the end of a tensor to the next multiple of 64 bytes."""
     real = shape.numel() * (2 if dtype.is_complex else 1)
     return -real % (_ALIGNMENT // (dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize))
 
 
 def pack(bucket: Bucket, named: Mapping[str, Tensor | None]) -> Tensor:
-    """The tensors of ``bucket`` as one (real) tensor; a bucket of one keeps its shape."""
+    """Join the tensors of ``bucket`` to one (real) tensor; a bucket of one keeps its shape."""
     if len(bucket.names) == 1:
         tensor = _given(named, bucket.names[0])
         return torch.view_as_real(tensor) if bucket.is_complex else tensor
@@ -129,13 +129,13 @@ def _given(named: Mapping[str, Tensor | None], name: str) -> Tensor:
 
 
 def real_dtype(bucket: Bucket, named: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of what `pack` returns."""
+    """Return the dtype of what `pack` returns."""
     first = named[bucket.names[0]]
     return torch.view_as_real(first).dtype if bucket.is_complex else first.dtype
 
 
 def zeros(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
-    """What `pack` returns for zeros like the tensors of ``named``."""
+    """Return what `pack` returns for zeros like the tensors of ``named``."""
     first = named[bucket.names[0]]
     if len(bucket.names) == 1:
         alone = torch.zeros_like(first)
@@ -146,7 +146,7 @@ def zeros(bucket: Bucket, named: Mapping[str, Tensor]) -> Tensor:
 
 
 def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
-    """The inverse of `pack`."""
+    """Undo `pack`."""
     if len(bucket.names) == 1:
         return {bucket.names[0]: torch.view_as_complex(flat) if bucket.is_complex else flat}
     factor = 2 if bucket.is_complex else 1
@@ -172,7 +172,7 @@ def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
 
 
 class Packed(Mapping[str, Any]):
-    """Named tensors of an optimizer's state, stored flat: ``state.mu["fc.weight"]`` reads one of them.
+    """Named tensors of an optimizer's state, stored flat; ``state.mu["fc.weight"]`` reads one.
 
     It is a pytree whose leaves are the flat tensors. In place of a flat tensor there may be one
     number for all of a bucket's parameters (or a 0-dim tensor), for what a rule keeps once per
@@ -189,7 +189,7 @@ class Packed(Mapping[str, Any]):
 
     @classmethod
     def of(cls, layout: Layout, named: Mapping[str, Any]) -> Packed:
-        """``named`` in the buckets of ``layout``: free if it is packed that way already."""
+        """Pack ``named`` into the buckets of ``layout``: free if it is packed that way already."""
         if isinstance(named, Packed) and (named.layout is layout or named.layout == layout):
             return named
         return cls(layout, tuple(pack(bucket, named) for bucket in layout))
@@ -210,7 +210,10 @@ class Packed(Mapping[str, Any]):
         return sum(len(bucket.names) for bucket in self.layout)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both are packed alike and hold the same tensors; enough for torch to compare the structure of two pytrees."""
+        """True if both are packed alike and hold the same tensors.
+
+        That is enough for torch to compare the structure of two pytrees.
+        """
         if (
             not isinstance(other, Packed)
             or self.layout != other.layout
@@ -222,7 +225,8 @@ class Packed(Mapping[str, Any]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Packed({', '.join(f'{name}: {tuple(shape)}' for b in self.layout for name, shape in zip(b.names, b.shapes, strict=True))})"
+        pairs = (pair for b in self.layout for pair in zip(b.names, b.shapes, strict=True))
+        return f"Packed({', '.join(f'{name}: {tuple(shape)}' for name, shape in pairs)})"
 
 
 tree.register(

@@ -24,17 +24,17 @@ class PerTensor(Rule):
     """
 
     shaped: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
-    """The hyper-parameters that may have the parameter's shape; the others are one number per parameter."""
+    """Hyper-parameters that may have the parameter's shape; the others are one number each."""
 
     @abc.abstractmethod
     def start(self, param: Tensor) -> tuple[Tensor | None, ...]:
-        """The state's fields for one parameter before the first step."""
+        """Return the state's fields for one parameter before the first step."""
 
     @abc.abstractmethod
     def step(
         self, grad: Tensor, param: Tensor, state: Any, hyper: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
-        """The rule itself, for one parameter: ``(new_param, new_state)``.
+        """Compute ``(new_param, new_state)`` of one parameter.
 
         Args:
             grad: the gradient.
@@ -107,7 +107,7 @@ class PerTensor(Rule):
         return new, self.state_type(count, *slots)
 
     def _value(self, key: str, value: Any, name: str, param: Tensor) -> Any:
-        """A hyper-parameter for one parameter."""
+        """Return a hyper-parameter for one parameter."""
         if isinstance(value, tuple):
             return tuple(self._value(key, part, name, param) for part in value)
         if isinstance(value, Mapping):
@@ -144,10 +144,10 @@ class PerTensor(Rule):
 
 
 def with_derivative_of(value: Tensor, smooth: Tensor) -> Tensor:
-    """Every bit of ``value``, the derivatives of ``smooth``."""
+    """Return the bits of ``value`` with the derivatives of ``smooth``."""
     return value.detach() + (smooth - smooth.detach())
 
 
 def at_least(x: Tensor, bound: Any) -> Tensor:
-    """max(x, bound)."""
+    """Compute max(x, bound)."""
     return torch.maximum(x, bound.to(x.dtype)) if isinstance(bound, Tensor) else x.clamp_min(bound)

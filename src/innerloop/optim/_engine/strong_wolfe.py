@@ -1,4 +1,6 @@
-"""A line search for the strong Wolfe conditions, by cubic interpolation (Nocedal & Wright 2006, algorithms 3.5 and 3.6).
+"""A line search for the strong Wolfe conditions, by cubic interpolation.
+
+It follows algorithms 3.5 and 3.6 of Nocedal & Wright (2006).
 
 It decides by values and computes with tensors: the step length that comes out is a differentiable
 function of the values and slopes that were met on the way, as long as the decisions stay the same.
@@ -38,7 +40,7 @@ At = Callable[[Scalar], Trial]
 
 
 def strong_wolfe(at: At, start: Trial, t: Scalar, budget: int, longest: float) -> tuple[Trial, int]:
-    """The step length that satisfies both conditions, or the best one found.
+    """Find the step length that satisfies both conditions, or the best one met.
 
     Args:
         at: the trial at a step length.
@@ -58,7 +60,7 @@ def strong_wolfe(at: At, start: Trial, t: Scalar, budget: int, longest: float) -
 
 
 def _bracket(at: At, start: Trial, t: Scalar, budget: int) -> tuple[Trial | Bracket, int]:
-    """Go farther until an interval holds a solution: that interval, or the solution itself."""
+    """Go farther until an interval holds a solution; return that interval, or the solution."""
     previous, trial = start, at(t)
     for used in range(budget):
         if _too_high(trial, start) or (used > 1 and number(trial.f) >= number(previous.f)):
@@ -96,7 +98,10 @@ def _zoom(
 
 
 def _check(trial: Trial) -> None:
-    """Raise where ``torch.optim.LBFGS`` fails with an IndexError: every comparison with NaN is false, and so none is refused."""
+    """Raise if the loss is NaN: every comparison with NaN is false, so none would refuse it.
+
+    ``torch.optim.LBFGS`` fails with an IndexError here.
+    """
     if math.isnan(number(trial.f)):
         raise InvalidInputError(
             f"LBFGS: the loss is NaN at the step length {number(trial.t):.3g}, while its slope "
@@ -110,17 +115,20 @@ def _lower(ends: list[Trial]) -> int:
 
 
 def _too_high(trial: Trial, start: Trial) -> bool:
-    """Whether the first condition, sufficient decrease, is violated."""
+    """True if the first condition, sufficient decrease, is violated."""
     return number(trial.f) > number(start.f + _DECREASE * trial.t * start.slope)
 
 
 def _level(trial: Trial, start: Trial) -> bool:
-    """Whether the second condition, on the slope, holds."""
+    """True if the second condition, on the slope, holds."""
     return abs(number(trial.slope)) <= -_CURVATURE * number(start.slope)
 
 
 def _inside(t: Scalar, one: Scalar, other: Scalar, stalled: bool) -> tuple[Scalar, bool]:
-    """``(t, whether it came close to an end)``: at an end, or twice close to one, a tenth of the interval is kept from it."""
+    """Return ``(t, close)``, where ``close`` says that t came close to an end.
+
+    At an end, or twice close to one, a tenth of the interval is kept from it.
+    """
     lower, upper = smaller(one, other), larger(one, other)
     margin = 0.1 * (upper - lower)
     to_upper, to_lower = number(upper) - number(t), number(t) - number(lower)
@@ -134,7 +142,9 @@ def _inside(t: Scalar, one: Scalar, other: Scalar, stalled: bool) -> tuple[Scala
 def _minimum_of_cubic(
     one: Trial, other: Trial, bounds: tuple[Scalar, Scalar] | None = None
 ) -> Scalar:
-    """Where the cubic polynomial through two values and slopes is least within bounds; their middle, if it has no minimum.
+    """Find the least value, within bounds, of the cubic through two values and slopes.
+
+    If that polynomial has no minimum, it is the middle of the bounds.
 
     With the inner slope s = f'₁ + f'₂ - 3 (f₁ - f₂) / (t₁ - t₂) and r = √(s² - f'₁ f'₂), for t₁ ≤
     t₂: t₂ - (t₂ - t₁) (f'₂ + r - s) / (f'₂ - f'₁ + 2 r).
@@ -157,7 +167,7 @@ def _minimum_of_cubic(
 
 
 def number(x: Any) -> float:
-    """A value by which something is decided."""
+    """Return the value by which something is decided."""
     if not isinstance(x, Tensor):
         return float(x)
     plain = torch_private.innermost(x.detach())
@@ -171,10 +181,10 @@ def number(x: Any) -> float:
 
 
 def smaller(a: Any, b: Any) -> Any:
-    """The smaller one of two scalars, with its derivative."""
+    """Return the smaller one of two scalars, with its derivative."""
     return b if number(b) < number(a) else a
 
 
 def larger(a: Any, b: Any) -> Any:
-    """The larger one of two scalars, with its derivative."""
+    """Return the larger one of two scalars, with its derivative."""
     return b if number(b) > number(a) else a

@@ -116,7 +116,7 @@ class FromTorch(Optimizer):
 
     @property
     def names(self) -> list[str]:
-        """The names of all parameters that these optimizers step, in order."""
+        """Return the names of all parameters that these optimizers step, in order."""
         return [name for ns in self._names or () for name in ns]
 
     def _groups(self) -> Iterable[dict[str, Any]]:
@@ -135,7 +135,7 @@ class FromTorch(Optimizer):
         return [names[id(p)] for p in group["params"]]
 
     def _resolved(self, params: Params) -> list[list[str]]:
-        """The names of each group's parameters."""
+        """Return the names of each group's parameters."""
         if self._names is None:
             groups = list(self._groups())
             identities = {id(p): name for name, p in params.items()}
@@ -160,7 +160,7 @@ class FromTorch(Optimizer):
         return self._names
 
     def _warm(self, rule: Rule, state: Any, tensors: Mapping[str, Tensor], params: Params) -> Any:
-        """``state`` with the torch optimizer's own state in it."""
+        """Put the torch optimizer's own state into ``state``."""
         tensors = _holding(rule, tensors)
         saved = {name: self._saved(p) for name, p in tensors.items()}
         if not any(saved.values()) or not tensors:
@@ -191,7 +191,7 @@ def from_torch(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> FromTorch:
-    """The rule, param groups, settings and current state of a ``torch.optim`` optimizer.
+    """Take over rule, param groups, settings and current state of a ``torch.optim`` optimizer.
 
     A learning rate that is a tensor stays that tensor: gradients flow to it. Settings are read now;
     later changes (a scheduler's, say) are seen by `innerloop.track` only. The state is read by each
@@ -234,7 +234,10 @@ def from_torch(
 
 
 def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
-    """The rule whose steps a class takes: its own, or its parent's as long as it does not override ``step``."""
+    """Find the rule whose steps a class takes.
+
+    It is the class's own, or its parent's as long as the class does not override ``step``.
+    """
     for ancestor in cls.__mro__:
         if ancestor in Rule.by_torch_class:
             return Rule.by_torch_class[ancestor]
@@ -244,7 +247,7 @@ def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
 
 
 def overrides_step(cls: type[torch.optim.Optimizer]) -> bool:
-    """Whether a class has a ``step`` of its own.
+    """True if a class has a ``step`` of its own.
 
     PyTorch gives it to the first class of a family that is instantiated: an inherited step with a
     profiler around it.
@@ -287,7 +290,10 @@ def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, An
 
 
 def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Whether the settings are as known; tensors are compared by identity, because a comparison would wait for the device."""
+    """True if the settings are as known.
+
+    Tensors are compared by identity, because a comparison of values would wait for the device.
+    """
     for key, value in group.items():
         if key not in _NAMES and value is not known.get(key, _NAMES):
             old = known.get(key)
@@ -303,19 +309,22 @@ def _has_tensor(value: Any) -> bool:
 
 
 def _holding(rule: Rule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters with which torch keeps the state of this rule."""
+    """Return the parameters with which torch keeps the state of this rule."""
     return dict(list(tensors.items())[: 1 if rule.torch_shares_state else None])
 
 
 def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int:
-    """The number of steps taken; a rule whose torch form keeps none has taken one as soon as it has any state."""
+    """Return the number of steps taken.
+
+    A rule whose torch form keeps none has taken one as soon as it has any state.
+    """
     if rule.torch_counts:
         return int(saved.get(rule.torch_count, 0))
     return int(any(saved.get(key) is not None for key in keys.values()))
 
 
 def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What torch keeps in ``state[p]`` for one parameter."""
+    """Return what torch keeps in ``state[p]`` for one parameter."""
     count = state.count[name] if isinstance(state.count, Mapping) else state.count
     if not count:
         return {}
@@ -337,7 +346,7 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
 
 
 def _export_shared(rule: Rule, state: Any) -> dict[str, Any]:
-    """What torch keeps in ``state[p]`` of the first parameter."""
+    """Return what torch keeps in ``state[p]`` of the first parameter."""
     exported = {rule.torch_count: state.count}
     for field in rule.slots():
         held = tree.map_tensors(lambda x: x.detach().clone(), getattr(state, field))
@@ -347,6 +356,6 @@ def _export_shared(rule: Rule, state: Any) -> dict[str, Any]:
 
 
 def _scalar(value: float, device: torch.device | str) -> Tensor:
-    """As torch keeps the numbers of its state."""
+    """Convert a number to the form in which torch keeps those of its state."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.tensor(float(value), dtype=dtype, device=device)

@@ -81,7 +81,10 @@ def supported(optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer) ->
 def supported(
     optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer | None = None,
 ) -> SupportedList | Support:
-    """The rules of ``torch.optim``, and the foreign classes that `adapt` has verified in this process; or one of them.
+    """List the optimizers that can be differentiated, or look one of them up.
+
+    The list holds the rules of ``torch.optim``, and the foreign classes that `adapt` has verified
+    in this process.
 
     The tests compare every rule, with every flag, with ``torch.optim`` and with finite differences
     of it; the table that the same comparison gives for other libraries is on the page "Which
@@ -130,7 +133,10 @@ def _of_rule(
     if rule is None:
         return None
     name = rule.called or rule.__name__.lower()
-    why = f"innerloop.optim.{name} is compared with {rule.torch_class.__name__} and its finite differences by the tests"
+    why = (
+        f"innerloop.optim.{name} is compared with {rule.torch_class.__name__} and its finite "
+        "differences by the tests"
+    )
     if isinstance(optimizer, type):
         return Support("rule", f"innerloop.optim.{name}(...)", why)
     from_torch(optimizer)  # raises if it cannot take these settings
@@ -152,7 +158,10 @@ def _of_adapt(
         except InnerLoopError:
             raise error from None
     written = f"innerloop.optim.{made!r}"
-    why = "its values equal those of the class itself, its gradient finite differences of the class, on a small smooth problem"
+    why = (
+        "its values equal those of the class itself, its gradient finite differences of the class, "
+        "on a small smooth problem"
+    )
     return Support(
         "adapt", f"{written[:-1]}, closure=True)" if made.needs_closure else written, why
     )

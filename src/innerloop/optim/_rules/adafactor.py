@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer & Stern, "Adaptive learning rates with sublinear memory cost", 2018), as ``torch.optim`` has it."""
+"""Adafactor (Shazeer & Stern, "Adaptive learning rates with sublinear memory cost", 2018)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from innerloop.optim._settings import check_nonnegative, is_active, numbers, req
 
 
 class AdafactorState(NamedTuple):
-    """Steps taken; mean squares by row and by column (of the last two axes), or by element for vectors."""
+    """Steps taken; mean squares by row and column (of the last two axes), or by element."""
 
     count: Any
     row_var: Any
@@ -27,7 +27,7 @@ class AdafactorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Adafactor(PerTensor):
-    r"""Adam's second moment from its row and column means; steps relative to the size of the parameter.
+    r"""Adam's second moment from its row and column means; steps relative to the parameter's size.
 
     .. math::
         R_t = R_{t-1} + t^\tau (\overline{g_t^2}^{\,\text{row}} - R_{t-1}), \quad
@@ -36,7 +36,8 @@ class Adafactor(PerTensor):
         U_t = \frac{g_t}{\sqrt{\max(\hat V_t, \epsilon_1^2)}},
 
     .. math::
-        \theta_t = (1 - \eta\lambda)\, \theta_{t-1} - \max(\epsilon_2, \mathrm{rms}(\theta_{t-1}))\, \min(\eta, 1/\sqrt t)\,
+        \theta_t = (1 - \eta\lambda)\, \theta_{t-1}
+        - \max(\epsilon_2, \mathrm{rms}(\theta_{t-1}))\, \min(\eta, 1/\sqrt t)\,
         \frac{U_t}{\max(1, \mathrm{rms}(U_t) / d)}.
 
     Each max and min is a kink, at which the derivative is that of one side: rms(U) = d (the
@@ -152,20 +153,23 @@ def _smaller(lr: Any, bound: Any) -> Any:
 
 
 def _moved(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
-    """The mean, moved towards ``new``."""
+    """Return the mean, moved towards ``new``."""
     if isinstance(weight, Tensor):
         return mean + weight * (new - mean)
     return torch.lerp(mean, new, weight)
 
 
 def _mean_square(x: Tensor, axis: int) -> Tensor:
-    """By way of the norm, as torch has it, whose derivative at 0 is not finite to every order."""
+    """Compute it from the norm, as torch does, with the derivatives of a plain mean.
+
+    Those of the norm are not finite at 0 to every order.
+    """
     value = torch.linalg.vector_norm(x, dim=axis, keepdim=True).square() / x.shape[axis]
     return with_derivative_of(value, (x * x).mean(dim=axis, keepdim=True))
 
 
 def _rms(x: Tensor) -> Tensor:
-    """Root mean square, as a scalar of double precision."""
+    """Compute the root mean square, as a scalar of double precision."""
     if x.numel() == 0:  # torch divides zero by zero; there is no element that could see it
         return precise(x.new_zeros(()), x)
     wide = x.float() if x.dtype.itemsize < 4 else x  # the square of 300 does not fit into float16

@@ -1,4 +1,4 @@
-"""Adagrad (Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning and stochastic optimization", 2011)."""
+"""Adagrad (Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning", 2011)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Adagrad(Elementwise):
 
     .. math::
         s_t = s_{t-1} + g_t^2, \qquad
-        \theta_t = \theta_{t-1} - \frac{\eta}{1 + (t - 1)\, \gamma}\, \frac{g_t}{\sqrt{s_t} + \epsilon}.
+        \theta_t = \theta_{t-1}
+        - \frac{\eta}{1 + (t - 1)\, \gamma}\, \frac{g_t}{\sqrt{s_t} + \epsilon}.
 
     The derivative of the root is taken as 0 where its argument is 0.
 

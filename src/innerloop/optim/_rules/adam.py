@@ -1,4 +1,4 @@
-"""Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW's decoupled weight decay (Loshchilov & Hutter 2019)."""
+"""Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018), AdamW (Loshchilov & Hutter 2019)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Adam(Elementwise):
     .. math::
         m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad
         v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
-        \theta_t = \theta_{t-1} - \eta\, \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
+        \theta_t = \theta_{t-1}
+        - \eta\, \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
 
     The derivative of :math:`\sqrt{v}` is taken as 0 at :math:`v = 0`, so that a parameter whose
     gradient was always exactly 0 (a dead ReLU, an unused input) has a finite meta-gradient; the

@@ -1,4 +1,4 @@
-"""Adamax (Kingma & Ba 2015, section 7.1): Adam with the largest gradient in place of the mean square."""
+"""Adamax (Kingma & Ba 2015, section 7.1): the largest gradient in place of the mean square."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from innerloop.optim._rules.adam import Adam
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AdamW(Adam):
-    r"""`Adam` with ``decoupled_weight_decay``: :math:`\theta` is multiplied by :math:`1 - \eta\lambda` before the step.
+    r"""`Adam` whose weight decay multiplies :math:`\theta` by :math:`1 - \eta\lambda` first.
 
     Args, state and derivatives as for `Adam`; only the defaults differ, as in ``torch.optim``.
 

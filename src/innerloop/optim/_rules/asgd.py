@@ -1,4 +1,4 @@
-"""Averaged stochastic gradient descent (Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992)."""
+"""Averaged stochastic gradient descent (Polyak & Juditsky 1992)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class ASGDState(NamedTuple):
-    """Steps taken, the average of the parameters, and the step size and weight of the next step (one number per parameter)."""
+    """Steps taken, the average of the parameters, and the next step's size and weight.
+
+    Size and weight are one number per parameter.
+    """
 
     count: Any
     ax: Any
@@ -26,7 +29,7 @@ class ASGDState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ASGD(Elementwise):
-    r"""Gradient descent with a decaying step size; the average of the parameters is kept in the state.
+    r"""Gradient descent with a decaying step size; the state keeps the average of the parameters.
 
     .. math::
         \theta_t = (1 - \lambda \eta_{t-1})\, \theta_{t-1} - \eta_{t-1} g_t, \quad
@@ -107,14 +110,14 @@ class ASGD(Elementwise):
 
 
 def _first(count: Any, first: Any, later: Any) -> Any:
-    """The step size of the first step is lr itself."""
+    """Return lr itself as the step size of the first step."""
     if isinstance(count, Tensor):
         return torch.where(count == 1, first, later)
     return first if count == 1 else later
 
 
 def _averaged(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
-    """At weight 1 the new one itself, to the last bit."""
+    """Average; at weight 1 the result is the new one itself, to the last bit."""
     moved = mean + (new - mean) * weight
     if isinstance(weight, Tensor):
         return torch.where(weight == 1, new, moved)
@@ -122,7 +125,7 @@ def _averaged(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
 
 
 def _weight(age: Any) -> Any:
-    """1 / max(1, age)."""
+    """Compute 1 / max(1, age)."""
     return 1 / age.clamp_min(1) if isinstance(age, Tensor) else 1 / max(1.0, age)
 
 

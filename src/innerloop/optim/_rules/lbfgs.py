@@ -25,7 +25,9 @@ _CURVED = 1e-10
 
 
 class LBFGSState(NamedTuple):
-    """Iterations taken, evaluations of the loss, and what the last iteration left: named as in ``torch.optim``.
+    """Iterations taken, evaluations of the loss, and what the last iteration left.
+
+    The fields are named as in ``torch.optim``.
 
     All vectors are flat: the parameters in their order, one behind the other.
     """
@@ -44,14 +46,16 @@ class LBFGSState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LBFGS(Rule):
-    r"""Limited-memory BFGS: several quasi-Newton iterations a step, each of which evaluates the loss again.
+    r"""Limited-memory BFGS: several quasi-Newton iterations a step, each evaluating the loss.
 
     .. math::
-        d_k = -H_k g_k, \qquad \theta_{k+1} = \theta_k + t_k d_k, \qquad s_k = t_k d_k, \qquad y_k = g_{k+1} - g_k,
+        d_k = -H_k g_k, \qquad \theta_{k+1} = \theta_k + t_k d_k, \qquad
+        s_k = t_k d_k, \qquad y_k = g_{k+1} - g_k,
 
     where :math:`H_k` is :math:`\frac{y^\top s}{y^\top y} I` (the newest pair), updated by the last
     ``history_size`` pairs
-    :math:`(s_i, y_i)` with :math:`y_i^\top s_i > 10^{-10}` as in BFGS; :math:`H_k g_k` takes two loops over the pairs (Liu & Nocedal,
+    :math:`(s_i, y_i)` with :math:`y_i^\top s_i > 10^{-10}` as in BFGS; :math:`H_k g_k` takes two
+    loops over the pairs (Liu & Nocedal,
     "On the limited memory BFGS method for large scale optimization", 1989). :math:`t_k` is the
     learning rate (at the very first iteration :math:`\eta \min(1, 1 / \lVert g \rVert_1)`), or with
     ``"strong_wolfe"`` what a line search from there finds.
@@ -136,7 +140,7 @@ class LBFGS(Rule):
 
     @property
     def evaluations(self) -> int:
-        """``max_eval`` as a number."""
+        """Return ``max_eval`` as a number."""
         assert self.max_eval is not None
         return self.max_eval
 
@@ -176,7 +180,10 @@ class LBFGS(Rule):
         hyper: Mapping[str, Any] | None = None,
         value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], LBFGSState]:
-        """One step: up to ``max_iter`` iterations; ``grads`` is the gradient at ``params``. See `Optimizer.update`."""
+        """Take up to ``max_iter`` iterations; ``grads`` is the gradient at ``params``.
+
+        See `Optimizer.update`.
+        """
         if value_and_grad is None:
             raise InvalidInputError(
                 f"{self!r} evaluates the loss several times a step: write it with "
@@ -209,7 +216,7 @@ class LBFGS(Rule):
         lr: Scalar,
         value_and_grad: ValueAndGrad,
     ) -> tuple[dict[str, Tensor], LBFGSState]:
-        """``(new_params, new_state)``."""
+        """Return ``(new_params, new_state)``."""
 
         def evaluate(x: Params) -> tuple[Tensor, Flat]:
             loss, grads = value_and_grad(x)
@@ -256,7 +263,7 @@ lbfgs = LBFGS
 def _searched(
     evaluate: Any, x: Params, state: LBFGSState, start: Trial, budget: int
 ) -> tuple[Any, Trial, int]:
-    """``(new_params, the trial there, evaluations)``: the line search along the state's direction."""
+    """Search along the state's direction; return ``(new_params, trial, evaluations)``."""
 
     def at(t: Scalar) -> Trial:
         f, g = evaluate(moved(x, t, state.d))
@@ -267,7 +274,7 @@ def _searched(
 
 
 def _next_direction(state: LBFGSState, gradient: Flat, history_size: int) -> LBFGSState:
-    """The state at the start of an iteration: one more pair, perhaps, and the new direction."""
+    """Return the state at the start of an iteration: perhaps one more pair, a new direction."""
     if state.count == 0:
         return state._replace(count=1, d=-gradient, old_dirs=(), old_stps=(), ro=(), H_diag=1)
     y, s = gradient - state.prev_flat_grad, state.d * state.t
@@ -280,7 +287,7 @@ def _next_direction(state: LBFGSState, gradient: Flat, history_size: int) -> LBF
 
 
 def _minus_inverse_hessian(state: LBFGSState, gradient: Flat) -> Flat:
-    """-H g by the two loops over the pairs, from the newest to the oldest and back."""
+    """Compute -H g by the two loops over the pairs, from the newest to the oldest and back."""
     pairs = list(zip(state.old_dirs, state.old_stps, state.ro, strict=True))
     q, alphas = -gradient, []
     for y, s, rho in reversed(pairs):
@@ -293,7 +300,10 @@ def _minus_inverse_hessian(state: LBFGSState, gradient: Flat) -> Flat:
 
 
 def flat(grads: Grads, params: Params) -> Flat:
-    """All gradients in one vector; one that is None is zero, a complex one has its real and imaginary parts side by side."""
+    """Join all gradients to one vector.
+
+    A gradient that is None is zero; a complex one has its real and imaginary parts side by side.
+    """
     return torch.cat(
         [
             _real(torch.zeros_like(p) if (g := grads.get(n)) is None else g)
@@ -308,7 +318,7 @@ def _real(g: Tensor) -> Flat:
 
 
 def moved(params: Params, t: Scalar, d: Flat) -> dict[str, Tensor]:
-    """θ + t d."""
+    """Compute θ + t d."""
     pieces = d.split([p.numel() * (2 if p.is_complex() else 1) for p in params.values()])
     return {
         n: _plus(p, _like(piece, p), t).to(p.dtype)
@@ -317,7 +327,10 @@ def moved(params: Params, t: Scalar, d: Flat) -> dict[str, Tensor]:
 
 
 def _plus(x: Tensor, y: Tensor, a: Scalar) -> Tensor:
-    """The sum x + a y by the kernel of ``torch.optim``: a line search magnifies the last bit. The derivative in a is that of a term 0."""
+    """Compute x + a y by the kernel of ``torch.optim``: a line search magnifies the last bit.
+
+    The derivative in a is that of a term 0.
+    """
     total = torch.add(x, y, alpha=number(a))
     return (
         total + (a - a.detach()) * y
@@ -335,5 +348,5 @@ def _like(piece: Flat, p: Tensor) -> Tensor:
 
 
 def largest(x: Flat) -> float:
-    """The largest absolute value, for a decision; of nothing, 0."""
+    """Return the largest absolute value, for a decision; of nothing, 0."""
     return number(x.abs().max()) if x.numel() else 0.0

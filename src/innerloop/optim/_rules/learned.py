@@ -21,9 +21,11 @@ class LearnedState(NamedTuple):
 
 
 class Learned(Optimizer):
-    r"""An optimizer that you write, or train: any function with weights :math:`\phi`, applied to each parameter.
+    r"""An optimizer that you write, or train: a function with weights :math:`\phi`, per parameter.
 
-    .. math:: (\Delta_t, s_t) = f_\phi(g_t, \theta_{t-1}, s_{t-1}), \qquad \theta_t = \theta_{t-1} + \Delta_t
+    .. math::
+        (\Delta_t, s_t) = f_\phi(g_t, \theta_{t-1}, s_{t-1}), \qquad
+        \theta_t = \theta_{t-1} + \Delta_t
 
     (Andrychowicz et al., "Learning to learn by gradient descent by gradient descent", 2016). ``fn``
     is free to build features (momenta at several time scales, say) and to hand them to a network

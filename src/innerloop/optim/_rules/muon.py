@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024; learning rates as in Liu et al. 2025)."""
+"""Muon: momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024; Liu et al. 2025)."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Muon(PerTensor):
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[Any, Any, Any], eps: Any, steps: int) -> Tensor:
-    """The orthogonal factor of a matrix, nearly: its singular values brought close to 1."""
+    """Compute nearly the orthogonal factor of a matrix: bring its singular values close to 1."""
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -166,7 +166,7 @@ def newton_schulz(x: Tensor, coefficients: tuple[Any, Any, Any], eps: Any, steps
 
 
 def _polynomial(constant: Tensor, left: Tensor, right: Tensor, beta: Any, alpha: Any) -> Tensor:
-    """The polynomial β · constant + α · left @ right."""
+    """Compute the polynomial β · constant + α · left @ right."""
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
         return beta * constant + alpha * (left @ right)
     return torch.addmm(constant, left, right, beta=beta, alpha=alpha)

@@ -23,7 +23,7 @@ from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
 class NAdamState(NamedTuple):
-    """Steps taken, first and second moments, and the product of all momenta so far (one number per parameter)."""
+    """Steps taken, both moments, and the product of all momenta so far (one per parameter)."""
 
     count: Any
     mu: Any
@@ -37,7 +37,8 @@ class NAdam(Elementwise):
 
     .. math::
         \mu_t = \beta_1 \bigl(1 - \tfrac12 \cdot 0.96^{t \psi}\bigr), \quad
-        \hat m_t = \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i} + \frac{(1 - \mu_t)\, g_t}{1 - \prod_{i \le t} \mu_i}, \quad
+        \hat m_t = \frac{\mu_{t+1}\, m_t}{1 - \prod_{i \le t+1} \mu_i}
+        + \frac{(1 - \mu_t)\, g_t}{1 - \prod_{i \le t} \mu_i}, \quad
         \theta_t = \theta_{t-1} - \eta\, \frac{\hat m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon},
 
     with :math:`m_t` and :math:`v_t` as in `Adam`. The derivative of the root is taken as 0 where
@@ -138,7 +139,7 @@ class NAdam(Elementwise):
 
 
 def _momentum(beta1: Any, decay: Any, count: Any, like: Tensor) -> Any:
-    """μ of the step ``count``."""
+    """Compute μ of the step ``count``."""
     beta1, decay, count = (precise(value, like) for value in (beta1, decay, count))
     return beta1 * (1.0 - 0.5 * (0.96 ** (count * decay)))
 

@@ -37,11 +37,13 @@ class RAdam(Elementwise):
     .. math::
         \rho_\infty = \frac{2}{1 - \beta_2} - 1, \quad
         \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \quad
-        r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}},
+        r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
+        {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}},
 
     .. math::
         \theta_t = \theta_{t-1} - \eta\, \hat m_t \cdot
-        \begin{cases} r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else} \end{cases}
+        \begin{cases} r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
+        1 & \text{else} \end{cases}
 
     The derivative of :math:`\sqrt{v}` is taken as 0 at :math:`v = 0`.
 
@@ -135,7 +137,10 @@ class RAdam(Elementwise):
 
 
 def _rectified(beta2: Any, correction: Any, count: Any) -> Any:
-    """r², or 0 where the second moment is not used yet; a number if both are."""
+    """Compute r², or 0 where the second moment is not used yet.
+
+    The result is a number if both arguments are.
+    """
     infinity = 2 / (1 - beta2) - 1
     numbers_only = isinstance(beta2, (int, float)) and isinstance(count, int)
     power = beta2 ** float(count) if numbers_only else 1 - correction

@@ -1,4 +1,4 @@
-"""RMSprop (Tieleman & Hinton, lecture 6.5, 2012), centered as in Graves ("Generating sequences with recurrent neural networks", 2013)."""
+"""RMSprop (Tieleman & Hinton, lecture 6.5, 2012), centered as in Graves (2013)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class RMSpropState(NamedTuple):
-    """Steps taken, the averages of squares and (``centered``) of gradients, and the momentum buffer."""
+    """Steps taken, averages of squares and (``centered``) of gradients, the momentum buffer."""
 
     count: Any
     square_avg: Any

@@ -1,4 +1,4 @@
-"""Resilient backpropagation (Riedmiller & Braun, "A direct adaptive method for faster backpropagation learning", 1993)."""
+"""Resilient backpropagation (Riedmiller & Braun 1993)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from innerloop.optim._settings import check_nonnegative, numbers, require
 
 
 class RpropState(NamedTuple):
-    """Steps taken, the last gradient (0 where the sign changed), and the step size of each element."""
+    """Steps taken, the last gradient (0 where its sign changed), each element's step size."""
 
     count: Any
     prev: Any
@@ -28,7 +28,8 @@ class Rprop(Elementwise):
     r"""Steps of adapted size along the sign of the gradient.
 
     .. math::
-        s_t = \mathrm{clip}\bigl(s_{t-1} \cdot \{\eta^+ \text{ if } g_t g_{t-1} > 0,\ \eta^- \text{ if } < 0,\ 1 \text{ else}\}\bigr),
+        s_t = \mathrm{clip}\bigl(s_{t-1} \cdot \{\eta^+ \text{ if } g_t g_{t-1} > 0,\
+        \eta^- \text{ if } < 0,\ 1 \text{ else}\}\bigr),
         \qquad \theta_t = \theta_{t-1} - s_t\, \mathrm{sign}(g_t),
 
     where :math:`g_t` is set to 0 if the sign has changed. The parameters depend on the gradients

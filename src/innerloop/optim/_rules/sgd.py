@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum (Polyak 1964; Nesterov's form as in Sutskever et al. 2013)."""
+"""Stochastic gradient descent with momentum (Polyak 1964; Nesterov's as in Sutskever 2013)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SGDState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class SGD(Elementwise):
-    r"""Gradient descent with weight decay :math:`\lambda`, momentum :math:`\mu` and dampening :math:`\tau`.
+    r"""Gradient descent with weight decay :math:`\lambda`, momentum :math:`\mu` and dampening.
 
     .. math::
         g_t = \nabla L(\theta_{t-1}) + \lambda \theta_{t-1}, \qquad
@@ -132,7 +132,7 @@ class SGD(Elementwise):
         return torch_private.add_lists(params, grads, -hyper["lr"]), state
 
     def _buffer(self, grad: Tensor, state: SGDState, momentum: Any, weight: Any) -> Tensor:
-        """b_t; the first one is the gradient itself, undampened."""
+        """Compute b_t; the first one is the gradient itself, undampened."""
         old = state.momentum_buffer
         if old is None or (isinstance(state.count, int) and state.count == 1):
             return grad

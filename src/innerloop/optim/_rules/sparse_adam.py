@@ -1,4 +1,7 @@
-"""SparseAdam: Adam that touches only the entries for which there is a gradient, as ``nn.Embedding(sparse=True)`` gives it."""
+"""SparseAdam: Adam on those entries only for which there is a gradient.
+
+``nn.Embedding(sparse=True)`` gives such gradients.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class SparseAdam(PerTensor):
     .. math::
         m_t = m_{t-1} + (1 - \beta_1) (g_t - m_{t-1}), \quad
         v_t = v_{t-1} + (1 - \beta_2) (g_t^2 - v_{t-1}), \quad
-        \theta_t = \theta_{t-1} - \eta\, \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon}.
+        \theta_t = \theta_{t-1}
+        - \eta\, \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon}.
 
     Gradients must be sparse COO tensors; they keep their graph, so that meta-gradients pass
     through. The derivative of the root is taken as 0 where its argument is 0.

@@ -15,7 +15,7 @@ from innerloop.optim._transforms.base import Transform
 
 
 class AccumulateState(NamedTuple):
-    """Gradients since the last step of the rule: how many, their sum, and which parameters have had any."""
+    """Gradients since the rule's last step: how many, their sum, and who has had any."""
 
     count: Any
     total: dict[str, Tensor]
@@ -26,7 +26,9 @@ class AccumulateState(NamedTuple):
 class Accumulate(Transform):
     r"""Hand on the mean of every ``every`` gradients, and nothing in between.
 
-    .. math:: g_t' = \frac{1}{k} \sum_{i=0}^{k-1} g_{t-i} \quad \text{if } k \text{ divides } t, \text{ else None}
+    .. math::
+        g_t' = \frac{1}{k} \sum_{i=0}^{k-1} g_{t-i} \quad
+        \text{if } k \text{ divides } t, \text{ else None}
 
     Between, the rule is handed None for every parameter, so parameters and its state stay as they
     are. What stands before it in the chain sees every gradient, what stands after it the means. A

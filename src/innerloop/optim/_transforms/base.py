@@ -1,6 +1,8 @@
 r"""Pure functions on gradients, chained in front of an update rule.
 
-.. math:: (g', s') = \tau(g, s, \theta, \lambda), \qquad (\theta', r') = u(\tau_n \circ \dots \circ \tau_1 (g), r, \theta)
+.. math::
+    (g', s') = \tau(g, s, \theta, \lambda), \qquad
+    (\theta', r') = u(\tau_n \circ \dots \circ \tau_1 (g), r, \theta)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from innerloop.optim._settings import numbers, require
 
 
 class Transform(abc.ABC):
-    """A pure pair on gradients, ``init(params) -> state`` and ``apply(grads, state, params, hyper) -> (grads, state)``.
+    """A pair ``init(params) -> state``, ``apply(grads, state, params, hyper) -> (grads, state)``.
 
     A subclass is a frozen dataclass, in lower case the function to write. A gradient that is None
     stays None: such a parameter is skipped by whatever comes after.
@@ -32,14 +34,14 @@ class Transform(abc.ABC):
     """The real-valued arguments, each replaceable by a tensor."""
 
     def init(self, params: Params) -> Any:
-        """The state before the first step: a pytree of tensors and numbers."""
+        """Return the state before the first step: a pytree of tensors and numbers."""
         return ()
 
     @abc.abstractmethod
     def apply(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor | None], Any]:
-        """One step: ``(new_grads, new_state)``.
+        """Take one step: return ``(new_grads, new_state)``.
 
         Args:
             grads: a gradient, or None, for each of ``params``.
@@ -63,7 +65,7 @@ class Transform(abc.ABC):
                 )
 
     def resolve(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The hyper-parameters, those of the constructor replaced by ``overrides``."""
+        """Return the hyper-parameters, those of the constructor replaced by ``overrides``."""
         values = {key: getattr(self, key) for key in self.hyper_names} | dict(overrides or {})
         if overrides and mode() is not Mode.COMPILING:
             self.validate(values)
@@ -83,17 +85,17 @@ class Transform(abc.ABC):
 
 
 def each(grads: Grads, fn: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor | None]:
-    """``fn(name, gradient)`` for each gradient that there is, in the dtype of the gradient."""
+    """Apply ``fn(name, gradient)`` to each gradient that there is, and keep its dtype."""
     return {name: None if g is None else cast_like(fn(name, g), g) for name, g in grads.items()}
 
 
 def cast_like(result: Tensor, g: Tensor) -> Tensor:
-    """A 0-dim tensor of another dtype does not change that of a product, but does inside vmap."""
+    """Cast a 0-dim tensor: inside vmap, unlike outside, it would change the dtype of a product."""
     return result if result.dtype == g.dtype else result.to(g.dtype)
 
 
 def one_value(value: Any, what: str) -> Scalar:
-    """A hyper-parameter that all parameters share."""
+    """Return a hyper-parameter that all parameters share."""
     if isinstance(value, Mapping):
         raise InvalidInputError(
             f"{what} is given per parameter, but all share it: write one number or a 0-dim tensor"
@@ -106,7 +108,7 @@ def one_value(value: Any, what: str) -> Scalar:
 
 
 def value_of(value: Any, what: str, name: str, like: Tensor | None = None) -> Scalar:
-    """The hyper-parameter of one parameter; of its shape, if ``like`` says which that is."""
+    """Return the hyper-parameter of one parameter; of its shape, if ``like`` says which that is."""
     if not isinstance(value, Mapping):
         if isinstance(value, Tensor) and value.numel() != 1:
             raise InvalidInputError(

@@ -180,7 +180,9 @@ clip_by_value = ClipByValue
 
 
 def norm(tensors: Sequence[Tensor], p: float = 2.0) -> Tensor:
-    r"""The joint norm :math:`(\sum_i |x_i|^p)^{1/p}` of all entries, with derivative 0 instead of NaN where all of them are 0.
+    r"""Compute the joint norm :math:`(\sum_i |x_i|^p)^{1/p}` of all entries.
+
+    Its derivative is 0, not NaN, where all of them are 0.
 
     Not from the norms of the single tensors, as torch computes it: the derivative of *those* is
     lost for a tensor that is exactly zero beside others (behind a layer that starts at zero, say),

@@ -1,4 +1,4 @@
-r"""Gradient noise, of random numbers by arithmetic: a function of a seed, a step and a place, with no state to rewind.
+r"""Gradient noise by arithmetic: a function of seed, step and place, with no state to rewind.
 
 A hash :math:`h` of 32 bits makes uniform numbers out of integers, and Box & Muller ("A note on the
 generation of random normal deviates", 1958) normal ones out of these:
@@ -134,7 +134,9 @@ add_noise = AddNoise
 
 
 def standard_normal(like: Tensor, seed: int | Tensor, count: Any, place: int) -> Tensor:
-    """Normal numbers of the shape, dtype and device of ``like``; complex ones with independent real and imaginary parts.
+    """Return normal numbers of the shape, dtype and device of ``like``.
+
+    Complex ones have independent real and imaginary parts.
 
     Args:
         like: says shape, dtype, device.
@@ -161,7 +163,7 @@ def _normal(first: Int[Tensor, "*n"], second: Int[Tensor, "*n"]) -> Float[Tensor
 
 
 def _integer(value: Any, like: Tensor) -> Int[Tensor, ""]:
-    """32 bits of an integer, on the device; both halves of a longer one count."""
+    """Return 32 bits of an integer, on the device; both halves of a longer one count."""
     if isinstance(value, Tensor):
         wide = value.to(device=like.device, dtype=torch.int64)
     else:
@@ -172,13 +174,16 @@ def _integer(value: Any, like: Tensor) -> Int[Tensor, ""]:
 
 
 def _mixed(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
-    """A bijection of 32-bit numbers that spreads every bit over all others."""
+    """Spread every bit of 32-bit numbers over all others (a bijection)."""
     x = _times(x ^ (x >> 16), 0x85EBCA6B)
     x = _times(x ^ (x >> 13), 0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _times(x: Int[Tensor, "*n"], factor: int) -> Int[Tensor, "*n"]:
-    """The low 32 bits of a product; by halves, because signed 64-bit numbers may not overflow."""
+    """Return the low 32 bits of a product.
+
+    It multiplies by halves, because signed 64-bit numbers may not overflow.
+    """
     low, high = (x & 0xFFFF) * factor, ((x >> 16) * factor) & 0xFFFF
     return (low + (high << 16)) & _LOW
