@@ -229,7 +229,8 @@ def mention_other_names(
 ) -> None:
     """Close the description of an object with its other names."""
     if OTHERS.get(name):
-        lines += ["", "Also " + ", ".join(f"``{other}``" for other in OTHERS[name]) + ".", ""]
+        others = ", ".join(f"``{other}``" for other in OTHERS[name])
+        lines += ["", f"Other names: {others}.", ""]
 
 
 def lead_other_names_there(app: Sphinx, env: BuildEnvironment) -> list[str]:
