@@ -211,8 +211,8 @@ influence(rate=2.8)
 # %% [markdown]
 # The picture shows the same. On the left, in blue, the map $\partial\theta_k/\partial\theta_0$
 # squeezes a disc of starts around $\theta_0$ across the valley and stretches it along the valley.
-# In orange, from another start, the steps are too large. On the right you see how much a nudge at step
-# $t$ still matters at the end.
+# In orange, from another start, the steps are too large. On the right you see how much a nudge at
+# step $t$ still matters at the end.
 
 # %%
 result = walkthrough.run()
