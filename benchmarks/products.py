@@ -40,7 +40,7 @@ def measure(repeats: int = 15) -> list[Product]:
 
 def _measure(name: str, device: str, repeats: int) -> Product:
     from innerloop._utils import tree
-    from innerloop.strategy._engine.step_pullback import Outgoing, Step, pull, state_of
+    from innerloop.strategy._engine.step_pullback import OutputCotangents, Step, pull, state_of
 
     problem, _, model = problem_of(WORKLOADS[name])
     params = {n: p.detach().to(device) for n, p in model.named_parameters()}
@@ -51,7 +51,7 @@ def _measure(name: str, device: str, repeats: int) -> Product:
     cotangents: list[Any] = [
         torch.ones_like(x) if tree.differentiable(x) else None for x in tree.leaves(state_of(carry))
     ]
-    given = Outgoing(cotangents, None, [None])
+    given = OutputCotangents(cotangents, None, [None])
     clock = time.perf_counter if device == "cuda" else time.process_time
 
     def timed(run: Any) -> float:

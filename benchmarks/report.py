@@ -18,6 +18,7 @@ from benchmarks.products import PRODUCTS, Product
 from benchmarks.results import Result, Row, ratio
 from benchmarks.spread import Spread
 from benchmarks.updates import Update
+from innerloop._utils import text_table
 
 
 def workload_section(result: Result) -> str:
@@ -298,14 +299,5 @@ def _digits(value: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads in a terminal."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
+    """Lay out a Markdown table, padded so that it also reads in a terminal."""
+    return text_table.table(rows, header=head, markdown=True)

@@ -231,7 +231,10 @@ def run_split(args: Args, number: int) -> dict[str, Tensor]:
     tasks = sample(
         split.test, args.test_tasks, args, torch.Generator().manual_seed(args.seed + 1000 + number)
     )
-    with tqdm(total=args.iterations, desc=f"split {number}: meta-learning", unit="step") as bar:
+    # disable=None: no bar where standard error is not a terminal, so that a log stays readable.
+    with tqdm(
+        total=args.iterations, desc=f"split {number}: meta-learning", unit="step", disable=None
+    ) as bar:
         learned = learner.accuracy(*meta_learn(learner, split, bar), tasks)
         bar.set_description(f"split {number}: baselines")
         pretrained = baseline(learner, pretrain(args, split), tasks)

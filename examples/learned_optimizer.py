@@ -306,7 +306,10 @@ class Result(NamedTuple):
 def run_family(args: Args, name: str) -> Result:
     began = time.perf_counter()
     family = quadratics() if name == "quadratics" else digits(max(args.steps, args.test_steps))
-    with tqdm(total=args.iterations, desc=f"{name}: meta-training", unit="step") as bar:
+    # disable=None: no bar where standard error is not a terminal, so that a log stays readable.
+    with tqdm(
+        total=args.iterations, desc=f"{name}: meta-training", unit="step", disable=None
+    ) as bar:
         weights = meta_train(args, family, bar)
     training = family.sample(args.tuning_tasks, False, torch.Generator().manual_seed(args.seed + 1))
     testing = family.sample(args.test_tasks, True, torch.Generator().manual_seed(args.seed + 2))

@@ -69,6 +69,13 @@ def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_from_other_tests() -> None:
+    from innerloop._utils import caches  # not before the hook is installed
+
+    caches.clear()
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """``torch.optim`` keeps some of its scalars in the default dtype: parity is measured in

@@ -79,3 +79,21 @@ def adapted(model: TwoLayers, optimizer: Any, **arguments: Any) -> Tensor:
         for t in range(STEPS):
             loop.step(regression(loop.model, t))
         return regression(loop.model, STEPS)
+
+
+def looked_up(weight: Tensor, t: int) -> Tensor:
+    """A loss through an embedding with sparse gradients; one of five rows is never looked up."""
+    rows = torch.tensor([[0, 1], [1, 3], [2, 2]])[t % 3]
+    found = torch.nn.functional.embedding(rows, weight, sparse=True)
+    return (found + 0.1 * t).sin().sum() + 0.3 * found.square().sum()
+
+
+def after_sparse_steps(make: Callable[[Any], torch.optim.Optimizer], start: Tensor) -> float:
+    """The outer loss after three steps of a torch optimizer that is given sparse gradients."""
+    weight = nn.Parameter(start.clone())
+    optimizer = make([weight])
+    for t in range(3):
+        optimizer.zero_grad()
+        looked_up(weight, t).backward()
+        optimizer.step()
+    return looked_up(weight, 1).item()

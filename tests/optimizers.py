@@ -515,3 +515,45 @@ def gentle(
         name: size * (1e-3 if name in BENDING else 1)
         for name, size in zip(names, sizes, strict=False)
     }
+
+
+def a_class(step: Callable[[Any, Any], Any], prepare: Callable[[Any], Any] | None = None) -> Any:
+    """A new optimizer class whose step is a function of itself and of its parameters."""
+
+    class Written(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: Any = 0.1, **settings: Any) -> None:
+            super().__init__(params, {"lr": lr})
+            self.settings = settings
+            if prepare is not None:
+                prepare(self)
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            step(self, self.param_groups[0]["params"])
+
+    return Written
+
+
+def descend(self: Any, params: Any) -> None:
+    for p in params:
+        p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+
+def _leaf() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(2))
+
+
+MADE: dict[str, Callable[[], Any]] = {
+    "sgd": lambda: innerloop.optim.sgd(momentum=0.9),
+    "muon": lambda: innerloop.optim.muon(),
+    "groups": lambda: innerloop.optim.groups({"*": innerloop.optim.sgd(momentum=0.9)}),
+    "from_torch": lambda: innerloop.optim.from_torch(
+        torch.optim.SGD([_leaf()], lr=0.1, momentum=0.9)
+    ),
+    "chain": lambda: innerloop.optim.chain(innerloop.optim.accumulate(2), innerloop.optim.sgd()),
+    "in_float32": lambda: innerloop.optim.in_float32(innerloop.optim.sgd(momentum=0.9)),
+    "learned": lambda: innerloop.optim.learned(
+        lambda grad, param, state, weights: (-grad, state), {}
+    ),
+    "adapt": lambda: innerloop.optim.adapt(a_class(descend)),
+}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +37,33 @@ class Enrolled:
     lacks: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class HandWritten(Strategy):
+    """A strategy as a user would write it, of public names only: autograd keeps everything."""
+
+    exact = True
+    differentiates: ClassVar = frozenset({"params", "hyper"})
+
+    def run(self, loop: innerloop.strategy.Loop) -> innerloop.Trajectory:
+        carry, losses, aux = loop.start, [], []
+        states = {0: carry}
+        for t in loop.batches.times():
+            carry, *rest = loop.step(carry, loop.batch(carry, t), t)
+            for kept, value in zip((losses, aux), rest, strict=True):
+                kept.append(value)
+            if t + 1 in loop.save_at:
+                states[t + 1] = carry
+        states[len(losses)] = carry
+        if not losses:
+            return innerloop.Trajectory(states, torch.zeros(0), None, 0)
+        stacked = torch.utils._pytree.tree_map(_stacked, *aux)
+        return innerloop.Trajectory(states, torch.stack(losses), stacked, len(losses))
+
+
+def _stacked(*values: Any) -> Tensor | None:
+    return None if values[0] is None else torch.stack([torch.as_tensor(v) for v in values])
+
+
 REPLAY = frozenset({"every time", "compile"})
 STRATEGIES = (
     Enrolled(innerloop.StoreAll()),
@@ -48,6 +75,7 @@ STRATEGIES = (
     Enrolled(innerloop.ForwardMode(), REPLAY | {"params"}),
     Enrolled(innerloop.Truncated(2), REPLAY | {"params"}),
     Enrolled(innerloop.FirstOrder(), REPLAY),
+    Enrolled(HandWritten(), REPLAY),
 )
 
 

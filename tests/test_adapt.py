@@ -4,7 +4,7 @@ the refusals."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError
 from innerloop.optim import adapt
+from tests.optimizers import a_class, descend
 from tests.oracles import (
     Params,
     Task,
@@ -594,3 +595,146 @@ def test_track_takes_an_adapted_class():
         found.append(torch.autograd.grad(outer, list(model.parameters())))
     assert not torch.equal(found[0][0], found[1][0])  # sin(g) is not g
     assert all(g.isfinite().all() for g in found[0])
+
+
+class _ThreeTenths(torch.autograd.Function):
+    """A value with a wrong derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 0.3 * grad
+
+
+class _Shown:
+    """Two of these look alike and do different things."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __repr__(self) -> str:
+        return "f"
+
+
+def test_settings_that_look_alike_are_verified_each():
+    cls = a_class(
+        lambda self, params: [p.sub_(0.1 * self.settings["f"].function(p.grad)) for p in params]
+    )
+    adapt(cls, f=_Shown(torch.clone))
+    with pytest.raises(NotDifferentiableError, match="finite differences"):
+        adapt(cls, f=_Shown(_ThreeTenths.apply))
+
+
+def test_a_step_that_changes_what_is_not_its_state_is_refused():
+    """From the third call on it is another step; where steps are replayed, or compared, the calls
+    are not counted back."""
+
+    def count(self: Any) -> None:
+        calls: list[int] = []
+
+        def factor() -> float:
+            calls.append(1)
+            return 1.0 if len(calls) < 3 else 0.5
+
+        self.factor = factor
+
+    def step(self: Any, params: Any) -> None:
+        factor = self.factor()
+        for p in params:
+            p.sub_(0.1 * factor * p.grad)
+
+    with pytest.raises(NotDifferentiableError, match="the second time"):
+        adapt(a_class(step, count))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_class_is_verified_under_any_mode_of_the_user(mode: Any):
+    with mode():
+        optimizer = adapt(a_class(descend))
+        params = {"p": torch.ones(3, 2, 2)}
+        new, _ = optimizer.update(params, optimizer.init(params), params)
+    torch.testing.assert_close(new["p"], torch.full((3, 2, 2), 0.9))
+
+
+def test_a_setting_that_requires_grad_gets_its_gradient_from_constant_parameters():
+    """On the loss p² three steps give (1 - 2η)³ p."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["p"].square().sum(), adapt(a_class(descend), lr=lr)
+    )
+    for strategy in (innerloop.StoreAll(), innerloop.Checkpointed()):
+        traj = innerloop.unroll(problem, {"p": torch.ones(2)}, None, steps=3, strategy=strategy)
+        (found,) = torch.autograd.grad(traj.params["p"].sum(), lr)
+        torch.testing.assert_close(found, torch.tensor(-2 * 2 * 3 * 0.8**2))
+
+
+def test_gradients_that_are_not_numbers_are_not_blamed_on_the_class():
+    optimizer, params = adapt(a_class(descend)), {"p": torch.ones(2)}
+    new, _ = optimizer.update({"p": torch.tensor([torch.nan, 1.0])}, optimizer.init(params), params)
+    torch.testing.assert_close(new["p"], torch.tensor([torch.nan, 0.9]), equal_nan=True)
+
+
+def test_parameters_in_another_order_keep_their_own_state():
+    def accumulate(self: Any, params: Any) -> None:
+        for p in params:
+            p.sub_(self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad))
+
+    optimizer = adapt(a_class(accumulate))
+    params = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    grads = {"a": torch.ones(2), "b": torch.full((2,), 5.0)}
+    params, state = optimizer.update(grads, optimizer.init(params), params)
+    new, _ = optimizer.update(grads, state, dict(reversed(params.items())))
+    torch.testing.assert_close(new["a"], torch.full((2,), -3.0))
+    torch.testing.assert_close(new["b"], torch.full((2,), -15.0))
+
+
+def _by_lists(self: Any, params: Any) -> None:
+    lr, grads = self.param_groups[0]["lr"], [p.grad for p in params]
+    norms = torch._foreach_norm(grads)
+    factor = 1 / (1 + sum(norm.item() for norm in norms))
+    moments = [self.state[p].setdefault("moment", torch.zeros_like(p)) for p in params]
+    torch._foreach_lerp_(moments, grads, 0.1)
+    squares = torch._foreach_pow(torch._foreach_div(grads, torch.stack(norms).sum() + 1), 2)
+    torch._foreach_maximum_(squares, torch._foreach_mul(squares, 0.5))
+    torch._foreach_addcdiv_(
+        params,
+        moments,
+        torch._foreach_add(torch._foreach_sqrt(squares), 0.1),
+        value=-lr * factor,
+    )
+    torch._foreach_addcmul_(params, moments, moments, [0.01] * len(params))
+    torch._foreach_add_(params, grads, alpha=-lr * factor)
+
+
+def test_steps_over_lists_of_tensors():
+    """``adapt`` itself compares with the class and with finite differences; torch alone fails at
+    the division by a tensor."""
+    optimizer = adapt(a_class(_by_lists))
+    p = torch.zeros(3, requires_grad=True)
+    new, _ = optimizer.update({"p": p * 1.0}, optimizer.init({"p": p}), {"p": p})
+    (found,) = torch.autograd.grad(new["p"].sum(), p)
+    assert found.isfinite().all()
+
+
+def test_a_number_from_a_tensor_beside_out():
+    def step(self: Any, params: Any) -> None:
+        size = sum(p.grad.pow(2).sum().item() for p in params)
+        for p in params:
+            torch.addcmul(p, p.grad, p.grad, value=-0.1 / (1 + size), out=p)
+
+    adapt(a_class(step))
+
+
+def test_functions_of_math_that_mean_something_else_in_torch_are_refused():
+    """math.remainder(5, 3) is -1, torch.remainder 2; math.isclose has other tolerances."""
+    for function in ("remainder", "isclose"):
+
+        def step(self: Any, params: Any, name: str = function) -> None:
+            for p in params:
+                p.sub_(0.1 * getattr(math, name)(p.grad.sum().item(), 3.0) * p.grad)
+
+        with pytest.raises(NotDifferentiableError, match="float"):
+            adapt(a_class(step))

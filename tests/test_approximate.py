@@ -15,6 +15,7 @@ import innerloop
 from innerloop import FirstOrder, ForwardMode, StoreAll, Truncated
 from innerloop.strategy import Strategy
 from tests.oracles import smooth_noise
+from tests.small_problems import quadratic_problem
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -402,3 +403,64 @@ def test_captured_tensors_are_refused_by_forward_mode():
             hyper=torch.tensor(1.0, requires_grad=True),
             strategy=ForwardMode(),
         )
+
+
+def test_truncated_refuses_captured_tensors():
+    c = torch.tensor(1.0, requires_grad=True)
+    problem = innerloop.Problem(
+        lambda p, h, b: c * p["w"].square() / 2, innerloop.optim.sgd(lr=0.5)
+    )
+    with pytest.raises(innerloop.CapturedTensorError):
+        innerloop.unroll(problem, {"w": torch.tensor(8.0)}, None, steps=3, strategy=Truncated(1))
+
+
+def test_first_order_refuses_losses_where_the_optimizer_captures_a_tensor():
+    lr = torch.tensor(0.5, requires_grad=True)
+    traj = innerloop.unroll(
+        quadratic_problem(optimizer_hyper=lambda h, t: {"lr": lr}),
+        {"w": torch.tensor(8.0)},
+        None,
+        steps=3,
+        strategy=FirstOrder(),
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match="constants"):
+        torch.autograd.grad(traj.params["w"] + traj.losses.sum(), lr, retain_graph=True)
+    assert torch.autograd.grad(traj.params["w"], lr)[0] == -(8 + 4 + 2)
+
+
+def test_online_refuses_other_names_and_reaches_what_it_says():
+    problem = innerloop.Problem(
+        lambda p, h, b: h["weight"] * p["w"].square() / 2,
+        innerloop.optim.sgd(),
+        optimizer_hyper=lambda h, t: {"lr": h["lr"]},
+    )
+    hyper = {"lr": torch.tensor(0.5), "weight": torch.tensor(2.0)}
+    start = {"w": torch.tensor(8.0)}
+    run = ForwardMode().online(lambda p, h: p["w"], problem, start, None, steps=3, hyper=hyper)
+    next(run)
+    with pytest.raises(innerloop.InvalidInputError, match="same tensors"):
+        run.send({"weight": torch.tensor(1.0), "lr": torch.tensor(0.25)})
+    for outer, learned in (
+        (lambda p, h: p["w"].detach(), problem),
+        (lambda p, h: p["w"], quadratic_problem()),
+    ):
+        with pytest.raises(innerloop.NotDifferentiableError, match="no gradient arrives"):
+            next(ForwardMode().online(outer, learned, start, None, steps=2, hyper=hyper))
+
+
+def test_online_draws_from_the_carry():
+    problem = innerloop.Problem(
+        lambda p, h, b: nn.functional.dropout(p["w"] * h, 0.5).square().sum(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    start = {"w": torch.ones(6)}
+    carry = innerloop.unroll(problem, start, None, steps=1, hyper=torch.tensor(1.0)).at(-1)
+    truth = innerloop.unroll(problem, carry, None, steps=3, hyper=torch.tensor(1.0))
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    run = ForwardMode().online(
+        lambda p, h: p["w"].sum(), problem, carry, None, steps=3, hyper=torch.tensor(1.0)
+    )
+    *_, last = run
+    torch.testing.assert_close(last.carry.params["w"], truth.params["w"], rtol=1e-12, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)

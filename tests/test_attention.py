@@ -436,9 +436,9 @@ def test_a_tangent_of_a_tangent(form: str):
 
 def test_a_tangent_of_a_tangent_of_blocks_is_refused():
     q, k, v = tensors()
-    kernel = blockwise.Blockwise(0.5)
+    function = blockwise.Blockwise(0.5)
     twice_forward = torch.func.jacfwd(
-        torch.func.jacfwd(lambda s: twice.evaluate(kernel, (q * s, k, v), (None,))[0].sum())
+        torch.func.jacfwd(lambda s: twice.evaluate(function, (q * s, k, v), (None,))[0].sum())
     )
     with pytest.raises(NotDifferentiableError, match="tangent of a tangent"):
         twice_forward(torch.tensor(0.7, dtype=torch.float64))

@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from innerloop import Checkpointed, StoreAll
 from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left, without_collector
 from tests.oracles import assert_derivative, derivative, smooth_noise
+from tests.small_problems import one_weight, quadratic_problem
 
 pytestmark = pytest.mark.usefixtures("float64")
 INVALID, CAPTURED, NOT_DIFFERENTIABLE = (
@@ -1462,8 +1464,9 @@ def test_a_bar_needs_tqdm(monkeypatch: pytest.MonkeyPatch):
         innerloop.unroll(plain(), begin(), None, steps=2, strategy=Checkpointed(), progress=True)
 
 
-def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str]):
+def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     params, hyper = inputs()
     traj = innerloop.unroll(
         plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True
@@ -1471,6 +1474,16 @@ def test_a_bar_for_each_phase(capsys: pytest.CaptureFixture[str]):
     assert "forward: 100%" in capsys.readouterr().err
     of_end(traj).backward()
     assert "backward: 100%" in capsys.readouterr().err
+
+
+def test_no_bar_where_standard_error_is_no_terminal(capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("tqdm")
+    params, hyper = inputs()
+    traj = innerloop.unroll(
+        plain(), params, None, hyper=hyper, steps=4, strategy=Checkpointed(slots=2), progress=True
+    )
+    of_end(traj).backward()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("types_unchecked")
@@ -1589,3 +1602,37 @@ def test_compiled_code_around_it_is_refused(how: str):
     message = "cannot be compiled as a whole" if ours else "cannot stand inside of compiled code"
     with pytest.raises(innerloop.InvalidInputError if ours else RuntimeError, match=message):
         run()
+
+
+@pytest.mark.parametrize("slots", ["all", 1])
+def test_an_optimizer_hyper_that_changes_is_noticed(slots: Any):
+    calls = [0]
+
+    def changing(hyper: Any, t: int) -> dict[str, float]:
+        calls[0] += 1
+        return {"lr": 0.5 / calls[0]}
+
+    traj = innerloop.unroll(
+        quadratic_problem(optimizer_hyper=changing),
+        one_weight(),
+        None,
+        steps=3,
+        strategy=Checkpointed(slots=slots),
+    )
+    with pytest.raises(innerloop.InvalidInputError, match="optimizer_hyper"):
+        traj.params["w"].backward()
+
+
+def test_a_hyper_parameter_written_in_place_by_data_is_noticed():
+    hyper = {"lr": torch.tensor(0.5, requires_grad=True)}
+    traj = innerloop.unroll(
+        quadratic_problem(optimizer_hyper=lambda h, t: h),
+        one_weight(),
+        None,
+        steps=3,
+        hyper=hyper,
+        strategy=Checkpointed(),
+    )
+    hyper["lr"].data.mul_(2)
+    with pytest.raises(innerloop.InvalidInputError):
+        traj.params["w"].backward()

@@ -390,7 +390,9 @@ def invalid() -> Iterator[Any]:
     yield pytest.param((z, z), {"ignore_index": 1}, "class indices only", id="ignored probability")
     yield pytest.param((z, y[:3]), {}, r"shape \(4,\)", id="shape")
     yield pytest.param((z, y.float()), {}, r"target\.long\(\)", id="dtype")
-    yield pytest.param((z, y + 5), {}, "label 5, and input has 5 classes", id="label")
+    yield pytest.param(
+        (z, y + 5), {}, r"label 5, but there are only 5 classes \(0 to 4\)", id="label"
+    )
 
 
 @pytest.mark.usefixtures("types_unchecked")

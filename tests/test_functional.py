@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import innerloop
+from innerloop import higher
 from tests.networks import network
 from tests.oracles import assert_params, smooth_noise
 from tests.situations import TwoLayers, features
@@ -191,3 +193,25 @@ def test_what_it_refuses():
         call({"nobody": torch.zeros(1)}, features(0))
     with pytest.raises(innerloop.InvalidInputError, match=r"head.weight.*\(4,\).*\(1, 4\)"):
         call({"head.weight": torch.zeros(4)}, features(0))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: self.layer(y).tanh(), x, use_reentrant=False)
+
+
+def test_activation_checkpointing_in_functional_and_in_the_bridge() -> None:
+    model, x = Checkpointed(), torch.ones(3, 2)
+    call, params, _ = innerloop.functional(model)
+    params = {name: p.requires_grad_() for name, p in params.items()}
+    with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
+        call(params, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (patched, steps):
+        steps.step(patched(x).square().mean())
+        with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
+            patched(x).square().mean().backward()

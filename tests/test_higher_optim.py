@@ -1056,3 +1056,14 @@ def test_gradients_of_parameters_that_the_loss_does_not_use() -> None:
     found = zeros_for_none(torch.autograd.grad(outer, first, allow_unused=True), first)
     assert found[0].abs().sum() > 0
     assert not found[1].any()
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_skipped_as_after_backward() -> None:
+    model = nn.ParameterDict(
+        {"used": nn.Parameter(torch.tensor(1.0)), "unused": nn.Parameter(torch.tensor(1.0))}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
+        diffopt.step(fmodel["used"] ** 2 / 2)
+        assert fmodel["unused"].item() == 1.0
+        assert fmodel["used"].item() == pytest.approx(0.85)

@@ -425,3 +425,12 @@ def test_the_loss_of_the_wrong_model() -> None:
             else:
                 diffopt.step(model(X).sum())
                 assert torch.equal(next(iter(fmodel.parameters())), model.weight)
+
+
+def test_the_bridge_refuses_a_loss_of_the_users_model() -> None:
+    model, x = nn.Linear(2, 1), torch.ones(3, 2)
+    with (
+        bridge.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (_, steps),
+        pytest.raises(innerloop.InvalidInputError, match="patched module"),
+    ):
+        steps.step(model(x).square().mean())

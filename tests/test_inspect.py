@@ -13,6 +13,7 @@ import innerloop
 from tests.networks import direction, network, sgd, train
 from tests.oracles import assert_derivative, derivative
 from tests.situations import STEPS, regression
+from tests.small_problems import half_square
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -351,3 +352,10 @@ def test_half_of_the_parameters_learned():
     jacobian = innerloop.inspect.jacobian(traj)
     assert {name: list(row) for name, row in jacobian.items()} == {"a": ["a"], "b": ["a"]}
     torch.testing.assert_close(jacobian["b"]["a"], power(1)[1:, 0], rtol=1e-13, atol=1e-15)
+
+
+def test_unrelated_tensors_have_no_jacobian() -> None:
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(lr=0.1))
+    traj = innerloop.unroll(problem, {"w": torch.ones(2, requires_grad=True)}, None, steps=1)
+    with pytest.raises(innerloop.NotDifferentiableError, match="nothing connects"):
+        innerloop.inspect.jacobian(traj, wrt={"lr": torch.tensor(0.1, requires_grad=True)})

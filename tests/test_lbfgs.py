@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import innerloop
 from innerloop import InvalidInputError, PrecisionWarning
-from innerloop._utils import tree
+from innerloop._utils import caches, tree
 from innerloop.optim import from_torch, lbfgs
-from innerloop.optim._engine.precision import forget_warning
 from tests.oracles import (
     Params,
     Settings,
@@ -212,7 +211,7 @@ def test_other_dtypes_are_kept_and_as_in_torch(dtype: torch.dtype, line_search: 
 
 def test_half_precision_is_warned_of():
     start = {"w": torch.tensor([0.4, -0.3], dtype=torch.bfloat16, requires_grad=True)}
-    forget_warning()
+    caches.clear()
     with pytest.warns(PrecisionWarning, match="float32"):
         trained(lbfgs(max_iter=2), start, [0], loss=lambda params, t: (params["w"] ** 4).sum())
 

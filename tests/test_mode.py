@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def _nothing_is_left_on() -> Any:
     yield
     assert torch_private.function_mode() is None
-    assert (_thread.loops, _thread.levels, _thread.any_order) == (0, 0, False)
+    assert (_thread.loops, _thread.transform_levels, _thread.any_order) == (0, 0, False)
 
 
 # -- a gradient inside of the inner loss -----------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import innerloop
+from innerloop import optim
 from tests.optimizers import (
     RULES,
     Rule,
@@ -414,3 +415,48 @@ def test_rmsprop_feels_a_momentum_of_zero():
     )
     # b₂ = μ b₁ + g / √v₂ with b₁ = g / √v₁ = 1 / √(1 - α) = 2, and p₂ = -lr (b₁ + b₂).
     assert torch.autograd.grad(final["p"], momentum)[0].item() == pytest.approx(-0.1 * 2, rel=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["asgd", "nadam"])
+def test_a_complex_parameter_keeps_its_step_sizes_when_another_has_no_gradient(rule: str):
+    """A complex parameter is two real ones side by side; rates differ, so that each has a step size
+    (or product) of its own."""
+    start = torch.tensor([1.0 - 2.0j, 0.5 + 0.3j])
+    rate = torch.tensor([0.1, 0.2])
+
+    def run(cut: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        optimizer = getattr(optim, rule)(**({"t0": 2.0, "lambd": 0.1} if rule == "asgd" else {}))
+        params = {
+            name: piece
+            for key in ("first", "second")
+            for name, piece in cut(start).items()
+            for name in [f"{key}.{name}"]
+        }
+        state = optimizer.init(params)
+        rates = {name: rate if name.startswith("first") else 2 * rate for name in params}
+        decay = {name: rate if name.startswith("first") else 3 * rate for name in params}
+        hyper = {"lr": rates, **({"alpha": decay} if rule == "asgd" else {"momentum_decay": decay})}
+        for t in range(5):
+            missing = {1: "first", 3: "second"}.get(t, "none")
+            grads = {
+                name: None if name.startswith(missing) else p * 2 for name, p in params.items()
+            }
+            params, state = optimizer.update(grads, state, params, hyper)
+        return params
+
+    together = run(lambda z: {"z": z})
+    apart = run(lambda z: {"re": z.real, "im": z.imag})
+    for key in ("first", "second"):
+        expected = torch.complex(apart[f"{key}.re"], apart[f"{key}.im"])
+        torch.testing.assert_close(together[f"{key}.z"], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_complex_parameter_with_a_tensor_rate_and_a_missing_gradient():
+    optimizer, rate = optim.asgd(t0=2.0), torch.tensor(0.1)
+    params = {"z": torch.tensor([1.0 - 2.0j]), "x": torch.ones(1)}
+    state = optimizer.init(params)
+    for t in range(4):
+        grads = {"z": None if t == 2 else 2 * params["z"], "x": params["x"]}
+        params, state = optimizer.update(grads, state, params, {"lr": rate})
+    assert isinstance(state.eta["z"], Tensor)
+    assert params["z"].isfinite().all()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 
+import innerloop
 from tests.optimizers import (
     Rule,
     accepted,
@@ -121,3 +122,21 @@ def test_a_compiled_update_is_not_compiled_anew_at_every_step(rule: Rule):
     )
     assert_params(params, truth, 1e-12)
     assert compilations[rule.steps - 1] == compilations[-1]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # raised inside inductor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_step_of_a_matrix_product_is_scaled(dtype: torch.dtype):
+    """Inductor drops the ``alpha`` of ``torch.add`` where the second term is a matrix product, as
+    the gradient of every linear layer is: the step must not depend on it."""
+    optimizer = innerloop.optim.sgd(lr=0.05)
+    weight, x, y = (smooth_noise(*shape).to(dtype) for shape in ((32, 16), (8, 32), (8, 16)))
+
+    def step(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        params = {"w": weight}
+        return optimizer.update({"w": x.t() @ y}, optimizer.init(params), params)[0]["w"]
+
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
+    torch.testing.assert_close(compiled(weight, x, y), weight - 0.05 * (x.t() @ y))

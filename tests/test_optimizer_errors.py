@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import innerloop
+from innerloop import InvalidInputError, optim
 from tests.optimizers import (
+    MADE,
     RULES,
     Rule,
     each_hyper,
@@ -125,3 +127,41 @@ def test_a_state_of_other_parameters_is_refused(rule: Rule):
     state = optimizer.init({"other": params["weight"]})
     with pytest.raises(innerloop.InnerLoopError, match=r"other|weight"):
         optimizer.update(params, state, params)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_pattern_that_matches_nothing() -> None:
+    sgd = innerloop.optim.sgd(lr=0.1)
+    for patterns in ({"*": sgd, "head.*": sgd}, {"haed.*": sgd, "*": sgd}):
+        with pytest.raises(innerloop.InvalidInputError, match="match no parameter"):
+            innerloop.optim.groups(patterns).init(
+                {"head.w": torch.ones(1), "body.w": torch.ones(1)}
+            )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize("name", MADE)
+def test_what_belongs_to_other_parameters_or_optimizers_is_refused(name: str):
+    optimizer, params = MADE[name](), {"w": torch.ones(2, 2) if name == "muon" else torch.ones(2)}
+    state = optimizer.init(params)
+    with pytest.raises(
+        InvalidInputError, match="typo"
+    ):  # in groups it was taken for a parameter without gradient
+        optimizer.update({"typo": params["w"]}, state, params)
+    with pytest.raises(InvalidInputError, match=r"AdamState.*init"):
+        optimizer.update(params, optim.adam().init(params), params)
+    other = {"v": params["w"]}
+    with pytest.raises(InvalidInputError, match=r"'v'"):
+        MADE[name]().update(other, state, other)
+    with pytest.raises(InvalidInputError, match=r"hyper is Tensor.*dict"):
+        optimizer.update(params, state, params, torch.tensor(0.1))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.usefixtures("types_unchecked")
+def test_arguments_of_the_wrong_kind():
+    with pytest.raises(InvalidInputError, match="mapping from name patterns"):
+        optim.groups([optim.sgd()])  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"ns_steps=2\.5.*integer"):
+        optim.muon(ns_steps=2.5)  # type: ignore[arg-type]

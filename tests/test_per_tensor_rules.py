@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import innerloop
+from innerloop import optim
 from tests.optimizers import gentle, leaf, leaves
 from tests.oracles import (
     Params,
@@ -602,3 +603,25 @@ def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_meta_gradient_compiled_by_inductor_is_the_eager_one(name: str):
     check_compiled(name, EACH[name][1], "inductor", 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "settings", "scale", "tolerance"),
+    [
+        pytest.param(torch.optim.Muon, {"lr": 0.1}, 1.0, 0.0, id="muon"),
+        pytest.param(
+            torch.optim.Adafactor, {"lr": 0.01}, 300.0, 0.1, id="adafactor"
+        ),  # 300² is infinite in float16; an ulp is up to .5
+    ],
+)
+def test_float16_matrices(theirs: Any, settings: dict[str, Any], scale: float, tolerance: float):
+    p = torch.nn.Parameter((scale * torch.randn(20, 30)).half())
+    optimizer = theirs([p], **settings)
+    rule = optim.from_torch(optimizer, {"p": p})
+    params = {"p": p.detach().clone()}
+    state = rule.init(params)
+    for _ in range(4):
+        p.grad = torch.randn(20, 30).half()
+        optimizer.step()
+        params, state = rule.update({"p": p.grad}, state, params)
+    torch.testing.assert_close(params["p"], p.detach(), rtol=tolerance / 100, atol=tolerance)

@@ -9,7 +9,9 @@ from torch import Tensor
 import innerloop
 from innerloop import Auto, Checkpointed, ForwardMode, StoreAll
 from innerloop._plan import shown_bytes, shown_seconds
+from innerloop.strategy import Strategy
 from innerloop.strategy import _measure as cost
+from tests.small_problems import Square, one_weight, quadratic_problem
 
 WIDTH, BATCH = 64, 32
 
@@ -198,3 +200,54 @@ def test_a_loop_stays_within_the_memory_it_was_given():
 def test_numbers_for_people():
     assert [shown_bytes(x) for x in (12, 1500, 2.5e6, 3e9)] == ["12 B", "1.5 kB", "2.5 MB", "3 GB"]
     assert [shown_seconds(x) for x in (0.0123, 12.3, 600)] == ["12.3 ms", "12.3 s", "10 min"]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("strategy", [Auto(memory="1GB"), Checkpointed(memory="1GB")], ids=repr)
+def test_measuring_draws_nothing_from_an_iterator(strategy: Strategy):
+    problem = innerloop.Problem(lambda p, h, x: (p["w"] - x).square(), innerloop.optim.sgd(lr=0.1))
+    data = [torch.tensor(float(i)) for i in range(4)]
+    for given in (iter(data), (x for x in data)):
+        params = one_weight()
+        traj = innerloop.unroll(problem, params, given, steps=4, strategy=strategy)
+        traj.params["w"].backward()
+        assert params["w"].grad is not None
+        torch.testing.assert_close(params["w"].grad, torch.tensor(0.8**4), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            traj.params["w"], innerloop.unroll(problem, one_weight(), data).params["w"]
+        )
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_iterator_that_is_used_up_is_named():
+    problem = innerloop.Problem(lambda p, h, x: (p["w"] - x).square(), innerloop.optim.sgd(lr=0.1))
+    for used in (
+        lambda: innerloop.plan(problem, {"w": torch.tensor(2.0)}, iter([]), steps=2),
+        lambda: innerloop.unroll(
+            problem, one_weight(), iter([]), strategy=Checkpointed(memory="1GB")
+        ),
+        lambda: innerloop.unroll(problem, one_weight(), iter([]), steps=2),
+    ):
+        with pytest.raises(innerloop.InvalidInputError, match="iterator of batches"):
+            used()
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_loop_of_one_step_with_a_schedule():
+    problem = quadratic_problem(optimizer_hyper=lambda h, t: {"lr": h["lr"][t]})
+    plan = innerloop.plan(
+        problem, {"w": torch.tensor(2.0)}, None, steps=1, hyper={"lr": torch.tensor([0.5])}
+    )
+    assert not any(row.problem for row in plan.rows)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_row_that_is_not_possible_says_so():
+    problem = innerloop.Problem(
+        lambda p, h, b: Square.apply(p["w"]) * h, innerloop.optim.sgd(lr=0.1)
+    )
+    plan = innerloop.plan(problem, {"w": torch.tensor(2.0)}, None, steps=5, hyper=torch.tensor(1.0))
+    row = next(r for r in plan.rows if r.strategy == ForwardMode())
+    assert row.problem
+    assert "not possible" in str(plan)
+    assert plan.best.exact

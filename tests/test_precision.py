@@ -12,20 +12,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import innerloop
+from innerloop import optim
+from innerloop._utils import caches
+from innerloop.errors import PrecisionWarning
 from innerloop.optim import chain, clip_by_global_norm, in_float32
-from innerloop.optim._engine.precision import forget_warning
-from tests.optimizers import RULES, Rule, each_rule
+from tests.optimizers import MADE, RULES, Rule, each_rule
 from tests.oracles import Params, Task, assert_params, smooth_noise
 from tests.strategies import each_exact_strategy
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _said_nothing_yet() -> Iterator[None]:
-    forget_warning()
-    yield
-    forget_warning()
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_a_differentiated_update_of_half_precision_warns_once(kind: str, dtype: 
     ):
         step(params, OPTIMIZERS[kind])
     step(params, OPTIMIZERS[kind])  # a second warning would be an error
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         step(params)
 
@@ -85,10 +80,10 @@ def test_transforms_count_as_differentiation_and_are_not_broken():
     w = torch.ones(3, dtype=torch.bfloat16)
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.grad(lambda w: step({"w": w})["w"].sum())(w)
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.vmap(torch.func.grad(lambda w: step({"w": w})["w"].sum()))(w.expand(2, 3))
-    forget_warning()
+    caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):
         torch.func.jvp(lambda w: step({"w": w})["w"], (w,), (w,))
 
@@ -256,3 +251,39 @@ def test_what_is_no_optimizer_is_refused():
         repr(in_float32(RULES[0].make(lr=0.1), master=True))
         == "in_float32(sgd(lr=0.1), master=True)"
     )
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_per_parameter_are_those_of_param_groups_in_every_dtype(dtype: torch.dtype):
+    """.999 is 1 in bfloat16: as a tensor of the parameter's dtype the bias correction was 0/0."""
+    leaves = {name: torch.nn.Parameter(torch.randn(4).to(dtype)) for name in "ab"}
+    theirs = torch.optim.Adam(
+        [
+            {"params": [leaves["a"]], "betas": (0.9, 0.999)},
+            {"params": [leaves["b"]], "betas": (0.8, 0.99)},
+        ],
+        lr=0.1,
+        eps=1e-3,
+    )
+    rule = optim.adam(lr=0.1, eps=1e-3)
+    params = {name: p.detach().clone() for name, p in leaves.items()}
+    state, betas = rule.init(params), ({"a": 0.9, "b": 0.8}, {"a": 0.999, "b": 0.99})
+    for _ in range(4):
+        grads = {name: torch.randn(4).to(dtype) for name in "ab"}
+        for name, p in leaves.items():
+            p.grad = grads[name]
+        theirs.step()
+        params, state = rule.update(grads, state, params, {"betas": betas})
+    for name, p in leaves.items():
+        tolerance = 1e-12 if dtype == torch.float64 else 0.0
+        torch.testing.assert_close(params[name], p.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["learned", "adapt"])
+def test_half_precision_is_warned_of(name: str):
+    optimizer, p = MADE[name](), torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    caches.clear()
+    with pytest.warns(PrecisionWarning, match="bfloat16"):
+        optimizer.update({"p": p * 2}, optimizer.init({"p": p}), {"p": p})

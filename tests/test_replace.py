@@ -15,7 +15,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import innerloop
+from innerloop import doctor
+from innerloop._inner_gradient import graph
 from innerloop._utils import torch_private
+from innerloop.nn import _catalogue as catalogue
 from innerloop.nn import _mode as replace
 from innerloop.nn import functional as ours
 from innerloop.nn._derivative_order import _thread
@@ -48,7 +51,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 def modes() -> int:
     """How many replacing modes were left on; they are taken off."""
     count = 0
-    while isinstance(mode := torch_private.function_mode(), replace.Replacing):
+    while isinstance(mode := torch_private.function_mode(), replace.ReplacementMode):
         mode.__exit__(None, None, None)
         count += 1
     return count
@@ -172,13 +175,13 @@ def test_what_leads_to_outer_tensors_alone_is_differentiated_once_and_not_refuse
 
 def test_the_choice_is_logged_once_and_listed(caplog: pytest.LogCaptureFixture) -> None:
     model = Bags()
-    replace._met.pop("F.embedding_bag", None)
+    replace._announced.pop("F.embedding_bag", None)
     with caplog.at_level(logging.INFO, "innerloop"):
         for _ in range(2):
             with innerloop.track(model, sgd(model)) as loop:
                 loop.step(loop.model(0))
     assert [record.message for record in caplog.records if "F.embedding_bag" in record.message] == [
-        "F.embedding_bag is replaced by a form of innerloop's while gradients of gradients are "
+        "F.embedding_bag is replaced by innerloop's own while gradients of gradients are "
         "tracked: it has no second derivative"
     ]
     assert innerloop.nn.replaced()["F.embedding_bag"] == "it has no second derivative"
@@ -851,8 +854,10 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "p=-2.0": lambda: ours.pdist(X, -2.0),
     "p=3": lambda: ours.multi_margin_loss(X, LABELS, p=3),
     "one label": lambda: ours.multi_margin_loss(X, LABELS[:2]),
-    "none of the 3 classes": lambda: ours.multi_margin_loss(X, LABELS + 1),
-    "none of the 3": lambda: ours.multilabel_margin_loss(X, MANY + 1),
+    r"target has the label \d, but there are only 3 classes \(0 to 2\)": lambda: (
+        ours.multi_margin_loss(X, LABELS + 1)
+    ),
+    "only 3 classes": lambda: ours.multilabel_margin_loss(X, MANY + 1),
     "shapes must be equal": lambda: ours.multilabel_margin_loss(X, MANY[0]),
     "7 times": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0], torch.tensor([8, 5]), CTC[2]),
     "hold its labels": lambda: ours.ctc_loss(
@@ -861,7 +866,9 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "must be used": lambda: ours.ctc_loss(
         LOG_PROBABILITIES, torch.tensor([1, 2, 3, 4]), CTC[1], torch.tensor([2, 1])
     ),
-    "none of the 5 classes": lambda: ours.ctc_loss(LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]),
+    "targets has the label 5, but there are only 5 classes": lambda: ours.ctc_loss(
+        LOG_PROBABILITIES, CTC[0] + 2, CTC[1], CTC[2]
+    ),
 }
 
 
@@ -1018,6 +1025,88 @@ def test_bags_take_the_old_order_of_arguments() -> None:
 def test_constants_may_go_through_functions_without_derivative() -> None:
     with innerloop.nn.replacing():
         assert torch.special.bessel_j0(X).shape == X.shape
+
+
+# -- the catalogue ---------------------------------------------------------------------------------
+
+NEEDS_A_GPU = {"nn.RNN, nn.LSTM or nn.GRU on a GPU"}
+"""Operations that the doctor has no case of, because they lack something on a GPU only."""
+
+
+@pytest.mark.parametrize("operation", catalogue.OPERATIONS, ids=lambda op: op.name)
+def test_an_operation_is_replaced_or_says_what_to_write_instead(
+    operation: catalogue.Operation,
+) -> None:
+    assert operation.reason
+    assert operation.replacements or operation.instead
+    assert all(callable(f) for pair in operation.replacements.items() for f in pair)
+
+
+@pytest.mark.parametrize("operation", catalogue.OPERATIONS, ids=lambda op: op.name)
+def test_an_operation_has_a_case_of_the_doctor_under_its_name(
+    operation: catalogue.Operation,
+) -> None:
+    cases = {case.name.partition("(")[0].strip() for case in doctor.all_cases()}
+    assert (operation.name in cases) != (operation.name in NEEDS_A_GPU)
+
+
+def test_names_functions_and_nodes_lead_to_one_operation_each() -> None:
+    operations = catalogue.OPERATIONS
+    assert len({op.name for op in operations}) == len(operations)
+    functions = [(f, op) for op in operations for f in op.replacements]
+    nodes = [(node, op) for op in operations for node in (*op.nodes, *op.nodes_of_derivative)]
+    for entries, find in ((functions, catalogue.by_call), (nodes, catalogue.by_node)):
+        assert len({key for key, _ in entries}) == len(entries)
+        assert all(find(key) is op for key, op in entries)
+    assert not {f for f, _ in functions} & set(catalogue.LOOK_INSIDE)
+    assert catalogue.by_call(torch.add) is None
+    assert catalogue.by_node("AddBackward0") is None
+
+
+def test_the_nodes_of_a_third_derivative_follow_from_those_of_the_first() -> None:
+    third = [op for op in catalogue.OPERATIONS if op.order == 3]
+    assert third
+    x = smooth_noise(4, 3).requires_grad_()
+    for call in (
+        lambda: F.layer_norm(x, (3,)),
+        lambda: F.batch_norm(x, None, None, training=True),
+        lambda: F.instance_norm(x[None]),
+    ):
+        out = call()
+        (slope,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        operation = catalogue.by_node(nodes_of(out)[0])
+        assert operation in third
+        assert any(name in operation.nodes_of_derivative for name in nodes_of(slope))
+
+
+def nodes_of(x: Tensor) -> list[str]:
+    """The names of the nodes behind ``x`` that the catalogue knows."""
+    found, stack, seen = [], [x.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if catalogue.by_node(type(node).__name__):
+                found.append(type(node).__name__)
+            stack.extend(child for child, _ in node.next_functions)
+    return found
+
+
+def test_a_recurrent_layer_in_cudnn_is_refused_under_a_name_that_is_in_the_catalogue() -> None:
+    for node in ("CudnnRnnBackward0", "MiopenRnnBackward0"):
+        operation = catalogue.by_node(node)
+        assert operation is not None
+        assert operation is catalogue.by_call(torch.lstm)
+        assert graph._lacks_derivative(operation, node).startswith(operation.name)
+
+
+def test_the_catalogue_is_a_markdown_table() -> None:
+    lines = catalogue.to_markdown().splitlines()
+    assert len(lines) == 2 + len(catalogue.OPERATIONS)
+    cells = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines}
+    assert cells["`F.pdist`"] == "replaced"
+    assert cells["`torch.special.bessel_j0`"] == "refused"
+    assert cells["`torch.segment_reduce`"] == "Write torch.scatter_reduce, or index_add"
 
 
 # -- cuDNN -----------------------------------------------------------------------------------------

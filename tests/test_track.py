@@ -21,10 +21,12 @@ import innerloop
 from tests.networks import (
     adam,
     adapted,
+    after_sparse_steps,
     detached,
     direction,
     gradients,
     leaf,
+    looked_up,
     network,
     outer_value,
     sgd,
@@ -789,3 +791,113 @@ def test_a_loop_inside_a_backward_pass():
     model = network()
     assert x.grad is not None
     assert x.grad.item() == pytest.approx(outer_value(train(model, sgd(model))), rel=1e-12)
+
+
+# -- sparse and missing gradients ------------------------------------------------------------------
+
+SPARSE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+    "sparse adam": lambda params: torch.optim.SparseAdam(params, lr=0.05, eps=1e-2),
+}
+
+
+@pytest.mark.parametrize("rule", SPARSE)
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim itself
+def test_a_sparse_embedding_equals_finite_differences_of_torch(rule: str, closure: bool):
+    start = 0.5 * smooth_noise(5, 2)
+    model = nn.Embedding(5, 2, sparse=True, _weight=start.clone())
+    with innerloop.track(model, SPARSE[rule](model.parameters())) as loop:
+        for t in range(3):
+            if closure:
+                loop.step(lambda t=t: looked_up(loop.model.weight, t))
+            else:
+                loop.step(looked_up(loop.model.weight, t))
+        looked_up(loop.model.weight, 1).backward()
+    along = smooth_noise(5, 2, phase=1.0)
+    truth = derivative(lambda h: after_sparse_steps(SPARSE[rule], start + h * along))
+    assert_derivative(float((model.weight.grad.to_dense() * along).sum()), truth, rule)
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_skipped_as_after_backward():
+    """`unroll` differentiates a function instead: see ``test_unroll.py``."""
+    model = nn.ParameterDict(
+        {"used": nn.Parameter(torch.tensor(1.0)), "unused": nn.Parameter(torch.tensor(1.0))}
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    with innerloop.track(model, optimizer) as loop:
+        loop.step(loop.model["used"] ** 2 / 2)
+        assert loop.model["unused"].item() == 1.0
+        assert loop.model["used"].item() == pytest.approx(0.85)
+
+
+# -- the loop as an object -------------------------------------------------------------------------
+
+
+def test_the_loop_says_what_it_is():
+    model = nn.Linear(2, 1)
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.5)) as loop:
+        for _ in range(3):
+            loop.step(loop.model(torch.ones(2)).square().sum())
+    assert isinstance(loop, innerloop.TrackedLoop)
+    expected = "TrackedLoop(model=Linear, optimizer=sgd(lr=0.5), steps=3, learn='init')"
+    assert repr(loop) == expected
+    several = innerloop.track(
+        {"a": model, "b": nn.Bilinear(1, 1, 1)}, innerloop.optim.adam(lr=0.1), first_order=True
+    )
+    assert repr(several) == (
+        "TrackedLoop(model={'a': Linear, 'b': Bilinear}, optimizer=adam(lr=0.1), steps=0, "
+        "learn='init', first_order=True)"
+    )
+
+
+def test_at_returns_the_carry_of_each_time():
+    model = network()
+    with innerloop.track(model, adam(model)) as loop:
+        for t in range(2):
+            loop.step(regression(loop.model, t))
+    for t in range(3):
+        carry = loop.at(t)
+        assert isinstance(carry, innerloop.Carry)
+        for name, p in loop.parameters(time=t).items():
+            assert carry.params[name] is p
+    assert loop.at(-1).params["head.bias"] is loop.model.head.bias
+    assert torch.equal(loop.at(-1).params["head.bias"], loop.trajectory.at(2).params["head.bias"])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [innerloop.optim.clip_by_global_norm(0.1), innerloop.optim.scale(0.5)],
+    ids=repr,
+)
+def test_a_transform_without_a_state_as_grad_callback(transform: Any):
+    """Equal to the same transform in a chain, to the function that it is, and for a closure."""
+
+    def as_function(grads: Any) -> Any:
+        return transform.apply(grads, (), grads, transform.resolve(None))[0]
+
+    def run(optimizer: Any, callback: Any, closure: bool = False) -> dict[str, Any]:
+        model = network()
+        with innerloop.track(model, optimizer) as loop:
+            for t in range(3):
+                given: Any = (
+                    (lambda t=t: regression(loop.model, t))
+                    if closure
+                    else regression(loop.model, t)
+                )
+                loop.step(given, grad_callback=callback)
+            regression(loop.model, 3).backward()
+        return gradients(model)
+
+    ours = innerloop.optim.sgd(lr=0.1)
+    truth = run(innerloop.optim.chain(transform, ours), None)
+    for found in (
+        run(ours, transform),
+        run(ours, as_function),
+        run(ours, transform, closure=True),
+    ):
+        assert list(found) == list(truth)
+        for name, g in found.items():
+            torch.testing.assert_close(g, truth[name], rtol=1e-12, atol=1e-12)

@@ -17,6 +17,7 @@ import innerloop
 from tests.networks import adam, gradients, leaf, network, outer_value, sgd, train
 from tests.oracles import smooth_noise
 from tests.situations import SEED, STEPS, TwoLayers, features, regression
+from tests.small_problems import Once
 from tests.test_module_situations import Everything
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -343,15 +344,6 @@ def test_a_parameter_that_was_taken_away():
             loop.step(regression(loop.model, 1))
 
 
-def test_sparse_gradients():
-    model = nn.Embedding(5, 2, sparse=True)
-    with (
-        innerloop.track(model, sgd(model)) as loop,
-        refused(NOT_DIFFERENTIABLE, "'weight'", "sparse=False"),
-    ):
-        loop.step(loop.model(torch.tensor([1, 2])).square().sum())
-
-
 # -- compiled losses -------------------------------------------------------------------------------
 
 
@@ -587,3 +579,109 @@ def test_whatever_it_reaches_is_found(where: str):
             regression(loop.model, STEPS).backward()
         assert outside.grad is not None
         assert outside.grad != 0
+
+
+# -- arguments of track ----------------------------------------------------------------------------
+
+
+def exactly(text: str) -> Any:
+    return pytest.raises(INVALID, match=f"^{re.escape(text)}$")
+
+
+@pytest.mark.parametrize("kind", ["torch", "ours", "chain", "groups"])
+def test_an_unknown_hyper_parameter_is_refused_when_the_loop_is_made(kind: str):
+    model = network()
+    ours = innerloop.optim.sgd(lr=0.1)
+    scale, known = innerloop.optim.scale(2.0), "lr, momentum, dampening, weight_decay"
+    optimizer, called, names = {
+        "torch": (sgd(model), "SGD", known),
+        "ours": (ours, "SGD", known),
+        "chain": (innerloop.optim.chain(scale, ours), "Chain", f"scale.factor, {known}"),
+        "groups": (
+            innerloop.optim.groups({"body.*": ours, "*": innerloop.optim.rprop()}),
+            "SGD, Rprop",
+            f"{known}, etas, step_sizes",
+        ),
+    }[kind]
+    text = f"{called} has no hyper-parameter 'rate'; it has {names}"
+    with exactly(text):
+        innerloop.track(model, optimizer, hyper={"rate": leaf(0.1)})
+    innerloop.track(model, optimizer, hyper={"lr": leaf(0.1)})
+
+
+def test_an_optimizer_that_does_not_list_its_hyper_parameters_is_asked_at_the_first_step():
+    class Mine(innerloop.optim.Optimizer):
+        def init(self, params: Any) -> Any:
+            return ()
+
+        def update(self, grads: Any, state: Any, params: Any, hyper: Any = None) -> Any:
+            return {n: p - hyper["rate"] * grads[n] for n, p in params.items()}, ()
+
+    model = network()
+    with innerloop.track(model, Mine(), hyper={"rate": leaf(0.1)}) as loop:
+        loop.step(regression(loop.model, 0))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "write"),
+    [
+        (torch.optim.SGD, "SGD(model.parameters(), lr=0.1)"),
+        (innerloop.optim.SGD, "innerloop.optim.sgd(lr=0.1)"),
+        (innerloop.optim.SparseAdam, "innerloop.optim.sparse_adam(lr=0.1)"),
+    ],
+)
+def test_a_class_in_place_of_an_optimizer(optimizer: Any, write: str):
+    text = f"optimizer is the class {optimizer.__name__}, not an optimizer: call it, {write}"
+    for given in (optimizer, [optimizer]):
+        with exactly(text):
+            innerloop.track(network(), given)
+    with exactly(text):
+        innerloop.Problem(lambda params, hyper, batch: params["w"], optimizer)
+
+
+@pytest.mark.parametrize("name", ["strategy", "save_at"])
+def test_a_strategy_is_reserved(name: str):
+    value: Any = innerloop.Checkpointed() if name == "strategy" else [2]
+    with refused(INVALID, f"{name}={value!r}", "innerloop.unroll", f"leave {name}= away"):
+        innerloop.track(network(), OURS, **{name: value})
+
+
+def test_a_grad_callback_that_keeps_a_state():
+    model = network()
+    transform = innerloop.optim.accumulate(4)
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+        loss = regression(loop.model, 0)
+        with exactly(
+            "grad_callback=accumulate(4) keeps a state between steps: write "
+            "innerloop.optim.chain(accumulate(4), sgd(lr=0.1)) and pass that as the optimizer"
+        ):
+            loop.step(loss, grad_callback=transform)
+
+
+def test_a_grad_callback_that_is_no_function():
+    with (
+        innerloop.track(network(), OURS) as loop,
+        refused(INVALID, "grad_callback(3)", "function"),
+    ):
+        loop.step(regression(loop.model, 0), grad_callback=3)  # type: ignore[arg-type]
+
+
+def test_at_refuses_as_a_trajectory_does():
+    with innerloop.track(network(), OURS) as loop:
+        loop.step(regression(loop.model, 0))
+        with refused(INVALID, "time 2 is outside", "times 0 to 1"):
+            loop.at(2)
+    with innerloop.track(network(), OURS, learn="nothing") as loop:
+        for t in range(2):
+            loop.step(regression(loop.model, t))
+        with refused(INVALID, "time 1", 'learn="nothing"'):
+            loop.at(1)
+
+
+def test_a_second_derivative_that_torch_would_drop_is_named():
+    model = nn.Linear(1, 1)
+    with (
+        pytest.raises(innerloop.NotDifferentiableError, match="once_differentiable"),
+        innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
+    ):
+        loop.step(Once.apply(loop.model(torch.ones(1, 1))).sum())

@@ -407,3 +407,61 @@ def test_activation_checkpointing_is_right_or_refused(reentrant: bool):
         assert "checkpoint" in str(error)  # noqa: PT017
         return
     assert_params(ours, truth, 1e-10)  # type: ignore[arg-type]
+
+
+class InAList(nn.Module):
+    """A parameter that also stands in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(2.0))
+        self.all = [self.w]
+
+    def forward(self) -> Tensor:
+        return (self.all[0] * self.w).square() / 4
+
+
+def test_a_loop_inside_a_loop_over_a_module_with_a_list() -> None:
+    """One step of rate .1 on w⁴/4 from 2: 2 - .1 · 8 = 1.2."""
+    model = InAList()
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as outside:
+        with innerloop.track(outside.model, innerloop.optim.sgd(lr=0.1)) as inside:
+            inside.step(inside.model())
+        assert inside.parameters()["w"].item() == pytest.approx(1.2, abs=1e-12)
+
+
+def test_evaluation_between_training_forwards_of_a_batch_norm() -> None:
+    """The graph of a forward in evaluation mode must keep the running statistics that it read:
+    truth from copies made by hand."""
+    torch.manual_seed(0)
+    x, z = torch.randn(6, 3), 2 * torch.randn(6, 3) + 1
+    start = nn.Sequential(nn.BatchNorm1d(3, momentum=0.5), nn.Linear(3, 1))
+
+    def run(module: nn.Module, step: Any, statistics: Any) -> Tensor:
+        total = torch.zeros(())
+        for _ in range(3):
+            module.train()
+            step(module(z).square().mean())
+            module.eval()
+            total = total + statistics(module)
+        return total
+
+    tracked = copy.deepcopy(start)
+    with innerloop.track(tracked, torch.optim.SGD(tracked.parameters(), lr=0.1)) as loop:
+        run(loop.model, loop.step, lambda module: module(x).square().mean()).backward()
+
+    params = {name: p.detach().clone().requires_grad_() for name, p in start.named_parameters()}
+    leaves, mean, var = dict(params), torch.zeros(3), torch.ones(3)
+    total = torch.zeros(())
+    for _ in range(3):
+        hidden = F.batch_norm(z, None, None, leaves["0.weight"], leaves["0.bias"], training=True)
+        mean, var = 0.5 * mean + 0.5 * z.mean(0), 0.5 * var + 0.5 * z.var(0)
+        loss = F.linear(hidden, leaves["1.weight"], leaves["1.bias"]).square().mean()
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        leaves = {n: p - 0.1 * g for (n, p), g in zip(leaves.items(), grads, strict=True)}
+        hidden = (x - mean) / (var + 1e-5).sqrt() * leaves["0.weight"] + leaves["0.bias"]
+        total = total + F.linear(hidden, leaves["1.weight"], leaves["1.bias"]).square().mean()
+    total.backward()
+    for name, p in tracked.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(p.grad, params[name].grad, rtol=1e-10), name  # type: ignore[arg-type]

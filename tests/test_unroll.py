@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
+from innerloop._problem import residual
 from tests.memory import assert_nothing_is_left
-from tests.networks import network, sgd
-from tests.oracles import assert_derivative, derivative
+from tests.networks import after_sparse_steps, looked_up, network, sgd
+from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, features, regression
+from tests.small_problems import one_weight, quadratic_problem
 from tests.strategies import Batch
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -149,6 +151,108 @@ def test_an_input_without_influence_has_gradient_zero():
     params = {**begin(), "idle": torch.ones(3)}
     _, grads = innerloop.metagradient(last, simple(), params, None, steps=1, wrt="params")
     assert grads["idle"].tolist() == [0.0, 0.0, 0.0]
+
+
+def decayed(params: Any, hyper: Any, batch: Any) -> Tensor:
+    return half_square(params, hyper, batch) * (1 + hyper["l2"])
+
+
+def test_the_optimizer_reads_entries_of_hyper_by_name():
+    """w2 = (1 - lr (1 + l2))^2 w0, with w0 = (2, -1) summed to 1, at lr = 0.5 and l2 = 0.2."""
+    hyper = {"lr": torch.tensor(0.5), "l2": torch.tensor(0.2)}
+    for names in (("lr",), ["lr"]):
+        _, grads = innerloop.metagradient(
+            last,
+            simple(decayed, lr=7.0, optimizer_hyper=names),
+            begin(),
+            None,
+            hyper=hyper,
+            steps=2,
+            wrt="hyper",
+        )
+        assert grads["lr"].item() == pytest.approx(-2 * 0.4 * 1.2, rel=1e-14)
+        assert grads["l2"].item() == pytest.approx(-2 * 0.4 * 0.5, rel=1e-14)
+
+
+UNREAD = (
+    "no gradient arrives at hyper['lr']. sgd has a hyper-parameter of that name, but reads it only "
+    "if you say so: write Problem(loss, optimizer, optimizer_hyper=('lr',))"
+)
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
+def test_a_rate_that_nobody_reads(strategy: innerloop.strategy.Strategy):
+    """Its gradient was a silent zero once."""
+    both = {"lr": torch.tensor(0.5), "l2": torch.tensor(0.2)}
+    alone = {"lr": torch.tensor(0.5)}
+    shared: dict[str, Any] = {"steps": 2, "strategy": strategy}
+    for loss, hyper in ((decayed, both), (half_square, alone)):
+        for wrt in ("hyper", ("params", "hyper")):
+            with refused(NOT_DIFFERENTIABLE, UNREAD):
+                innerloop.metagradient(
+                    last, simple(loss), begin(), None, hyper=hyper, wrt=wrt, **shared
+                )
+    # Not asked for, or said to be none of the optimizer's, it is what it is: zero.
+    innerloop.metagradient(last, simple(decayed), begin(), None, hyper=both, wrt="params", **shared)
+    none = simple(decayed, optimizer_hyper=())
+    _, grads = innerloop.metagradient(last, none, begin(), None, hyper=both, **shared)
+    assert grads["hyper"]["lr"].item() == 0
+
+
+def test_a_rate_that_nobody_reads_under_vmap():
+    def gradient(rate: Tensor) -> Any:
+        hyper = {"lr": rate, "l2": torch.tensor(0.2)}
+        return innerloop.metagradient(last, simple(decayed), begin(), None, hyper=hyper, steps=2)[1]
+
+    with refused(NOT_DIFFERENTIABLE, UNREAD):
+        torch.func.vmap(gradient)(torch.ones(2))
+
+
+def test_the_loss_may_use_the_name_of_a_hyper_parameter():
+    """A penalty that the loss calls weight_decay is no mistake: w1 = (1 - 0.5 - wd / 2) w0."""
+    problem = simple(lambda p, h, batch: half_square(p, h, batch) * (1 + h["weight_decay"]))
+    hyper = {"weight_decay": torch.tensor(0.2)}
+    for call in (
+        lambda h: innerloop.metagradient(
+            last, problem, begin(), None, hyper=h, steps=1, wrt="hyper"
+        )[1],
+        lambda h: torch.func.vmap(
+            lambda wd: innerloop.metagradient(
+                last, problem, begin(), None, hyper={"weight_decay": wd}, steps=1, wrt="hyper"
+            )[1]
+        )(h["weight_decay"][None]),
+    ):
+        assert call(hyper)["weight_decay"].item() == pytest.approx(-0.5, rel=1e-14)
+
+
+def test_params_may_be_left_to_the_module():
+    """None stands for all parameters that require grad; a frozen one keeps its value."""
+    model = TwoLayers()
+    model.head.bias.requires_grad_(False)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, h, b: regression(m, b), innerloop.optim.sgd(lr=0.1)
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) < len(dict(model.named_parameters()))
+    traj = innerloop.unroll(problem, None, [0, 1])
+    assert list(traj.params) == list(trained)
+    given = innerloop.unroll(problem, trained, [0, 1])
+    for name, p in given.params.items():
+        assert torch.equal(traj.params[name], p)
+    assert all(
+        g is not None
+        for g in torch.autograd.grad(
+            sum(p.sum() for p in traj.params.values()), [*trained.values()]
+        )
+    )
+    outer = lambda traj, hyper: sum(p.square().sum() for p in traj.params.values())  # noqa: E731
+    ours, expected = (
+        innerloop.metagradient(outer, problem, params, [0, 1], wrt="params")[1]
+        for params in (None, trained)
+    )
+    assert list(ours) == list(expected)
+    for name, g in expected.items():
+        assert torch.equal(ours[name], g)
 
 
 def test_the_trajectory_says_which_times_it_knows():
@@ -296,7 +400,60 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "strategy is a class": (
         lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy=innerloop.StoreAll),  # type: ignore[arg-type]
-        ["strategy", "innerloop.StoreAll()"],
+        ["strategy is the class StoreAll: write innerloop.StoreAll()"],
+    ),
+    "strategy is a class with arguments": (
+        lambda: innerloop.metagradient(
+            last, simple(), begin(), None, steps=1, strategy=innerloop.Truncated
+        ),  # type: ignore[arg-type]
+        ["strategy is the class Truncated: write innerloop.Truncated(last=...)"],
+    ),
+    "strategy is a name": (
+        lambda: innerloop.unroll(simple(), begin(), None, steps=1, strategy="all"),  # type: ignore[arg-type]
+        ["strategy is 'all', not a strategy", "innerloop.StoreAll()"],
+    ),
+    "planned strategy is a class": (
+        lambda: innerloop.plan(simple(), begin(), None, steps=1, strategies=[innerloop.StoreAll]),  # type: ignore[list-item]
+        ["strategies has the class StoreAll: write innerloop.StoreAll()"],
+    ),
+    "params is None without a module": (
+        lambda: innerloop.unroll(simple(), None, None, steps=1),
+        [
+            "params is None, and the problem was not made from a module: pass a dict of tensors, "
+            "or use Problem.from_module"
+        ],
+    ),
+    "params of a metagradient is None without a module": (
+        lambda: innerloop.metagradient(last, simple(), None, None, steps=1),
+        ["params is None, and the problem was not made from a module"],
+    ),
+    "optimizer_hyper names an unknown hyper-parameter": (
+        lambda: simple(optimizer_hyper=("rate",)),
+        ["optimizer_hyper names 'rate', but sgd has lr, momentum, dampening, weight_decay"],
+    ),
+    "optimizer_hyper names an unknown one of a group": (
+        lambda: innerloop.Problem(
+            half_square,
+            innerloop.optim.groups({"w": innerloop.optim.sgd()}),
+            optimizer_hyper=["betas"],
+        ),
+        ["optimizer_hyper names 'betas', but groups has lr, momentum, dampening, weight_decay"],
+    ),
+    "optimizer_hyper is a string": (
+        lambda: simple(optimizer_hyper="lr"),
+        ["optimizer_hyper='lr'", "optimizer_hyper=('lr',)"],
+    ),
+    "optimizer_hyper names an entry that is missing": (
+        lambda: innerloop.unroll(
+            simple(optimizer_hyper=("lr",)), begin(), None, steps=1, hyper={"l2": torch.tensor(1.0)}
+        ),
+        ["optimizer_hyper names 'lr', but hyper has no such entry; it has ['l2']"],
+    ),
+    "optimizer_hyper names an entry of a tensor": (
+        lambda: innerloop.unroll(
+            simple(optimizer_hyper=("lr",)), begin(), None, steps=1, hyper=torch.tensor(0.5)
+        ),
+        ["optimizer_hyper names 'lr', but hyper is Tensor: write a dict, hyper={'lr': tensor}"],
     ),
     "problem is a function": (
         lambda: innerloop.unroll(half_square, begin(), None, steps=1),  # type: ignore[arg-type]
@@ -523,3 +680,148 @@ def test_an_error_of_the_loss_comes_through_as_it_is():
             None,
             steps=1,
         )
+
+
+# -- the inner gradient ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        innerloop.StoreAll(),
+        innerloop.Checkpointed(product="reverse"),
+        innerloop.Checkpointed(product="reverse", save="params"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "rule", [innerloop.optim.adagrad(lr=0.1), innerloop.optim.sgd(lr=0.1, momentum=0.9)], ids=repr
+)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim itself
+def test_a_sparse_embedding_equals_finite_differences_of_torch(strategy: Any, rule: Any):
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    start = 0.5 * smooth_noise(5, 2)
+    w = start.clone().requires_grad_()
+    traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+    (found,) = torch.autograd.grad(looked_up(traj.params["w"], 1), w)
+    along = smooth_noise(5, 2, phase=1.0)
+
+    def of_torch(h: float) -> float:
+        make = (
+            partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+            if isinstance(rule, innerloop.optim.SGD)
+            else partial(torch.optim.Adagrad, lr=0.1)
+        )
+        return after_sparse_steps(make, start + h * along)
+
+    assert_derivative(float((found.to_dense() * along).sum()), derivative(of_torch), repr(rule))
+
+
+def test_groups_make_gradients_dense_for_the_rules_that_need_it():
+    """`sparse_adam` takes its gradient sparse, its neighbour dense."""
+    optimizer = innerloop.optim.groups(
+        {"a": innerloop.optim.sparse_adam(lr=0.1), "b": innerloop.optim.adagrad(lr=0.1)}
+    )
+
+    def loss(params: Any, hyper: Any, t: Any) -> Tensor:
+        return looked_up(params["a"], int(t)) + looked_up(params["b"], int(t))
+
+    start = {name: 0.5 * smooth_noise(5, 2) for name in "ab"}
+    traj = innerloop.unroll(innerloop.Problem(loss, optimizer), start, [0, 1])
+    for name, rule in optimizer.members.items():
+        alone = innerloop.unroll(
+            innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule),
+            {"w": start[name]},
+            [0, 1],
+        )
+        assert torch.equal(traj.params[name], alone.params["w"])
+
+
+def test_a_parameter_that_the_loss_does_not_use_has_the_gradient_zero():
+    """As in `torch.func`, so weight decay moves it; `track` skips it, as after ``backward()``."""
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["used"] ** 2 / 2,
+        innerloop.optim.sgd(lr=0.1, weight_decay=0.5),
+    )
+    start = {"used": torch.tensor(1.0), "unused": torch.tensor(1.0)}
+
+    def run(params: Any) -> Any:
+        return innerloop.unroll(problem, params, None, steps=1).params
+
+    batched = torch.func.vmap(run)({name: p.expand(2) for name, p in start.items()})
+    for end in (run(start), {name: p[0] for name, p in batched.items()}):
+        assert end["unused"].item() == pytest.approx(0.95)
+        assert end["used"].item() == pytest.approx(0.85)
+
+
+def test_the_residual_is_the_inner_gradient_as_constants():
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: (params["w"] * hyper["scale"] - batch) ** 2 / 2,
+        innerloop.optim.adam(),
+    )
+    params = {"w": leaf_of(3.0), "unused": leaf_of(1.0)}
+    found = residual(problem, problem.init(params), {"scale": leaf_of(2.0)}, torch.tensor(1.0))
+    assert {n: g.item() for n, g in found.items()} == {"w": 10.0, "unused": 0.0}
+    assert not any(g.requires_grad for g in found.values())
+
+
+def leaf_of(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+def test_a_loop_that_is_continued_leaves_the_users_random_numbers_alone() -> None:
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(lr=0.1))
+    carry = innerloop.unroll(problem, {"w": torch.ones(2)}, None, steps=1).at(-1)
+    drawn = []
+    for _ in range(3):
+        drawn.append(torch.randn(2))
+        carry = innerloop.unroll(problem, carry, None, steps=1).at(-1)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+
+
+def test_hyper_parameters_that_reach_nothing() -> None:
+    problem = innerloop.Problem(
+        half_square, innerloop.optim.sgd(lr=0.1)
+    )  # optimizer_hyper was forgotten
+    for wrt in ("hyper", ("params", "hyper")):
+        with pytest.raises(innerloop.NotDifferentiableError, match="optimizer_hyper"):
+            innerloop.metagradient(
+                lambda traj, hyper: traj.params["w"].sum(),
+                problem,
+                {"w": torch.ones(2)},
+                None,
+                steps=2,
+                hyper={"lr": torch.tensor(0.5)},
+                wrt=wrt,
+            )
+
+
+def test_a_constant_outer_loss_under_vmap() -> None:
+    problem = innerloop.Problem(half_square, innerloop.optim.sgd(lr=0.1))
+    outer = lambda traj, hyper: torch.ones(())  # noqa: E731
+    one = lambda w: innerloop.metagradient(outer, problem, {"w": w}, None, steps=1, wrt="params")[  # noqa: E731
+        1
+    ]["w"]
+    with pytest.raises(innerloop.NotDifferentiableError, match="does not depend"):
+        torch.func.vmap(one)(torch.ones(3, 2))
+
+
+def test_a_loss_that_uses_the_captured_model() -> None:
+    model = nn.Linear(2, 1)
+    x = torch.ones(4, 2)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, b: model(x).square().mean(), innerloop.optim.sgd()
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match="does not depend on params"):
+        innerloop.unroll(problem, dict(model.named_parameters()), None, steps=2)
+
+
+def test_times_are_whole_numbers():
+    with pytest.raises(innerloop.InvalidInputError, match="list of times"):
+        innerloop.unroll(quadratic_problem(), one_weight(), None, steps=3, save_at=[True])
+
+
+def test_inference_mode_is_named():
+    with torch.inference_mode(), pytest.raises(innerloop.InvalidInputError, match="no_grad"):
+        innerloop.unroll(quadratic_problem(), one_weight(), None, steps=3)

@@ -1,4 +1,4 @@
-"""Differentiate through training: the exact derivative of anything after an optimisation loop with respect to anything before it."""
+"""Differentiate through training: what comes after a training loop by what goes into it."""
 
 from innerloop import higher, inspect, nn, optim, strategy
 from innerloop._carry import Carry
@@ -7,10 +7,12 @@ from innerloop._metagradient.metagradient import metagradient
 from innerloop._module.functional import functional
 from innerloop._plan import Plan, plan
 from innerloop._problem import Problem
+from innerloop._track.loop import TrackedLoop
 from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
 from innerloop.errors import (
+    CapturedParameterWarning,
     CapturedTensorError,
     InnerLoopError,
     InvalidInputError,
@@ -18,12 +20,14 @@ from innerloop.errors import (
     MissingExtraError,
     NotDifferentiableError,
     PrecisionWarning,
+    UnreachedGradientWarning,
 )
 from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "Auto",
+    "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
@@ -38,8 +42,10 @@ __all__ = [
     "PrecisionWarning",
     "Problem",
     "StoreAll",
+    "TrackedLoop",
     "Trajectory",
     "Truncated",
+    "UnreachedGradientWarning",
     "check_metagradient",
     "functional",
     "higher",

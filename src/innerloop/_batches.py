@@ -1,4 +1,4 @@
-"""The data of a loop: a list, stacked tensors, a function of time, or an iterator of unknown length."""
+"""The data of a loop: a list, stacked tensors, a function of time, or an iterator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop._utils.random_state import RandomState
@@ -17,108 +18,116 @@ from innerloop.errors import InvalidInputError
 
 
 class Batches(abc.ABC):
-    """What each step sees.
+    """The data that the steps of a loop see.
 
     Attributes:
         data: a pytree; its tensors are inputs of the derivative's node (constants, but visible to
             ``vmap``).
         steps: T, or None: it shows when the data end.
-        keeping: whether steps will be replayed: data that come only once are kept, data that are
-            made anew are compared.
+        single_pass: True if each batch can be had once only, as from an iterator.
+        keeping: True if steps will be replayed: data that come only once are then kept, and data
+            that are made anew are compared.
         kept: what is kept for that, by step; shared by the copies of this object.
     """
 
     data: Any = None
     steps: int | None
-    keeping = False
+    single_pass: bool = False
+    keeping: bool = False
 
     def __init__(self, steps: int | None) -> None:
         self.steps = steps
         self.kept: MutableMapping[int, Any] = {}
 
     @abc.abstractmethod
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
-        """The data of step t.
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+        """Return the data of one step.
 
         Args:
             params: the parameters before the step.
             hyper: as given to the loop.
-            t: the step.
+            t: the number of steps before it in this loop: the position in the data.
+            time: the number of all steps before it, those of earlier loops among them.
         """
 
+    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> Any:
+        """Return the data of the first step without using them up."""
+        return self.at(params, hyper, 0, time)
+
     def times(self) -> Iterable[int]:
-        """The steps: 0 to T - 1, or as long as there are data."""
+        """Return the steps: 0 to T - 1, or as long as there are data."""
         assert self.steps is not None, "only an iterator does not know its length"
         return range(self.steps)
 
     def holding(self, data: Any) -> Batches:
-        """The same with other tensors in ``data``."""
+        """Return the same with other tensors in ``data``."""
         new = copy.copy(self)
         new.data = data
         return new
 
     def ending(self, steps: int) -> Batches:
-        """The same with a known number of steps."""
+        """Return the same with a known number of steps."""
         new = copy.copy(self)
         new.steps = steps
         return new
 
 
-class Nothing(Batches):
+class NoBatches(Batches):
     """Steps without data."""
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> None:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> None:
         return None
 
 
-class Listed(Batches):
+class BatchList(Batches):
     """One entry per step."""
 
     def __init__(self, entries: list[Any], steps: int) -> None:
         super().__init__(steps)
         self.data = entries[:steps]
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
         return self.data[t]
 
 
-class Stacked(Batches):
+class StackedBatches(Batches):
     """A pytree of tensors whose first dimension is time."""
 
     def __init__(self, stacked: Any, steps: int) -> None:
         super().__init__(steps)
         self.data = stacked
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
         return tree.map_tensors(lambda x: x[t], self.data)
 
 
-class Called(Batches):
-    """A pure function of its arguments; what it returns is a constant of the derivative."""
+class BatchFunction(Batches):
+    """A pure function of its arguments, whose results are constants of the derivative."""
 
     def __init__(self, function: Callable[[Any, Any, int], Any], steps: int) -> None:
         super().__init__(steps)
         self.function = function
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
-        batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, t))
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+        batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, time))
         if self.keeping:
             found = Fingerprint.of(batch)
-            if t not in self.kept:
-                self.kept[t] = found
-            elif not found.agrees(self.kept[t]):
+            if time not in self.kept:
+                self.kept[time] = found
+            elif not found.agrees(self.kept[time]):
                 raise InvalidInputError(
-                    f"batches(params, hyper, t) gave other data at t={t} when it was called again "
-                    "for the replay: it must be a pure "
-                    "function of its arguments. Random choices come from a generator seeded by t, "
-                    "torch.Generator().manual_seed(t), or "
-                    "from torch's own (which is rewound); otherwise pass the data as a list"
+                    f"batches(params, hyper, t) gave other data at t={time} when it was called "
+                    "again for the replay: it must be a pure function of its arguments. Random "
+                    "choices come from a generator seeded by t, torch.Generator().manual_seed(t), "
+                    "or from torch's own (which is rewound); otherwise pass the data as a list"
                 )
         return batch
 
 
-class Drawn(Batches):
+class BatchIterator(Batches):
     """An iterator, drawn from once; if wanted, each entry is kept from then on."""
+
+    single_pass = True
 
     def __init__(self, source: Iterable[Any], steps: int | None) -> None:
         super().__init__(steps)
@@ -134,8 +143,8 @@ class Drawn(Batches):
             else itertools.takewhile(self._has, itertools.count())
         )
 
-    def peek(self) -> Any:
-        """The next entry, which `at` will give as well."""
+    def first(self, params: Params, hyper: HyperTree, time: int = 0) -> Any:
+        """Return the next entry, which `at` will return as well."""
         if not self._has(self.position[0]):
             raise InvalidInputError(
                 "the iterator of batches has no entry (any more): make a new one for each loop"
@@ -151,13 +160,13 @@ class Drawn(Batches):
         return True
 
     def _draw(self) -> tuple[Any, bool]:
-        """The next entry, and whether the iterator drew random numbers for it."""
+        """Return the next entry, and True if the iterator drew random numbers for it."""
         before = RandomState.now()
         entry = next(self.source)
         after = RandomState.now()
         return entry, before is not None and after is not None and not after.equals(before)
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
         if t != self.position[0]:
             entry, random_state = self.kept[t]
             if random_state is not None:
@@ -178,7 +187,7 @@ class Drawn(Batches):
 
 
 def batches_of(given: Any, steps: int | None) -> Batches:
-    """What the user gave, in its kind.
+    """Return what the user gave, as the kind of `Batches` that it is.
 
     Raises:
         InvalidInputError: a tensor requires grad, the number of steps is unknown or too large,
@@ -189,9 +198,9 @@ def batches_of(given: Any, steps: int | None) -> Batches:
     if given is None or callable(given):
         if steps is None:
             raise InvalidInputError("the number of steps is not known: write steps=T")
-        return Nothing(steps) if given is None else Called(given, steps)
+        return NoBatches(steps) if given is None else BatchFunction(given, steps)
     if hasattr(given, "__iter__") and not isinstance(given, (list, tuple, dict, str, Tensor)):
-        return Drawn(given, steps)
+        return BatchIterator(given, steps)
     check_constant(given)
     if isinstance(given, list):
         available = len(given)
@@ -207,7 +216,7 @@ def batches_of(given: Any, steps: int | None) -> Batches:
     if steps is not None and steps > available:
         raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
     total = available if steps is None else steps
-    return Listed(given, total) if isinstance(given, list) else Stacked(given, total)
+    return BatchList(given, total) if isinstance(given, list) else StackedBatches(given, total)
 
 
 def check_constant(batches: Any, name: str = "batches") -> None:
@@ -216,6 +225,5 @@ def check_constant(batches: Any, name: str = "batches") -> None:
         if t.requires_grad:
             raise InvalidInputError(
                 f"{path} requires grad, but batches are constants of the derivative: put that "
-                "tensor into hyper, let batches be "
-                "indices into it, or detach it"
+                "tensor into hyper, let batches be indices into it, or detach it"
             )

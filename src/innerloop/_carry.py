@@ -11,7 +11,7 @@ from innerloop._types import Named
 from innerloop._utils import tree
 from innerloop._utils.random_state import RandomState
 
-_same = (
+_alias = (
     torch.ops.aten.alias.default
 )  # the identity; unlike the derivative of a view, its own takes a sparse gradient too
 
@@ -26,21 +26,27 @@ class Carry(NamedTuple):
         random_state: the random generators' state before the next step, or None: whatever it is
             then. A loop continued from this carry draws from here, and leaves the user's own random
             numbers alone.
+        time: the number of steps taken since the loop began; a loop that is continued from this
+            carry hands ``time + t`` to ``optimizer_hyper`` and to a data function.
+            ``carry._replace(time=0)`` starts the schedule again.
     """
 
     params: dict[str, Tensor]
     optimizer_state: Any
     buffers: dict[str, Tensor]
     random_state: RandomState | None
+    time: int = 0
 
     def detach(self) -> Carry:
         """The same values, cut from their history."""
         params, state, buffers = tree.map_tensors(
             torch.Tensor.detach, (self.params, self.optimizer_state, self.buffers)
         )
-        return Carry(params, state, buffers, self.random_state)
+        return Carry(params, state, buffers, self.random_state, self.time)
 
 
-def distinct(params: Named, before: Named) -> dict[str, Tensor]:
+def aliased(params: Named, before: Named) -> dict[str, Tensor]:
     """``params`` with an alias for each that a step left as it was: times are told apart by the identity of their tensors."""
-    return {n: _same(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()}
+    return {
+        n: _alias(p) if p is before.get(n) and p.requires_grad else p for n, p in params.items()
+    }

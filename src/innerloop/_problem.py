@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,22 +10,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from innerloop._carry import Carry, _same, distinct
-from innerloop._inner_gradient import graph
-from innerloop._inner_gradient.closure import Evaluations
+from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import (
+    check_graph,
+    finish,
+    inner_gradient,
+    sparse_ones,
+    with_dense_gradients,
+)
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module import view as module
 from innerloop._module.checks import check_names, refusing_recomputation
-from innerloop._types import Loss, Named, ValueAndGrad
+from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
-from innerloop.optim._base import Optimizer
+from innerloop.optim._base import Optimizer, refuse_class
+from innerloop.optim._from_torch.from_torch import FromTorch
+from innerloop.optim._groups import Groups
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
-OptimizerHyper = Callable[[Any, int], Mapping[str, Any]]
+OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any]]
 
 
 class Problem:
@@ -41,9 +49,11 @@ class Problem:
         loss: ``loss(params, hyper, batch) -> scalar`` or ``(scalar, aux)``, a function of its
             arguments. Tensors that need a gradient belong into ``params`` or ``hyper``.
         optimizer: from `innerloop.optim`.
-        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``:
+        optimizer_hyper: how the optimizer takes its hyper-parameters from ``hyper``: the names of
+            the entries that it reads, ``("lr", "weight_decay")``, or a function
             ``optimizer_hyper(hyper, t) -> dict``, for example ``lambda hyper, t: {"lr":
-            hyper["log_lr"][t].exp()}``. Default: none.
+            hyper["log_lr"][t].exp()}``. Default: the optimizer reads nothing; ``()`` says so, for
+            an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
 
     Example:
         >>> import torch, innerloop
@@ -63,6 +73,7 @@ class Problem:
             raise InvalidInputError(
                 f"loss must be a function loss(params, hyper, batch), got {type(loss).__name__}"
             )
+        refuse_class(optimizer)
         if not isinstance(optimizer, Optimizer):
             cure = (
                 "innerloop.optim.from_torch(optimizer)"
@@ -74,10 +85,16 @@ class Problem:
             )
         self.loss = loss
         self.optimizer = optimizer
-        self.optimizer_hyper = optimizer_hyper
+        self.optimizer_hyper: Callable[[Any, int], Mapping[str, Any]] | None = (
+            optimizer_hyper
+            if optimizer_hyper is None or callable(optimizer_hyper)
+            else _ReadByName(optimizer_hyper, optimizer)
+        )
         self.view: module.ModuleView | None = None
         self.computed_buffers: set[str] = set()
         """Buffers that the module computes by differentiable operations (not running statistics, which kernels write)."""
+        self._sparse: set[str] = set()
+        """Parameters whose inner gradient was sparse."""
 
     @classmethod
     def from_module(
@@ -92,17 +109,19 @@ class Problem:
 
         The module's buffers (running statistics) and the random state are threaded through the
         loop; the user's module is not changed. ``params`` of `unroll` is then
-        ``dict(model.named_parameters())`` or a part of it; other parameters keep the module's
-        values.
+        None (all trainable parameters of the module), or a part of
+        ``dict(model.named_parameters())``; other parameters keep the module's values.
         """
         problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
         problem.view = module.ModuleView(model)
         return problem
 
-    def init(self, params: Mapping[str, Tensor] | Carry) -> Carry:
-        """The carry before the first step; a carry is returned as it is."""
+    def init(self, params: Params | Carry | None) -> Carry:
+        """Return the carry before the first step; a carry is returned as it is."""
         if isinstance(params, Carry):
             return params
+        if params is None:
+            params = self.trainable_params()
         if not isinstance(params, Mapping) or not all(
             isinstance(p, Tensor) for p in params.values()
         ):
@@ -124,6 +143,15 @@ class Problem:
             check_names(params, self.view.source)
             buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def trainable_params(self) -> dict[str, Tensor]:
+        """Return the trainable parameters of the module that was given to `from_module`."""
+        if self.view is None:
+            raise InvalidInputError(
+                "params is None, and the problem was not made from a module: pass a dict of "
+                "tensors, or use Problem.from_module"
+            )
+        return {name: p for name, p in self.view.source.items() if p.requires_grad}
 
     def evaluate(
         self,
@@ -163,7 +191,7 @@ class Problem:
         except InnerLoopError:
             raise
         except RuntimeError as error:
-            raise explained(error) from error
+            raise explain(error) from error
 
     def _by_transform(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """Inside vmap, jvp and compiled code, where torch.autograd.grad raises."""
@@ -179,7 +207,7 @@ class Problem:
         grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
             dict(params), buffers, hyper, batch
         )
-        return grads, loss, aux, new_buffers
+        return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """In eager code: the same derivative, and a quarter faster on small models, where the transform's wrappers count."""
@@ -188,32 +216,39 @@ class Problem:
             # An alias, so that the derivative is the partial one even if hyper or the batch was
             # computed from params.
             alias = {
-                n: _same(p) if p.requires_grad else p.detach().requires_grad_()
+                n: _alias(p) if p.requires_grad else p.detach().requires_grad_()
                 for n, p in params.items()
             }
             with refusing_recomputation():
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
-            if not loss.requires_grad:
-                raise NotDifferentiableError(INDEPENDENT)
             # Only a loop that something outside asks a derivative of is recorded; else the step is
             # plain training.
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
             ends = [loss, *tree.tensors(aux), *new_buffers.values()]
-            leaves = graph.inspect(ends, alias.values(), second_order=recording)
+            leaves = check_graph(ends, alias.values(), second_order=recording)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
-            found = torch.autograd.grad(
-                loss, list(alias.values()), create_graph=recording, allow_unused=True
+            grads = self.for_the_rule(
+                inner_gradient(
+                    loss,
+                    alias,
+                    create_graph=recording,
+                    independent=NotDifferentiableError(INDEPENDENT),
+                ),
+                params,
             )
-        if all(g is None for g in found):
-            raise NotDifferentiableError(INDEPENDENT)
-        grads = {
-            n: torch.zeros_like(p) if g is None else g
-            for (n, p), g in zip(params.items(), found, strict=True)
-        }
         if recording:
             return grads, loss, aux, new_buffers
         return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
+
+    def for_the_rule(self, found: Grads, params: Params) -> dict[str, Tensor]:
+        """Return a gradient for each parameter: zero for those that the loss does not use."""
+        if sparse := sparse_ones(found):
+            self._sparse |= sparse
+        finished = finish(found, takes_sparse=self.optimizer.takes_sparse)
+        return {
+            name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
+        }
 
     def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
         """The optimizer's hyper-parameters at step t; None: its own."""
@@ -232,7 +267,8 @@ class Problem:
         params, state = self.new_params(
             grads, carry.optimizer_state, carry.params, self.overrides(hyper, t), value_and_grad
         )
-        return Carry(distinct(params, carry.params), state, dict(buffers), RandomState.now())
+        params = with_dense_gradients(aliased(params, carry.params), self._sparse)
+        return Carry(params, state, dict(buffers), RandomState.now(), t + 1)
 
     def new_params(
         self,
@@ -276,7 +312,7 @@ class Problem:
             return loss, grads
 
         closure = (
-            Evaluations(evaluate, carry.params, loss, grads)
+            CachedFirstEvaluation(evaluate, carry.params, loss, grads)
             if self.optimizer.needs_closure
             else None
         )
@@ -285,3 +321,76 @@ class Problem:
 
     def __repr__(self) -> str:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
+
+
+def hyper_names(optimizer: Optimizer) -> tuple[str, ...] | None:
+    """Return the names of an optimizer's hyper-parameters; None if it does not list them."""
+    if not isinstance(optimizer, (Groups, FromTorch)):
+        return getattr(optimizer, "hyper_names", None)
+    members = optimizer.members
+    found: dict[str, None] = {}
+    for member in members.values() if isinstance(members, Mapping) else members:
+        names = hyper_names(member)
+        if names is None:
+            return None
+        found |= dict.fromkeys(names)
+    return tuple(found)
+
+
+class _ReadByName:
+    """The function ``optimizer_hyper`` of an optimizer that reads entries of ``hyper`` by name."""
+
+    def __init__(self, names: Sequence[str], optimizer: Optimizer) -> None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise InvalidInputError(
+                f"optimizer_hyper={names!r}: write a tuple of names, "
+                "optimizer_hyper=('lr',), or a function of (hyper, t)"
+            )
+        known = hyper_names(optimizer)
+        for name in names:
+            if known is not None and name not in known:
+                kind = repr(optimizer).partition("(")[0]
+                raise InvalidInputError(
+                    f"optimizer_hyper names {name!r}, but {kind} has {', '.join(known)}"
+                )
+        self.names = tuple(names)
+
+    def __call__(self, hyper: HyperTree, t: int) -> dict[str, Any]:
+        if self.names and not isinstance(hyper, Mapping):
+            raise InvalidInputError(
+                f"optimizer_hyper names {self.names[0]!r}, but hyper is {type(hyper).__name__}: "
+                f"write a dict, hyper={{{self.names[0]!r}: tensor}}"
+            )
+        assert isinstance(hyper, Mapping) or not self.names
+        found: dict[str, Any] = {}
+        for name in self.names:
+            if name not in hyper:  # type: ignore[operator]
+                raise InvalidInputError(
+                    f"optimizer_hyper names {name!r}, but hyper has no such entry; it has "
+                    f"{list(hyper)}"  # type: ignore[arg-type]
+                )
+            found[name] = hyper[name]  # type: ignore[index, call-overload]
+        return found
+
+
+def residual(problem: Problem, carry: Carry, hyper: HyperTree, batch: object) -> Grads:
+    """Compute the inner gradient at ``carry`` as constants.
+
+    It is zero where the inner problem is solved; its derivatives at a solution are what implicit
+    differentiation needs.
+
+    Args:
+        problem: the loss; the update rule plays no part.
+        carry: where to evaluate; nothing in it is changed.
+        hyper: the outer variables, as in `unroll`.
+        batch: the data of this step.
+
+    Returns:
+        A gradient for each parameter, zero where the loss does not use it.
+    """
+    params, buffers, constants = tree.map_tensors(
+        Tensor.detach, (carry.params, carry.buffers, hyper)
+    )
+    with torch.no_grad():
+        grads, *_ = problem.gradient(params, buffers, constants, batch)
+    return tree.map_tensors(Tensor.detach, grads)

@@ -29,7 +29,8 @@ class Trajectory:
         steps: int,
         missing: str = "",
     ) -> None:
-        self._states = states
+        begin = states[0].time if 0 in states else 0
+        self._states = {t: carry._replace(time=begin + t) for t, carry in states.items()}
         self._losses = losses
         self.aux = aux
         self.steps = steps

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import HyperTree, Params
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import at_random_state, restored_on_error
 from innerloop.errors import InvalidInputError
@@ -21,10 +23,10 @@ from innerloop.strategy._store_all import StoreAll
 
 def unroll(
     problem: Problem,
-    params: Mapping[str, Tensor] | Carry,
+    params: Params | Carry | None,
     batches: Any,
     *,
-    hyper: Any = None,
+    hyper: HyperTree = None,
     strategy: Strategy | None = None,
     steps: int | None = None,
     save_at: Sequence[int] = (),
@@ -57,6 +59,11 @@ def unroll(
         InvalidInputError: a batch requires grad, the number of steps is unknown, a name or shape
             does not fit.
 
+    Note:
+        A parameter that the loss does not use has the gradient zero, as in ``torch.func``, so
+        weight decay or momentum may still move it; `track` skips it, as ``backward()`` does.
+        Sparse gradients are made dense, except for a rule that takes them (``sparse_adam``).
+
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr, so d w₃/d w₀ = (1 - lr)³.
 
@@ -70,8 +77,8 @@ def unroll(
         (tensor(0.1250),)
     """
     strategy = StoreAll() if strategy is None else strategy
-    _check_strategy(strategy)
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    check_strategy(strategy)
+    if mode() is not Mode.COMPILING and torch.is_inference_mode_enabled():
         raise InvalidInputError(
             "torch.inference_mode is on, in which no gradient can be taken, not even an inner "
             "one: write torch.no_grad instead"
@@ -100,16 +107,27 @@ def unroll(
     return traj
 
 
-def _check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: object, what: str = "strategy is") -> None:
+    """Raise unless ``strategy`` is an instance of `Strategy`."""
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        raise InvalidInputError(f"{what} the class {strategy.__name__}: write {_call_of(strategy)}")
     if not isinstance(strategy, Strategy):
         raise InvalidInputError(
-            f"strategy={strategy!r} is not a strategy: write an instance, for example "
+            f"{what} {strategy!r}, not a strategy: write an instance, for example "
             "innerloop.StoreAll()"
         )
 
 
+def _call_of(kind: type[Strategy]) -> str:
+    """Return how an instance of ``kind`` is written: ``"innerloop.Truncated(last=...)"``."""
+    arguments = inspect.signature(kind).parameters.values()
+    needed = [f"{p.name}=..." for p in arguments if p.default is p.empty and p.kind < p.VAR_KEYWORD]
+    package = "innerloop." if kind.__module__.startswith("innerloop.") else ""
+    return f"{package}{kind.__name__}({', '.join(needed)})"
+
+
 def _times(save_at: Sequence[int], steps: int | None) -> tuple[int, ...]:
-    """The times, counted from the start."""
+    """Return the times, counted from the start."""
     if not isinstance(save_at, Iterable) or any(type(t) is not int for t in save_at):
         raise InvalidInputError(
             f"save_at={save_at!r}: write a list of times, for example save_at=[0, 10]"

@@ -7,7 +7,7 @@ from torch import Tensor
 from innerloop._types import Grads, Named, Params, ValueAndGrad
 
 
-class Evaluations:
+class CachedFirstEvaluation:
     """The loss and its gradient at the parameters that a rule asks for.
 
     The first evaluation, at the parameters before the step, is known already. It is handed out

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
-from innerloop.nn._catalogue import CURES, DIFFERENTIATED, KERNELS, WRONG, WRONG_THIRD
+from innerloop.nn._catalogue import Operation, by_node
 
 COMPILED = (
     "the loss was computed by a function compiled with torch.compile, whose gradient has no "
@@ -22,14 +22,16 @@ COMPILED = (
 )
 
 
-def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool) -> list[Tensor]:
+def check_graph(
+    ends: Iterable[Tensor], current: Iterable[Tensor], second_order: bool
+) -> list[Tensor]:
     """Walk from what a step evaluates (the loss, aux) to the current parameters: raise at code that has no second derivative.
 
     Returns:
         The leaves outside of the loop.
     """
     ends, current = list(ends), list(current)
-    kernels = []
+    suspects: list[tuple[Any, Operation]] = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
@@ -43,14 +45,11 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
             leaves.append(node.variable)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
-        elif (
-            second_order
-            and (kind in KERNELS or kind in DIFFERENTIATED)
-            and not _is_plain_embedding(node, kind)
-        ):
-            kernels.append(node)
-        elif second_order and kind in WRONG_THIRD:
-            node.register_hook(_watch_second)
+        elif second_order and (operation := _defective(node)) is not None:
+            if operation.order == 3 and kind in operation.nodes:
+                node.register_hook(partial(_watch_second, operation))
+            else:
+                suspects.append((node, operation))
         elif second_order and _once_differentiable(node):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
@@ -60,26 +59,34 @@ def inspect(ends: Iterable[Tensor], current: Iterable[Tensor], second_order: boo
                 "innerloop.higher: track_higher_grads=False)"
             )
         stack.extend([child for child, _ in node.next_functions])
-    for node in kernels:
+    for node, operation in suspects:
         if _reaches(node, current):
-            raise NotDifferentiableError(_without_second(type(node).__name__))
+            raise NotDifferentiableError(_lacks_derivative(operation, type(node).__name__))
     return leaves
 
 
-def _watch_second(gradients: Sequence[Tensor | None], _: Any) -> None:
-    """A hook on a node that has just computed ``gradients``: let the nodes that differentiate them look out for a third derivative."""
+def _defective(node: object) -> Operation | None:
+    """Find the operation of the catalogue whose defect this node has."""
+    operation = by_node(type(node).__name__)
+    if operation is None or operation.node_when is None or operation.node_when(node):
+        return operation
+    return None
+
+
+def _watch_second(operation: Operation, gradients: Sequence[Tensor | None], _: object) -> None:
+    """Let the nodes that differentiate ``gradients``, just computed, refuse a third derivative."""
     for node in {g.grad_fn for g in gradients if g is not None and g.grad_fn is not None}:
-        node.register_prehook(_refuse_third)
+        node.register_prehook(partial(_refuse_third, operation))
 
 
-def _refuse_third(_: Any) -> None:
-    if torch.is_grad_enabled():  # in a backward pass: create_graph
+def _refuse_third(operation: Operation, _: object) -> None:
+    # In a backward pass gradients are enabled under create_graph=True only.
+    if torch.is_grad_enabled():
         raise NotDifferentiableError(
-            "a meta-gradient through layer, batch or instance norm is about to be differentiated "
-            "once more (create_graph=True), and the "
-            "third derivative that PyTorch has of these is wrong without an error. Run the inner "
-            "loop in `with innerloop.nn.any_order():`, "
-            "or write create_graph=False"
+            f"a meta-gradient through {operation.name} is about to be differentiated once more "
+            "(create_graph=True), but the third derivative that PyTorch has of it is wrong without "
+            "an error. Run the inner loop in `with innerloop.nn.any_order():`, or write "
+            "create_graph=False"
         )
 
 
@@ -99,32 +106,31 @@ def _reaches(start: Any, current: list[Tensor]) -> bool:
     return False
 
 
-def _is_plain_embedding(node: Any, kind: str) -> bool:
-    return kind == "EmbeddingBackward0" and not torch_private.divides_by_frequency(node)
-
-
-def _without_second(kind: str) -> str:
-    if kind in DIFFERENTIATED:
+def _lacks_derivative(operation: Operation, kind: str) -> str:
+    """Say what an operation between the inner loss and the parameters lacks, and what to write."""
+    if operation.order == 3:
         return (
-            f"the inner loss contains a gradient through layer, batch or instance norm ({kind}; a "
-            "gradient penalty, say), and the third "
-            "derivative that PyTorch has of these is wrong without an error. Run the loop in "
-            "`with innerloop.nn.any_order():`, or use "
-            "GroupNorm, or take no second derivative: first_order=True, "
-            "strategy=innerloop.FirstOrder()"
+            f"the inner loss contains a gradient through {operation.name} ({kind}; a gradient "
+            "penalty, say), and the third derivative that PyTorch has of it is wrong without an "
+            "error. Run the loop in `with innerloop.nn.any_order():`, or use GroupNorm, or take no "
+            "second derivative: first_order=True, strategy=innerloop.FirstOrder()"
         )
-    has = "a wrong second derivative, without an error" if kind in WRONG else "no second derivative"
-    name = KERNELS[kind]
-    if name in CURES:
-        return f"{name} has {has} in PyTorch ({kind}). {CURES[name]}. Or take no second derivative: first_order=True, FirstOrder()"
+    has = (
+        "a wrong second derivative, without an error"
+        if operation.silent
+        else "no second derivative"
+    )
+    if operation.instead:
+        return (
+            f"{operation.name} has {has} in PyTorch ({kind}). {operation.instead}. Or take no "
+            "second derivative: first_order=True, FirstOrder()"
+        )
     return (
-        f"{name} ran with PyTorch's own kernel ({kind}), which has {has}. innerloop replaces it "
-        "inside the loop, under that name: "
-        "compute the loss there, from the first step on, and not under "
-        "innerloop.nn.keep_kernels(). Around a loop whose first step does "
-        "not use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
-        "first_order=True, "
-        "strategy=innerloop.FirstOrder()"
+        f"{operation.name} ran as PyTorch's own operation ({kind}), which has {has}. innerloop "
+        "replaces it inside the loop, under that name: compute the loss there, from the first step "
+        "on, and not under innerloop.nn.keep_kernels(). Around a loop whose first step does not "
+        "use it, write `with innerloop.nn.replacing():`. Or take no second derivative: "
+        "first_order=True, strategy=innerloop.FirstOrder()"
     )
 
 

@@ -12,7 +12,7 @@ BATCHED = (
 )
 
 
-def explained(error: RuntimeError) -> RuntimeError:
+def explain(error: RuntimeError) -> RuntimeError:
     """The message of torch with the cure, where we know it."""
     if isinstance(error, InnerLoopError):
         return error

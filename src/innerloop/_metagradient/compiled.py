@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from innerloop._metagradient.unreached import Unreached
 from innerloop._problem import Problem
 from innerloop._utils import tree
-from innerloop._utils.compiled_check import _compare
-from innerloop.strategy._outer_gradient import Inputs, ValueOf, _gradient
+from innerloop._utils.caches import cache
+from innerloop._utils.compiled_check import check_compiled
+from innerloop.strategy._base import Strategy
+from innerloop.strategy._outer_gradient import Inputs, Objective
 
-_verified: weakref.WeakKeyDictionary[Problem, set[Any]] = weakref.WeakKeyDictionary()
+_verified: MutableMapping[Problem, set[object]] = cache("verified meta-gradients", weak=True)
 
 
-def _compiled_gradient(
-    problem: Problem, value_of: ValueOf, inputs: Inputs, names: Sequence[str], variant: Any
+def compiled_value_and_grad(
+    strategy: Strategy,
+    objective: Objective,
+    inputs: Inputs,
+    wrt: tuple[str, ...],
+    unreached: Unreached,
+    variant: object,
 ) -> tuple[Any, dict[str, Any]]:
-    """`_gradient`, compiled as a whole: a transform over a compiled function would run eagerly, so compile goes outermost."""
-    compiled = torch.compile(_gradient, fullgraph=True)
-    result, grads = compiled(value_of, inputs, names)
+    """Return `Strategy.value_and_grad`, compiled as a whole.
+
+    A transform over a compiled function would run eagerly, so the compiler goes outermost.
+    """
+    compiled = torch.compile(strategy.value_and_grad, fullgraph=True)
+    result, grads = compiled(objective, inputs, wrt)
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
-    key = (shapes, tuple(names), variant)
-    if key not in _verified.setdefault(problem, set()):
-        _compare(result, grads, *_gradient(value_of, inputs, names))
-        _verified[problem].add(key)
+    key = (shapes, wrt, strategy, variant)
+    known = _verified.setdefault(unreached.problem, set())
+    if key not in known:
+        eager_result, eager_grads = strategy.value_and_grad(objective, inputs, wrt)
+        eager_grads = unreached.filled(inputs, eager_grads)
+        check_compiled(
+            _groups(result, grads), _groups(eager_result, eager_grads), "the meta-gradient"
+        )
+        known.add(key)
     return tree.map_tensors(Tensor.detach, (result, grads))
+
+
+def _groups(result: object, grads: Mapping[str, object]) -> dict[str, object]:
+    """Return what `metagradient` gives, by groups of one scale."""
+    loss, *aux = result if isinstance(result, tuple) else (result,)
+    gradients = {f"gradient of {name}": group for name, group in grads.items()}
+    return {"loss": loss, "aux": aux, **gradients}

@@ -9,25 +9,27 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._metagradient.compiled import _compiled_gradient
+from innerloop._metagradient.compiled import compiled_value_and_grad
+from innerloop._metagradient.unreached import Unreached
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._unroll import _check_strategy, unroll
+from innerloop._types import HyperTree, Params
+from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
 from innerloop._utils.progress import Report
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Strategy
-from innerloop.strategy._outer_gradient import _gradient
+from innerloop.strategy._outer_gradient import Inputs
 from innerloop.strategy._store_all import StoreAll
 
 
 def metagradient(
     outer: Callable[[Trajectory, Any], Any],
     problem: Problem,
-    params: Mapping[str, Tensor] | Carry,
+    params: Params | Carry | None,
     batches: Any,
     *,
-    hyper: Any = None,
+    hyper: HyperTree = None,
     wrt: str | Sequence[str] = ("params", "hyper"),
     strategy: Strategy | None = None,
     steps: int | None = None,
@@ -35,13 +37,14 @@ def metagradient(
     compile: bool = False,
     progress: bool | Report = False,
 ) -> tuple[Any, Any]:
-    """The value and the gradient of an outer loss behind a loop: the form that composes with ``torch.func`` and compiles.
+    """Return the value and the gradient of an outer loss behind a loop.
+
+    This is the form that composes with ``torch.func`` and that can be compiled.
 
     Args:
         outer: ``outer(traj, hyper) -> scalar`` or ``(scalar, aux)``.
-        problem, params, batches, hyper, strategy, steps, save_at, progress: as in `unroll`. Leaves
-        of ``hyper`` that are not floating-point
-            tensors are constants.
+        problem, params, batches, hyper, strategy, steps, save_at, progress: as in `unroll`.
+            Leaves of ``hyper`` that are not floating-point tensors are constants.
         wrt: ``"params"``, ``"hyper"`` or a tuple of both.
         compile: compile the whole meta-gradient with ``torch.compile(fullgraph=True)``. The first
             call with new shapes compiles (seconds to minutes; grows with T) and compares the result
@@ -76,59 +79,60 @@ def metagradient(
     if not names or not set(names) <= {"params", "hyper"}:
         raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
     strategy = StoreAll() if strategy is None else strategy
-    _check_strategy(strategy)
+    check_strategy(strategy)
     missing = sorted(set(names) - strategy.differentiates)
     if missing:
         raise InvalidInputError(
             f"{strategy!r} does not differentiate {missing}: choose "
             f"wrt={tuple(sorted(strategy.differentiates))}"
         )
-
     if compile:
         problem.check_compiles()
     if compile and not strategy.compiles:
         raise InvalidInputError(
             f"{strategy!r} cannot be compiled as a whole: leave compile=True away, or use "
-            "StoreAll(). Checkpointed(compile=True) compiles "
-            "the steps"
+            "StoreAll(). Checkpointed(compile=True) compiles the steps"
         )
+    if params is None:
+        params = problem.trainable_params()
+    if not isinstance(params, (Mapping, Carry)):
+        problem.init(params)  # raises, and says what params must be
 
-    def value_of(inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    unreached = Unreached(problem, hyper if "hyper" in names else None)
+
+    def objective(inputs: Inputs) -> tuple[Tensor, Any]:
         start = (
-            params._replace(params=inputs["params"])
+            params._replace(params=dict(inputs.params))
             if isinstance(params, Carry)
-            else inputs["params"]
+            else inputs.params
         )
         traj = unroll(
             problem,
             start,
             batches,
-            hyper=inputs["hyper"],
+            hyper=inputs.hyper,
             strategy=strategy,
             steps=steps,
             save_at=save_at,
             progress=progress,
         )
-        result = outer(traj, inputs["hyper"])
+        result = outer(traj, inputs.hyper)
         loss = check_loss(
             result[0] if isinstance(result, tuple) else result,
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
         )
+        unreached.look(loss, inputs.hyper)
         return loss, result
 
-    if not isinstance(params, (Mapping, Carry)):
-        problem.init(params)  # raises, and says what params must be
-    data = (
-        () if callable(batches) else tuple((tuple(t.shape), t.dtype) for t in tree.tensors(batches))
-    )
-    variant = (outer, strategy, steps, tuple(save_at), data)
-    inputs = {
-        "params": dict(params.params if isinstance(params, Carry) else params),
-        "hyper": hyper,
-    }
-    result, grads = (
-        _compiled_gradient(problem, value_of, inputs, names, variant)
-        if compile
-        else _gradient(value_of, inputs, names)
-    )
+    inputs = Inputs(dict(params.params if isinstance(params, Carry) else params), hyper)
+    if compile:
+        data = tree.tensors(None if callable(batches) else batches)
+        shapes = tuple((tuple(t.shape), t.dtype) for t in data)
+        variant = (outer, steps, tuple(save_at), shapes)
+        result, grads = compiled_value_and_grad(
+            strategy, objective, inputs, names, unreached, variant
+        )
+    else:
+        result, grads = strategy.value_and_grad(objective, inputs, names)
+    grads = unreached.filled(inputs, grads)
     return result, grads[names[0]] if isinstance(wrt, str) else grads

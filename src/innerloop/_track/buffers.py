@@ -7,16 +7,23 @@ from torch import Tensor
 from innerloop._module.view import ModuleView
 from innerloop._utils import torch_private
 
+_LARGE = 65_536
+"""Buffers with more elements are copied only if they were written."""
 
-class _Snapshots:
-    """Copies of the buffers; large ones only of those that were written since the last time."""
+
+class BufferSnapshots:
+    """Copies of the buffers over time; large ones only of those that were written in between.
+
+    Args:
+        view: whose buffers are copied.
+    """
 
     def __init__(self, view: ModuleView) -> None:
         self._view = view
         self._seen: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def take(self) -> dict[str, Tensor]:
-        """The buffers as they are now."""
+        """Return copies of the buffers as they are now."""
         taken = {}
         for name, buffer in self._view.read_buffers().items():
             seen = self._seen.get(name)
@@ -26,7 +33,7 @@ class _Snapshots:
                 seen is not None
                 and seen[0] is buffer
                 and seen[1] == torch_private.version(buffer)
-                and buffer.numel() > 65_536
+                and buffer.numel() > _LARGE
             )
             if seen is None or not unchanged:
                 seen = self._seen[name] = (buffer, torch_private.version(buffer), buffer.clone())

@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
+from innerloop._carry import _alias
+from innerloop._module.view import ModuleView
+from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 
+Closure = Callable[[], object]
+"""A user's function without arguments that computes the loss."""
+Gradients = dict[str, Tensor | None]
+
+
+def evaluate_at(
+    at: Params,
+    closure: Closure,
+    view: ModuleView,
+    trained: Iterable[str],
+    check: Callable[[object], Tensor],
+    gradient_of: Callable[[Tensor, Params], Gradients],
+) -> tuple[Tensor, Gradients]:
+    """Return loss and gradients of a closure, with these parameters in ``loop.model`` meanwhile.
+
+    Args:
+        at: the parameters, by name.
+        closure: computes the loss with ``view.module``.
+        view: of the model; afterwards it has the parameters that it had before.
+        trained: the names of those to differentiate by.
+        check: takes what the closure returned, raises unless it is a loss.
+        gradient_of: (loss, parameters that it was computed with) -> gradients.
+    """
+    own = view.read()
+    with torch.enable_grad():
+        trial = {
+            n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_() for n in trained
+        }
+        # An alias: the gradient is taken where a line search looks, not where the step started.
+        alias = {n: _alias(p) for n, p in trial.items()}
+        view.write(alias)
+        try:
+            with refusing_backward(trial.values(), view.source.values()):
+                loss = check(closure())
+            return loss, gradient_of(loss, {**at, **alias})
+        finally:
+            view.write({n: own[n] for n in alias})
+
 
 @contextmanager
-def _refusing_backward(trial: Iterable[Tensor], own: Iterable[Tensor]) -> Iterator[None]:
-    """Raise where a closure calls ``backward()``; a ``zero_grad()`` before it must not cost the outer gradients gathered so far."""
+def refusing_backward(trial: Iterable[Tensor], own: Iterable[Tensor]) -> Iterator[None]:
+    """Raise where a closure calls ``backward()``.
+
+    A ``zero_grad()`` before it must not cost the outer gradients gathered so far.
+
+    Args:
+        trial: the parameters that the closure computes with.
+        own: the user's own parameters.
+    """
 
     def refuse(_: Tensor) -> None:
         raise InvalidInputError(

@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from innerloop._module.checks import check_names
+from innerloop._track.cut import GraphCut
+from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
-from innerloop.optim._base import Optimizer
-from innerloop.optim._from_torch.from_torch import from_torch
+from innerloop.optim._base import Optimizer, refuse_class
+from innerloop.optim._from_torch.from_torch import FromTorch, from_torch
+from innerloop.optim._groups import Groups
+
+Learn = Literal["init", "outer", "nothing"]
+Model = nn.Module | Mapping[str, nn.Module]
+TorchOptimizer = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
-def _pure(optimizer: Any, own: Mapping[str, Tensor]) -> Optimizer:
+def check_place(learn: str) -> None:
+    """Raise if a loop cannot be tracked in this way, or not here."""
+    if learn not in ("init", "outer", "nothing"):
+        raise InvalidInputError(f'learn={learn!r}: write "init", "outer" or "nothing"')
+    if torch.is_inference_mode_enabled():
+        raise InvalidInputError(
+            "track under torch.inference_mode: an inner loop needs gradients even when "
+            "nothing is learned"
+        )
+    if torch_private.inside_vmap():
+        raise InvalidInputError(
+            "track does not work inside torch.func.vmap: write the loop with innerloop.unroll "
+            "or innerloop.metagradient there"
+        )
+
+
+def refuse_reserved(strategy: object, save_at: object) -> None:
+    """Raise if an argument is given that is reserved for loops with a strategy."""
+    for name, value in (("strategy", strategy), ("save_at", save_at)):
+        if value is not None:
+            raise InvalidInputError(
+                f"{name}={value!r} was given to track, which keeps the graph of every step and "
+                f"cannot run under a strategy yet: leave {name}= away, or write the loop with "
+                f"innerloop.unroll(..., {name}=...)"
+            )
+
+
+def pure_optimizer(optimizer: object, own: Params) -> Optimizer:
+    """Return the pure form of what a user gave as the optimizer.
+
+    Args:
+        optimizer: a torch optimizer, a list of them, or one of `innerloop.optim`.
+        own: the model's own parameters, by name.
+
+    Raises:
+        InvalidInputError: it is something else, or has hooks that a tracked step does not run.
+    """
     if isinstance(optimizer, Optimizer):
         return optimizer
-    optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    for opt in optimizers:
+    given: Sequence[object] = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    known = []
+    for opt in given:
+        refuse_class(opt)
         if not isinstance(opt, torch.optim.Optimizer):
             raise InvalidInputError(
                 f"optimizer is {type(opt).__name__}: pass a torch.optim optimizer, a list of "
@@ -30,4 +76,73 @@ def _pure(optimizer: Any, own: Mapping[str, Tensor]) -> Optimizer:
                 "loop.step does not run: change gradients "
                 "with loop.step(loss, grad_callback=...)"
             )
-    return from_torch(optimizers, own)
+        known.append(opt)
+    return from_torch(known, own)
+
+
+def checked_hyper(hyper: object, optimizer: Optimizer) -> dict[str, object]:
+    """Return the overrides that a user gave; raise at a name that no rule of the optimizer has."""
+    if hyper is None:
+        return {}
+    if not isinstance(hyper, Mapping):
+        raise InvalidInputError(
+            f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}'
+        )
+    rules = _rules_of(optimizer)
+    known = [getattr(rule, "hyper_names", None) for rule in rules]
+    # An optimizer of the user's own need not say which names it has.
+    if all(names is not None for names in known):
+        names = list(dict.fromkeys(name for part in known if part is not None for name in part))
+        for name in hyper:
+            if name not in names:
+                called = ", ".join(dict.fromkeys(type(rule).__name__ for rule in rules))
+                raise InvalidInputError(
+                    f"{called} has no hyper-parameter {name!r}; it has {', '.join(names)}"
+                )
+    return dict(hyper)
+
+
+def _rules_of(optimizer: Optimizer) -> Sequence[Optimizer]:
+    if isinstance(optimizer, FromTorch):
+        return optimizer.members
+    if isinstance(optimizer, Groups):
+        return [rule for member in optimizer.members.values() for rule in _rules_of(member)]
+    return (optimizer,)
+
+
+def check_params(given: Params, own: Params) -> None:
+    """Raise unless the tensors given for time 0 can take the place of the model's parameters."""
+    check_names(given, own)
+    for name, tensor in given.items():
+        if tensor.dtype != own[name].dtype and len(given) < len(own):
+            raise InvalidInputError(
+                f"params[{name!r}] has dtype {tensor.dtype}, the model's parameter "
+                f"{own[name].dtype}: give all parameters in one dtype"
+            )
+
+
+def time_zero(
+    own: Params, given: Params, frozen: Collection[str], learn: Learn, cut: GraphCut
+) -> dict[str, Tensor]:
+    """Return the parameters at time 0: never the user's own tensors, unless they are frozen.
+
+    Args:
+        own: the model's own parameters.
+        given: tensors that take the place of some of them.
+        frozen: the names of those that are not trained, and are shared.
+        learn: says which of them stay connected to where they come from.
+        cut: ends the graph at the other ones.
+    """
+    start = {}
+    for name, p in own.items():
+        source = given.get(name, p)
+        connected = learn != "nothing" and (learn == "init" or name in given)
+        if connected and source.requires_grad:
+            start[name] = source.clone()
+        elif name in frozen:
+            start[name] = source.detach()
+        else:
+            start[name] = cut.cut(source.detach().clone())
+    if any(t.requires_grad for t in given.values()) or (learn == "init" and len(given) < len(own)):
+        cut.reached = True
+    return start

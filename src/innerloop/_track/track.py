@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
-from innerloop._track.loop import Learn, Loop, Model, TorchOptimizer
+from innerloop._track.loop import TrackedLoop
+from innerloop._track.start import Learn, Model, TorchOptimizer, refuse_reserved
+from innerloop._types import Params
 from innerloop.optim._base import Optimizer
+from innerloop.strategy._base import Strategy
 
 
 def track(
     model: Model,
     optimizer: TorchOptimizer | Optimizer,
     learn: Learn = "init",
-    params: Mapping[str, Tensor] | None = None,
-    hyper: Mapping[str, Any] | None = None,
+    params: Params | None = None,
+    hyper: Mapping[str, object] | None = None,
     first_order: bool = False,
-) -> Loop:
+    *,
+    strategy: Strategy | None = None,
+    save_at: Sequence[int] | None = None,
+) -> TrackedLoop:
     r"""Make the steps of a training loop differentiable.
 
     Inside the block ``loop.model`` stands for ``model``, and ``loop.step(loss)`` for
@@ -41,14 +44,16 @@ def track(
         first_order: treat the inner gradients as constants, but keep
             :math:`\partial\theta_{t+1}/\partial\theta_t = I` and what the rule itself adds:
             ``.grad`` is the gradient of first-order MAML (Finn et al. 2017), exact if the inner
-            loss is linear.
+            loss is linear. `unroll` does the same with the strategy `FirstOrder`.
+        strategy: reserved for loops that are replayed; must be None.
+        save_at: reserved, as ``strategy``.
 
     Returns:
-        A `Loop`, to be used in a ``with`` statement.
+        A `TrackedLoop`, to be used in a ``with`` statement.
 
     Raises:
-        InvalidInputError: the optimizer steps tensors that are not in the model, a name or shape
-            does not fit.
+        InvalidInputError: the optimizer steps tensors that are not in the model or has no
+            hyper-parameter of a given name; a name or shape does not fit.
 
     Note:
         A weight of ``loop.model`` may be edited between steps. An edit under ``torch.no_grad`` is a
@@ -56,6 +61,10 @@ def track(
         new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with ``model``,
         not copied: do not edit those in place. Buffers (running statistics) are constants of the
         derivative, as in PyTorch.
+
+        A parameter that the loss does not use is skipped, as after ``backward()``: weight decay and
+        momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients
+        are made dense, except for ``SparseAdam``.
 
     Cost:
         About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
@@ -76,4 +85,5 @@ def track(
         >>> model.weight.grad
         tensor([[0.2500]])
     """
-    return Loop(model, optimizer, learn, params, hyper, first_order)
+    refuse_reserved(strategy, save_at)
+    return TrackedLoop(model, optimizer, learn, params, hyper, first_order)

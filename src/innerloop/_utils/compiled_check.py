@@ -1,31 +1,102 @@
-"""Compare the result of compiled code with that of eager code."""
+"""Compare the results of compiled code with those of eager code."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from innerloop._utils import tree
 from innerloop.errors import MetaGradientError
-from innerloop.strategy._engine.compiled_step import beyond_rounding
 
 
-def _compare(result: Any, grads: Any, eager_result: Any, eager_grads: Any) -> None:
-    """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
-    for (name, ours), (_, eager) in zip(
-        tree.named_tensors([result, grads]),
-        tree.named_tensors([eager_result, eager_grads]),
-        strict=True,
-    ):
-        difference = (
-            beyond_rounding(ours, eager, torch.finfo(eager.dtype).tiny) if eager.numel() else None
-        )
-        if difference is not None:
-            error, scale = difference
-            raise MetaGradientError(
-                f"the compiled meta-gradient differs from the eager one at {name}: by "
-                f"{error:.3e}, where values are up to "
-                f"{scale:.3e}. This is a compiler error (or the loop draws random numbers): use "
-                "compile=False"
-            )
+def check_compiled(found: Mapping[str, object], eager: Mapping[str, object], what: str) -> None:
+    """Raise if a compiled result differs from the eager one by more than rounding.
+
+    Each tensor has an error of its own relative precision, 3 √ε of its largest entry. A sum that
+    cancels keeps the rounding of its terms, which are larger than itself: 100 ε of the largest
+    entry in its group are granted for that. Groups are of one kind (the parameters, one field of
+    the optimizer's state, a gradient), so that a large loss does not excuse a wrong parameter.
+
+    Args:
+        found: pytrees of compiled results, by the name of the group.
+        eager: the same groups, evaluated by eager code. None stands for zeros, here and in
+            ``found``.
+        what: names what was compiled, for the error.
+
+    Raises:
+        MetaGradientError: naming the group, the path in it, and the difference. (Up to torch 2.13
+            the compiler has cases of wrong numbers without an error.)
+    """
+    for group, expected in eager.items():
+        pairs = list(_pairs(found[group], expected))
+        largest = max((_scale(theirs) for _, _, theirs in pairs), default=0.0)
+        for place, ours, theirs in pairs:
+            slack = 100 * torch.finfo(theirs.dtype).eps * largest
+            difference = difference_beyond_rounding(ours, theirs, slack)
+            if difference is not None:
+                error, scale = difference
+                path = _named(group, expected, place)
+                raise MetaGradientError(
+                    f"{what}, compiled, differs from the eager one in {path} by "
+                    f"{error:.3e}, where values are up to {scale:.3e}: a compiler error, or random "
+                    "numbers are drawn. Write compile=False"
+                )
+
+
+def difference_beyond_rounding(
+    ours: Tensor, theirs: Tensor, slack: float
+) -> tuple[float, float] | None:
+    """Return ``(error, scale)`` if ``ours`` and ``theirs`` differ by more than rounding, else None.
+
+    Args:
+        ours: the compiled numbers.
+        theirs: the eager numbers; ``scale`` is the largest of them.
+        slack: what is granted besides 3 √ε of the scale.
+    """
+    scale = _scale(theirs)
+    # Infinity beside the same infinity, and nan beside nan, is no difference.
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    error = float(torch.where(same, torch.zeros_like(theirs), ours - theirs).detach().abs().max())
+    if error <= 3 * torch.finfo(theirs.dtype).eps ** 0.5 * scale + slack:
+        return None
+    return error, scale
+
+
+def fields_of(state: object, name: str) -> dict[str, object]:
+    """Return the groups of an optimizer's state: each field of each named tuple is one.
+
+    Example:
+        >>> fields_of((1, ({"w": 2.0}, None)), "state")
+        {'state[0]': 1, 'state[1][0]': {'w': 2.0}, 'state[1][1]': None}
+    """
+    if not isinstance(state, tuple):
+        return {name: state}
+    names = getattr(state, "_fields", None)
+    groups: dict[str, object] = {}
+    for i, value in enumerate(state):
+        groups.update(fields_of(value, f"{name}[{i}]" if names is None else f"{name}.{names[i]}"))
+    return groups
+
+
+def _pairs(found: object, expected: object) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield ``(place, ours, theirs)`` for the leaves that have a derivative."""
+    leaves = zip(tree.leaves(found), tree.leaves(expected), strict=True)
+    for place, (ours, theirs) in enumerate(leaves):
+        like = ours if theirs is None else theirs
+        if tree.differentiable(like) and like.numel():
+            zeros = torch.zeros_like(like)
+            yield place, zeros if ours is None else ours, zeros if theirs is None else theirs
+
+
+def _scale(x: Tensor) -> float:
+    """Return the largest absolute value in ``x`` that is finite."""
+    return float(x.detach().abs().nan_to_num(0.0, 0.0, 0.0).max())
+
+
+def _named(group: str, value: object, place: int) -> str:
+    """Return the group and the path of its leaf number ``place``."""
+    # A tensor in every place: named_tensors passes over None and numbers.
+    filled = tree.with_leaves(value, [torch.empty(0) for _ in tree.leaves(value)])
+    return list(tree.named_tensors(filled, group))[place][0]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from innerloop.errors import InvalidInputError, MissingExtraError
 
-Report = Callable[[str, int, int | None], Any]
-"""``report(phase, done, total)``: phase is ``"forward"`` or ``"backward"``, total is None while the length is unknown."""
+Report = Callable[[str, int, int | None], object]
+"""``report(phase, done, total)``: phase is ``"forward"`` or ``"backward"``, total may be unknown."""
 
 
 def silent(phase: str, done: int, total: int | None) -> None:
-    """No progress bar."""
+    """Report nothing."""
 
 
 def reporter(progress: bool | Report) -> Report:
-    """What a strategy calls after each step.
+    """Return what a strategy calls after each step.
 
     Raises:
         MissingExtraError: True, but tqdm is not installed.
@@ -35,7 +36,10 @@ def reporter(progress: bool | Report) -> Report:
 
 
 class Bars:
-    """One tqdm bar per phase; a bar closes when its phase ends, is left by an exception, or starts anew."""
+    """One tqdm bar per phase, closed when the phase ends, is left by an exception or starts anew.
+
+    Nothing is shown where standard error is not a terminal: a log would get one line per update.
+    """
 
     def __init__(self) -> None:
         try:
@@ -46,12 +50,12 @@ class Bars:
         self._phase = ""
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
+        if not sys.stderr.isatty():
+            return
         if self._bar is None or phase != self._phase or done <= self._bar.n:
             self.close()
-            self._bar, self._phase = (
-                self._tqdm(total=total, desc=phase, unit="step", leave=True),
-                phase,
-            )
+            self._bar = self._tqdm(total=total, desc=phase, unit="step", leave=True)
+            self._phase = phase
         self._bar.update(done - self._bar.n)
         if total is not None and done >= total:
             self.close()

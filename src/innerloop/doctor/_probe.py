@@ -164,7 +164,7 @@ class _Probe:
             leaves = [x.detach().requires_grad_() for x in values]
             result = s(leaves)
             if self.ours:
-                graph.inspect([result], leaves, second_order=True)
+                graph.check_graph([result], leaves, second_order=True)
             found = torch.autograd.grad(result, leaves, create_graph=keep, allow_unused=True)
             return leaves, _along(found, v)
 

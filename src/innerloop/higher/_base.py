@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop._carry import distinct
-from innerloop._inner_gradient import graph
+from innerloop._carry import aliased
+from innerloop._inner_gradient.gradient import (
+    check_graph,
+    finish,
+    inner_gradient,
+    sparse_ones,
+    with_dense_gradients,
+)
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explained
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher._fast_weights import fast_weights
@@ -22,7 +27,7 @@ from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_m
 from innerloop.higher.patch import PatchedModule
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
-Grads = list[Tensor | None]
+GradList = list[Tensor | None]
 GradCallback = Callable[[list[Any]], Sequence[Any]]
 Override = Mapping[str, Sequence[Any] | nn.ParameterList | Tensor]
 State = list[collections.defaultdict[int, Any]]
@@ -99,7 +104,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._device = device
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
-        self._sparse = False
+        self._sparse: set[int] = set()
         self.around_rule: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -159,11 +164,9 @@ class DifferentiableOptimizer(abc.ABC):
                     else p.detach().requires_grad_(before[i].requires_grad)
                 )
         if self._track_higher_grads:  # times are told apart by the identity of their tensors
-            named = distinct(dict(numbered(after)), dict(numbered(before)))
+            named = aliased(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
-        if self._track_higher_grads and self._sparse:
-            # The outer gradient is sparse too, and few operations have a derivative for that.
-            after = [_Densified.apply(p) for p in after]
+            after = list(with_dense_gradients(dict(enumerate(after)), self._sparse).values())
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:
@@ -244,12 +247,12 @@ class DifferentiableOptimizer(abc.ABC):
         loss: Tensor | Callable[[], Tensor],
         params: list[Tensor],
         callback: GradCallback | None,
-    ) -> Grads:
+    ) -> GradList:
         return self._gradients(scalar(loss() if callable(loss) else loss), params, callback)
 
     def _gradients(
         self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None
-    ) -> Grads:
+    ) -> GradList:
         used = (
             set(range(len(params)))
             if callback
@@ -266,56 +269,35 @@ class DifferentiableOptimizer(abc.ABC):
                 f"the loss does not depend on any parameter through the graph ({why}): compute it "
                 "as loss_fn(fmodel(x), y)"
             )
-        leaves = graph.inspect([loss], params, self._track_higher_grads)
-        found = self._differentiate(loss, [params[i] for i in wanted])
-        if wanted and all(g is None for g in found):
-            raise InvalidInputError(
+        leaves = check_graph([loss], params, second_order=self._track_higher_grads)
+        found = inner_gradient(
+            loss,
+            {i: params[i] for i in wanted},
+            create_graph=self._track_higher_grads,
+            independent=InvalidInputError(
                 "the loss depends on none of the parameters: compute it with the patched module, "
                 "after the last step (a function that "
                 "is kept in the model, and has taken hold of the model itself, computes with the "
                 "model's own)"
-            )
+            ),
+            gate=None if self._fmodel is None else fast_weights(self._fmodel).gate,
+        )
         self._note(leaves, params)
         self._look_for_captured(loss, leaves)
-        grads: Grads = [None] * len(params)
-        for i, g in zip(wanted, found, strict=True):
-            if self._track_higher_grads and g is not None and g.is_sparse:
-                if isinstance(self._other, torch.optim.SparseAdam):
-                    raise NotDifferentiableError(
-                        "SparseAdam needs sparse gradients, which have no second derivative: "
-                        "build nn.Embedding with sparse=False and use "
-                        "Adam, or write track_higher_grads=False"
-                    )
-                self._sparse = True
-                g = (
-                    g.to_dense()
-                )  # most operations on sparse tensors have no derivative; this one has
-            grads[i] = g
-        for i, hook in self._hooks:
-            if grads[i] is not None and (changed := hook(grads[i])) is not None:  # type: ignore[arg-type]
-                grads[i] = changed
+        sparse = sparse_ones(found)
+        takes_sparse = isinstance(self._other, torch.optim.SparseAdam)
+        if sparse and takes_sparse and self._track_higher_grads:
+            raise NotDifferentiableError(
+                "SparseAdam needs sparse gradients, which have no second derivative: "
+                "build nn.Embedding with sparse=False and use "
+                "Adam, or write track_higher_grads=False"
+            )
+        self._sparse |= sparse
+        finished = finish(found, hooks=self._hooks, takes_sparse=takes_sparse)
+        grads = [finished.get(i) for i in range(len(params))]
         return grads if callback is None else self._called_back(callback, grads)
 
-    def _differentiate(self, loss: Tensor, wanted: list[Tensor]) -> Sequence[Tensor | None]:
-        gate = None if self._fmodel is None else fast_weights(self._fmodel).gate
-        closed = gate is not None and gate.closed
-        if gate is not None:
-            gate.closed = False
-        try:
-            return (
-                torch.autograd.grad(
-                    loss, wanted, create_graph=self._track_higher_grads, allow_unused=True
-                )
-                if wanted
-                else []
-            )
-        except RuntimeError as error:
-            raise explained(error) from error
-        finally:
-            if gate is not None:
-                gate.closed = closed
-
-    def _called_back(self, callback: GradCallback, grads: Grads) -> Grads:
+    def _called_back(self, callback: GradCallback, grads: GradList) -> GradList:
         changed = callback(grads)
         if (
             not isinstance(changed, Sequence)
@@ -401,7 +383,7 @@ class DifferentiableOptimizer(abc.ABC):
         if self._fmodel is not None and self._track_higher_grads:
             teacher = fast_weights(self._fmodel).teacher
             if not teacher.outside and teacher.steps == 0:
-                self._note(graph.inspect(after, before, second_order=False), before)
+                self._note(check_graph(after, before, second_order=False), before)
             teacher.outside |= any(
                 t.requires_grad
                 for group in self.param_groups
@@ -418,7 +400,7 @@ class DifferentiableOptimizer(abc.ABC):
             p for params in fast.history for p in params
         ]  # a loss may use them; they lead back to the model
         known = {id(p) for p in times}
-        for leaf in graph.inspect([loss], times, second_order=False):
+        for leaf in check_graph([loss], times, second_order=False):
             if id(leaf) in own and id(leaf) not in known:
                 fast.teacher.captured(self._name_of(own[id(leaf)]))
 
@@ -452,23 +434,6 @@ def scalar(loss: Any) -> Tensor:
             "number, diffopt.step(loss_fn(fmodel(x), y))"
         )
     return check_loss(loss, "the loss")
-
-
-class _Densified(torch.autograd.Function):
-    """The identity, whose derivative is dense also where the gradient that arrives is sparse."""
-
-    @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        return grad.to_dense() if grad.is_sparse else grad
 
 
 def _check_callback(callback: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from innerloop.higher._base import Override
 from innerloop.higher.optim import DifferentiableOptimizer, get_diff_optim
 from innerloop.higher.patch import monkeypatch
-from innerloop.nn._mode import Block
+from innerloop.nn._mode import LoopMode
 
 
 @contextmanager
@@ -62,10 +62,10 @@ def innerloop_ctx(
         override=override,
         track_higher_grads=track_higher_grads,
     )
-    loop = Block()  # losses are computed outside of the module, too
+    loop = LoopMode()  # losses are computed outside of the module, too
     if track_higher_grads:
         loop.enter()
-        diffopt.around_rule = loop.off
+        diffopt.around_rule = loop.paused
     try:
         yield fmodel, diffopt
     finally:

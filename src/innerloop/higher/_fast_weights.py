@@ -15,7 +15,7 @@ from innerloop._module.view import ModuleView
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.higher._unreached import Teacher
-from innerloop.nn._mode import Replacing, replacing
+from innerloop.nn._mode import ReplacementMode, replacing
 
 
 class FastWeights:
@@ -102,7 +102,7 @@ class FastWeights:
     def kernels(self) -> AbstractContextManager[Any]:
         """While gradients of gradients are tracked, operations that have them; a module inside of another is in its block."""
         mode = torch_private.function_mode()
-        inside = isinstance(mode, Replacing) and mode.on
+        inside = isinstance(mode, ReplacementMode) and mode.on
         return replacing() if self.track and not inside else nullcontext()
 
     def move_buffers(self, device: torch.device | str) -> None:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient.closure import Evaluations
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher._base import (
     DifferentiableOptimizer,
     GradCallback,
-    Grads,
+    GradList,
     GroupedGrads,
     Override,
     State,
@@ -30,7 +30,7 @@ from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast
 from innerloop.higher.patch import PatchedModule
 from innerloop.optim._adapt.frozen import freeze, thaw
-from innerloop.optim._adapt.number import Number
+from innerloop.optim._adapt.number import TracedNumber
 from innerloop.optim._adapt.rule import Adapted, AdaptedState
 from innerloop.optim._base import Rule
 from innerloop.optim._from_torch.from_torch import FromTorch, from_torch
@@ -68,7 +68,7 @@ class DifferentiableRule(DifferentiableOptimizer):
             track_higher_grads,
             **kwargs,
         )
-        self._evaluations: Evaluations | None = None
+        self._evaluations: CachedFirstEvaluation | None = None
         self._begin()
         self._shown: dict[
             Place, tuple[Any, Any]
@@ -277,7 +277,7 @@ class DifferentiableRule(DifferentiableOptimizer):
         loss: Tensor | Callable[[], Tensor],
         params: list[Tensor],
         callback: GradCallback | None,
-    ) -> Grads:
+    ) -> GradList:
         if not self._pure.needs_closure:
             return super()._evaluated(loss, params, callback)
         if not callable(loss) or self._fmodel is None:
@@ -300,7 +300,7 @@ class DifferentiableRule(DifferentiableOptimizer):
 
         start = {str(i): params[i] for members in self._group_to_param_list for i in members}
         first = evaluate(start)
-        self._evaluations = Evaluations(evaluate, start, *first)
+        self._evaluations = CachedFirstEvaluation(evaluate, start, *first)
         return [first[1].get(str(i)) for i in range(len(params))]
 
 
@@ -374,8 +374,8 @@ class DifferentiableAdapted(DifferentiableRule):
             kept = optimizer.state[stand_ins[self._group_to_param_list[g][j]]]
             if value is _GONE:
                 kept.pop(key, None)
-            elif isinstance(kept.get(key), Number):
-                kept[key] = Number(torch.as_tensor(value, dtype=kept[key].tensor.dtype))
+            elif isinstance(kept.get(key), TracedNumber):
+                kept[key] = TracedNumber(torch.as_tensor(value, dtype=kept[key].tensor.dtype))
             else:
                 kept[key] = value
         for p in [p for p, kept in optimizer.state.items() if not kept]:

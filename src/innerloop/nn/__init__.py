@@ -1,8 +1,5 @@
 """Replacements for operations of PyTorch that lack a derivative, and their automatic choice."""
 
-from innerloop.nn import (
-    _catalogue as _catalogue,
-)  # it enters the replacements into the mode's table
 from innerloop.nn import functional
 from innerloop.nn._derivative_order import any_order
 from innerloop.nn._mode import keep_kernels, replaced, replacing

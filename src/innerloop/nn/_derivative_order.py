@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
+
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
 
 
 class _Thread(threading.local):
-    """What is going on in a thread.
+    """What is going on in one thread.
 
     Attributes:
-        kept: inside of `keep_kernels`.
-        any_order: inside of `any_order`.
-        loops: how many loops are running around each other.
-        levels: transforms that ran when the innermost of them began.
+        kept: True inside `keep_kernels`.
+        any_order: True inside `any_order`.
+        loops: the number of loops that are running around each other.
+        transform_levels: the number of transforms that ran when the innermost loop began.
     """
 
     kept = False
     any_order = False
     loops = 0
-    levels = 0
+    transform_levels = 0
 
 
 _thread = _Thread()
@@ -34,10 +36,10 @@ _thread = _Thread()
 
 @contextmanager
 def any_order() -> Iterator[None]:
-    """Take forms that can be differentiated any number of times, as in a loop inside a loop.
+    """Use replacements that can be differentiated any number of times, as a loop in a loop does.
 
     PyTorch's third derivative of batch, instance and layer norm is wrong without an error.
-    innerloop notices loops inside of loops and ``torch.func`` transforms by itself. Put the inner
+    innerloop notices loops inside loops and ``torch.func`` transforms by itself. Put the inner
     loop into this block where ``create_graph=True`` is written: for the outer loss, to
     differentiate a meta-gradient once more, or in the inner loss (a gradient penalty).
     """
@@ -49,40 +51,52 @@ def any_order() -> Iterator[None]:
 
 
 @contextmanager
-def _one_more() -> Iterator[None]:
-    before = _thread.levels
-    _thread.loops, _thread.levels = _thread.loops + 1, torch_private.derivative_levels()
+def entering_loop() -> Iterator[None]:
+    """Count one more loop, and note how many transforms run around it, inside this block."""
+    before = _thread.transform_levels
+    _thread.loops += 1
+    _thread.transform_levels = torch_private.derivative_levels()
     try:
         yield
     finally:
-        _thread.loops, _thread.levels = _thread.loops - 1, before
+        _thread.loops, _thread.transform_levels = _thread.loops - 1, before
 
 
-def _is_recorded(args: Any, kwargs: Any) -> bool:
-    """Whether autograd runs around all transforms."""
+def _is_recorded(args: Args, kwargs: Kwargs) -> bool:
+    """True if autograd runs around all transforms."""
     return any(
         isinstance(x, Tensor) and torch_private.innermost(x).requires_grad
         for x in (*args, *kwargs.values())
     )
 
 
-def beyond_norms(args: Any, kwargs: Any) -> bool:
-    """Whether a derivative may be taken that PyTorch has wrong of its norms: a third one, or a reverse one of a forward one.
+def in_forward_mode(args: Args, kwargs: Kwargs) -> bool:
+    """True if a forward-mode derivative is being taken."""
+    return torch_private.forward_mode()
 
-    A loop takes two, and a transform one: in the loop's loss, or one of three around each other.
+
+def in_reverse_over_forward(args: Args, kwargs: Kwargs) -> bool:
+    """True if reverse mode differentiates what forward mode computes.
+
+    The reverse mode may be that of ``torch.func`` or that of autograd.
     """
-    if torch.compiler.is_compiling():
+    if mode() is Mode.COMPILING or not torch_private.forward_mode():
+        return False
+    return torch_private.reverse_over_forward() or _is_recorded(args, kwargs)
+
+
+def needs_third_derivative(args: Args, kwargs: Kwargs) -> bool:
+    """True if a derivative may be taken that PyTorch gets wrong for its norms.
+
+    These are the third one, and the reverse-mode derivative of a forward-mode one. A loop takes
+    two derivatives, and a transform one: inside the loop's loss, or as one of three transforms
+    around each other.
+    """
+    if mode() is Mode.COMPILING:
         return False
     if _thread.any_order or _thread.loops > 1:
         return True
     levels = torch_private.derivative_levels()
-    if levels > 2 or (_thread.loops and levels > _thread.levels):
+    if levels > 2 or (_thread.loops and levels > _thread.transform_levels):
         return True
-    return (levels == 2 and _is_recorded(args, kwargs)) or reverse_over_forward(args, kwargs)
-
-
-def reverse_over_forward(args: Any, kwargs: Any) -> bool:
-    """Whether reverse mode, of ``torch.func`` or of autograd, differentiates what forward mode computes."""
-    if torch.compiler.is_compiling() or not torch_private.forward_mode():
-        return False
-    return torch_private.reverse_over_forward() or _is_recorded(args, kwargs)
+    return (levels == 2 and _is_recorded(args, kwargs)) or in_reverse_over_forward(args, kwargs)

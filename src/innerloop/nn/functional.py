@@ -1,4 +1,4 @@
-"""Operations with all their derivatives, under the names and with the arguments that they have in PyTorch."""
+"""Operations with all their derivatives, under PyTorch's names and with PyTorch's arguments."""
 
 from innerloop.nn._replacements.attention import scaled_dot_product_attention
 from innerloop.nn._replacements.cross_entropy import cross_entropy

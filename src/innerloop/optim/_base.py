@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
-from innerloop.optim._settings import _shown, any_given
+from innerloop.optim._settings import has_overrides, text_of
 
 
 class Optimizer(abc.ABC):
@@ -24,6 +25,9 @@ class Optimizer(abc.ABC):
 
     compiles: bool = True
     """Whether ``torch.compile`` can follow ``update``: not where it decides by values, runs foreign code, or works on sparse tensors."""
+
+    takes_sparse: bool = False
+    """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
 
     needs_closure: bool = False
     """Whether ``update`` evaluates the loss itself, and takes ``value_and_grad``, params -> (loss, gradients), as fifth argument."""
@@ -125,7 +129,7 @@ class Rule(Optimizer):
     def resolve(self, hyper: Mapping[str, Any] | None) -> dict[str, Any]:
         """Each of ``hyper_names`` -> its value here: the constructor's, or the override."""
         values = {name: getattr(self, name) for name in self.hyper_names}
-        if not any_given(hyper):
+        if not has_overrides(hyper):
             return values  # the constructor has looked at them
         assert hyper is not None
         for name, value in hyper.items():
@@ -147,9 +151,8 @@ class Rule(Optimizer):
                     "number or a tensor"
                 )
         values |= hyper
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a message with a symbolic number in it is not compiled
+        # A message with a symbolic number in it cannot be compiled.
+        if mode() is not Mode.COMPILING:
             self.validate(values)
         return values
 
@@ -160,5 +163,19 @@ class Rule(Optimizer):
             if field.repr and (
                 field.name == "lr" or isinstance(value, (Tensor, Mapping)) or value != field.default
             ):
-                shown.append(f"{field.name}={_shown(value)}")
+                shown.append(f"{field.name}={text_of(value)}")
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
+
+
+def refuse_class(optimizer: object) -> None:
+    """Raise if ``optimizer`` is a class, where one of its instances is needed."""
+    if not isinstance(optimizer, type):
+        return
+    write = "innerloop.optim.sgd(lr=0.1)"
+    if issubclass(optimizer, Rule):
+        write = f"innerloop.optim.{optimizer.called or optimizer.__name__.lower()}(lr=0.1)"
+    elif issubclass(optimizer, torch.optim.Optimizer):
+        write = f"{optimizer.__name__}(model.parameters(), lr=0.1)"
+    raise InvalidInputError(
+        f"optimizer is the class {optimizer.__name__}, not an optimizer: call it, {write}"
+    )

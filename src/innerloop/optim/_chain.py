@@ -10,7 +10,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
-from innerloop.optim._settings import any_given, check_state
+from innerloop.optim._settings import check_state, has_overrides
 from innerloop.optim._transforms.base import Transform
 
 
@@ -72,6 +72,7 @@ class Chain(Optimizer):
             )
         self.rule: Optimizer = rule
         self.compiles = rule.compiles
+        self.takes_sparse = rule.takes_sparse
         self.transforms: dict[str, Transform] = dict(_numbered((*transforms, *inner)))
         if (
             of_rule := getattr(rule, "hyper_names", None)
@@ -114,7 +115,7 @@ class Chain(Optimizer):
         self, hyper: Mapping[str, Any] | None
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """The overrides of each transform, and those of the rule."""
-        if not any_given(hyper):
+        if not has_overrides(hyper):
             return {}, None
         assert hyper is not None
         own, of_transforms, of_rule = set(self._own_names()), {}, {}  # type: ignore[var-annotated]

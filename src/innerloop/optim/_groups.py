@@ -11,7 +11,8 @@ from torch import Tensor
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
-from innerloop.optim._settings import any_given, check_state
+from innerloop.optim._engine.grads import dense
+from innerloop.optim._settings import check_state, has_overrides
 
 
 class GroupsState(NamedTuple):
@@ -52,7 +53,10 @@ class PerGroup:
             members, names, state.members, split_hyper(hyper, members, names), strict=True
         ):
             part = {n: params[n] for n in ns}
-            updated, new_state = opt.update({n: grads.get(n) for n in ns}, member, part, values)
+            own = {n: grads.get(n) for n in ns}
+            updated, new_state = opt.update(
+                own if opt.takes_sparse else dense(own), member, part, values
+            )
             new_params.update(updated)
             states.append(new_state)
         return new_params, GroupsState(tuple(states))
@@ -98,6 +102,7 @@ class Groups(Optimizer):
                 )
         self.members = dict(members)
         self.compiles = all(opt.compiles for opt in members.values())
+        self.takes_sparse = any(opt.takes_sparse for opt in members.values())
 
     def init(self, params: Params) -> GroupsState:
         return PerGroup.init(tuple(self.members.values()), self._names(params), params)
@@ -146,7 +151,7 @@ def split_hyper(
     hyper: Mapping[str, Any] | None, members: Sequence[Optimizer], names: Sequence[Sequence[str]]
 ) -> list[dict[str, Any] | None]:
     """One mapping of overrides per group."""
-    if not any_given(hyper):
+    if not has_overrides(hyper):
         return [None] * len(members)
     assert hyper is not None
     split: list[dict[str, Any]] = [{} for _ in members]

@@ -83,6 +83,7 @@ class InFloat32(Optimizer):
             )
         self.optimizer = optimizer
         self.compiles = optimizer.compiles
+        self.takes_sparse = optimizer.takes_sparse
         self.master = master
         if (
             names := getattr(optimizer, "hyper_names", None)

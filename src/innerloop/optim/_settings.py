@@ -11,7 +11,7 @@ from innerloop._types import Hyper
 from innerloop.errors import InvalidInputError
 
 
-def is_used(value: Hyper) -> bool:
+def is_active(value: Hyper) -> bool:
     """Whether a term weighted by ``value`` is computed: a number 0 switches it off, a tensor never does (its gradient counts)."""
     return not isinstance(value, (int, float)) or value != 0
 
@@ -50,7 +50,7 @@ def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
             require(value >= 0, f"{name}={value} is negative (or NaN); {name} must be >= 0")
 
 
-def any_given(hyper: Any) -> bool:
+def has_overrides(hyper: Any) -> bool:
     """Whether there are overrides of hyper-parameters; raise if they are not a mapping."""
     if hyper is None:
         return False
@@ -71,7 +71,7 @@ def check_state(owner: Any, state: Any, kind: type) -> None:
         )
 
 
-def _shown(value: Any) -> str:
+def text_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
-    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else repr(value)
+    return f"({', '.join(map(text_of, value))})" if isinstance(value, tuple) else repr(value)

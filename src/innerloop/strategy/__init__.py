@@ -1,10 +1,12 @@
 """Ways of differentiating a loop, one file each."""
 
 from innerloop.strategy._auto import Auto
-from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed
 from innerloop.strategy._first_order import FirstOrder
+from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._forward_mode import ForwardMode
+from innerloop.strategy._outer_gradient import Inputs, Objective
 from innerloop.strategy._store_all import StoreAll
 from innerloop.strategy._truncated import Truncated
 
@@ -12,8 +14,12 @@ __all__ = [
     "Auto",
     "Checkpointed",
     "FirstOrder",
+    "Forecast",
     "ForwardMode",
+    "Inputs",
     "Loop",
+    "Measure",
+    "Objective",
     "StoreAll",
     "Strategy",
     "Truncated",

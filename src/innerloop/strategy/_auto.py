@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from innerloop._batches import Drawn
 from innerloop._trajectory import Trajectory
-from innerloop._utils import torch_private
-from innerloop.strategy._base import Loop, Strategy
+from innerloop._utils.execution import Mode, mode
+from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed, in_bytes
+from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._measure import measure
 from innerloop.strategy._store_all import StoreAll
 
@@ -48,12 +48,16 @@ class Auto(Strategy):
     def run(self, loop: Loop) -> Trajectory:
         return self.choose(loop).run(loop)
 
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost of the strategy that is chosen."""
+        return self.choose(measure.loop).forecast(measure)
+
     def choose(self, loop: Loop) -> Strategy:
-        """The strategy that `run` takes for this loop."""
+        """Return the strategy that `run` takes for this loop."""
         steps = loop.batches.steps
         if steps == 0:
             return StoreAll()
-        if steps is None or isinstance(loop.batches, Drawn) or torch_private.inside_transform():
+        if steps is None or loop.batches.single_pass or mode() is Mode.TRANSFORMED:
             return Checkpointed(memory=self.memory)
         candidates = [StoreAll(), Checkpointed(slots="all")]
         costs = [measure(loop, candidate, rounds=3) for candidate in candidates]

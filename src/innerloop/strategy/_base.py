@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,12 +12,18 @@ from innerloop._batches import Batches
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.progress import Report, silent
+from innerloop.strategy._forecast import Cost, Forecast
+from innerloop.strategy._outer_gradient import Inputs, Objective, outer_gradient
+
+BOTH = frozenset({"params", "hyper"})
+"""Everything that a loop can be differentiated with respect to."""
 
 
 class Loop(NamedTuple):
-    """What a strategy is handed: the factors of the problem, where to start, and the data.
+    """A loop as a strategy is handed it: the factors of the problem, where to start, and the data.
 
     Attributes:
         problem: gives ``step``, ``gradient`` (the residual) and the optimizer.
@@ -32,30 +37,38 @@ class Loop(NamedTuple):
 
     problem: Problem
     start: Carry
-    hyper: Any
+    hyper: HyperTree
     batches: Batches
     save_at: tuple[int, ...] = ()
     report: Report = silent
 
+    def time(self, t: int) -> int:
+        """Return the number of all steps before step t, those of earlier loops among them."""
+        return self.start.time + t
+
     def batch(self, carry: Carry, t: int) -> Any:
-        """The data of step t."""
-        return self.batches.at(carry.params, self.hyper, t)
+        """Return the data of step t."""
+        return self.batches.at(carry.params, self.hyper, t, self.time(t))
+
+    def step(self, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+        """Run step t and return ``(new_carry, loss, aux)``."""
+        return self.problem.step(carry, self.hyper, batch, self.time(t))
 
 
-class Rows:
+class StepOutputs:
     """What the steps give one by one: the losses and aux.
 
     Args:
         params: tells the dtype and the device of no losses at all.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, params: Params) -> None:
         self._like = next(iter(params.values()))
         self._losses: list[Tensor] = []
         self._aux: list[Any] = []
 
     def add(self, loss: Tensor, aux: Any) -> None:
-        """One step's."""
+        """Append the loss and aux of one step."""
         self._losses.append(loss)
         self._aux.append(aux)
 
@@ -63,13 +76,13 @@ class Rows:
         return len(self._losses)
 
     def stacked(self) -> tuple[Tensor, Any]:
-        """``(losses, aux)``, along time."""
+        """Return ``(losses, aux)``, stacked along time."""
         losses = torch.stack(self._losses) if self._losses else self._like.new_zeros(0)
         return losses, tree.stack(self._aux)
 
 
-def join(before: Any, after: Any) -> Any:
-    """Two results of `Rows.stacked`, one after the other."""
+def concatenate(before: Any, after: Any) -> Any:
+    """Return two results of `StepOutputs.stacked`, one after the other."""
     if before is None or after is None:
         return after if before is None else before
     pairs = zip(tree.leaves(before), tree.leaves(after), strict=True)
@@ -77,17 +90,80 @@ def join(before: Any, after: Any) -> Any:
 
 
 class Strategy(abc.ABC):
-    """How a loop is differentiated: exactly or not, with which memory."""
+    """A way of differentiating a loop: exactly or not, with which memory.
+
+    A strategy of your own needs ``exact``, ``differentiates`` and `run`. The methods
+    `value_and_grad` and `forecast` have defaults that fit every strategy whose trajectories are
+    differentiated by autograd, and whose cost grows linearly with the number of steps.
+    """
 
     exact: bool
-    """Whether the derivative is that of the loop as it ran, up to rounding."""
+    """True if the derivative is that of the loop as it ran, up to rounding."""
 
     differentiates: ClassVar[frozenset[str]]
     """Which of ``params`` and ``hyper`` receive a gradient."""
 
     compiles: ClassVar[bool] = False
-    """Whether a whole meta-gradient with this strategy can be compiled."""
+    """True if a whole meta-gradient with this strategy can be compiled."""
 
     @abc.abstractmethod
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop so that gradients flow from the trajectory as this strategy promises."""
+
+    def value_and_grad(
+        self, objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Evaluate ``objective`` and differentiate it by autograd.
+
+        A strategy that estimates the gradient in another way, by sampling ``objective`` for
+        example, overrides this method.
+
+        Args:
+            objective: runs the loop with this strategy, then the outer loss:
+                ``objective(inputs) -> (loss, result)``.
+            inputs: where to evaluate it.
+            wrt: the fields of ``inputs`` that are differentiated.
+
+        Returns:
+            ``(result, grads)``: what the outer loss returned, and for each name in ``wrt`` a
+            pytree like that field. None stands where nothing connects an entry with the loss.
+        """
+        return outer_gradient(objective, inputs, wrt)
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost of the loop from a few measured steps.
+
+        Args:
+            measure: the loop, and the means to time a few steps of it.
+
+        Raises:
+            InnerLoopError: the strategy cannot run this loop.
+        """
+        cost = measure(self)
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(measure.steps))
+
+
+class Measure(abc.ABC):
+    """A loop whose cost is wanted, with measurements of a few of its steps.
+
+    Each pair of a strategy and what it differentiates is measured once.
+
+    Attributes:
+        loop: the loop.
+        steps: T.
+        state_bytes: the size of one state (P + S).
+        kept_batch_bytes: the size of the batches that have to be kept for a replay.
+    """
+
+    loop: Loop
+    steps: int
+    state_bytes: int
+    kept_batch_bytes: int
+
+    @abc.abstractmethod
+    def __call__(self, strategy: Strategy, wrt: frozenset[str] = BOTH) -> Cost:
+        """Time one and a few steps, and fit a line."""
+
+    @abc.abstractmethod
+    def plain(self) -> Cost:
+        """Time the forward pass alone."""

@@ -11,20 +11,26 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._batches import Drawn
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Rows, Strategy
-from innerloop.strategy._engine import loop_function as node
-from innerloop.strategy._engine import schedule
-from innerloop.strategy._engine import step_pullback as pullback
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
+from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import check_constants
+from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
-from innerloop.strategy._engine.step_pullback import Cotangents, Outgoing, Step, state_of
+from innerloop.strategy._engine.step_pullback import (
+    Cotangents,
+    InputCotangents,
+    OutputCotangents,
+    Step,
+    state_of,
+)
+from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
@@ -36,9 +42,8 @@ class Checkpointed(Strategy):
     r"""Run the loop without a graph, keep some of its states, and replay each step once more to differentiate it: exact, in bounded memory.
 
     With s slots the T steps are run backwards by binomial checkpointing (Griewank & Walther 2000),
-    which replays the fewest steps possible: :func:`innerloop.strategy.schedule.replays`. The data
-    of an iterator need no known length (Wang, Moin & Iaccarino 2009:
-    :class:`innerloop.strategy.schedule.Online`).
+    which replays the fewest steps possible. The data of an iterator need no known length (Wang,
+    Moin & Iaccarino 2009).
 
     **Cost** with G one inner gradient, A what a first-order step saves, P parameters, S optimizer
     state:
@@ -117,7 +122,7 @@ class Checkpointed(Strategy):
             )
         if slots is not None and self.memory is not None:
             raise InvalidInputError("slots and memory are both given: write one of them")
-        _choice("product", self.product, ("auto", *pullback.PRODUCTS))
+        _choice("product", self.product, ("auto", *step_pullback.PRODUCTS))
         _choice("save", self.save, ("params", "gradients"))
         _choice("offload", self.offload, PLACES)
         if self.finite_step is not None and self.product != "finite":
@@ -149,21 +154,32 @@ class Checkpointed(Strategy):
         return f"Checkpointed({', '.join(changed)})"
 
     def run(self, loop: Loop) -> Trajectory:
-        if torch.compiler.is_compiling():
-            raise NotDifferentiableError(node.COMPILING.format(self))
-        if isinstance(loop.batches, Drawn) and not self.keep_batches:
+        if mode() is Mode.COMPILING:
+            raise NotDifferentiableError(loop_function.COMPILING.format(self))
+        if loop.batches.single_pass and not self.keep_batches:
             raise InvalidInputError(
                 "batches is an iterator, which yields each batch once, and with "
                 "keep_batches=False they are not there for the replay: "
                 "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
             )
-        if (
-            isinstance(loop.batches, Drawn)
-            and not torch_private.inside_transform()
-            and self.offload is not None
-        ):
+        if loop.batches.single_pass and mode() is not Mode.TRANSFORMED and self.offload is not None:
             loop.batches.kept = Snapshots(self.offload)
-        return node.run(_Replay(loop, self))
+        return loop_function.run(_Replay(loop, self))
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: every step replayed once, and the replays that the slots need."""
+        steps, state = measure.steps, measure.state_bytes
+        cost = measure(dataclasses.replace(self, slots="all", memory=None))
+        slots = self.slots_for(measure.loop, steps)
+        again = schedule.replays(steps, slots) if slots < steps else 0
+        # The line starts from one step, with its state; it grows by what is kept of each.
+        gradients = steps if self.save == "gradients" else 0
+        kept = state * slots + max(cost.bytes.each - state, 0) * gradients
+        working = max(cost.bytes.at(1) - state, 0)
+        return Forecast(
+            cost.seconds.at(steps) + again * measure.plain().seconds.each,
+            kept + working + measure.kept_batch_bytes,
+        )
 
     def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
         """How many states are kept at once.
@@ -186,7 +202,7 @@ class Checkpointed(Strategy):
         else:
             # Under a transform a step is not measured: the states may then take the whole budget.
             step = dataclasses.replace(self, slots=1, memory=None)
-            measured = needed and steps != 0 and not torch_private.inside_transform()
+            measured = needed and steps != 0 and mode() is not Mode.TRANSFORMED
             working = working_bytes(loop, step) if measured else 0.0
             fitting = int((in_bytes(self.memory) - working) // size)
             if fitting < 1 and needed:
@@ -198,7 +214,7 @@ class Checkpointed(Strategy):
         return max(fitting, 1) if steps is None else max(min(fitting, steps), 1)
 
 
-class _Replay(node.Method):
+class _Replay(LoopFunction):
     """One loop under `Checkpointed`."""
 
     def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
@@ -212,15 +228,15 @@ class _Replay(node.Method):
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def forward(self, loop: Loop) -> node.Ran:
+    def forward(self, loop: Loop) -> LoopOutputs:
         steps = loop.batches.steps
         self._slots = self.strategy.slots_for(loop, steps, self.recorded)
-        marks = _Marks(self._slots, steps)
+        marks = _CheckpointTimes(self._slots, steps)
         snapshots = self._storage()
         gradients = self._storage() if self.strategy.save == "gradients" else None
         states: dict[int, Any] = {}
         randoms: dict[int, RandomState | None] = {}
-        rows = Rows(loop.start.params)
+        rows = StepOutputs(loop.start.params)
         carry = before = loop.start
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
@@ -238,7 +254,7 @@ class _Replay(node.Method):
                     carry.params, carry.buffers, loop.hyper, batch
                 )
                 carry = self._sharing(
-                    loop.problem.update(carry, grads, buffers, loop.hyper, t), before
+                    loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t)), before
                 )
                 if self.recorded:
                     gradients[t] = (grads, buffers, carry.random_state)
@@ -258,8 +274,8 @@ class _Replay(node.Method):
                 time: uncounted(state, state_of(loop.start)) for time, state in states.items()
             }
         if self.recorded:
-            self.kept = _Kept(snapshots, {end - 1: before} if end else {}, gradients)
-        return node.Ran(states, *rows.stacked(), end, randoms)
+            self.kept = _ReplayData(snapshots, {end - 1: before} if end else {}, gradients)
+        return LoopOutputs(states, *rows.stacked(), end, randoms)
 
     def _storage(self) -> dict[int, Any] | Snapshots:
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an
@@ -277,16 +293,16 @@ class _Replay(node.Method):
     # -- backward ----------------------------------------------------------------------------------
 
     def pull(
-        self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]
+        self, loop: Loop, kept: Any, cotangents: LoopOutputs, wanted: list[bool]
     ) -> tuple[Cotangents, Cotangents]:
         steps = self.steps
-        kept = _Kept(self._storage(), {}, None) if kept is None else kept
+        kept = _ReplayData(self._storage(), {}, None) if kept is None else kept
         saved = {t: tree.leaves(c) for t, c in cotangents.states.items()}
         aux = tree.leaves(cotangents.aux)
         cotangent = saved[steps]
         of_hyper: Cotangents = [None] * len(wanted)
         reached: set[int] = set()
-        to_check: list[tuple[Step, Outgoing, pullback.Incoming]] = []
+        to_check: list[tuple[Step, OutputCotangents, InputCotangents]] = []
         losses: list[Tensor] = []
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
@@ -298,17 +314,19 @@ class _Replay(node.Method):
                 carry,
                 loop.hyper,
                 batch,
-                t,
+                loop.time(t),
                 wanted,
                 reached,
                 here,
                 self.strategy.finite_step,
             )
             loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
-            given = Outgoing(cotangent, loss_cotangent, [None if a is None else a[t] for a in aux])
+            given = OutputCotangents(
+                cotangent, loss_cotangent, [None if a is None else a[t] for a in aux]
+            )
             gradient = None if kept.gradients is None else kept.gradients[t][0]
             if self._compiled is None:
-                pulled = pullback.pull(self.strategy.product, step, given, gradient)
+                pulled = step_pullback.pull(self.strategy.product, step, given, gradient)
             else:
                 pulled = self._compiled.pull(step, given)
             if self.strategy.product == "finite" and t in (0, steps - 1) and self._checks_finite:
@@ -316,8 +334,12 @@ class _Replay(node.Method):
             cotangent = pulled.state
             losses.append(pulled.loss)
             if t in saved:
-                cotangent = [pullback.add(a, b) for a, b in zip(cotangent, saved[t], strict=True)]
-            of_hyper = [pullback.add(a, b) for a, b in zip(of_hyper, pulled.hyper, strict=True)]
+                cotangent = [
+                    step_pullback.add(a, b) for a, b in zip(cotangent, saved[t], strict=True)
+                ]
+            of_hyper = [
+                step_pullback.add(a, b) for a, b in zip(of_hyper, pulled.hyper, strict=True)
+            ]
             kept.snapshots.pop(t, None)
             if kept.gradients is not None:
                 del kept.gradients[t]
@@ -325,10 +347,10 @@ class _Replay(node.Method):
         if losses:
             self.compare(torch.stack(losses[::-1]))
         for checked in to_check:
-            pullback.check_finite(*checked)
+            step_pullback.check_finite(*checked)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
 
-    def _state(self, loop: Loop, t: int, kept: _Kept) -> Carry:
+    def _state(self, loop: Loop, t: int, kept: _ReplayData) -> Carry:
         """The state before step t: kept, or replayed from the last one kept, keeping others on the way."""
         if t in kept.last:
             return kept.last.pop(t)
@@ -345,18 +367,18 @@ class _Replay(node.Method):
                 snapshots[time + 1] = carry
         return carry
 
-    def _advance(self, loop: Loop, carry: Carry, t: int, kept: _Kept) -> Carry:
+    def _advance(self, loop: Loop, carry: Carry, t: int, kept: _ReplayData) -> Carry:
         """One step, on constants."""
         if kept.gradients is not None:
             grads, buffers, random_state = kept.gradients[t]
-            return loop.problem.update(carry, grads, buffers, loop.hyper, t)._replace(
+            return loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))._replace(
                 random_state=random_state
             )
         return self._step(loop, carry, loop.batch(carry, t), t)[0]
 
     def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
-        new, loss, aux = problem.step(carry, loop.hyper, batch, t)
+        new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
         return self._sharing(new, carry), loss, aux
 
     def _rewind(self, carry: Carry) -> None:
@@ -364,7 +386,7 @@ class _Replay(node.Method):
             carry.random_state.restore()
 
 
-class _Kept(NamedTuple):
+class _ReplayData(NamedTuple):
     """What a sweep starts from.
 
     Attributes:
@@ -379,12 +401,12 @@ class _Kept(NamedTuple):
     gradients: dict[int, Any] | Snapshots | None
 
 
-class _Marks:
+class _CheckpointTimes:
     """Which states the forward pass keeps."""
 
     def __init__(self, slots: int, steps: int | None) -> None:
         self._all = steps is not None and slots >= steps
-        self._online = schedule.Online(slots) if steps is None else None
+        self._online = schedule.OnlineSchedule(slots) if steps is None else None
         self._times = set() if steps is None or self._all else set(schedule.kept(0, steps, slots))
 
     def at(self, t: int) -> tuple[bool, int | None]:

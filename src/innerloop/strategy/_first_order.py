@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import Carry
-from innerloop._inner_gradient import graph
+from innerloop._inner_gradient.gradient import check_graph, inner_gradient
 from innerloop._inner_gradient.loss import INDEPENDENT
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import refusing_recomputation
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InnerLoopError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
 from innerloop.strategy._engine.step_pullback import state_of
+from innerloop.strategy._forecast import Forecast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,14 @@ class FirstOrder(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         carry = loop.start
-        states, rows = {0: carry}, Rows(carry.params)
+        states, rows = {0: carry}, StepOutputs(carry.params)
         in_loss: dict[int, Tensor] = {}
         for t in loop.batches.times():
             batch = loop.batch(carry.detach(), t)
             grads, loss, aux, buffers = _constant_gradient(
                 loop.problem, carry, loop.hyper, batch, t, in_loss
             )
-            carry = loop.problem.update(carry, grads, buffers, loop.hyper, t)
+            carry = loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))
             rows.add(loss, aux)
             if t + 1 in loop.save_at:
                 states[t + 1] = carry
@@ -93,6 +94,12 @@ class FirstOrder(Strategy):
                 )
         return Trajectory(states, *refuse_outputs(rows.stacked(), inputs, _LOSSES), len(rows))
 
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost from steps that are differentiated with respect to params only."""
+        # Asking for the gradient of a hyper-parameter inside the loss raises.
+        cost = measure(self, frozenset({"params"}))
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(measure.steps))
+
 
 def _constant_gradient(
     problem: Problem, carry: Carry, hyper: Any, batch: Any, t: int, in_loss: dict[int, Tensor]
@@ -109,7 +116,7 @@ def _constant_gradient(
         )
         found = {
             id(x): x
-            for x in graph.inspect(
+            for x in check_graph(
                 [loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False
             )
         }
@@ -129,19 +136,18 @@ def _constant_gradient(
                 (params, constants)
             )
             check_constants(t, grads, loss, aux)
-            return grads, loss, aux, new_buffers
+            return problem.for_the_rule(grads, params), loss, aux, new_buffers
         with torch.enable_grad(), refusing_recomputation():
             alias = {name: p.requires_grad_() for name, p in params.items()}
             loss, (_, aux, new_buffers) = evaluate(alias, [x.requires_grad_() for x in constants])
-        found = torch.autograd.grad(loss, list(alias.values()), allow_unused=True)
+        found = inner_gradient(
+            loss, alias, create_graph=False, independent=NotDifferentiableError(INDEPENDENT)
+        )
     except InnerLoopError:
         raise
     except RuntimeError as error:
-        raise explained(error) from error
-    grads = {
-        n: torch.zeros_like(p) if g is None else g
-        for (n, p), g in zip(alias.items(), found, strict=True)
-    }
+        raise explain(error) from error
+    grads = problem.for_the_rule(found, params)
     return (grads, *tree.map_tensors(Tensor.detach, (loss, aux, new_buffers)))
 
 

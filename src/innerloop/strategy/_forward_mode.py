@@ -12,26 +12,29 @@ from torch import Tensor
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Rows, Strategy
-from innerloop.strategy._engine import loop_function as node
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
+from innerloop.strategy._engine import loop_function
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs
+from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
     carry_of,
     lacks_forward_mode,
     state_of,
 )
+from innerloop.strategy._forecast import Forecast
 
 _jvp: Any = torch.func.jvp
 
 
-class Online(NamedTuple):
+class OnlineGradient(NamedTuple):
     """What `ForwardMode.online` yields.
 
     Attributes:
@@ -92,10 +95,10 @@ class ForwardMode(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        if torch.compiler.is_compiling():
-            raise NotDifferentiableError(node.COMPILING.format(self))
+        if mode() is Mode.COMPILING:
+            raise NotDifferentiableError(loop_function.COMPILING.format(self))
         constant = loop._replace(start=loop.start.detach())
-        traj = node.run(_Pushed(constant))
+        traj = loop_function.run(_ForwardModeLoop(constant))
         start = list(tree.tensors(state_of(loop.start)))
         states = {t: traj.at(t) for t in traj.times}
         states = {
@@ -104,6 +107,12 @@ class ForwardMode(Strategy):
         return Trajectory(
             states, *refuse_inputs((traj.losses, traj.aux), start, _START), traj.steps
         )
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: the memory is that of one step, at any length."""
+        cost = measure(self)
+        # What is kept per step are the numbers of the losses.
+        return Forecast(cost.seconds.at(measure.steps), cost.bytes.at(1))
 
     def online(
         self,
@@ -114,7 +123,7 @@ class ForwardMode(Strategy):
         *,
         hyper: Any,
         steps: int | None = None,
-    ) -> Generator[Online, Any, None]:
+    ) -> Generator[OnlineGradient, Any, None]:
         """The hyper-gradient of ``outer(params, hyper)`` after every step, while the loop is running.
 
         Args:
@@ -125,7 +134,7 @@ class ForwardMode(Strategy):
                 hyper-parameter optimisation).
 
         Yields:
-            `Online`, after each step.
+            `OnlineGradient`, after each step.
 
         Example:
             >>> import torch, innerloop
@@ -157,7 +166,7 @@ class ForwardMode(Strategy):
             raise InvalidInputError(
                 "nothing to differentiate: hyper holds no floating-point tensor"
             )
-        push = _Push(loop, wanted)
+        push = _ForwardStep(loop, wanted)
         carry, tangents, times = loop.start, push.zeros(loop.start), iter(data.times())
         while True:
             # From a carry the loop has random numbers of its own, and leaves the user's alone.
@@ -166,11 +175,12 @@ class ForwardMode(Strategy):
                 if t is None:
                     return
                 carry, tangents, ends, _ = push(
-                    carry, tangents, loop.hyper, loop.batch(carry, t), t
+                    carry, tangents, loop.hyper, loop.batch(carry, t), loop.time(t)
                 )
+            carry = carry._replace(time=loop.time(t + 1))
             check_constants(t, state_of(carry), *ends)
             value, grads = _hyper_gradient(outer, push, carry, tangents, loop.hyper, first=t == 0)
-            sent = yield Online(t + 1, carry, value, grads)
+            sent = yield OnlineGradient(t + 1, carry, value, grads)
             if sent is not None:
                 _check_alike(sent, loop.hyper)
                 loop = loop._replace(hyper=tree.map_tensors(Tensor.detach, sent))
@@ -178,7 +188,7 @@ class ForwardMode(Strategy):
 
 def _hyper_gradient(
     outer: Callable[[dict[str, Tensor], Any], Tensor],
-    push: _Push,
+    push: _ForwardStep,
     carry: Carry,
     tangents: list[Any],
     hyper: Any,
@@ -227,7 +237,7 @@ def _check_alike(sent: Any, before: Any) -> None:
         )
 
 
-class _Push:
+class _ForwardStep:
     """Steps that carry, for each element of the wanted hyper-parameters, the derivative of the state; in the first dimension."""
 
     def __init__(self, loop: Loop, wanted: list[bool]) -> None:
@@ -298,7 +308,7 @@ class _Push:
             raise
         except RuntimeError as error:
             if not lacks_forward_mode(error):
-                raise explained(error) from error
+                raise explain(error) from error
             raise NotDifferentiableError(
                 "ForwardMode() needs forward-mode derivatives, and an operation of the loss lacks "
                 "one: write "
@@ -334,7 +344,7 @@ class _Push:
         return found
 
 
-class _Pushed(node.Method):
+class _ForwardModeLoop(LoopFunction):
     """One loop under `ForwardMode`."""
 
     def __init__(self, loop: Loop) -> None:
@@ -347,20 +357,22 @@ class _Pushed(node.Method):
         self.recorded = self.recorded and any(self.wanted)
         self.reached: list[bool] = []
 
-    def forward(self, loop: Loop) -> node.Ran:
-        push = _Push(loop, self.wanted) if self.recorded else None
+    def forward(self, loop: Loop) -> LoopOutputs:
+        push = _ForwardStep(loop, self.wanted) if self.recorded else None
         carry, tangents = loop.start, [] if push is None else push.zeros(loop.start)
         states: dict[int, Any] = {}
         randoms: dict[int, RandomState | None] = {}
         kept: dict[int, Any] = {}
-        rows, slopes = Rows(carry.params), Rows(carry.params)
+        rows, slopes = StepOutputs(carry.params), StepOutputs(carry.params)
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if push is None:
-                carry, *rest = loop.problem.step(carry, loop.hyper, batch, t)
+                carry, *rest = loop.step(carry, batch, t)
                 ends: Any = rest
             else:
-                carry, tangents, ends, derivatives = push(carry, tangents, loop.hyper, batch, t)
+                carry, tangents, ends, derivatives = push(
+                    carry, tangents, loop.hyper, batch, loop.time(t)
+                )
                 slopes.add(*derivatives)
             if torch.is_grad_enabled():
                 check_constants(t, state_of(carry), *ends)
@@ -379,10 +391,10 @@ class _Pushed(node.Method):
             self.reached = push.influence(
                 tree.tensors(tuple(kept.values())), tree.tensors(self.kept[1:])
             )
-        return node.Ran(states, *rows.stacked(), end, randoms)
+        return LoopOutputs(states, *rows.stacked(), end, randoms)
 
     def pull(
-        self, loop: Loop, kept: Any, cotangents: node.Ran, wanted: list[bool]
+        self, loop: Loop, kept: Any, cotangents: LoopOutputs, wanted: list[bool]
     ) -> tuple[Cotangents, Cotangents]:
         states, losses, aux = kept
         self.kept = kept
@@ -394,7 +406,7 @@ class _Pushed(node.Method):
         given += [cotangents.losses, *tree.leaves(cotangents.aux)]
         # What is stacked over steps has the elements of hyper in its second dimension.
         slopes += [None if v is None else v.transpose(0, 1) for v in (losses, *tree.leaves(aux))]
-        of_hyper = _Push(loop, self.wanted).contract(given, slopes)
+        of_hyper = _ForwardStep(loop, self.wanted).contract(given, slopes)
         chosen = [a and b for a, b in zip(wanted, self.reached, strict=True)]
         nothing: Cotangents = [None] * len(tree.leaves(state_of(loop.start)))
         return nothing, [c if yes else None for c, yes in zip(of_hyper, chosen, strict=True)]

@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
-import copy
 import time
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from innerloop._batches import Batches, Drawn
+from innerloop._batches import Batches
+from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.caches import cache
 from innerloop._utils.progress import silent
 from innerloop._utils.random_state import RandomState, at_random_state
-from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._base import BOTH, Loop, Measure, Strategy
 from innerloop.strategy._engine.step_pullback import state_of
-from innerloop.strategy._forecast import Cost, Line
+from innerloop.strategy._forecast import Cost, LinearCost
+from innerloop.strategy._store_all import StoreAll
+
+NOTHING: frozenset[str] = frozenset()
 
 
 def state_bytes(loop: Loop) -> int:
-    """P + S: the size of one state."""
-    return max(sum(x.numel() * x.element_size() for x in tree.tensors(state_of(loop.start))), 1)
+    """Return the size of one state (P + S)."""
+    return max(bytes_of(state_of(loop.start)), 1)
 
 
-BOTH = frozenset({"params", "hyper"})
+def bytes_of(values: Any) -> int:
+    """Return the size of the tensors in a pytree."""
+    return sum(x.numel() * x.element_size() for x in tree.tensors(values))
+
+
+class MeasuredLoop(Measure):
+    """A loop of which a few steps are run, once for each strategy, to draw a line through them.
+
+    Args:
+        loop: the loop.
+        steps: T.
+        kept_batch_bytes: the size of the batches that have to be kept for a replay.
+    """
+
+    def __init__(self, loop: Loop, steps: int, kept_batch_bytes: int = 0) -> None:
+        self.loop = loop
+        self.steps = steps
+        self.state_bytes = state_bytes(loop)
+        self.kept_batch_bytes = kept_batch_bytes
+        self._known: dict[tuple[Strategy, frozenset[str]], Cost] = {}
+
+    def __call__(self, strategy: Strategy, wrt: frozenset[str] = BOTH) -> Cost:
+        """Time one and a few steps, and fit a line."""
+        key = strategy, wrt
+        if key not in self._known:
+            self._known[key] = measure(self.loop, strategy, wrt=wrt)
+        return self._known[key]
+
+    def plain(self) -> Cost:
+        """Time the forward pass alone."""
+        return self(StoreAll(), NOTHING)
 
 
 def measure(loop: Loop, strategy: Strategy, *, wrt: frozenset[str] = BOTH, rounds: int = 5) -> Cost:
-    """Run one and a few steps of ``loop`` and draw a line.
+    """Run one and a few steps of ``loop``, and draw a line.
 
     Args:
         loop: the loop; its first batch is used again and again.
@@ -48,16 +81,19 @@ def measure(loop: Loop, strategy: Strategy, *, wrt: frozenset[str] = BOTH, round
     return Cost(_line(seconds, few), _line(peaks, few))
 
 
-_pulling: weakref.WeakKeyDictionary[Any, dict[Any, float]] = weakref.WeakKeyDictionary()
+_working: Any = cache("working memory of a step, by problem", weak=True)
 
 
 def working_bytes(loop: Loop, strategy: Strategy) -> float:
-    """The memory of one step and its pullback, besides the states that are kept; measured once per problem and shape."""
+    """Return the memory of one step and its pullback, besides the states that are kept.
+
+    It is measured once per problem and shape.
+    """
     shapes = tuple(
         (tuple(x.shape), x.dtype, x.device)
         for x in tree.tensors((state_of(loop.start), loop.hyper, loop.batches.data))
     )
-    known = _pulling.setdefault(loop.problem, {})
+    known: dict[object, float] = _working.setdefault(loop.problem, {})
     if shapes not in known:
         with at_random_state(RandomState.now()):
             known[shapes] = _peak(
@@ -67,24 +103,23 @@ def working_bytes(loop: Loop, strategy: Strategy) -> float:
     return known[shapes]
 
 
-class _First(Batches):
-    """The first batch at every step."""
+class _FirstBatch(Batches):
+    """The first batch of other batches, at every step."""
 
     def __init__(self, batches: Batches, steps: int) -> None:
         super().__init__(steps)
-        self.inner = batches if isinstance(batches, Drawn) else copy.copy(batches)
+        self.inner = batches
         self.data = batches.data
 
-    def at(self, params: dict[str, Tensor], hyper: Any, t: int) -> Any:
-        if isinstance(self.inner, Drawn):
-            return self.inner.peek()
-        self.inner.data = self.data
-        return self.inner.at(params, hyper, 0)
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> Any:
+        return self.inner.holding(self.data).first(params, hyper, time - t)
 
 
 def _run(loop: Loop, strategy: Strategy, steps: int, wrt: frozenset[str]) -> Callable[[], None]:
-    batches = _First(loop.batches, steps)
-    fresh = lambda x: x.detach().requires_grad_() if tree.differentiable(x) else x  # noqa: E731
+    batches = _FirstBatch(loop.batches, steps)
+
+    def fresh(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_() if tree.differentiable(x) else x
 
     def run() -> None:
         params = tree.map_tensors(fresh if "params" in wrt else Tensor.detach, loop.start.params)
@@ -104,7 +139,7 @@ def _run(loop: Loop, strategy: Strategy, steps: int, wrt: frozenset[str]) -> Cal
 clock = time.perf_counter
 
 
-def _least(runs: list[Callable[[], None]], rounds: int) -> list[float]:
+def _least(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
     taken: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, times in zip(runs, taken, strict=True):
@@ -121,11 +156,11 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _line(values: list[float], few: int) -> Line:
+def _line(values: Sequence[float], few: int) -> LinearCost:
     if few == 1:
-        return Line(0.0, values[1])
+        return LinearCost(0.0, values[1])
     each = max((values[1] - values[0]) / (few - 1), 0.0)
-    return Line(max(values[0] - each, 0.0), each)
+    return LinearCost(max(values[0] - each, 0.0), each)
 
 
 def _peak(run: Callable[[], None], device: torch.device) -> float:

@@ -6,7 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from innerloop._trajectory import Trajectory
-from innerloop.strategy._base import Loop, Rows, Strategy
+from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._engine.plain_run import plain_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,4 @@ class StoreAll(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def run(self, loop: Loop) -> Trajectory:
-        carry = loop.start
-        states, rows = {0: carry}, Rows(carry.params)
-        for t in loop.batches.times():
-            carry, loss, aux = loop.problem.step(carry, loop.hyper, loop.batch(carry, t), t)
-            states[t + 1] = carry
-            rows.add(loss, aux)
-            loop.report("forward", t + 1, loop.batches.steps)
-        return Trajectory(states, *rows.stacked(), len(rows))
+        return plain_run(loop)

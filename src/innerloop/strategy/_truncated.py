@@ -12,9 +12,11 @@ from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
 from innerloop.errors import InvalidInputError
-from innerloop.strategy._base import Loop, Rows, Strategy, join
+from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy, concatenate
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
 from innerloop.strategy._engine.step_pullback import state_of
+from innerloop.strategy._forecast import Forecast
+from innerloop.strategy._store_all import StoreAll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +88,10 @@ class Truncated(Strategy):
         )
         carry = constants.start
         states: dict[int, Carry] = {}
-        early, late = Rows(loop.start.params), Rows(loop.start.params)
+        early, late = StepOutputs(loop.start.params), StepOutputs(loop.start.params)
         for t in range(steps):
             now, rows = (constants, early) if t < cut else (loop, late)
-            carry, loss, aux = now.problem.step(carry, now.hyper, now.batch(carry, t), t)
+            carry, loss, aux = now.step(carry, now.batch(carry, t), t)
             if t < cut:
                 if torch.is_grad_enabled():
                     check_constants(t, state_of(carry), loss, aux)
@@ -111,8 +113,15 @@ class Truncated(Strategy):
         if cut:
             message = _EARLY.format(self, what=f"losses and aux before step {cut}", cut=cut)
             before = refuse_outputs(early.stacked(), inputs, message)
-            losses, aux = (join(x, y) for x, y in zip(before, (losses, aux), strict=True))
+            losses, aux = (concatenate(x, y) for x, y in zip(before, (losses, aux), strict=True))
         return Trajectory({**states, 0: loop.start}, losses, aux, steps)
+
+    def forecast(self, measure: Measure) -> Forecast:
+        """Predict the cost: a plain forward pass, then `StoreAll` for the last steps."""
+        late = measure(StoreAll())
+        last = min(self.last, measure.steps)
+        early = measure.plain().seconds.each * (measure.steps - last)
+        return Forecast(early + late.seconds.at(last), late.bytes.at(last))
 
 
 _START = (

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from innerloop.doctor._cases.case import Case, F, Operation, X, _seeded, function, noise, positive
+from innerloop.doctor._cases.case import Call, Case, F, X, _seeded, function, noise, positive
 
-ACTIVATIONS: dict[str, Operation] = {
+ACTIVATIONS: dict[str, Call] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "elu": F.elu,

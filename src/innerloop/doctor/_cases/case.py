@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import rnn
 
-Operation = Callable[..., Any]
+Call = Callable[..., Any]
 F: Any = functional  # the stubs of torch lag behind its arguments
 
 
@@ -50,7 +50,7 @@ def matrix(n: int, phase: float = 0.0) -> Tensor:
 class Applied(nn.Module):
     """A function of parameters."""
 
-    def __init__(self, operation: Operation, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, operation: Call, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.operation = operation
         self.inputs = nn.ParameterList([nn.Parameter(x.clone()) for x in inputs])
@@ -64,7 +64,7 @@ class OnInput(nn.Module):
     """A module at an input that is a parameter too."""
 
     def __init__(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], call: Operation | None = None
+        self, module: nn.Module, inputs: tuple[Tensor, ...], call: Call | None = None
     ) -> None:
         super().__init__()
         self.module = module
@@ -152,7 +152,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def function(name: str, family: str, operation: Operation, *inputs: Tensor, **flags: bool) -> Case:
+def function(name: str, family: str, operation: Call, *inputs: Tensor, **flags: bool) -> Case:
     """The case of a function of tensors."""
     return Case(name, family, lambda: Applied(operation, inputs), **flags)
 
@@ -162,7 +162,7 @@ def layer(
     family: str,
     make: Callable[..., nn.Module],
     *inputs: Tensor,
-    call: Operation | None = None,
+    call: Call | None = None,
     evaluation: bool = False,
     **flags: bool,
 ) -> Case:
@@ -173,7 +173,7 @@ def layer(
 X = noise(3, 4, scale=1.5)
 
 
-def _seeded(operation: Operation) -> Operation:
+def _seeded(operation: Call) -> Call:
     """The operation with the same random numbers at every call."""
 
     def call(*inputs: Tensor) -> Any:
@@ -197,7 +197,7 @@ def _moved(module: nn.Module) -> nn.Module:
     return module
 
 
-def _of_dimension(d: int, name: str, *args: Any, **options: Any) -> Operation:
+def _of_dimension(d: int, name: str, *args: Any, **options: Any) -> Call:
     return lambda x: getattr(F, f"{name}{d}d")(x, *args, **options)
 
 

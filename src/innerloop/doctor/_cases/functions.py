@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from innerloop.doctor._cases.case import (
+    Call,
     Case,
-    Operation,
     _seeded,
     function,
     matrix,
@@ -16,13 +16,14 @@ from innerloop.doctor._cases.case import (
     positive,
     probabilities,
 )
+from innerloop.nn._catalogue import CONSTANT
 
 
 def _functions() -> Iterator[Case]:
     x, y, p = noise(3, 4), noise(3, 4, phase=1.0), positive(3, 4)
     unit = probabilities(3, 4)
     sp = torch.special
-    of_any: dict[str, Operation] = {
+    of_any: dict[str, Call] = {
         "cumsum": lambda x: x.cumsum(0),
         "cumprod": lambda x: x.cumprod(1),
         "prod": lambda x: x.prod(1),
@@ -100,7 +101,7 @@ def _functions() -> Iterator[Case]:
     }
     for name, operation in of_any.items():
         yield function(f"torch.{name}", "functions", operation, x)
-    of_positive: dict[str, Operation] = {
+    of_positive: dict[str, Call] = {
         "lgamma": torch.lgamma,
         "digamma": torch.digamma,
         "polygamma": lambda x: torch.polygamma(2, x + 1),
@@ -109,13 +110,14 @@ def _functions() -> Iterator[Case]:
         "log1p": torch.log1p,
         "acosh": lambda x: torch.acosh(x + 1),
         "rsqrt": torch.rsqrt,
-        "bessel_j0": sp.bessel_j0,
-        "bessel_j1": sp.bessel_j1,
-        "airy_ai": sp.airy_ai,
-        "legendre_polynomial_p": lambda x: sp.legendre_polynomial_p(x, 2),
     }
     for name, operation in of_positive.items():
         yield function(f"torch.{name}", "functions", operation, p)
+    for name in CONSTANT:
+        if hasattr(sp, name):
+            call = getattr(sp, name)
+            call = _of_degree_two(call) if "polynomial" in name else call
+            yield function(f"torch.special.{name}", "functions", call, p)
     yield function(
         "torch.triangular_solve",
         "functions",
@@ -127,7 +129,7 @@ def _functions() -> Iterator[Case]:
         "torch.cholesky_inverse (full matrix)", "functions", torch.cholesky_inverse, matrix(3)
     )
     yield function(
-        "linalg.solve_triangular (full matrix)",
+        "torch.linalg.solve_triangular (full matrix)",
         "functions",
         lambda a, b: torch.linalg.solve_triangular(a, b, upper=True),
         matrix(3),
@@ -135,7 +137,7 @@ def _functions() -> Iterator[Case]:
     )
     yield function("torch.logit", "functions", torch.logit, unit)
     yield function("torch.ndtri", "functions", sp.ndtri, unit)
-    of_two: dict[str, Operation] = {
+    of_two: dict[str, Call] = {
         "atan2": torch.atan2,
         "hypot": torch.hypot,
         "logaddexp": torch.logaddexp,
@@ -170,7 +172,7 @@ def _functions() -> Iterator[Case]:
     )
     yield function("torch.zeta", "functions", lambda x: sp.zeta(torch.full_like(x, 2.3), x + 1), p)
     yield function(
-        "torch._standard_gamma (rsample)",
+        "torch.distributions.Gamma.rsample",
         "functions",
         _seeded(lambda x: torch.distributions.Gamma(x, torch.ones_like(x)).rsample()),
         p,
@@ -179,3 +181,7 @@ def _functions() -> Iterator[Case]:
     yield function("torch.angle", "functions", lambda x, y: torch.angle(torch.complex(x, y)), x, y)
     yield function("torch.complex abs", "functions", lambda x, y: torch.complex(x, y).abs(), x, y)
     yield function("torch.sgn (complex)", "functions", lambda x, y: torch.complex(x, y).sgn(), x, y)
+
+
+def _of_degree_two(polynomial: Call) -> Call:
+    return lambda x: polynomial(x, 2)

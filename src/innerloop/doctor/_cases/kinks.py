@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from innerloop.doctor._cases.case import Case, F, Operation, _zeroed, function, layer
+from innerloop.doctor._cases.case import Call, Case, F, _zeroed, function, layer
 
 
 def _kinks() -> Iterator[Case]:
     zero, tied = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
-    at_zero: dict[str, Operation] = {
+    at_zero: dict[str, Call] = {
         "F.relu": F.relu,
         "F.leaky_relu": F.leaky_relu,
         "F.elu": F.elu,
@@ -24,9 +24,9 @@ def _kinks() -> Iterator[Case]:
         "F.gelu": F.gelu,
         "torch.abs": torch.abs,
         "F.normalize": F.normalize,
-        "linalg.vector_norm": torch.linalg.vector_norm,
-        "linalg.vector_norm(3)": lambda x: torch.linalg.vector_norm(x, 3),
-        "linalg.matrix_norm": torch.linalg.matrix_norm,
+        "torch.linalg.vector_norm": torch.linalg.vector_norm,
+        "torch.linalg.vector_norm(3)": lambda x: torch.linalg.vector_norm(x, 3),
+        "torch.linalg.matrix_norm": torch.linalg.matrix_norm,
         "torch.std": lambda x: x.std(1),
         "torch.var": lambda x: x.var(1),
         "torch.prod": lambda x: x.prod(1),
@@ -67,21 +67,21 @@ def _kinks() -> Iterator[Case]:
             torch.cat([x, 1 + x]), torch.cat([x, 1 + x]).detach()
         ),
         "torch.renorm": lambda x: torch.renorm(x, 2, 0, 1.0),
-        "linalg.svdvals": torch.linalg.svdvals,
-        "linalg.matrix_exp": lambda x: torch.linalg.matrix_exp(x[:, :2]),
-        "linalg.det": lambda x: torch.linalg.det(x[:, :2]),
+        "torch.linalg.svdvals": torch.linalg.svdvals,
+        "torch.linalg.matrix_exp": lambda x: torch.linalg.matrix_exp(x[:, :2]),
+        "torch.linalg.det": lambda x: torch.linalg.det(x[:, :2]),
     }
     for name, operation in at_zero.items():
         yield function(f"{name} at 0", "at zero", operation, zero, smooth=False)
     yield function(
-        "linalg.eigvalsh of equal eigenvalues",
+        "torch.linalg.eigvalsh of equal eigenvalues",
         "at zero",
         lambda x: torch.linalg.eigvalsh(torch.diag(x[0])),
         tied,
         smooth=False,
     )
     yield function(
-        "linalg.svdvals of equal values",
+        "torch.linalg.svdvals of equal values",
         "at zero",
         lambda x: torch.linalg.svdvals(torch.diag(x[0])),
         tied,

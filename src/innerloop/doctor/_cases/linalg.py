@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from innerloop.doctor._cases.case import Case, Operation, _seeded, function, matrix, noise
+from innerloop.doctor._cases.case import Call, Case, _seeded, function, matrix, noise
 
 
 def _linalg() -> Iterator[Case]:
@@ -15,7 +15,7 @@ def _linalg() -> Iterator[Case]:
     symmetric = lambda a: a + a.mT  # noqa: E731
     definite = lambda a: a @ a.mT + torch.eye(3, dtype=a.dtype)  # noqa: E731
     la = torch.linalg
-    calls: dict[str, Operation] = {
+    calls: dict[str, Call] = {
         "inv": la.inv,
         "det": la.det,
         "slogdet": la.slogdet,
@@ -49,16 +49,16 @@ def _linalg() -> Iterator[Case]:
         "matrix_norm(fro)": la.matrix_norm,
     }
     for name, operation in calls.items():
-        yield function(f"linalg.{name}", "linear algebra", operation, a)
-    yield function("linalg.qr (tall)", "linear algebra", la.qr, tall)
+        yield function(f"torch.linalg.{name}", "linear algebra", operation, a)
+    yield function("torch.linalg.qr (tall)", "linear algebra", la.qr, tall)
     yield function(
-        "linalg.svd (tall)",
+        "torch.linalg.svd (tall)",
         "linear algebra",
         lambda a: (lambda u, s, v: (u[:, :1] * v[:1], s))(*la.svd(a, full_matrices=False)),
         tall,
     )
-    yield function("linalg.pinv (tall)", "linear algebra", la.pinv, tall)
-    pairs: dict[str, Operation] = {
+    yield function("torch.linalg.pinv (tall)", "linear algebra", la.pinv, tall)
+    pairs: dict[str, Call] = {
         "solve": la.solve,
         "lstsq": lambda a, b: la.lstsq(a, b).solution,
         "solve_triangular": lambda a, b: la.solve_triangular(a.triu(), b, upper=True),
@@ -67,7 +67,7 @@ def _linalg() -> Iterator[Case]:
         "tensorsolve": lambda a, b: la.tensorsolve(a, b[0]),
     }
     for name, operation in pairs.items():
-        yield function(f"linalg.{name}", "linear algebra", operation, a, b)
+        yield function(f"torch.linalg.{name}", "linear algebra", operation, a, b)
     yield function(
         "torch.cholesky_solve",
         "linear algebra",

@@ -14,9 +14,9 @@ from innerloop.doctor._cases.case import (
     SIGNS,
     A,
     B,
+    Call,
     Case,
     F,
-    Operation,
     function,
     layer,
     noise,
@@ -25,7 +25,7 @@ from innerloop.doctor._cases.case import (
 )
 
 REDUCTIONS = ("mean", "sum")
-PAIRS: dict[str, Operation] = {
+PAIRS: dict[str, Call] = {
     "mse_loss": F.mse_loss,
     "l1_loss": F.l1_loss,
     "smooth_l1_loss": functools.partial(F.smooth_l1_loss, beta=0.7),

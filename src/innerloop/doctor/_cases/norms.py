@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from innerloop.doctor._cases.case import Case, _moved, layer, noise
+from innerloop._utils import torch_private
+from innerloop.doctor._cases.case import Case, F, _moved, function, layer, noise, positive
 
 
 def _norms() -> Iterator[Case]:
@@ -50,6 +51,16 @@ def _norms() -> Iterator[Case]:
     yield layer(
         "nn.LayerNorm (no bias)", "norms", lambda: _moved(nn.LayerNorm(5, bias=False)), sequence
     )
+    yield function("F.layer_norm", "norms", lambda x: F.layer_norm(x, (5,)), sequence)
+    for kind in ("batch", "instance"):
+        yield function(
+            f"F.batch_norm or F.instance_norm ({kind})",
+            "norms",
+            lambda x, k=kind: (
+                F.batch_norm(x, None, None, training=True) if k == "batch" else F.instance_norm(x)
+            ),
+            sequence,
+        )
     yield layer("nn.RMSNorm", "norms", lambda: _moved(nn.RMSNorm(5)), sequence)
     yield layer(
         "nn.RMSNorm (no affine)", "norms", lambda: nn.RMSNorm(5, elementwise_affine=False), sequence
@@ -88,6 +99,13 @@ def _parametrized() -> Iterator[Case]:
         "parametrizations",
         lambda: _moved(nn.utils.weight_norm(nn.Linear(3, 4))),
         x,
+    )
+    yield function(
+        "torch._weight_norm",
+        "parametrizations",
+        torch_private.weight_norm(),
+        noise(4, 3),
+        positive(4, 1),
     )
     yield layer(
         "parametrizations.spectral_norm (train)",

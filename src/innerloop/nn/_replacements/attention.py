@@ -1,4 +1,7 @@
-"""``F.scaled_dot_product_attention`` with derivatives of any order: the choice between plain operations and blocks of rows."""
+"""``F.scaled_dot_product_attention`` with derivatives of any order.
+
+Short sequences take plain operations, long ones blocks of rows.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.nn import _twice_differentiable as twice
 from innerloop.nn._replacements.attention_blockwise import Blockwise
 from innerloop.nn._replacements.attention_composite import composite
 
 TAKES_BLOCKS = {"cpu": 2**20, "cuda": 2**28}
-"""From how many scores on (heads x queries x keys, over the whole batch) blocks are taken, by the kind of device.
+"""The number of scores from which blocks are taken, for each kind of device.
+
+Scores are counted over the whole batch: heads x queries x keys.
 
 On the CPU that is where a second-order step becomes faster by blocks than by plain operations
 (docs/benchmarks.md), and it takes less memory from there on. On a GPU nothing has been measured:
@@ -26,7 +32,7 @@ matrices of scores in float32.
 
 
 def takes_blocks(query: Tensor, key: Tensor) -> bool:
-    """Whether attention of these goes by blocks (`Blockwise`) or by plain operations (`composite`)."""
+    """True if attention goes by blocks (`Blockwise`), False if by plain operations."""
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     return 0 < scores >= TAKES_BLOCKS.get(query.device.type, TAKES_BLOCKS["cuda"])
 
@@ -41,10 +47,11 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "... l f"]:
-    r"""Attention as `torch.nn.functional.scaled_dot_product_attention` computes it, with derivatives of any order and forward mode.
+    r"""Compute ``F.scaled_dot_product_attention`` with derivatives of any order and forward mode.
 
     .. math::
-        O = \mathrm{dropout}\bigl(\mathrm{softmax}(s\, Q K^\top + M)\bigr)\, V, \qquad s = 1/\sqrt{e} \text{ unless given}
+        O = \mathrm{dropout}\bigl(\mathrm{softmax}(s\, Q K^\top + M)\bigr)\, V,
+        \qquad s = 1/\sqrt{e} \text{ unless given}
 
     Args:
         query: queries, any number of leading dimensions.
@@ -62,12 +69,12 @@ def scaled_dot_product_attention(
         The attention. A row whose mask lets it see nothing is 0, and so is its derivative.
 
     Raises:
-        InvalidInputError: shapes, dtypes, devices or settings do not go together.
+        InvalidInputError: if shapes, dtypes, devices or settings do not go together.
 
     Where nothing is differentiated this is torch's own function. Otherwise short sequences take
-    plain operations, and long ones blocks of rows (`innerloop.nn.blockwise`), whose memory grows
-    with the length and not with its square; `innerloop.nn.attention.TAKES_BLOCKS` says from where
-    on. Third derivatives of the latter are taken of plain operations again. With dropout, plain
+    plain operations, and long ones (2²⁰ scores on a CPU, 2²⁸ on a GPU) blocks of rows, whose
+    memory grows with the length and not with its square. Third derivatives of the latter are taken
+    of plain operations again. With dropout, plain
     operations draw the same random numbers as torch's math kernel, and blocks draw one number, from
     which all others follow; both only depend on torch's random state.
 
@@ -94,7 +101,9 @@ def scaled_dot_product_attention(
         query, key, value = (_lowered(x, device) for x in (query, key, value))
         attn_mask = None if attn_mask is None else _lowered(attn_mask, device)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    if query.is_nested or not (dropout_p or twice.wanted(query, key, value, attn_mask)):
+    if query.is_nested or not (
+        dropout_p or twice.may_be_differentiated(query, key, value, attn_mask)
+    ):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -124,10 +133,10 @@ def attend(
     dropout_p: float = 0.0,
     blocks: bool,
 ) -> Tensor:
-    """Attention by blocks or by plain operations; leading dimensions broadcast. Half precision is computed in float32.
+    """Compute attention by blocks or by plain operations; leading dimensions broadcast.
 
-    The value does not depend on whether anything is differentiated, and neither do the random
-    numbers.
+    Half precision is computed in float32. Neither the value nor the random numbers depend on what
+    is differentiated.
     """
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -148,31 +157,38 @@ def attend(
     if mask is not None:
         mask = mask[(None,) * (len(batch) + 2 - mask.ndim)]
     seed = int(torch.randint(2**62, (), device="cpu")) if dropout_p else 0
-    kernel = Blockwise(float(scale), is_causal, float(dropout_p), seed)
+    function = Blockwise(float(scale), is_causal, float(dropout_p), seed)
     if mask is not None and torch_private.has_derivative(mask):
-        (out,) = twice.evaluate(kernel, (query, key, value, mask))
+        (out,) = twice.evaluate(function, (query, key, value, mask))
     else:
-        (out,) = twice.evaluate(kernel, (query, key, value), (mask,))
-    return out.to(dtype, copy=True)  # the kernel keeps its own, and users may edit theirs in place
+        (out,) = twice.evaluate(function, (query, key, value), (mask,))
+    # A copy, because the function keeps its output, and users may edit theirs in place.
+    return out.to(dtype, copy=True)
 
 
 def _by_blocks(query: Tensor, key: Tensor, dropout_p: float) -> bool:
-    """Blocks know no tangent of a tangent, and draw their own random numbers where ``vmap`` has rules for them."""
-    if torch.compiler.is_compiling() or not takes_blocks(query, key):
+    """True if attention goes by blocks here.
+
+    Blocks know no tangent of a tangent, and draw random numbers by rules that ``vmap`` forbids.
+    """
+    if mode() is Mode.COMPILING or not takes_blocks(query, key):
         return False
     return torch_private.jvp_levels() < 2 and not (dropout_p and torch_private.inside_vmap())
 
 
 def _written_out(mask: Tensor, is_causal: bool, device: torch.device) -> tuple[Tensor | None, bool]:
-    """``(attn_mask, is_causal)``: a ``CausalBias`` is known by name and sizes alone, and as a tensor it is unwritten memory."""
-    # Not at the top: it brings in half of torch.compile. Who has such a mask has it already.
+    """Return ``(attn_mask, is_causal)`` for a mask that may be a ``CausalBias``.
+
+    As a tensor a ``CausalBias`` is unwritten memory; only its variant and its sizes count.
+    """
+    # Imported here, because it brings in half of torch.compile. Who has such a mask has it already.
     from torch.nn.attention.bias import CausalBias, CausalVariant
 
     if not isinstance(mask, CausalBias):
         return mask, is_causal
     if is_causal:
         raise InvalidInputError(
-            "attn_mask is a CausalBias, and is_causal=True was given too; leave is_causal away"
+            "attn_mask is a CausalBias, and is_causal=True was given too: leave is_causal out"
         )
     if mask.variant == CausalVariant.UPPER_LEFT or mask.seq_len_q == mask.seq_len_kv:
         return None, True
@@ -181,13 +197,13 @@ def _written_out(mask: Tensor, is_causal: bool, device: torch.device) -> tuple[T
 
 
 def _lowered(x: Tensor, device: str) -> Tensor:
-    """What autocast does to an argument of torch's own: double precision stays, and so does what is not a number."""
+    """Cast as autocast does for torch's own: double precision and booleans stay."""
     lowered = x.is_floating_point() and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if lowered else x
 
 
 def _one_per_head(x: Tensor, heads: int) -> Tensor:
-    """Each head as often as there are query heads for it."""
+    """Repeat each head for all query heads that it serves."""
     return (
         x.unsqueeze(-3).expand(*x.shape[:-2], heads // x.shape[-3], *x.shape[-2:]).flatten(-4, -3)
     )
@@ -202,7 +218,7 @@ def _check(
     is_causal: bool,
     enable_gqa: bool,
 ) -> None:
-    """Refuse what torch refuses, and what it would fail on later."""
+    """Raise for what torch refuses, and for what it would fail on later."""
     if query.is_nested:
         return
     q, k, v = (tuple(x.shape) for x in (query, key, value))

@@ -1,4 +1,4 @@
-r"""Attention with first, second and forward-mode derivatives, in memory that grows with the sequence and not with its square.
+r"""Attention with first, second and forward-mode derivatives, in memory linear in the length.
 
 .. math::
     S = s\, Q K^\top + M, \qquad P = \mathrm{softmax}(S), \qquad O = (P \circ D)\, V
@@ -24,18 +24,21 @@ from innerloop.nn._replacements.attention_composite import above_diagonal, compo
 BLOCK = 2**18
 """Elements of one quadratic block: a few of them stay in the cache of a core."""
 ROWS = 64
-"""At least so many rows a block, however long they are: fewer would not feed a matrix product."""
+"""At least so many rows in a block, however long they are: fewer do not feed a matrix product."""
 CAUSAL_ROWS = 128
-"""At most so many, or a quarter of all: keys that none of a block's rows sees are left out. Measured on a CPU, like the others."""
+"""At most so many rows under a causal mask, or a quarter of all if that is more.
+
+Keys that none of a block's rows sees are left out. Measured on a CPU, as the other two.
+"""
 
 
 @dataclass(frozen=True)
-class Blockwise(twice.Kernel):
-    """Attention of queries (..., L, E), keys (..., S, E) and values (..., S, F) with the same leading dimensions.
+class Blockwise(twice.TwiceDifferentiable):
+    """Attention of queries (..., L, E), keys (..., S, E) and values (..., S, F).
 
-    The mask, (..., L, S), has the same number of dimensions; any of them may be 1. It is the fourth
-    input if it is differentiated and the only constant if it is not (or None there). Boolean: True
-    takes part; else it is added to the scores.
+    All have the same leading dimensions. The mask, (..., L, S), has the same number of dimensions;
+    any of them may be 1. It is the fourth input if it is differentiated and the only constant if it
+    is not (or None there). Boolean: True takes part; else it is added to the scores.
 
     Attributes:
         scale: s.
@@ -51,9 +54,10 @@ class Blockwise(twice.Kernel):
 
     @property
     def draws(self) -> bool:  # type: ignore[override]
+        """Return True if there is dropout."""
         return self.dropout_p > 0
 
-    def value(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
+    def forward(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
         at = _Flat.of(inputs, constants)
         q, out = at.q * self.scale, at.v.new_empty(*at.q.shape[:2], at.v.shape[-1])
         for b in self._blocks(at, spaces=2):
@@ -61,16 +65,16 @@ class Blockwise(twice.Kernel):
             torch.bmm(_times(weights, drop, b.spaces[1]), at.v[b.n, b.j], out=out[b.n, b.i])
         return (out.view(*at.batch, *out.shape[1:]),)
 
-    def pull(
+    def vjp(
         self,
         inputs: twice.Tensors,
         constants: twice.Constants,
-        value: twice.Constants,
+        outputs: twice.Constants,
         cotangents: twice.Tensors,
     ) -> twice.Tensors:
         at = _Flat.of(inputs, constants)
         q, do = at.q * self.scale, _flat(cotangents[0])
-        out = self._output(inputs, constants, value)
+        out = self._output(inputs, constants, outputs)
         delta = (do * out).sum(-1, keepdim=True)
         dq, dk, dv, dm = at.zeros()
         for b in self._blocks(at, spaces=2):
@@ -83,7 +87,7 @@ class Blockwise(twice.Kernel):
             at.add_to_mask(dm, b, ds)
         return at.shaped(inputs, dq.mul_(self.scale), dk, dv, dm)
 
-    def push(
+    def jvp(
         self, inputs: twice.Tensors, constants: twice.Constants, tangents: twice.Tensors
     ) -> twice.Tensors:
         at, along = _Flat.of(inputs, constants), _Flat.of(tangents, constants)
@@ -96,11 +100,11 @@ class Blockwise(twice.Kernel):
             pushed[b.n, b.i].baddbmm_(_times(weights, drop, b.spaces[2]), along.v[b.n, b.j])
         return (pushed.view(*at.batch, *pushed.shape[1:]),)
 
-    def second(
+    def vjp_of_jvp(
         self,
         inputs: twice.Tensors,
         constants: twice.Constants,
-        value: twice.Constants,
+        outputs: twice.Constants,
         cotangents: twice.Tensors,
         tangents: twice.Tensors,
     ) -> tuple[twice.Tensors, twice.Tensors]:
@@ -108,7 +112,7 @@ class Blockwise(twice.Kernel):
         qq, kk = _side_by_side(self.scale, at, along)
         along_q, q = qq.chunk(2, -1)
         do = _flat(cotangents[0])
-        delta = (do * self._output(inputs, constants, value)).sum(-1, keepdim=True)
+        delta = (do * self._output(inputs, constants, outputs)).sum(-1, keepdim=True)
         pushed = torch.empty_like(do)
         dq, dk, dv, dm = at.zeros()
         for b in self._blocks(at, spaces=4):
@@ -133,7 +137,7 @@ class Blockwise(twice.Kernel):
         gradients = at.shaped(inputs, dq.mul_(self.scale), dk, dv, dm)
         return gradients, (pushed.view(*at.batch, *pushed.shape[1:]),)
 
-    def plain(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
+    def reference(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
         drop = self._all_drops(inputs, constants) if self.dropout_p > 0 else None
         q, k, v, mask = _four(inputs, constants)
         return (
@@ -145,7 +149,7 @@ class Blockwise(twice.Kernel):
     # -- one block ---------------------------------------------------------------------------------
 
     def _blocks(self, at: _Flat, spaces: int) -> Iterator[_Block]:
-        """The same partition for every method: dropout draws by block."""
+        """Cut the work into blocks, alike in every method, because dropout draws by block."""
         (heads, length), keys = at.q.shape[:2], at.k.shape[1]
         rows = min(length, max(ROWS, BLOCK // max(1, keys)))
         if self.is_causal:
@@ -163,7 +167,7 @@ class Blockwise(twice.Kernel):
                 number += 1
 
     def _weights(self, b: _Block, q: Tensor, at: _Flat) -> Tensor:
-        """P of a block, in its first space; ``q`` is scaled."""
+        """Compute P of a block, in its first space; ``q`` is scaled."""
         scores = torch.bmm(q[b.n, b.i], at.k[b.n, b.j].mT, out=b.spaces[0])
         if self.is_causal and b.i.start < b.j.stop:
             late = slice(b.i.start, b.j.stop)
@@ -180,7 +184,7 @@ class Blockwise(twice.Kernel):
         return scores if mask is None else scores.masked_fill_(dead_rows(mask), 0.0)
 
     def _moved(self, b: _Block, qq: Tensor, kk: Tensor, along: _Flat, weights: Tensor) -> Tensor:
-        """The tangent of P, in the second space."""
+        """Compute the tangent of P, in the second space."""
         moved = torch.bmm(qq[b.n, b.i], kk[b.n, b.j].mT, out=b.spaces[1])
         mask = along.mask_of(b) if along.differentiates_mask else None
         if mask is not None:
@@ -189,7 +193,7 @@ class Blockwise(twice.Kernel):
         return moved.addcmul_(weights, moved.sum(-1, keepdim=True), value=-1)
 
     def _drop(self, b: _Block) -> Tensor | None:
-        """D of a block: the same whenever it is asked for."""
+        """Draw D of a block: the same numbers at every call."""
         if self.dropout_p == 0:
             return None
         if self.dropout_p == 1:
@@ -199,7 +203,7 @@ class Blockwise(twice.Kernel):
         return kept.div_(1 - self.dropout_p)
 
     def _all_drops(self, inputs: twice.Tensors, constants: twice.Constants) -> Tensor:
-        """D as a whole, for `plain`."""
+        """Draw D as a whole, for `reference`."""
         q, k = inputs[0], inputs[1]
         shape = (*q.shape[:-1], k.shape[-2])
         like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3]]
@@ -211,13 +215,16 @@ class Blockwise(twice.Kernel):
         return whole.view(shape)
 
     def _output(
-        self, inputs: twice.Tensors, constants: twice.Constants, value: twice.Constants
+        self, inputs: twice.Tensors, constants: twice.Constants, outputs: twice.Constants
     ) -> Tensor:
-        return _flat(self.value(inputs, constants)[0] if value[0] is None else value[0])
+        return _flat(self.forward(inputs, constants)[0] if outputs[0] is None else outputs[0])
 
 
 class _Block(NamedTuple):
-    """Heads ``n``, rows ``i`` and keys ``j`` of the flattened tensors, and room for some matrices of that size."""
+    """Heads ``n``, rows ``i`` and keys ``j`` of the flattened tensors.
+
+    ``spaces`` is room for some matrices of the block's size.
+    """
 
     number: int
     n: slice
@@ -227,7 +234,10 @@ class _Block(NamedTuple):
 
 
 class _Flat(NamedTuple):
-    """Queries, keys, values with one leading dimension; the mask with its own, and which of it each head uses."""
+    """Queries, keys and values with one leading dimension, and the mask with its own.
+
+    ``user`` says which part of the mask each head uses.
+    """
 
     batch: tuple[int, ...]
     q: Tensor
@@ -239,6 +249,7 @@ class _Flat(NamedTuple):
 
     @classmethod
     def of(cls, inputs: twice.Tensors, constants: twice.Constants) -> _Flat:
+        """Flatten the leading dimensions."""
         q, k, v, mask = _four(inputs, constants)
         batch = tuple(q.shape[:-2])
         user = None
@@ -251,7 +262,7 @@ class _Flat(NamedTuple):
         return cls(batch, _flat(q), _flat(k), _flat(v), mask, user, len(inputs) == 4)
 
     def mask_of(self, b: _Block) -> Tensor | None:
-        """What of the mask concerns a block; broadcast dimensions stay 1."""
+        """Return the part of the mask that concerns a block; broadcast dimensions stay 1."""
         if self.mask is None or self.user is None:
             return None
         part = self.mask[
@@ -262,7 +273,7 @@ class _Flat(NamedTuple):
         return part[self.user[b.n]] if self.mask.shape[0] > 1 else part
 
     def zeros(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Where the gradients are put or added up."""
+        """Return room for the gradients."""
         mask = (
             torch.zeros_like(self.mask)
             if self.differentiates_mask and self.mask is not None
@@ -271,7 +282,7 @@ class _Flat(NamedTuple):
         return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), mask
 
     def add_to_mask(self, total: Tensor | None, b: _Block, gradient: Tensor) -> None:
-        """Add a block's gradient of the scores to that of the mask, summed over broadcast dimensions."""
+        """Add a block's gradient of the scores to the mask's, summed over broadcast dimensions."""
         if total is None or self.user is None:
             return
         broadcast = [d for d in (1, 2) if total.shape[d] == 1 and gradient.shape[d] != 1]
@@ -284,7 +295,7 @@ class _Flat(NamedTuple):
         part.index_add_(0, self.user[b.n], found)
 
     def shaped(self, inputs: twice.Tensors, *gradients: Tensor | None) -> twice.Tensors:
-        """In the shapes of the inputs."""
+        """Give the gradients the shapes of the inputs."""
         return tuple(
             g.view(x.shape) for g, x in zip(gradients, inputs, strict=False) if g is not None
         )
@@ -302,7 +313,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _side_by_side(scale: float, at: _Flat, along: _Flat) -> tuple[Tensor, Tensor]:
-    """The tangent of the scores is one product: [Q', Q] [K, K']^T."""
+    """Return the factors of the scores' tangent as one product: [Q', Q] [K, K']^T."""
     return torch.cat([along.q, at.q], -1).mul_(scale), torch.cat([at.k, along.k], -1)
 
 

@@ -18,7 +18,10 @@ def composite(
     is_causal: bool,
     drop: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Attention by plain operations, which have derivatives of any order. A row that sees nothing gives 0, with a derivative of 0."""
+    """Compute attention by plain operations, which have derivatives of any order.
+
+    A row that sees nothing gives 0, with a derivative of 0.
+    """
     scores = (query * scale) @ key.mT
     dead = None
     if is_causal:
@@ -27,10 +30,10 @@ def composite(
             hidden, -math.inf
         )
     if mask is not None:
-        dead = dead_rows(
-            mask
-        )  # such a row's scores are left as they are, or made finite, and its result is replaced
-        if mask.dtype == torch.bool:  # added: the derivative of a sum moves no memory
+        # A row that sees nothing keeps its scores, or finite ones, and its result is replaced.
+        dead = dead_rows(mask)
+        if mask.dtype == torch.bool:
+            # The mask is added, because the derivative of a sum moves no memory.
             mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~(mask | dead), -math.inf)
         else:
             mask = mask.masked_fill(dead, 0.0)
@@ -40,10 +43,10 @@ def composite(
 
 
 def above_diagonal(rows: int, columns: int, device: torch.device) -> Tensor:
-    """What a causal mask hides: keys later than the query."""
+    """Return what a causal mask hides: keys later than the query."""
     return torch.ones(rows, columns, dtype=torch.bool, device=device).triu_(1)
 
 
 def dead_rows(mask: Tensor) -> Tensor:
-    """Rows that see nothing: their result is 0."""
+    """Find the rows that see nothing."""
     return (~mask if mask.dtype == torch.bool else mask == -math.inf).all(-1, keepdim=True)

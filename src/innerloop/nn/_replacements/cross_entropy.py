@@ -8,12 +8,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, may_read_values, mode
 from innerloop.errors import InvalidInputError
 from innerloop.nn import _twice_differentiable as twice
+from innerloop.nn._derivative_order import Args, Kwargs
 from innerloop.nn._replacements.softmax_loss import SoftmaxLoss, precise
 
 TAKES_CHUNKS = 2**20
-"""From how many logits on `innerloop.nn.functional.cross_entropy` takes its own form: there it is not slower (docs/benchmarks.md)."""
+"""The number of logits from which our own computation is taken: there it is not slower."""
 
 
 def cross_entropy(
@@ -26,7 +28,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, "..."]:
-    r"""Cross-entropy as `torch.nn.functional.cross_entropy` computes it, with a second derivative that keeps little.
+    r"""Compute ``F.cross_entropy`` with a second derivative that keeps little in memory.
 
     .. math::
         L_n = -\sum_c t_{nc} \log \mathrm{softmax}(z_n)_c, \qquad
@@ -48,12 +50,12 @@ def cross_entropy(
         The loss: a number, or one per target.
 
     Raises:
-        InvalidInputError: shapes, dtypes, devices or settings do not go together.
+        InvalidInputError: if shapes, dtypes, devices or settings do not go together.
 
     Memory: between an inner gradient and the outer backward pass the graph keeps the logits and
     their gradient, and for probabilities the targets; the probabilities are computed again, some
-    rows at a time. From `innerloop.nn.cross_entropy.TAKES_CHUNKS` logits on; fewer are left to
-    torch's own function, which is the same to rounding.
+    rows at a time. That holds from 2²⁰ logits on; fewer are left to torch's own function, which is
+    the same to rounding.
 
     Example:
         For two equal logits the loss is log 2, the gradient p - 1 and the second derivative p (1 -
@@ -89,9 +91,15 @@ def cross_entropy(
     return loss if autocast else loss.to(dtype)
 
 
+def has_many_logits(args: Args, kwargs: Kwargs) -> bool:
+    """True if there are so many logits that our own computation is taken."""
+    logits = args[0] if args else kwargs["input"]
+    return isinstance(logits, Tensor) and logits.numel() >= TAKES_CHUNKS
+
+
 def _by_chunks(*tensors: Tensor | None) -> bool:
-    """Chunks know no tangent of a tangent."""
-    if torch.compiler.is_compiling() or not twice.wanted(*tensors):
+    """True if a derivative may be asked for that chunks know: no tangent of a tangent."""
+    if mode() is Mode.COMPILING or not twice.may_be_differentiated(*tensors):
         return False
     return torch_private.jvp_levels() < 2
 
@@ -105,7 +113,7 @@ def _check_loss(
     label_smoothing: float,
     probabilities: bool,
 ) -> None:
-    """Refuse what torch refuses, and labels that are none of the classes."""
+    """Raise for what torch refuses, and for labels that are not among the classes."""
     shapes = f"input {tuple(logits.shape)}, target {tuple(target.shape)}"
     if not logits.is_floating_point() or logits.ndim == 0:
         raise InvalidInputError(
@@ -123,7 +131,8 @@ def _check_loss(
     classes = logits.shape[min(1, logits.ndim - 1)]
     if weight is not None and tuple(weight.shape) != (classes,):
         raise InvalidInputError(
-            f"weight {tuple(weight.shape)} is not one number for each of {classes} classes"
+            f"weight has the shape {tuple(weight.shape)}; it needs one number for each of "
+            f"{classes} classes, ({classes},)"
         )
     if probabilities:
         if ignore_index >= 0:
@@ -142,15 +151,12 @@ def _check_loss(
         raise InvalidInputError(
             f"target is {target.dtype}; class indices must be torch.int64: write target.long()"
         )
-    if (
-        target.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch_private.inside_vmap()
-    ):
+    if may_read_values(target):
         outside = (target != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
             raise InvalidInputError(
-                f"target has the label {int(target[outside][0])}, and input has {classes} classes"
+                f"target has the label {int(target[outside][0])}, but there are only {classes} "
+                f"classes (0 to {classes - 1})"
             )
 
 
@@ -162,7 +168,7 @@ def total(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The loss of valid arguments, in at least float32; those of `innerloop.nn.functional.cross_entropy`."""
+    """Compute `cross_entropy` of valid arguments, in at least float32."""
     single = logits.ndim == 1
     if single:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
@@ -188,9 +194,8 @@ def total(
         losses = losses.masked_fill(ignored, 0.0)
         count = of_target.masked_fill(ignored, 0.0).sum()
     if reduction == "none":
-        return losses.clone().view(
-            () if single else (shape[0], *shape[2:])
-        )  # the kernel keeps its own
+        # A clone, because the function keeps its output, and users may edit theirs in place.
+        return losses.clone().view(() if single else (shape[0], *shape[2:]))
     return losses.sum() / count if reduction == "mean" else losses.sum()
 
 

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from innerloop._utils.execution import may_read_values
 from innerloop.errors import InvalidInputError
-from innerloop.nn._replacements.losses import can_be_read, reduced
+from innerloop.nn._replacements.losses import check_labels, reduced
 
 IMPOSSIBLE = -1e30
 """The logarithm of probability zero; a finite one, because the derivatives of -inf are NaN."""
@@ -26,14 +27,17 @@ def ctc_loss(
     reduction: Literal["none", "mean", "sum"] = "mean",
     zero_infinity: bool = False,
 ) -> Float[Tensor, "..."]:
-    r"""``F.ctc_loss``, which in PyTorch has no second derivative and no forward mode (Graves et al. 2006).
+    r"""Compute ``F.ctc_loss``, which in PyTorch has no second derivative and no forward mode.
+
+    The loss is that of Graves et al. ("Connectionist temporal classification", 2006).
 
     With the labels :math:`l` interleaved with blanks, and :math:`\alpha_t(s)` the probability of
     having read the first s of them at t,
 
     .. math::
-        \alpha_t(s) = p_t(l_s)\, [\alpha_{t-1}(s) + \alpha_{t-1}(s-1) + \alpha_{t-1}(s-2)\,
-        \mathbb 1(l_s \ne l_{s-2}, l_s \ne \text{blank})], \qquad L = -\log [\alpha_T(S) + \alpha_T(S-1)],
+        \alpha_t(s) &= p_t(l_s)\, [\alpha_{t-1}(s) + \alpha_{t-1}(s-1) + \alpha_{t-1}(s-2)\,
+        \mathbb 1(l_s \ne l_{s-2}, l_s \ne \text{blank})], \\
+        L &= -\log [\alpha_T(S) + \alpha_T(S-1)],
 
     here in logarithms. PyTorch's gradient contains a term :math:`p_t`, which ``log_softmax`` takes
     out again; so does this one, so that training is the same also where ``log_probs`` does not come
@@ -42,7 +46,7 @@ def ctc_loss(
     are.
 
     Args, Returns: as for ``torch.nn.functional.ctc_loss``. Cost: time x batch x labels in memory,
-    one small kernel chain per time.
+    one short chain of operations per time.
 
     Example:
         One time, one label: the loss is minus its logarithm.
@@ -57,17 +61,14 @@ def ctc_loss(
     steps, count, classes = batched.shape
     device = batched.device
     lengths, sizes = (_as_tensor(x, device).expand(count) for x in (input_lengths, target_lengths))
-    if can_be_read(sizes):
+    if may_read_values(sizes):
         _check(targets, lengths, sizes, steps, single=log_probs.dim() == 2)
     labels = _padded(targets.to(device), sizes, single=log_probs.dim() == 2)
-    # What stands behind a target's length is padding, and may be no class at all.
+    # Beyond a target's length there is padding, which need not be a class.
     labels = labels.masked_fill(
         torch.arange(labels.shape[1], device=device) >= sizes[:, None], blank
     )
-    if can_be_read(labels) and ((labels < 0) | (labels >= classes)).any():
-        raise InvalidInputError(
-            f"targets has a label that is none of the {classes} classes, within target_lengths"
-        )
+    check_labels(labels, classes, "targets")
     extended = torch.full((count, 2 * labels.shape[1] + 1), blank, device=device)
     extended[:, 1::2] = labels
     alphas = torch.stack(_forward(batched, extended, blank))
@@ -81,7 +82,7 @@ def ctc_loss(
     read = (torch.arange(steps, device=device)[:, None] < lengths)[:, :, None]
     probabilities = torch.where(read, batched, torch.full_like(batched, IMPOSSIBLE)).exp()
     loss = loss + (probabilities - probabilities.detach()).sum((0, 2))
-    # Nothing is read in no time: certain if nothing was to be read, else impossible.
+    # With an input length of 0 an empty target is certain, and every other one impossible.
     loss = torch.where(lengths == 0, torch.where(sizes > 0, -IMPOSSIBLE, 0.0).to(loss.dtype), loss)
     impossible = loss > -IMPOSSIBLE / 10
     loss = torch.where(impossible, torch.full_like(loss, 0.0 if zero_infinity else torch.inf), loss)
@@ -92,7 +93,7 @@ def ctc_loss(
 
 
 def _forward(log_probs: Tensor, extended: Tensor, blank: int) -> list[Tensor]:
-    """Log α at every time."""
+    """Compute log α at every time."""
     count, size = extended.shape
     jump = torch.zeros(count, size, dtype=torch.bool, device=extended.device)
     jump[:, 2:] = (extended[:, 2:] != blank) & (extended[:, 2:] != extended[:, :-2])
@@ -111,9 +112,12 @@ def _forward(log_probs: Tensor, extended: Tensor, blank: int) -> list[Tensor]:
 
 
 def _check(targets: Tensor, lengths: Tensor, sizes: Tensor, steps: int, single: bool) -> None:
-    """Refuse the lengths that torch refuses."""
+    """Raise for the lengths that torch refuses."""
     if (lengths < 0).any() or (lengths > steps).any():
-        raise InvalidInputError(f"input_lengths {lengths.tolist()}: log_probs has {steps} times")
+        raise InvalidInputError(
+            f"input_lengths is {lengths.tolist()}, but log_probs has {steps} times: pass lengths "
+            f"from 0 to {steps}"
+        )
     padded = targets.dim() == 2 or single
     room, wanted = (
         targets.shape[-1] if targets.dim() else 1,
@@ -122,8 +126,7 @@ def _check(targets: Tensor, lengths: Tensor, sizes: Tensor, steps: int, single: 
     if (sizes < 0).any() or wanted > room or (not padded and wanted < room):
         raise InvalidInputError(
             f"target_lengths {sizes.tolist()}, targets {tuple(targets.shape)}: a row must hold "
-            "its labels; of concatenated targets all "
-            "must be used"
+            "its labels, and of concatenated targets all must be used"
         )
 
 
@@ -132,7 +135,7 @@ def _as_tensor(lengths: Lengths, device: torch.device) -> Tensor:
 
 
 def _padded(targets: Tensor, sizes: Tensor, single: bool) -> Tensor:
-    """The labels of each member of the batch, in rows of one length."""
+    """Return the labels of each member of the batch, in rows of one length."""
     if targets.dim() == 2 or single:
         return targets.reshape(sizes.shape[0], -1).long()
     starts = sizes.cumsum(0) - sizes

@@ -16,7 +16,10 @@ MODES = (
     "donot_use_mm_for_euclid_dist",
 )
 DIRECT = 25
-"""Up to this many rows PyTorch takes Euclidean distances from differences, above it from a matrix product."""
+"""PyTorch takes Euclidean distances of up to so many rows from differences.
+
+For more rows it takes them from a product of matrices.
+"""
 
 
 def cdist(
@@ -25,7 +28,9 @@ def cdist(
     p: float = 2.0,
     compute_mode: str = "use_mm_for_euclid_dist_if_necessary",
 ) -> Float[Tensor, "*broadcast rows columns"]:
-    r"""``torch.cdist``, which in PyTorch has no second derivative (for p = 2 from 26 rows on: no forward mode).
+    r"""Compute ``torch.cdist``, which in PyTorch has no second derivative.
+
+    For p = 2 and more than 25 rows PyTorch has no forward mode either.
 
     .. math:: d_{ij} = \lVert x_i - y_j \rVert_p
 
@@ -60,7 +65,7 @@ def cdist(
 
 
 def pdist(input: Float[Tensor, "rows features"], p: float = 2.0) -> Float[Tensor, " pairs"]:
-    """``torch.nn.functional.pdist``, likewise: the distances of all pairs of rows."""
+    """Compute ``torch.nn.functional.pdist``, the distances of all pairs of rows."""
     _check_norm(p)
     i, j = torch.triu_indices(input.shape[0], input.shape[0], offset=1, device=input.device)
     return _norm(input[i] - input[j], p)
@@ -68,11 +73,11 @@ def pdist(input: Float[Tensor, "rows features"], p: float = 2.0) -> Float[Tensor
 
 def _check_norm(p: float) -> None:
     if not p >= 0:
-        raise InvalidInputError(f"p={p} is no norm; pass a number from 0 to infinity")
+        raise InvalidInputError(f"p={p} gives no norm; pass a number from 0 to infinity")
 
 
 def _norm(x: Tensor, p: float) -> Tensor:
-    """The p-norm along the last dimension, with zero derivatives where it is zero, and where an entry is."""
+    """Compute the p-norm along the last dimension, with zero derivatives at 0 and by entries of 0."""
     if p == 0:
         return (x != 0).to(x.dtype).sum(-1) + 0 * x.sum(-1)
     if p == 1:
@@ -86,7 +91,10 @@ def _norm(x: Tensor, p: float) -> Tensor:
 
 
 def _largest(size: Tensor) -> Tensor:
-    """The largest along the last dimension. The derivative is PyTorch's: 1 for each entry that is the largest, not a share of it."""
+    """Compute the maximum along the last dimension.
+
+    The derivative is PyTorch's: 1 for each entry that is the largest, not a share of it.
+    """
     if size.shape[-1] == 0:
         return size.sum(-1)
     largest = size.detach().amax(-1)
@@ -101,7 +109,7 @@ def _root(x: Tensor, p: float) -> Tensor:
 
 
 def _by_product(x: Tensor, y: Tensor) -> Tensor:
-    """|x|² - 2 x·y + |y|² as one product of matrices, as PyTorch does it."""
+    """Compute |x|² - 2 x·y + |y|² as one product of matrices, as PyTorch does."""
     norms = [z.square().sum(-1, keepdim=True) for z in (x, y)]
     ones = [torch.ones_like(norm) for norm in norms]
     left = torch.cat([-2 * x, norms[0], ones[0]], dim=-1)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import NotDifferentiableError
+from innerloop.nn._derivative_order import Args, Kwargs
 
 
 def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Tensor, "..."]:
-    r"""``F.hardsigmoid``, which in PyTorch has no second derivative: :math:`\min(\max(x + 3, 0), 6) / 6`."""
+    r"""Compute ``F.hardsigmoid``, which in PyTorch has no second derivative.
+
+    .. math:: \min(\max(x + 3, 0), 6) / 6
+    """
     # Outside, and on the kinks themselves, PyTorch's gradient is 0; a clamp's would be 1 there.
     inside, shifted = (input > -3) & (input < 3), input + 3
     result = torch.where(inside, shifted, shifted.detach().clamp(0, 6)) / 6
@@ -24,8 +29,12 @@ def hardsigmoid(input: Float[Tensor, "..."], inplace: bool = False) -> Float[Ten
 def cholesky_inverse(
     input: Float[Tensor, "*batch n n"], upper: bool = False, *, out: Tensor | None = None
 ) -> Float[Tensor, "*batch n n"]:
-    r"""``torch.cholesky_inverse``, whose forward-mode derivative PyTorch gets wrong: :math:`(L L^T)^{-1} = L^{-T} L^{-1}`."""
-    if out is not None:  # of which PyTorch takes no derivative, and says so
+    r"""Compute ``torch.cholesky_inverse``, whose forward-mode derivative PyTorch gets wrong.
+
+    .. math:: (L L^T)^{-1} = L^{-T} L^{-1}
+    """
+    # PyTorch takes no derivative of a result in ``out``, and says so.
+    if out is not None:
         return torch.cholesky_inverse(input, upper, out=out)
     one = torch.eye(input.shape[-1], dtype=input.dtype, device=input.device).expand_as(input)
     factor = input.mH if upper else input
@@ -40,15 +49,36 @@ def normalize(
     eps: float = 1e-12,
     out: Tensor | None = None,
 ) -> Float[Tensor, "..."]:
-    """``F.normalize`` with ``out``, as the power iteration of spectral norm calls it: constants, which forward mode refuses to write."""
+    """Compute ``F.normalize`` with ``out``, as the power iteration of spectral norm calls it.
+
+    The results are constants, which PyTorch refuses to write while forward mode runs.
+    """
     values = F.normalize(input.detach(), p, dim, eps)
     return values if out is None else out.copy_(values)
 
 
-def refused(name: str, why: str) -> Callable[..., Any]:
-    """A form that raises: PyTorch's derivative is silently wrong, and we have none."""
+def is_differentiated(args: Args, kwargs: Kwargs) -> bool:
+    """True if an argument is differentiated."""
+    return mode() is not Mode.COMPILING and any(
+        isinstance(x, Tensor) and torch_private.has_derivative(x) for x in (*args, *kwargs.values())
+    )
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+
+def is_into_out(args: Args, kwargs: Kwargs) -> bool:
+    """True if the result is written into a given tensor while forward mode runs."""
+    return kwargs.get("out") is not None and torch_private.forward_mode()
+
+
+def is_product_in_forward_mode(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``scatter_reduce`` multiplies while forward mode runs."""
+    reduce = kwargs.get("reduce", args[4] if len(args) > 4 else None)
+    return reduce == "prod" and torch_private.forward_mode()
+
+
+def refused(name: str, why: str) -> Callable[..., object]:
+    """Make a replacement that raises: PyTorch's derivative is silently wrong, and we have none."""
+
+    def call(*args: object, **kwargs: object) -> object:
         raise NotDifferentiableError(f"{name} {why}")
 
     return call

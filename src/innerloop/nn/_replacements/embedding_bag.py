@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -10,27 +10,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, may_read_values, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
-from innerloop.nn._replacements.losses import can_be_read
+from innerloop.nn._derivative_order import Args, Kwargs
 
 BY_FREQUENCY = (
-    "divides the gradient by counts, so that it is not the derivative of what is computed, and a "
-    "derivative of training cannot be told "
-    "from it. Leave it away inside the loop, and divide the gradient: loop.step(loss, "
-    "grad_callback=...)"
+    "divides the gradient by counts, so that it is not the derivative of what is computed, and the "
+    "derivative of training does not follow from it. Leave it out inside the loop, and divide the "
+    "gradient: loop.step(loss, grad_callback=...)"
 )
 RENORMALISED = (
     "rescales rows of the weight in place, which autograd does not see, so that a derivative of "
-    "training would leave it out. Rescale them "
-    "in the loss, where it is differentiated: weight * (max_norm / weight.norm(dim=1, "
-    "keepdim=True).clamp_min(max_norm))"
+    "training would leave it out. Rescale them in the loss, where it is differentiated: "
+    "weight * (max_norm / weight.norm(dim=1, keepdim=True).clamp_min(max_norm))"
 )
 
 
-def check_max_norm(name: str, weight: Tensor, max_norm: float | None) -> None:
-    """Refuse ``max_norm`` for a weight that is learned. One that is not gives rescaled rows, and is left as it is."""
+def check_max_norm(name: str, weight: object, max_norm: object) -> None:
+    """Raise if ``max_norm`` is given for a weight that is learned.
+
+    A weight that is not learned gives rescaled rows, and is left as it is.
+    """
     if max_norm is not None and (
-        torch.compiler.is_compiling() or torch_private.has_derivative(weight)
+        mode() is Mode.COMPILING
+        or (isinstance(weight, Tensor) and torch_private.has_derivative(weight))
     ):
         raise NotDifferentiableError(f"{name}(max_norm={max_norm}) {RENORMALISED}")
 
@@ -44,7 +47,10 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Float[Tensor, "*shape features"]:
-    """``F.embedding`` without what PyTorch hides from its own derivatives: refused, or for a constant weight computed beside it."""
+    """Compute ``F.embedding`` without what PyTorch hides from its own derivatives.
+
+    That is refused, or for a constant weight computed without writing into it.
+    """
     if scale_grad_by_freq:
         raise NotDifferentiableError(f"F.embedding(scale_grad_by_freq=True) {BY_FREQUENCY}")
     check_max_norm("F.embedding", weight, max_norm)
@@ -52,7 +58,7 @@ def embedding(
 
 
 def _rescaled(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
-    """Rows of at most that norm, with the bits of ``torch.embedding_renorm_``, which would write into the weight."""
+    """Limit the norm of rows, with the bits of ``torch.embedding_renorm_``, which would write."""
     if max_norm is None:
         return rows
     norm = torch.linalg.vector_norm(rows, norm_type, -1, keepdim=True)
@@ -72,9 +78,11 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Float[Tensor, "bags features"]:
-    r"""``F.embedding_bag``, which in PyTorch has no second derivative and no forward mode.
+    r"""Compute ``F.embedding_bag``, which in PyTorch has no second derivative and no forward mode.
 
-    .. math:: y_b = \sum_{i \in b} s_i\, w_{x_i}, \quad \frac{1}{|b|} \sum_{i \in b} w_{x_i} \quad\text{or}\quad \max_{i \in b} w_{x_i}
+    .. math::
+        y_b = \sum_{i \in b} s_i\, w_{x_i}, \quad \frac{1}{|b|} \sum_{i \in b} w_{x_i}
+        \quad\text{or}\quad \max_{i \in b} w_{x_i}
 
     Args, Returns: as for ``torch.nn.functional.embedding_bag``. Memory grows with the number of
     indices, not of bags.
@@ -112,9 +120,16 @@ def embedding_bag(
     return total / count.clamp_min(1)[:, None]
 
 
-def bag_of_constant_norm(args: Any, kwargs: Any) -> bool:
-    """True, unless a learned weight is to be rescaled: that is refused where PyTorch's kernel stays, too."""
-    given = dict(zip(("input", "weight", "offsets", "max_norm"), args, strict=False)) | kwargs
+def by_frequency_or_norm(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.embedding`` divides gradients by counts, or rescales its weight."""
+    by_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+    return by_norm or bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+
+
+def bag_of_constant_norm(args: Args, kwargs: Kwargs) -> bool:
+    """Return True, or raise if a learned weight is to be rescaled, even under `keep_kernels`."""
+    names = ("input", "weight", "offsets", "max_norm")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     check_max_norm("F.embedding_bag", given["weight"], given.get("max_norm"))
     return True
 
@@ -128,20 +143,20 @@ def _check(
     include_last_offset: bool,
     padding_idx: int | None,
 ) -> None:
-    """Refuse what torch refuses, and offsets that decrease, of which torch makes something."""
+    """Raise for what torch refuses, and for offsets that decrease, which torch accepts."""
     if mode not in ("sum", "mean", "max"):
         raise InvalidInputError(f'mode={mode!r}: write "sum", "mean" or "max"')
     if weight.dim() != 2:
         raise InvalidInputError(
-            f"weight {tuple(weight.shape)}: it has two dimensions, one row for each embedding"
+            f"weight {tuple(weight.shape)} must have two dimensions, one row for each embedding"
         )
     if (offsets is None) != (input.dim() == 2):
         raise InvalidInputError(
-            "a two-dimensional input has one bag a row and no offsets; a one-dimensional one "
+            "a two-dimensional input has one bag per row and no offsets; a one-dimensional input "
             "needs offsets"
         )
     if weights is not None and (mode != "sum" or weights.shape != input.shape):
-        raise InvalidInputError('per_sample_weights has the shape of input, and mode="sum"')
+        raise InvalidInputError('per_sample_weights needs the shape of input, and mode="sum"')
     if weights is not None and weights.dtype != weight.dtype:
         raise InvalidInputError(
             f"per_sample_weights are {weights.dtype}, weight is {weight.dtype}; write "
@@ -150,10 +165,10 @@ def _check(
     count = weight.shape[0]
     if padding_idx is not None and not -count <= padding_idx < count:
         raise InvalidInputError(
-            f"padding_idx={padding_idx} is none of the {count} rows; pass a number from {-count} "
-            f"to {count - 1}"
+            f"padding_idx={padding_idx} is not one of the {count} rows; pass a number from "
+            f"{-count} to {count - 1}"
         )
-    if offsets is not None and can_be_read(offsets):
+    if offsets is not None and may_read_values(offsets):
         _check_offsets(offsets.tolist(), input.shape[0], include_last_offset)
 
 
@@ -164,15 +179,15 @@ def _check_offsets(starts: list[int], length: int, include_last_offset: bool) ->
         )
     if starts and (starts[0] != 0 or starts != sorted(starts) or starts[-1] > length):
         raise InvalidInputError(
-            f"offsets={starts}: where the bags begin among {length} indices; start with 0, never "
-            f"decrease, end at {length} at the latest"
+            f"offsets={starts} must say where the bags begin among {length} indices: start with "
+            f"0, never decrease, and end at {length} at the latest"
         )
 
 
 def _membership(
     input: Tensor, offsets: Tensor | None, include_last_offset: bool
 ) -> tuple[Tensor, Tensor, int]:
-    """The indices in a row, the bag of each, and the number of bags."""
+    """Return the indices in one row, the bag of each, and the number of bags."""
     flat = input.reshape(-1)
     places = torch.arange(flat.shape[0], device=flat.device)
     if offsets is None:
@@ -182,7 +197,7 @@ def _membership(
 
 
 def _maxima(rows: Tensor, bag: Tensor, bags: int, counted: Tensor) -> Tensor:
-    """The largest entry of each bag, taken from the first row that has it; zero for an empty bag."""
+    """Take the largest entry of each bag from the first row that has it; 0 for an empty bag."""
     count, features = rows.shape
     where = bag[:, None].expand(count, features)
     low = torch.where(counted[:, None], rows.detach(), torch.full_like(rows, -torch.inf))

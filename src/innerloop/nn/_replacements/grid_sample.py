@@ -22,13 +22,15 @@ def grid_sample(
     padding_mode: Padding = "zeros",
     align_corners: bool | None = None,
 ) -> Float[Tensor, "batch channels *points"]:
-    """``F.grid_sample`` by indexing, which has forward-mode derivatives; PyTorch's has all others.
+    """Compute ``F.grid_sample`` by indexing, which has forward-mode derivatives.
+
+    PyTorch's own has all other derivatives.
 
     Args, Returns: as for ``torch.nn.functional.grid_sample``. Costs a tensor of the output's size
     per neighbour (4, 8 or 16).
 
     Example:
-        In the middle of four pixels stands their mean.
+        In the middle of four pixels there is their mean.
 
         >>> import torch
         >>> from innerloop.nn.functional import grid_sample
@@ -44,7 +46,10 @@ def grid_sample(
         "border",
         "reflection",
     ):
-        raise InvalidInputError(f"grid_sample: mode={mode!r}, padding_mode={padding_mode!r}")
+        raise InvalidInputError(
+            f"grid_sample: mode={mode!r}, padding_mode={padding_mode!r}; choose mode from "
+            "'bilinear', 'nearest', 'bicubic' and padding_mode from 'zeros', 'border', 'reflection'"
+        )
     aligned = bool(align_corners)
     sizes = input.shape[2:]
     # The last dimension of the grid counts from the last dimension of the image.
@@ -71,7 +76,7 @@ def grid_sample(
 
 
 def _pixels(x: Tensor, size: int, aligned: bool) -> Tensor:
-    """From (-1, 1) to pixels."""
+    """Convert coordinates in (-1, 1) to pixels."""
     return (x + 1) / 2 * (size - 1) if aligned else ((x + 1) * size - 1) / 2
 
 
@@ -91,7 +96,7 @@ def _inside(x: Tensor, size: int, padding: Padding, aligned: bool) -> Tensor:
 
 
 def _look_up(input: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """The pixels at whole-numbered places; zero outside."""
+    """Return the pixels at whole-numbered places; zero outside."""
     sizes = input.shape[2:]
     inside = torch.ones_like(places[0], dtype=torch.bool)
     flat = torch.zeros_like(places[0], dtype=torch.long)
@@ -106,10 +111,13 @@ def _look_up(input: Tensor, places: Sequence[Tensor]) -> Tensor:
 
 
 def _bicubic(input: Tensor, places: Sequence[Tensor], padding: Padding, aligned: bool) -> Tensor:
-    """Cubic convolution with a = -3/4 (Keys 1981)."""
+    """Sample by cubic convolution with a = -3/4 (Keys 1981)."""
     sizes = input.shape[2:]
     if len(sizes) != 2:
-        raise InvalidInputError("bicubic sampling takes images of two dimensions")
+        raise InvalidInputError(
+            f"input has {len(sizes)} image dimensions, and mode='bicubic' takes two; write "
+            "mode='bilinear'"
+        )
     lows = [x.detach().floor() for x in places]
     weights = [_cubic(x - low) for x, low in zip(places, lows, strict=True)]
     total: Tensor | None = None
@@ -127,7 +135,7 @@ def _bicubic(input: Tensor, places: Sequence[Tensor], padding: Padding, aligned:
 
 
 def _cubic(t: Tensor, a: float = -0.75) -> list[Tensor]:
-    """The weights of the four neighbours at distances 1 + t, t, 1 - t, 2 - t."""
+    """Return the weights of the four neighbours at distances 1 + t, t, 1 - t, 2 - t."""
     near = lambda x: ((a + 2) * x - (a + 3)) * x * x + 1  # noqa: E731
     far = lambda x: ((a * x - 5 * a) * x + 8 * a) * x - 4 * a  # noqa: E731
     return [far(t + 1), near(t), near(1 - t), far(2 - t)]

@@ -1,4 +1,4 @@
-"""Losses of which PyTorch lacks a derivative, written out."""
+"""Losses that lack a derivative in PyTorch, written out."""
 
 from __future__ import annotations
 
@@ -11,52 +11,58 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, may_read_values, mode
 from innerloop.errors import InvalidInputError
+from innerloop.nn._derivative_order import Args, Kwargs
 
 Reduction = Literal["none", "mean", "sum"]
 
 
 def reduced(loss: Float[Tensor, "..."], reduction: str) -> Float[Tensor, "..."]:
-    """The mean, the sum, or all of it."""
+    """Return the mean of ``loss``, its sum, or ``loss`` itself."""
     if reduction not in ("none", "mean", "sum"):
         raise InvalidInputError(f'reduction={reduction!r}: write "mean", "sum" or "none"')
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def can_be_read(x: Tensor) -> bool:
-    """Whether the numbers of an integer tensor can be looked at: on a GPU that would make it wait, and under ``vmap`` there are none."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch_private.inside_vmap()
-    )
+def check_labels(labels: Tensor, classes: int, name: str = "target", least: int = 0) -> None:
+    """Raise if one of ``labels`` is not a class, where they can be looked at.
 
-
-def _check_labels(labels: Tensor, classes: int, least: int = 0) -> None:
-    if can_be_read(labels) and ((labels < least) | (labels >= classes)).any():
+    Args:
+        labels: whole numbers.
+        classes: the number of classes.
+        name: the argument of the user that holds the labels.
+        least: the least number that is allowed; below 0 for padding.
+    """
+    if not may_read_values(labels):
+        return
+    outside = (labels < least) | (labels >= classes)
+    if outside.any():
         raise InvalidInputError(
-            f"target {labels.tolist()} has a label that is none of the {classes} classes"
+            f"{name} has the label {int(labels[outside][0])}, but there are only {classes} classes "
+            f"(0 to {classes - 1})"
         )
 
 
 def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """The old pair of flags as the new word."""
+    """Translate the old pair of flags into the new word."""
     if size_average is None and reduce is None:
         return reduction
     return "none" if reduce is False else "sum" if size_average is False else "mean"
 
 
 def _weighted(error: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Each entry with its weight; their mean is that of the weights."""
+    """Reduce weighted entries; their mean is divided by the sum of the weights."""
     if weight is None:
         return reduced(error, reduction)
     error = error * weight
     return error.sum() / weight.sum() if reduction == "mean" else reduced(error, reduction)
 
 
-def weight_of_l1_loss(input: Tensor, target: Tensor) -> Tensor | None:
-    """The ``weight`` of the call of ``F.l1_loss`` that is running: it does not hand it over to a mode (torch 2.13).
+def weight_of_l1_loss(input: object, target: object) -> Tensor | None:
+    """Find the ``weight`` of the call of ``F.l1_loss`` that is running, in its frame.
+
+    ``F.l1_loss`` does not hand its weight over to a mode (torch 2.13).
 
     Under several modes the function calls itself, and the innermost call has lost it already.
     """
@@ -82,7 +88,10 @@ def l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    """``F.l1_loss`` with the weight that got lost on the way here; PyTorch's own would lose it again under a further mode."""
+    """Compute ``F.l1_loss`` with the weight that got lost on the way here.
+
+    PyTorch's own would lose the weight again under a further mode.
+    """
     error, weight = (input - target).abs(), weight_of_l1_loss(input, target)
     reduction = _reduction(size_average, reduce, reduction)
     if weight is not None and weight.shape != input.shape:
@@ -92,8 +101,21 @@ def l1_loss(
     return _weighted(error, weight, reduction)
 
 
-def linear_cross_entropy(*args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
-    """``F.linear_cross_entropy`` without ``options``: all logits at once, and the same loss.
+def loses_its_weight(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.l1_loss`` was called with a weight."""
+    if mode() is Mode.COMPILING or "weight" in kwargs:
+        return False
+    given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+    return weight_of_l1_loss(given["input"], given["target"]) is not None
+
+
+def in_chunks(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.linear_cross_entropy`` is to take the logits some rows at a time."""
+    return kwargs.get("options") is not None
+
+
+def linear_cross_entropy(*args: object, **kwargs: object) -> Float[Tensor, "..."]:
+    """Compute ``F.linear_cross_entropy`` without ``options``: all logits at once, the same loss.
 
     With options PyTorch computes the gradient in the forward pass and keeps it, so that the second
     derivative is that of a constant.
@@ -111,7 +133,7 @@ def mse_loss(
     reduction: str = "mean",
     weight: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    """``F.mse_loss``, whose gradient PyTorch cannot differentiate in forward mode where it is the loss itself."""
+    """Compute ``F.mse_loss``, whose gradient PyTorch cannot differentiate in forward mode."""
     return _weighted((input - target).square(), weight, _reduction(size_average, reduce, reduction))
 
 
@@ -122,9 +144,11 @@ def huber_loss(
     delta: float = 1.0,
     weight: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    r"""``F.huber_loss``, whose gradient PyTorch cannot differentiate in forward mode.
+    r"""Compute ``F.huber_loss``, whose gradient PyTorch cannot differentiate in forward mode.
 
-    .. math:: \tfrac12 e^2 \text{ for } |e| \le \delta, \qquad \delta(|e| - \tfrac12 \delta) \text{ beyond}
+    .. math::
+        \tfrac12 e^2 \text{ for } |e| \le \delta, \qquad
+        \delta(|e| - \tfrac12 \delta) \text{ beyond}
     """
     error = input - target
     size = error.abs()
@@ -139,7 +163,10 @@ def soft_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    r"""``F.soft_margin_loss``, which PyTorch cannot differentiate in forward mode: :math:`\log(1 + e^{-yx})`."""
+    r"""Compute ``F.soft_margin_loss``, which PyTorch cannot differentiate in forward mode.
+
+    .. math:: \log(1 + e^{-yx})
+    """
     return reduced(F.softplus(-target * input), _reduction(size_average, reduce, reduction))
 
 
@@ -153,7 +180,9 @@ def multi_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    r"""``F.multi_margin_loss``, which in PyTorch has no second derivative and no forward mode.
+    r"""Compute ``F.multi_margin_loss``, which in PyTorch has no second derivative.
+
+    It has no forward mode there, either.
 
     .. math:: \frac1C \sum_{j \ne y} w_y \max(0, \text{margin} - x_y + x_j)^p
 
@@ -175,7 +204,7 @@ def multi_margin_loss(
             "(N,), or (C,) and one label"
         )
     rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    _check_labels(labels, input.shape[-1])
+    check_labels(labels, input.shape[-1])
     classes = labels.unsqueeze(-1)
     # relu, not clamp_min: at the kink PyTorch's gradient is 0.
     excess = (margin - rows.gather(-1, classes) + rows).relu() ** p
@@ -195,7 +224,9 @@ def multilabel_margin_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Float[Tensor, "..."]:
-    r"""``F.multilabel_margin_loss``, which in PyTorch has no second derivative and no forward mode.
+    r"""Compute ``F.multilabel_margin_loss``, which in PyTorch has no second derivative.
+
+    It has no forward mode there, either.
 
     .. math:: \frac1C \sum_{y \in Y} \sum_{j \notin Y} \max(0, 1 - x_y + x_j)
 
@@ -205,7 +236,7 @@ def multilabel_margin_loss(
         raise InvalidInputError(
             f"input {tuple(input.shape)}, target {tuple(target.shape)}: their shapes must be equal"
         )
-    _check_labels(target, input.shape[-1], least=-1)
+    check_labels(target, input.shape[-1], least=-1)
     valid = (target >= 0).long().cumprod(-1).bool()
     labels = target.clamp_min(0)
     chosen = torch.zeros_like(input, dtype=torch.long).scatter_add(-1, labels, valid.long()) > 0

@@ -1,8 +1,8 @@
 """Normalisation by the statistics of the input itself, differentiable any number of times.
 
-PyTorch differentiates its fused kernels right twice. The formula of their second derivative takes
-the saved mean and variance for constants, so that the third derivative, which a loop inside a loop
-needs, is wrong without an error (torch 2.13).
+PyTorch's first two derivatives of its fused kernels are right. The formula of their second
+derivative takes the saved mean and variance for constants, so that the third derivative, which a
+loop inside a loop needs, is wrong without an error (torch 2.13).
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from innerloop.errors import InvalidInputError
 
 
 def _normalised(input: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(normalised, mean, variance)``, of half precision in float32, as in PyTorch: its squares would soon be infinite."""
+    """Return ``(normalised, mean, variance)``, for half precision in float32 as in PyTorch.
+
+    The squares of half precision would soon be infinite.
+    """
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
@@ -34,7 +37,9 @@ def layer_norm(
     bias: Float[Tensor, "..."] | None = None,
     eps: float = 1e-5,
 ) -> Float[Tensor, "..."]:
-    r"""``F.layer_norm``: :math:`(x - \bar x) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot w + b` over the last dimensions.
+    r"""Compute ``F.layer_norm`` over the last dimensions.
+
+    .. math:: \frac{x - \bar x}{\sqrt{\mathrm{var}(x) + \epsilon}} \cdot w + b
 
     Example:
         >>> import torch
@@ -46,7 +51,7 @@ def layer_norm(
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise InvalidInputError(
             f"input {tuple(input.shape)}, normalized_shape {shape}: the latter must be the last "
-            "dimensions of the former, one at least"
+            "dimensions of the former, at least one"
         )
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and tuple(x.shape) != shape:
@@ -69,7 +74,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """``F.batch_norm``; the running statistics are written in place as there."""
+    """Compute ``F.batch_norm``; the running statistics are written in place, as there."""
     count = input.numel() // max(1, input.shape[1])
     if not training or count < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -90,7 +95,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """``F.instance_norm``, likewise."""
+    """Compute ``F.instance_norm``; the running statistics are written in place, as there."""
     count = math.prod(input.shape[2:])
     if not use_input_stats or count < 2:
         return F.instance_norm(

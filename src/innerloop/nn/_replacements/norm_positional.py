@@ -1,4 +1,7 @@
-"""Norms under the names by which ``torch.nn.functional`` itself calls them, whose arguments stand in another order."""
+"""Norms with the arguments of ``torch.layer_norm`` and its kind, which have another order.
+
+``torch.nn.functional`` and modules of other libraries call the norms by these names, too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Float[Tensor, "..."]:
-    """``torch.layer_norm``."""
+    """Compute ``torch.layer_norm``."""
     return norm.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -33,7 +36,7 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """``torch.batch_norm``."""
+    """Compute ``torch.batch_norm``."""
     return norm.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -48,7 +51,7 @@ def instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Float[Tensor, "batch channels *rest"]:
-    """``torch.instance_norm``."""
+    """Compute ``torch.instance_norm``."""
     return norm.instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )

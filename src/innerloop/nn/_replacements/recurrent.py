@@ -1,23 +1,27 @@
-"""Recurrent layers: PyTorch's own, by kernels whose gradient can be differentiated again."""
+"""Recurrent layers: PyTorch's own, without cuDNN, whose gradient has no derivative."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from innerloop.nn._derivative_order import Args, Kwargs
 
-def on_cuda(args: Any, kwargs: Any) -> bool:
-    """Whether a recurrent operation would run in cuDNN, whose backward cannot be differentiated."""
+R = TypeVar("R")
+
+
+def on_cuda(args: Args, kwargs: Kwargs) -> bool:
+    """True if a recurrent operation would run in cuDNN, whose gradient has no derivative."""
     return isinstance(args[0], Tensor) and args[0].is_cuda
 
 
-def without_cudnn(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """``operation`` (``torch.lstm`` and its kind) with cuDNN off during the call, and only then."""
+def without_cudnn(operation: Callable[..., R]) -> Callable[..., R]:
+    """Wrap ``operation`` (``torch.lstm`` and its kind) so that cuDNN is off during the call."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> R:
         with torch.backends.cudnn.flags(enabled=False):
             return operation(*args, **kwargs)
 

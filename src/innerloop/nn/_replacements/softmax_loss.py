@@ -1,4 +1,6 @@
-r"""Softmax cross-entropy whose first two derivatives keep nothing of the size of the logits but the logits and their gradient.
+r"""Softmax cross-entropy whose first two derivatives keep little in memory.
+
+Of the size of the logits, they keep nothing but the logits and their gradient.
 
 For logits :math:`z` of C classes, a label y or target weights :math:`t_c`, :math:`p =
 \mathrm{softmax}(z)`,
@@ -13,7 +15,8 @@ With their cotangents g and h, a direction u of z and r of t, :math:`\bar u = \s
 .. math::
     \nabla_z &= (g + h\tau)\, p - g\, 1_y - h\, t, & \nabla_t &= h\,(\ell - z), \\
     \dot L_y &= \bar u - u_y, & \dot L_t &= \tau \bar u - t^\top u + r^\top(\ell - z), \\
-    \nabla_z \langle (g, h), \dot L\rangle &= (g + h\tau)\, p \circ (u - \bar u) + h\,(\rho\, p - r), &
+    \nabla_z \langle (g, h), \dot L\rangle &=
+    (g + h\tau)\, p \circ (u - \bar u) + h\,(\rho\, p - r), &
     \nabla_t \langle (g, h), \dot L\rangle &= h\,(\bar u - u) .
 
 The probabilities are computed again wherever they occur, a few rows at a time.
@@ -36,15 +39,16 @@ CHUNK = 2**18
 
 
 @dataclass(frozen=True)
-class SoftmaxLoss(twice.Kernel):
-    """The losses of logits (..., C, D): L_y with labels (..., D), then L_t with target weights (... or 1, C, D or 1), each (..., D).
+class SoftmaxLoss(twice.TwiceDifferentiable):
+    """The losses of logits (..., C, D): L_y, then L_t, each (..., D).
 
-    The target weights are the second input if they are differentiated, else the second constant;
-    the labels are the first constant. Either may be None. Logits in half precision are computed
-    with in float32, which is then the dtype of the losses.
+    The labels have the shape (..., D), the target weights (... or 1, C, D or 1). The target weights
+    are the second input if they are differentiated, else the second constant; the labels are the
+    first constant. Either may be None. Logits in half precision are computed with in float32, which
+    is then the dtype of the losses.
     """
 
-    def value(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
+    def forward(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
         at = _Rows.of(inputs, constants)
         losses = at.empty_losses()
         for c in at.chunks():
@@ -55,11 +59,11 @@ class SoftmaxLoss(twice.Kernel):
                 losses[-1][c.rows] = -log_p.mul_(c.t).sum(1)
         return at.shaped(losses)
 
-    def pull(
+    def vjp(
         self,
         inputs: twice.Tensors,
         constants: twice.Constants,
-        value: twice.Constants,
+        outputs: twice.Constants,
         cotangents: twice.Tensors,
     ) -> twice.Tensors:
         at = _Rows.of(inputs, constants)
@@ -76,7 +80,7 @@ class SoftmaxLoss(twice.Kernel):
             found[0][c.rows] = p
         return at.like(inputs, found)
 
-    def push(
+    def jvp(
         self, inputs: twice.Tensors, constants: twice.Constants, tangents: twice.Tensors
     ) -> twice.Tensors:
         at, along = _Rows.of(inputs, constants), _Rows.of(tangents, constants)
@@ -85,11 +89,11 @@ class SoftmaxLoss(twice.Kernel):
             self._pushed(at, c, d, (c.z.softmax(1) * d.z).sum(1, keepdim=True), pushed)
         return at.shaped(pushed)
 
-    def second(
+    def vjp_of_jvp(
         self,
         inputs: twice.Tensors,
         constants: twice.Constants,
-        value: twice.Constants,
+        outputs: twice.Constants,
         cotangents: twice.Tensors,
         tangents: twice.Tensors,
     ) -> tuple[twice.Tensors, twice.Tensors]:
@@ -108,7 +112,7 @@ class SoftmaxLoss(twice.Kernel):
             found[0][c.rows] = x
         return at.like(inputs, found), at.shaped(pushed)
 
-    def plain(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
+    def reference(self, inputs: twice.Tensors, constants: twice.Constants) -> twice.Tensors:
         z, t, y = inputs[0], inputs[1] if len(inputs) == 2 else constants[1], constants[0]
         log_p = precise(z).log_softmax(-2)
         losses = [] if y is None else [-log_p.gather(-2, y.unsqueeze(-2)).squeeze(-2)]
@@ -116,7 +120,7 @@ class SoftmaxLoss(twice.Kernel):
 
     @staticmethod
     def _pushed(at: _Rows, c: _Chunk, d: _Chunk, mean: Tensor, pushed: list[Tensor]) -> None:
-        """The tangents of the losses of a chunk; ``mean`` is that of the logits' tangent."""
+        """Write the tangents of a chunk's losses; ``mean`` is that of the logits' tangent."""
         if c.y is not None:
             pushed[0][c.rows] = mean.squeeze(1) - _at(d.z, c.y)
         if c.t is not None:
@@ -145,6 +149,7 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, inputs: twice.Tensors, constants: twice.Constants) -> _Rows:
+        """Flatten the leading dimensions."""
         z, y, t = inputs[0], constants[0], inputs[1] if len(inputs) == 2 else constants[1]
         batch = z.shape[:-2]
         if t is not None and math.prod(t.shape[:-2]) != 1:
@@ -160,6 +165,7 @@ class _Rows(NamedTuple):
         return cls((*batch, z.shape[-1]), flat[0], labels, flat[1], len(inputs) == 2)
 
     def chunks(self) -> Iterator[_Chunk]:
+        """Cut the rows into pieces that stay in the cache."""
         size = max(1, CHUNK // max(1, math.prod(self.z.shape[1:])))
         for start in range(0, len(self.z), size):
             rows = slice(start, start + size)
@@ -167,15 +173,17 @@ class _Rows(NamedTuple):
             yield _Chunk(rows, precise(self.z[rows]), None if self.y is None else self.y[rows], t)
 
     def empty_losses(self) -> list[Tensor]:
+        """Return room for each of the losses."""
         shape = (self.z.shape[0], *self.z.shape[2:])
         like = precise(self.z[:0])
         return [like.new_empty(shape) for x in (self.y, self.t) if x is not None]
 
     def shaped(self, losses: list[Tensor]) -> twice.Tensors:
+        """Give the losses the shape that the user expects."""
         return tuple(x.view(self.shape) for x in losses)
 
     def cotangents(self, given: twice.Tensors) -> tuple[Tensor | None, Tensor | None]:
-        """The two, each None where there is no such loss."""
+        """Return the cotangents of L_y and L_t, None where there is no such loss."""
         shape = (self.z.shape[0], *self.z.shape[2:])
         return (
             None if self.y is None else given[0].reshape(shape),
@@ -183,18 +191,22 @@ class _Rows(NamedTuple):
         )
 
     def zeros(self) -> list[Tensor]:
+        """Return room for the gradients."""
         return [
             torch.empty_like(self.z),
             *([torch.zeros_like(self.t)] if self.differentiates_t and self.t is not None else []),
         ]
 
     def add_to_t(self, found: list[Tensor], c: _Chunk, gradient: Tensor) -> None:
-        """Add to what was found for the target weights, summed over the dimensions that are broadcast."""
+        """Add to the target weights' gradient, summed over the dimensions that are broadcast."""
         total = found[1] if len(found[1]) == 1 else found[1][c.rows]
         total += gradient.sum_to_size(total.shape)
 
     def like(self, inputs: twice.Tensors, found: list[Tensor]) -> twice.Tensors:
-        """In the shapes of the inputs; target weights that were broadcast over some of several leading dimensions are summed up."""
+        """Give the gradients the shapes of the inputs.
+
+        Those of target weights that were broadcast over leading dimensions are summed up.
+        """
         batch = inputs[0].shape[:-2]
         gradients = []
         for x, g in zip(inputs, found, strict=True):
@@ -206,7 +218,7 @@ class _Rows(NamedTuple):
 
 
 def _factor(c: _Chunk, g: Tensor | None, h: Tensor | None) -> Tensor:
-    """The factor g + h τ, with room for the classes."""
+    """Compute g + h τ, with a dimension of size 1 for the classes."""
     total = torch.zeros_like(c.z[:, :1])
     if g is not None:
         total = total + g[c.rows].unsqueeze(1)
@@ -220,5 +232,5 @@ def _at(x: Tensor, y: Tensor) -> Tensor:
 
 
 def precise(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Cast half precision to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

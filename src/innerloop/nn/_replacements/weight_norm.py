@@ -12,7 +12,9 @@ from innerloop.errors import InvalidInputError
 def weight_norm(
     v: Float[Tensor, "..."], g: Float[Tensor, "..."], dim: int = 0
 ) -> Float[Tensor, "..."]:
-    r"""A weight given by its direction and its length (Salimans & Kingma, "Weight normalization", 2016).
+    r"""Compute a weight from its direction and its length.
+
+    (Salimans & Kingma, "Weight normalization", 2016.)
 
     .. math:: w = g\, v / \lVert v \rVert
 
@@ -44,8 +46,8 @@ def weight_norm(
     """
     if not -v.dim() <= dim < v.dim():
         raise InvalidInputError(
-            f"dim={dim}: v has {v.dim()} dimensions; pass one of them, or -1 for one length of "
-            "the whole"
+            f"dim={dim}, but v has {v.dim()} dimensions: pass one of them, or -1 for one length "
+            "of the whole tensor"
         )
     dims = (
         tuple(range(v.dim()))

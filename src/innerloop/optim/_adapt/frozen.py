@@ -18,7 +18,7 @@ from torch import Tensor
 
 from innerloop._utils import tree
 from innerloop.errors import InvalidInputError
-from innerloop.optim._adapt.number import Number
+from innerloop.optim._adapt.number import TracedNumber
 
 _BY_REFERENCE = (
     types.FunctionType,
@@ -29,7 +29,7 @@ _BY_REFERENCE = (
 )
 
 
-class Rest:
+class FrozenState:
     """What an optimizer keeps besides tensors: step counts, flags, settings, with marks where the tensors go.
 
     Attributes:
@@ -50,15 +50,15 @@ class Rest:
         self.tracked = tracked
 
     def __repr__(self) -> str:
-        return f"Rest({self.references[0].__name__}, {len(self.pickled)} bytes)"
+        return f"FrozenState({self.references[0].__name__}, {len(self.pickled)} bytes)"
 
 
-tree.register(Rest, lambda rest: [], lambda rest, children: rest)
+tree.register(FrozenState, lambda rest: [], lambda rest, children: rest)
 
 
 def freeze(
     optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]
-) -> tuple[tuple[Tensor, ...], Rest]:
+) -> tuple[tuple[Tensor, ...], FrozenState]:
     """``(tensors, rest)`` of an optimizer that steps ``params``."""
     file = io.BytesIO()
     freezer = _Freezer(file, optimizer, list(params.values()))
@@ -72,16 +72,16 @@ def freeze(
         ) from error
     tensors = tuple(freezer.tensors)
     references = (type(optimizer), *freezer.references)
-    return tensors, Rest(
+    return tensors, FrozenState(
         file.getvalue(), references, tuple(params), tuple(t.requires_grad for t in tensors)
     )
 
 
 def thaw(
-    rest: Rest,
+    rest: FrozenState,
     tensors: Sequence[Tensor],
     params: Sequence[Tensor],
-    number: Callable[[Tensor], Any] = Number,
+    number: Callable[[Tensor], Any] = TracedNumber,
 ) -> torch.optim.Optimizer:
     """The optimizer again, with these tensors, stepping ``params``; ``number`` makes its numbers from tensors."""
     cls, *references = rest.references
@@ -106,7 +106,7 @@ class _Freezer(pickle.Pickler):
             return ("optimizer", 0)
         if isinstance(obj, Tensor):
             return self._place(obj, "tensor", obj, self.tensors)
-        if isinstance(obj, Number):
+        if isinstance(obj, TracedNumber):
             return self._place(obj, "number", obj.tensor, self.tensors)
         if isinstance(obj, _BY_REFERENCE):
             return self._place(obj, "reference", obj, self.references)

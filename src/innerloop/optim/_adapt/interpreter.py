@@ -2,7 +2,7 @@
 
 An optimizer's ``step`` is in-place code, and autograd differentiates in-place code. What loses the
 gradient is what stands around it: ``@torch.no_grad()``, ``.data``, ``detach()``, ``.item()``, leaf
-parameters whose memory is written. Inside `Values` these few mean what they mean for the values and
+parameters whose memory is written. Inside `ValueInterpreter` these few mean what they mean for the values and
 nothing else; what would leave the graph is an error that names the line.
 """
 
@@ -17,23 +17,23 @@ from torch.overrides import TorchFunctionMode
 
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
-from innerloop.optim._adapt.number import Number, _leaves_the_graph, _where
+from innerloop.optim._adapt.number import TracedNumber, leaves_the_graph, optimizer_line
 from innerloop.optim._adapt.pure_calls import (
-    _DATA,
-    _GRAD,
-    _IDENTITIES,
-    _IS_LEAF,
-    _REPLACED,
-    _REQUIRES_GRAD,
-    _TO_NUMBER,
-    _each,
-    _into,
-    _one_of,
-    _tensors,
+    DATA,
+    GRAD,
+    IDENTITIES,
+    IS_LEAF,
+    REPLACED,
+    REQUIRES_GRAD,
+    TO_NUMBER,
+    for_each,
+    single_call,
+    with_tensors,
+    write_into,
 )
 
 
-class Values(TorchFunctionMode):
+class ValueInterpreter(TorchFunctionMode):
     """The mode in which an optimizer's ``step`` runs.
 
     Attributes:
@@ -70,56 +70,56 @@ class Values(TorchFunctionMode):
             return self._attribute(func, name, *args)
         if torch_private.switches_gradients(func):
             return None
-        if name in _IDENTITIES:
+        if name in IDENTITIES:
             return args[0]
         if name == "__deepcopy__":
             return args[0].clone()
-        if name in _TO_NUMBER and torch_private.has_derivative(args[0]):
+        if name in TO_NUMBER and torch_private.has_derivative(args[0]):
             if name == "item":
-                return Number(args[0].reshape(()).double())
-            raise NotDifferentiableError(_leaves_the_graph(name))
+                return TracedNumber(args[0].reshape(()).double())
+            raise NotDifferentiableError(leaves_the_graph(name))
         if kwargs.get("out") is not None:
             results = self.__torch_function__(
                 func, types, args, {k: v for k, v in kwargs.items() if k != "out"}
             )
-            return _into(kwargs["out"], results)
+            return write_into(kwargs["out"], results)
         if (
             name.startswith("_foreach_")
-            and (one := _one_of(name.removeprefix("_foreach_"))) is not None
+            and (one := single_call(name.removeprefix("_foreach_"))) is not None
         ):
             return [
                 self.__torch_function__(one, types, *each)
-                for each in _each(one.__name__, args, kwargs)
+                for each in for_each(one.__name__, args, kwargs)
             ]
-        for own, names in _REPLACED:
+        for own, names in REPLACED:
             if name in names:
                 return own(func, name, args, kwargs)
-        args, kwargs = _tensors((args, kwargs))
+        args, kwargs = with_tensors((args, kwargs))
         return func(*args, **kwargs)
 
     def _attribute(self, func: Any, kind: str, tensor: Tensor, value: Any = None, *_: Any) -> Any:
         descriptor = func.__self__
-        if descriptor is _DATA:
+        if descriptor is DATA:
             if kind == "__get__":
                 return tensor
             if value.shape != tensor.shape:
                 raise NotDifferentiableError(
-                    f"{_where()}.data of a tensor of shape {tuple(tensor.shape)} is set to one of "
+                    f"{optimizer_line()}.data of a tensor of shape {tuple(tensor.shape)} is set to one of "
                     f"shape {tuple(value.shape)}"
                 )
             if value is not tensor:
                 tensor.copy_(value)
             return None
-        if descriptor is _GRAD:
+        if descriptor is GRAD:
             if kind == "__get__":
                 return self.grads.get(id(tensor))
             self.grads[id(tensor)] = value if kind == "__set__" else None
             return None
-        if descriptor is _REQUIRES_GRAD and kind == "__set__":
+        if descriptor is REQUIRES_GRAD and kind == "__set__":
             return None
         if (
             kind == "__get__"
-            and descriptor in (_IS_LEAF, _REQUIRES_GRAD)
+            and descriptor in (IS_LEAF, REQUIRES_GRAD)
             and id(tensor) in self._leaf_ids
         ):
             return True

@@ -19,7 +19,7 @@ from torch import Tensor
 from innerloop.errors import NotDifferentiableError
 
 
-def _weak(number: Tensor, others: list[Tensor]) -> Tensor:
+def weak_number(number: Tensor, others: list[Tensor]) -> Tensor:
     """``number`` such that, as a number of Python, it does not raise the dtype of ``others``."""
     if any(t.ndim for t in others):
         return number
@@ -27,7 +27,7 @@ def _weak(number: Tensor, others: list[Tensor]) -> Tensor:
     return number.to(dtypes[0]) if dtypes else number
 
 
-def _leaves_the_graph(name: str) -> str:
+def leaves_the_graph(name: str) -> str:
     what = {
         "__float__": "turns a tracked tensor into a float (float(x), a function of the math "
         "module)",
@@ -35,10 +35,12 @@ def _leaves_the_graph(name: str) -> str:
         "__index__": "indexes by a tracked tensor",
         "tolist": "turns a tracked tensor into a list of numbers",
     }.get(name, "turns a tracked tensor into a numpy array")
-    return f"{_where()}it {what}: the derivative ends there. Write it with functions of torch"
+    return (
+        f"{optimizer_line()}it {what}: the derivative ends there. Write it with functions of torch"
+    )
 
 
-def _where() -> str:
+def optimizer_line() -> str:
     """The line of the optimizer's code that is running."""
     rules, *others = (
         str(Path(f).parent)
@@ -53,11 +55,11 @@ def _where() -> str:
     return ""
 
 
-class Number(torch.SymFloat):
+class TracedNumber(torch.SymFloat):
     """A Python number that was computed from tensors, by ``.item()`` or as a hyper-parameter, and has not left the graph.
 
     ``torch.SymFloat`` is the one kind of object that torch takes wherever it takes a number
-    (``add_(x, alpha=number)``) and shows to `Values` unopened. Arithmetic is that of the 0-dim
+    (``add_(x, alpha=number)``) and shows to `ValueInterpreter` unopened. Arithmetic is that of the 0-dim
     float64 tensor inside; what needs a float (``math.sqrt``) is refused.
     """
 
@@ -65,13 +67,13 @@ class Number(torch.SymFloat):
         self.tensor = tensor
 
     def __float__(self) -> float:
-        raise NotDifferentiableError(_leaves_the_graph("__float__"))
+        raise NotDifferentiableError(leaves_the_graph("__float__"))
 
     def __int__(self) -> int:
-        raise NotDifferentiableError(_leaves_the_graph("__int__"))
+        raise NotDifferentiableError(leaves_the_graph("__int__"))
 
     def __round__(self, digits: int | None = None) -> Any:
-        raise NotDifferentiableError(_leaves_the_graph("__int__"))
+        raise NotDifferentiableError(leaves_the_graph("__int__"))
 
     def __bool__(self) -> bool:
         return bool(self.tensor)
@@ -80,12 +82,12 @@ class Number(torch.SymFloat):
         return id(self)
 
     def __repr__(self) -> str:
-        return f"Number({self.tensor.detach()})"
+        return f"TracedNumber({self.tensor.detach()})"
 
     def __format__(self, spec: str) -> str:
         return format(self.tensor.detach().item(), spec)
 
-    def item(self) -> Number:
+    def item(self) -> TracedNumber:
         """Itself, as for a tensor."""
         return self
 
@@ -99,24 +101,27 @@ _OTHER_MATH = {"ceil", "floor", "trunc", "remainder", "isclose"}
 
 
 class _Math:
-    """The module ``math`` that also takes a `Number`."""
+    """The module ``math`` that also takes a `TracedNumber`."""
 
     def __getattr__(self, name: str) -> Any:
         own = getattr(math, name)
         with_tensors = getattr(torch, name, None)
 
         def function(*arguments: Any) -> Any:
-            if not any(isinstance(x, (Number, Tensor)) for x in arguments):
+            if not any(isinstance(x, (TracedNumber, Tensor)) for x in arguments):
                 return own(*arguments)
             if (
                 with_tensors is None or name in _OTHER_MATH
             ):  # the others are those of torch under the same name
-                raise NotDifferentiableError(_leaves_the_graph("__float__"))
+                raise NotDifferentiableError(leaves_the_graph("__float__"))
             wrapped = [
-                Number(x.reshape(()).double()) if isinstance(x, Tensor) else x for x in arguments
+                TracedNumber(x.reshape(()).double()) if isinstance(x, Tensor) else x
+                for x in arguments
             ]
-            result = with_tensors(*[x.tensor if isinstance(x, Number) else x for x in wrapped])
-            return Number(result) if result.is_floating_point() else bool(result)
+            result = with_tensors(
+                *[x.tensor if isinstance(x, TracedNumber) else x for x in wrapped]
+            )
+            return TracedNumber(result) if result.is_floating_point() else bool(result)
 
         return function if callable(own) else own
 
@@ -140,38 +145,42 @@ def math_on_numbers(cls: type) -> Iterator[None]:
 
 
 def _arithmetic(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
-    def method(self: Number, other: Any) -> Any:
+    def method(self: TracedNumber, other: Any) -> Any:
         if isinstance(other, Tensor):
-            own = _weak(self.tensor, [other])
+            own = weak_number(self.tensor, [other])
             return operation(other, own) if swapped else operation(own, other)
-        other = other.tensor if isinstance(other, Number) else other
-        return Number(operation(other, self.tensor) if swapped else operation(self.tensor, other))
+        other = other.tensor if isinstance(other, TracedNumber) else other
+        return TracedNumber(
+            operation(other, self.tensor) if swapped else operation(self.tensor, other)
+        )
 
     return method
 
 
 def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self: Number(operation(self.tensor))
+    return lambda self: TracedNumber(operation(self.tensor))
 
 
 def _comparison(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: Number, other: Any) -> Any:
+    def method(self: TracedNumber, other: Any) -> Any:
         if isinstance(other, Tensor):
             return operation(self.tensor, other)
-        return bool(operation(self.tensor, other.tensor if isinstance(other, Number) else other))
+        return bool(
+            operation(self.tensor, other.tensor if isinstance(other, TracedNumber) else other)
+        )
 
     return method
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     _operation = getattr(operator, _name)
-    setattr(Number, f"__{_name}__", _arithmetic(_operation))
-    setattr(Number, f"__r{_name}__", _arithmetic(_operation, swapped=True))
+    setattr(TracedNumber, f"__{_name}__", _arithmetic(_operation))
+    setattr(TracedNumber, f"__r{_name}__", _arithmetic(_operation, swapped=True))
 
 
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Number, f"__{_name}__", _comparison(getattr(operator, _name)))
+    setattr(TracedNumber, f"__{_name}__", _comparison(getattr(operator, _name)))
 
 
 for _name in ("neg", "pos", "abs"):
-    setattr(Number, f"__{_name}__", _unary(getattr(operator, _name)))
+    setattr(TracedNumber, f"__{_name}__", _unary(getattr(operator, _name)))

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
-from innerloop.optim._adapt.number import Number, _weak, _where
+from innerloop.optim._adapt.number import TracedNumber, optimizer_line, weak_number
 from innerloop.optim._engine.numerics import safe_sqrt
 
-_DATA, _GRAD, _IS_LEAF, _REQUIRES_GRAD = (
+DATA, GRAD, IS_LEAF, REQUIRES_GRAD = (
     vars(torch.Tensor.__base__)[name] for name in ("data", "grad", "is_leaf", "requires_grad")
 )
-_IDENTITIES = {"detach", "detach_", "requires_grad_", "retain_grad"}
-_TO_NUMBER = {
+IDENTITIES = {"detach", "detach_", "requires_grad_", "retain_grad"}
+TO_NUMBER = {
     "item",
     "__float__",
     "__int__",
@@ -34,7 +34,7 @@ _RANDOM = {"normal"}
 _ROOTS = {"sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__"}
 
 
-class Tracked(Tensor):
+class TrackedTensor(Tensor):
     """A tensor on whose methods a 0-dim tensor may be ``alpha=`` or ``value=``.
 
     torch refuses one that requires grad before any mode sees the call (and takes one that does not,
@@ -68,24 +68,24 @@ class Tracked(Tensor):
 
 def _marked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        k: Number(v) if k in ("alpha", "value") and isinstance(v, Tensor) else v
+        k: TracedNumber(v) if k in ("alpha", "value") and isinstance(v, Tensor) else v
         for k, v in kwargs.items()
     }
 
 
-def _tensors(arguments: Any) -> Any:
-    """The arguments of a function of torch with each `Number` as a 0-dim tensor."""
+def with_tensors(arguments: Any) -> Any:
+    """The arguments of a function of torch with each `TracedNumber` as a 0-dim tensor."""
     pieces = list(_pieces(arguments))
     met = [x for x in pieces if isinstance(x, Tensor)]
 
     def replaced(x: Any) -> Any:
-        if isinstance(x, Number):
-            return _weak(x.tensor, met)
+        if isinstance(x, TracedNumber):
+            return weak_number(x.tensor, met)
         if type(x) is tuple or type(x) is list:
             return type(x)(map(replaced, x))
         return {k: replaced(v) for k, v in x.items()} if type(x) is dict else x
 
-    return replaced(arguments) if any(isinstance(x, Number) for x in pieces) else arguments
+    return replaced(arguments) if any(isinstance(x, TracedNumber) for x in pieces) else arguments
 
 
 def _pieces(arguments: Any) -> Iterator[Any]:
@@ -98,19 +98,19 @@ def _pieces(arguments: Any) -> Iterator[Any]:
         yield arguments
 
 
-def _into(out: Any, results: Any) -> Any:
+def write_into(out: Any, results: Any) -> Any:
     """``func(..., out=out)``, which autograd refuses."""
     pairs = [(out, results)] if isinstance(out, Tensor) else list(zip(out, results, strict=True))
     for target, result in pairs:
         if target.shape != result.shape:
             raise NotDifferentiableError(
-                f"{_where()}out= has shape {tuple(target.shape)}, the result {tuple(result.shape)}"
+                f"{optimizer_line()}out= has shape {tuple(target.shape)}, the result {tuple(result.shape)}"
             )
         target.copy_(result)
     return out
 
 
-def _one_of(name: str) -> Any:
+def single_call(name: str) -> Any:
     """What ``torch._foreach_NAME`` does to each tensor: some of these functions lack a derivative that the single ones have."""
     if name == "norm":
         return torch.linalg.vector_norm
@@ -121,7 +121,7 @@ def _one_of(name: str) -> Any:
     return torch.pow if name == "pow" else getattr(Tensor, name, None)
 
 
-def _each(
+def for_each(
     name: str, args: Any, kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The arguments for each tensor of the lists."""
@@ -144,11 +144,11 @@ def _each(
 def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """``x.add_(y, alpha=number)``: autograd has no derivative in ``alpha``."""
     factor = kwargs.get("value" if name.startswith("addc") else "alpha")
-    args = _tensors(args)
-    if not isinstance(factor, (Number, Tensor)):
+    args = with_tensors(args)
+    if not isinstance(factor, (TracedNumber, Tensor)):
         return func(*args, **kwargs)
     x, *rest = args
-    factor = _weak(factor.tensor if isinstance(factor, Number) else factor, [x])
+    factor = weak_number(factor.tensor if isinstance(factor, TracedNumber) else factor, [x])
     if name.startswith("addcmul"):
         term = factor * rest[0] * rest[1]
     elif name.startswith("addcdiv"):
@@ -162,7 +162,7 @@ def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tenso
 def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """``x.clamp(min=0.0, max=number)``: torch wants both to be tensors, or none."""
     x, *rest = args
-    bounds = _tensors(dict(zip(("min", "max"), rest, strict=False)) | dict(kwargs))
+    bounds = with_tensors(dict(zip(("min", "max"), rest, strict=False)) | dict(kwargs))
     if any(isinstance(b, Tensor) for b in bounds.values()):
         like = {"dtype": x.dtype, "device": x.device}
         bounds = {
@@ -178,7 +178,7 @@ def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tens
 
 def _root(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     """√x and x^.5 with derivative 0 instead of infinity at 0."""
-    args, kwargs = _tensors((args, kwargs))
+    args, kwargs = with_tensors((args, kwargs))
     x, *exponent = args
     is_root = name.startswith("sqrt") or (
         len(exponent) == 1 and isinstance(exponent[0], float) and exponent[0] == 0.5
@@ -196,7 +196,7 @@ def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     source = args[1] if name == "new_tensor" else args[0]
     pieces = source if isinstance(source, (tuple, list)) else [source]
     if not any(
-        isinstance(x, Number) or (isinstance(x, Tensor) and torch_private.has_derivative(x))
+        isinstance(x, TracedNumber) or (isinstance(x, Tensor) and torch_private.has_derivative(x))
         for x in pieces
     ):
         return func(*args, **kwargs)
@@ -205,23 +205,24 @@ def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
         dtype = source.dtype if isinstance(source, Tensor) else torch.get_default_dtype()
     like = {"dtype": dtype, "device": kwargs.get("device")}
     made = [
-        x.to(**like) if isinstance(x, Tensor) else torch.tensor(x, **like) for x in _tensors(pieces)
+        x.to(**like) if isinstance(x, Tensor) else torch.tensor(x, **like)
+        for x in with_tensors(pieces)
     ]
     return torch.stack(made) if pieces is source else made[0].clone()
 
 
 def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     """``torch.full(shape, number)``."""
-    if not any(isinstance(x, Number) for x in (*args, *kwargs.values())):
+    if not any(isinstance(x, TracedNumber) for x in (*args, *kwargs.values())):
         return func(*args, **kwargs)
-    number = next(x for x in (*args, *kwargs.values()) if isinstance(x, Number))
+    number = next(x for x in (*args, *kwargs.values()) if isinstance(x, TracedNumber))
     zero = [0.0 if x is number else x for x in args]
     return func(*zero, **{k: 0.0 if x is number else x for k, x in kwargs.items()}) + number.tensor
 
 
 def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     """``torch.normal(mean, std)``, whose derivative autograd takes for zero; the same random numbers."""
-    mean, std = _tensors(
+    mean, std = with_tensors(
         (
             args[0] if args else kwargs.get("mean"),
             args[1] if len(args) > 1 else kwargs.get("std", 1.0),
@@ -236,7 +237,7 @@ def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     return noise * std + mean
 
 
-_REPLACED: tuple[tuple[Callable[..., Any], set[str]], ...] = (
+REPLACED: tuple[tuple[Callable[..., Any], set[str]], ...] = (
     (_scaled, _SCALED),
     (_clamped, {"clamp", "clamp_", "clip", "clip_"}),
     (_root, _ROOTS),

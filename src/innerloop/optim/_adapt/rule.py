@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._types import Grads, Params, ValueAndGrad
-from innerloop._utils import torch_private, tree
+from innerloop._utils import caches, torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
-from innerloop.optim._adapt.frozen import Rest, freeze, thaw
-from innerloop.optim._adapt.interpreter import Values
-from innerloop.optim._adapt.number import Number, math_on_numbers
-from innerloop.optim._adapt.pure_calls import Tracked, copy_of, same
+from innerloop.optim._adapt.frozen import FrozenState, freeze, thaw
+from innerloop.optim._adapt.interpreter import ValueInterpreter
+from innerloop.optim._adapt.number import TracedNumber, math_on_numbers
+from innerloop.optim._adapt.pure_calls import TrackedTensor, copy_of, same
 from innerloop.optim._adapt.verify import verify
 from innerloop.optim._base import Optimizer
-from innerloop.optim._engine.grads import active_ones
+from innerloop.optim._engine.grads import which_have_gradient
 from innerloop.optim._engine.precision import warn_of_half
-from innerloop.optim._settings import any_given, check_state
+from innerloop.optim._settings import check_state, has_overrides
 
 Make = Callable[[dict[str, Tensor]], torch.optim.Optimizer]
 _SHAPES = {0: ((), ()), 1: ((4,), (3,)), 2: ((5, 2), (2, 4))}
 """Parameters of the small problem, by their number of axes; wide and tall, so that G Gᵀ is singular on one side."""
-_VERIFIED: dict[Any, set[Any]] = {}
+_verified: MutableMapping[Any, set[Any]] = caches.cache("verified optimizer classes")
 """What was verified for each class and settings."""
 _IN_TRANSFORM = (
     '{!r} inside torch.func.grad, vjp or vmap (the products "mixed" and "finite" use them): torch '
@@ -39,7 +40,7 @@ _KERNELS = ("foreach", "fused")  # choose how, not what; the fused ones have no 
 
 def verified() -> Iterator[tuple[type, str, bool, tuple[str, ...]]]:
     """``(class, class and settings as shown, needs a closure, names of tensor hyper-parameters)`` of what was verified so far."""
-    for (cls, shown, needs_closure), keys in _VERIFIED.items():
+    for (cls, shown, needs_closure), keys in _verified.items():
         names = sorted(
             {name for key in keys if key[0] != "step" for name, places in key[1:] if any(places)}
         )
@@ -52,7 +53,7 @@ class AdaptedState(NamedTuple):
 
     count: Any
     tensors: tuple[Tensor, ...]
-    rest: Rest
+    rest: FrozenState
 
 
 class Adapted(Optimizer):
@@ -80,7 +81,7 @@ class Adapted(Optimizer):
         self.cls = cls
         self._shown = shown
         self._verifies = verifies
-        self._verified: set[Any] = set() if key is None else _VERIFIED.setdefault(key, set())
+        self._verified: set[Any] = set() if key is None else _verified.setdefault(key, set())
 
     def init(self, params: Params) -> AdaptedState:
         self.verify(params)
@@ -97,10 +98,10 @@ class Adapted(Optimizer):
                     f"{self!r} made a {type(optimizer).__name__}, not a torch.optim.Optimizer"
                 )
             tensors, rest = freeze(optimizer, working)
-        # What is not `Tracked` was not computed from the parameters: a setting of the user's, whose
+        # What is not `TrackedTensor` was not computed from the parameters: a setting of the user's, whose
         # graph is its own.
         return AdaptedState(
-            0, tuple(leave(t) if isinstance(t, Tracked) else t for t in tensors), rest
+            0, tuple(leave(t) if isinstance(t, TrackedTensor) else t for t in tensors), rest
         )
 
     def verify(self, params: Params, hyper: Mapping[str, Any] | None = None) -> None:
@@ -112,7 +113,7 @@ class Adapted(Optimizer):
             InvalidInputError: the class itself fails.
             NotDifferentiableError: they differ; with the numbers.
         """
-        if not self._verifies or torch_private.inside_transform():
+        if not self._verifies or mode() is Mode.TRANSFORMED:
             return
         if self.cls is None:
             small = {
@@ -148,7 +149,7 @@ class Adapted(Optimizer):
             raise InvalidInputError(
                 f"{self!r} evaluates the loss itself: pass value_and_grad=, params -> (loss, grads)"
             )
-        if any_given(hyper) and _check_tensors(hyper or {}):
+        if has_overrides(hyper) and _check_tensors(hyper or {}):
             self.verify(params, hyper)
         random_state = RandomState.now()
         new, new_state = self.run(grads, state, params, hyper, value_and_grad)
@@ -158,7 +159,7 @@ class Adapted(Optimizer):
             state.count == 0
             and self._verifies
             and not self.needs_closure
-            and not torch_private.inside_transform()
+            and mode() is not Mode.TRANSFORMED
         ):
             self._compare(new, grads, state, params, hyper or {}, random_state)
         return new, new_state
@@ -174,7 +175,7 @@ class Adapted(Optimizer):
     ) -> tuple[dict[str, Tensor], AdaptedState]:
         """`update` without looking whether it is right; ``hold`` takes the parameters that the class saw."""
         check_state(self, state, AdaptedState)
-        active_ones(grads, params)
+        which_have_gradient(grads, params)
         if set(state.rest.names) != set(params):
             raise InvalidInputError(
                 f"{self!r}: the state is that of the parameters {list(state.rest.names)}, but "
@@ -343,12 +344,12 @@ def _running(owner: Adapted, given: Sequence[Tensor]) -> Iterator[Any]:
     must not depend on that, since a strategy runs the same step once plainly and once tracked, from
     the state that the plain run left.
     """
-    values = Values()
-    if torch_private.inside_transform():
+    values = ValueInterpreter()
+    if mode() is Mode.TRANSFORMED:
         if torch_private.inside_reverse_transform():
             raise NotDifferentiableError(_IN_TRANSFORM.format(owner))
         with torch.autograd.graph.saved_tensors_hooks(copy_of, same), values:
-            yield values, lambda t: t.clone().as_subclass(Tracked), _plain
+            yield values, lambda t: t.clone().as_subclass(TrackedTensor), _plain
         return
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
 
@@ -356,7 +357,7 @@ def _running(owner: Adapted, given: Sequence[Tensor]) -> Iterator[Any]:
         with values.paused():
             if not (wanted and t.requires_grad) and t.is_floating_point():
                 t = t.detach().requires_grad_()
-            return t.clone().as_subclass(Tracked)
+            return t.clone().as_subclass(TrackedTensor)
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(copy_of, same), values:
         yield values, enter, _plain if wanted else lambda t: _plain(t).detach()
@@ -368,7 +369,7 @@ def _plain(t: Tensor) -> Tensor:
 
 def _constant(t: Tensor) -> Tensor:
     """A copy of what does not depend on the parameters; a strategy may have made it require a gradient all the same."""
-    return t.clone() if torch_private.inside_transform() else t.detach().clone()
+    return t.clone() if mode() is Mode.TRANSFORMED else t.detach().clone()
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
@@ -418,7 +419,7 @@ def _numbers(value: Any, enter: Callable[[Tensor], Tensor]) -> Any:
         return tuple(_numbers(v, enter) for v in value)
     if not isinstance(value, Tensor):
         return value
-    return Number(enter(value.reshape(()).double()).as_subclass(Tensor))
+    return TracedNumber(enter(value.reshape(()).double()).as_subclass(Tensor))
 
 
 def adapt(

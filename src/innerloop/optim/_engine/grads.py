@@ -1,15 +1,30 @@
-"""Which parameters have a gradient, and how many steps each has taken."""
+"""Which parameters have a gradient, of which layout, and how many steps each has taken."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 
+K = TypeVar("K")
 
-def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
+
+def is_sparse(gradient: Tensor) -> bool:
+    """Return True if ``gradient`` is stored in any layout but the dense one."""
+    return gradient.layout != torch.strided
+
+
+def dense(grads: Mapping[K, Tensor | None]) -> dict[K, Tensor | None]:
+    """Return ``grads`` with a dense tensor in place of each sparse one; it keeps its graph."""
+    return {key: g.to_dense() if g is not None and is_sparse(g) else g for key, g in grads.items()}
+
+
+def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:
     """Which parameters have a gradient; None if all have."""
     everything = True
     for name, p in params.items():
@@ -30,7 +45,7 @@ def active_ones(grads: Grads, params: Params) -> dict[str, bool] | None:
     return None if everything else {name: grads.get(name) is not None for name in params}
 
 
-def ages_of(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
+def by_step_count(count: Any, params: Params) -> tuple[dict[str, int] | None, list[Any]]:
     """Split parameters by step count: an index for each parameter, and the counts that the indices stand for."""
     if not isinstance(count, Mapping):
         return None, [count]

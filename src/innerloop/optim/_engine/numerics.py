@@ -9,11 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from innerloop._types import Scalar
+from innerloop._utils.execution import Mode, mode
 
 
 def add_scaled(x: Tensor, y: Tensor, alpha: Scalar) -> Tensor:
-    """``x + alpha * y``; with a number, by the kernel that ``torch.optim`` uses, so that the bits agree."""
-    return x + alpha * y if isinstance(alpha, Tensor) else torch.add(x, y, alpha=alpha)
+    """Compute ``x + alpha * y``; with a number, by the kernel of ``torch.optim``: same bits."""
+    # Inductor silently drops ``alpha`` where ``y`` is a matrix product: compiled code avoids it.
+    if isinstance(alpha, Tensor) or mode() is Mode.COMPILING:
+        return x + alpha * y
+    return torch.add(x, y, alpha=alpha)
 
 
 def average(mean: Any, new: Tensor, beta: Any) -> Tensor:

@@ -13,13 +13,14 @@ instead of one per tensor is what makes an unrolled Adam step cheap. Two rules k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from innerloop._utils import torch_private, tree
+from innerloop._utils import caches, tree
+from innerloop._utils.execution import Mode, may_call_autograd, mode
 
 # Elements; a larger tensor is bound by memory traffic, so it is updated alone and never copied.
 FLAT_LIMIT = 16_384
@@ -38,7 +39,7 @@ class Bucket(NamedTuple):
 
 
 Layout = tuple[Bucket, ...]
-_cache: dict[object, Layout] = {}
+_layouts: MutableMapping[object, Layout] = caches.cache("layouts of optimizer states")
 
 
 def layout_of(
@@ -66,13 +67,13 @@ def layout_of(
         )
         for name, p in params.items()
     )
-    if torch.compiler.is_compiling():
+    if mode() is Mode.COMPILING:
         return _build(key, limit)
-    layout = _cache.get((key, limit))
+    layout = _layouts.get((key, limit))
     if layout is None:
-        if len(_cache) > 512:
-            _cache.clear()
-        layout = _cache[key, limit] = _build(key, limit)
+        if len(_layouts) > 512:
+            _layouts.clear()
+        layout = _layouts[key, limit] = _build(key, limit)
     return layout
 
 
@@ -156,8 +157,8 @@ def unpack(bucket: Bucket, flat: Tensor) -> dict[str, Tensor]:
             sizes.append(pad)
     # The pieces of torch.split share a version counter and refuse in-place writes; a user may edit
     # one weight between steps.
-    eager = not torch.compiler.is_compiling() and not torch_private.inside_transform()
-    pieces = iter((torch.unsafe_split_with_sizes if eager else torch.split)(flat, sizes))
+    split = torch.unsafe_split_with_sizes if may_call_autograd() else torch.split
+    pieces = iter(split(flat, sizes))
     named = {}
     for name, shape, pad in zip(bucket.names, bucket.shapes, bucket.pads, strict=True):
         piece = next(pieces)

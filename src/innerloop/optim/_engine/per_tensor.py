@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.grads import active_ones
+from innerloop.optim._engine.grads import which_have_gradient
 from innerloop.optim._engine.precision import warn_of_half
 from innerloop.optim._settings import check_state
 
@@ -73,7 +73,7 @@ class PerTensor(Rule):
     ) -> tuple[dict[str, Tensor], Any]:
         check_state(self, state, self.state_type)
         resolved = self.resolve(hyper)
-        active = active_ones(grads, params)
+        active = which_have_gradient(grads, params)
         counts = (
             state.count if isinstance(state.count, Mapping) else dict.fromkeys(params, state.count)
         )

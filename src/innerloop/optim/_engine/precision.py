@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 
-from innerloop._utils import torch_private
+from innerloop._utils import caches, torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import PrecisionWarning
 
-_warned: list[str] = []
+_warned: MutableMapping[torch.dtype, bool] = caches.cache("warnings of half precision")
 
 
 def warn_of_half(param: Tensor) -> None:
-    """Warn, once per process, if ``param`` is in half precision and the update that made it is being differentiated.
+    """Warn once if ``param``, in half precision, was made by an update that is differentiated.
 
     Args:
         param: a parameter as an update hands it back.
     """
-    if (
-        _warned
-        or param.dtype not in (torch.float16, torch.bfloat16)
-        or torch.compiler.is_compiling()
-    ):
+    if param.dtype not in (torch.float16, torch.bfloat16) or mode() is Mode.COMPILING or _warned:
         return
     if torch_private.has_derivative(param):
-        _warned.append(str(param.dtype))
+        _warned[param.dtype] = True
         warnings.warn(
             f"an update of {param.dtype} parameters is being differentiated: second-order "
             "gradients need float32. With 8 or 11 bits the "
@@ -37,8 +35,3 @@ def warn_of_half(param: Tensor) -> None:
             PrecisionWarning,
             stacklevel=2,
         )
-
-
-def forget_warning() -> None:
-    """Warn again at the next occasion."""
-    _warned.clear()

@@ -30,6 +30,7 @@ class FromTorch(Optimizer):
         self.members: tuple[Rule, ...]
         self.refresh()
         self.compiles = all(member.compiles for member in self.members)
+        self.takes_sparse = any(member.takes_sparse for member in self.members)
         self.needs_closure = any(member.needs_closure for member in self.members)
         if self.needs_closure and len(self.members) > 1:
             raise InvalidInputError(

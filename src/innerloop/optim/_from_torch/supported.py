@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 
+from innerloop._utils.text_table import table
 from innerloop.errors import InnerLoopError, InvalidInputError
 from innerloop.optim._adapt.rule import adapt, verified
 from innerloop.optim._base import Rule
@@ -42,15 +43,12 @@ class SupportedList(tuple[Supported, ...]):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        lines = [("innerloop.optim.", "torch class", "hyper-parameters that may be tensors", "")]
-        lines += [
-            (s.write, s.torch_class.__name__, ", ".join(s.hyper), " ".join(_remarks(s)))
-            for s in self
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        return "\n".join(
-            "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]).rstrip()
-            for line in lines
+        return table(
+            (
+                (s.write, s.torch_class.__name__, ", ".join(s.hyper), " ".join(_remarks(s)))
+                for s in self
+            ),
+            header=("innerloop.optim.", "torch class", "hyper-parameters that may be tensors", ""),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average_of_squares, safe_sqrt
-from innerloop.optim._settings import check_nonnegative, is_used, numbers, require
+from innerloop.optim._settings import check_nonnegative, is_active, numbers, require
 
 
 class AdadeltaState(NamedTuple):
@@ -84,7 +84,7 @@ class Adadelta(Elementwise):
     ) -> tuple[Tensor, AdadeltaState]:
         lr, rho, eps = hyper["lr"], hyper["rho"], hyper["eps"]
         grad = -grad if self.maximize else grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         square_avg = average_of_squares(state.square_avg, grad, rho)
         exact = isinstance(eps, (int, float)) and eps == 0

@@ -13,7 +13,7 @@ from innerloop._types import Hyper
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import precise, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor, at_least, with_derivative_of
-from innerloop.optim._settings import check_nonnegative, is_used, numbers, require
+from innerloop.optim._settings import check_nonnegative, is_active, numbers, require
 
 
 class AdafactorState(NamedTuple):
@@ -116,7 +116,7 @@ class Adafactor(PerTensor):
         grad = -grad if self.maximize else grad
         weight = _power(precise(state.count, param), precise(hyper["beta2_decay"], param))
         size = at_least(_rms(param), least) * _smaller(lr, precise(state.count, param) ** -0.5)
-        if is_used(decay):
+        if is_active(decay):
             param = param * (1 - lr * decay)
         row, column, variance = state.row_var, state.col_var, state.variance
         if variance is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, at_first_step, root_of
-from innerloop.optim._settings import check_nonnegative, is_used
+from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class AdagradState(NamedTuple):
@@ -97,7 +97,7 @@ class Adagrad(Elementwise):
     ) -> tuple[Tensor, AdagradState]:
         lr, eps, decay = hyper["lr"], hyper["eps"], hyper["lr_decay"]
         grad = -grad if self.maximize else grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         before = at_first_step(state.count, hyper["initial_accumulator_value"], state.sum)
         total = torch.addcmul(before, grad, grad, value=1)

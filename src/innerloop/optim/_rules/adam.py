@@ -19,7 +19,7 @@ from innerloop.optim._engine.numerics import (
     root_of,
     times,
 )
-from innerloop.optim._settings import check_betas, check_nonnegative, is_used
+from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
 class AdamState(NamedTuple):
@@ -102,8 +102,8 @@ class Adam(Elementwise):
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
         return ("mu", "nu", "nu_max") if self.amsgrad else ("mu", "nu")
 
-    def translates(self, hyper: Mapping[str, Any]) -> bool:
-        return not is_used(hyper["weight_decay"])
+    def update_ignores_param(self, hyper: Mapping[str, Any]) -> bool:
+        return not is_active(hyper["weight_decay"])
 
     def step(
         self, grad: Tensor, param: Tensor, state: AdamState, hyper: Mapping[str, Any]
@@ -116,7 +116,7 @@ class Adam(Elementwise):
         )
         if self.maximize:
             grad = -grad
-        if is_used(decay):
+        if is_active(decay):
             if self.decoupled_weight_decay:
                 param = param * (1 - lr * decay)
             else:

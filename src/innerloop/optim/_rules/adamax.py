@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average, one_minus_power
-from innerloop.optim._settings import check_betas, check_nonnegative, is_used
+from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
 class AdamaxState(NamedTuple):
@@ -86,7 +86,7 @@ class Adamax(Elementwise):
     ) -> tuple[Tensor, AdamaxState]:
         lr, (beta1, beta2), eps = hyper["lr"], hyper["betas"], hyper["eps"]
         grad = -grad if self.maximize else grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         mu = average(state.mu, grad, beta1)
         nu = torch.maximum(state.nu * beta2, grad.abs() + eps)

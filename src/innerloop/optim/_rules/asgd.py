@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, precise
-from innerloop.optim._settings import check_nonnegative, is_used
+from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class ASGDState(NamedTuple):
@@ -97,7 +97,7 @@ class ASGD(Elementwise):
             for value in (hyper["lr"], hyper["lambd"], hyper["alpha"], hyper["t0"], state.count)
         )
         grad = -grad if self.maximize else grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         eta = _first(state.count, lr, state.eta)
         param = add_scaled(param * (1 - lambd * eta), grad, -eta)

@@ -14,7 +14,7 @@ from innerloop._types import Grads, Hyper, Params, Scalar, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.grads import active_ones
+from innerloop.optim._engine.grads import which_have_gradient
 from innerloop.optim._engine.precision import warn_of_half
 from innerloop.optim._engine.strong_wolfe import Trial, number, smaller, strong_wolfe
 from innerloop.optim._settings import check_nonnegative, require
@@ -186,7 +186,7 @@ class LBFGS(Rule):
             )
         lr = self.resolve(hyper)["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-        active_ones(grads, params)
+        which_have_gradient(grads, params)
         gradient = flat(grads, params)
         if state.prev_flat_grad is not None and state.prev_flat_grad.shape != gradient.shape:
             raise InvalidInputError(

@@ -11,7 +11,7 @@ from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
 from innerloop.optim._engine.precision import warn_of_half
-from innerloop.optim._settings import any_given, check_state
+from innerloop.optim._settings import check_state, has_overrides
 
 
 class LearnedState(NamedTuple):
@@ -95,7 +95,7 @@ class Learned(Optimizer):
         hyper: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Tensor], LearnedState]:
         check_state(self, state, LearnedState)
-        any_given(hyper)
+        has_overrides(hyper)
         unknown = [f"gradient {name!r}" for name in grads if name not in params]
         unknown += [
             f"hyper-parameter {key!r}" for key in hyper or {} if key not in self.hyper_names

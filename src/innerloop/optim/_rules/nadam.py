@@ -19,7 +19,7 @@ from innerloop.optim._engine.numerics import (
     precise,
     root_of,
 )
-from innerloop.optim._settings import check_betas, check_nonnegative, is_used
+from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
 class NAdamState(NamedTuple):
@@ -112,7 +112,7 @@ class NAdam(Elementwise):
             hyper["weight_decay"],
         )
         grad = -grad if self.maximize else grad
-        if is_used(decay):
+        if is_active(decay):
             if self.decoupled_weight_decay:
                 param = param * (1 - lr * decay)
             else:

@@ -19,7 +19,7 @@ from innerloop.optim._engine.numerics import (
     root_of,
     times,
 )
-from innerloop.optim._settings import check_betas, check_nonnegative, is_used
+from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
 class RAdamState(NamedTuple):
@@ -110,7 +110,7 @@ class RAdam(Elementwise):
             hyper["weight_decay"],
         )
         grad = -grad if self.maximize else grad
-        if is_used(decay):
+        if is_active(decay):
             if self.decoupled_weight_decay:
                 param = param * (1 - lr * decay)
             else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average, average_of_squares, root_of
-from innerloop.optim._settings import check_nonnegative, is_used
+from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class RMSpropState(NamedTuple):
@@ -94,7 +94,7 @@ class RMSprop(Elementwise):
         check_nonnegative(hyper, *self.hyper_names)
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
-        momentum = ("momentum_buffer",) if is_used(hyper["momentum"]) else ()
+        momentum = ("momentum_buffer",) if is_active(hyper["momentum"]) else ()
         return ("square_avg", *(("grad_avg",) if self.centered else ()), *momentum)
 
     def step(
@@ -102,7 +102,7 @@ class RMSprop(Elementwise):
     ) -> tuple[Tensor, RMSpropState]:
         lr, alpha, eps, momentum = hyper["lr"], hyper["alpha"], hyper["eps"], hyper["momentum"]
         grad = -grad if self.maximize else grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         square_avg = average_of_squares(state.square_avg, grad, alpha)
         grad_avg, variance = None, square_avg
@@ -111,7 +111,7 @@ class RMSprop(Elementwise):
             variance = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1)
         denominator = root_of(variance, eps, hyper["eps_root"]) + eps
         buffer = None
-        if is_used(momentum):
+        if is_active(momentum):
             old = state.momentum_buffer
             buffer = (
                 grad / denominator

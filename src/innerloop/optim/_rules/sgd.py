@@ -14,7 +14,7 @@ from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled
-from innerloop.optim._settings import check_nonnegative, is_used
+from innerloop.optim._settings import check_nonnegative, is_active
 
 
 class SGDState(NamedTuple):
@@ -87,7 +87,7 @@ class SGD(Elementwise):
 
     def validate(self, hyper: Mapping[str, Any]) -> None:
         check_nonnegative(hyper, "lr", "momentum", "weight_decay")
-        if self.nesterov and (not is_used(hyper["momentum"]) or is_used(hyper["dampening"])):
+        if self.nesterov and (not is_active(hyper["momentum"]) or is_active(hyper["dampening"])):
             raise InvalidInputError(
                 f"nesterov=True with momentum={hyper['momentum']}, "
                 f"dampening={hyper['dampening']}: Nesterov's form needs momentum > 0 and "
@@ -95,10 +95,10 @@ class SGD(Elementwise):
             )
 
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if is_used(hyper["momentum"]) else ()
+        return ("momentum_buffer",) if is_active(hyper["momentum"]) else ()
 
-    def packs(self, hyper: Mapping[str, Any]) -> bool:
-        return is_used(hyper["momentum"])
+    def packs_small_params(self, hyper: Mapping[str, Any]) -> bool:
+        return is_active(hyper["momentum"])
 
     def step(
         self, grad: Tensor, param: Tensor, state: SGDState, hyper: Mapping[str, Any]
@@ -106,9 +106,9 @@ class SGD(Elementwise):
         lr, momentum = hyper["lr"], hyper["momentum"]
         if self.maximize:
             grad = -grad
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
-        if is_used(momentum):
+        if is_active(momentum):
             buffer = self._buffer(grad, state, momentum, 1 - hyper["dampening"])
             grad = add_scaled(grad, buffer, momentum) if self.nesterov else buffer
             state = state._replace(momentum_buffer=buffer)
@@ -120,9 +120,9 @@ class SGD(Elementwise):
         momentum = hyper["momentum"]
         if self.maximize:
             grads = [-g for g in grads]
-        if is_used(hyper["weight_decay"]):
+        if is_active(hyper["weight_decay"]):
             grads = torch_private.add_lists(grads, params, hyper["weight_decay"])
-        if is_used(momentum):
+        if is_active(momentum):
             buffers = grads
             if state.momentum_buffer is not None and state.count > 1:
                 old = torch_private.multiply_list(state.momentum_buffer, momentum)

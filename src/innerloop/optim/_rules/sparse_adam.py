@@ -65,6 +65,7 @@ class SparseAdam(PerTensor):
     eps: Hyper = 1e-8
     maximize: bool = False
 
+    takes_sparse = True
     called: ClassVar = "sparse_adam"
     shaped: ClassVar = ()
     hyper_names: ClassVar = ("lr", "betas", "eps")

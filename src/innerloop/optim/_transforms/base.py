@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params, Scalar
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._settings import numbers, require
 
@@ -65,7 +65,7 @@ class Transform(abc.ABC):
     def resolve(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
         """The hyper-parameters, those of the constructor replaced by ``overrides``."""
         values = {key: getattr(self, key) for key in self.hyper_names} | dict(overrides or {})
-        if overrides and not torch.compiler.is_compiling():
+        if overrides and mode() is not Mode.COMPILING:
             self.validate(values)
         return values
 

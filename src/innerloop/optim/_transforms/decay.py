@@ -12,7 +12,7 @@ from torch import Tensor
 from innerloop._types import Grads, Hyper, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import add_scaled
-from innerloop.optim._settings import is_used
+from innerloop.optim._settings import is_active
 from innerloop.optim._transforms.base import Transform, each, value_of
 
 Mask = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -79,7 +79,7 @@ class AddDecayedWeights(Transform):
     ) -> tuple[dict[str, Tensor | None], Any]:
         def decayed(name: str, g: Tensor) -> Tensor:
             decay = value_of(hyper["weight_decay"], f"{self.name}.weight_decay", name, g)
-            return add_scaled(g, params[name], decay) if is_used(decay) else g
+            return add_scaled(g, params[name], decay) if is_active(decay) else g
 
         return each(
             grads, lambda name, g: decayed(name, g) if self._chosen(name, params[name]) else g

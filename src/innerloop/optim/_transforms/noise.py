@@ -24,7 +24,7 @@ from torch import Tensor
 from innerloop._types import Grads, Hyper, Params
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import safe_sqrt
-from innerloop.optim._settings import is_used
+from innerloop.optim._settings import is_active
 from innerloop.optim._transforms.base import Transform, cast_like, one_value
 
 _LOW = 0xFFFFFFFF
@@ -110,7 +110,7 @@ class AddNoise(Transform):
             return dict(grads), state
         eta, gamma = (one_value(hyper[key], f"{self.name}.{key}") for key in ("eta", "gamma"))
         after = AddNoiseState(state.count + 1)
-        if not is_used(eta):
+        if not is_active(eta):
             return dict(grads), after
         t = state.count
         if isinstance(t, Tensor):  # compiled; an integer tensor would become float32

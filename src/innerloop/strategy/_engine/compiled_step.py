@@ -8,8 +8,7 @@ step is no part of the compiled code, which is one for all steps.
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._utils import tree
-from innerloop.errors import InnerLoopError, MetaGradientError, NotDifferentiableError
-from innerloop.strategy._engine import step_pullback as pullback
+from innerloop._utils.caches import cache
+from innerloop._utils.compiled_check import check_compiled, fields_of
+from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
-    Incoming,
-    Outgoing,
+    InputCotangents,
+    OutputCotangents,
     Step,
     carry_of,
     state_of,
@@ -51,10 +52,10 @@ class Core:
             return state_of(new), loss, aux
 
         def pull(
-            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
-        ) -> Incoming:
+            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+        ) -> InputCotangents:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
-            return pullback.PRODUCTS[product](step, given)
+            return step_pullback.PRODUCTS[product](step, given)
 
         self._advance, self._pull = advance, pull
         for function in (advance, pull):
@@ -68,19 +69,36 @@ class Core:
 
     def advance(self, state: Any, hyper: Any, batch: Any) -> Any:
         """``(new_state, loss, aux)``."""
-        return self._call(0, self._advance, (state, hyper, batch), "the step")
+        return self._call(0, self._advance, (state, hyper, batch), "the step", _groups)
 
     def pull(
-        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: Outgoing
-    ) -> Incoming:
+        self, state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+    ) -> InputCotangents:
         """The cotangents of the state and of hyper."""
-        found: Incoming = self._call(
-            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step"
+
+        def groups(found: InputCotangents) -> dict[str, object]:
+            params, optimizer_state, buffers = tree.with_leaves(state, found.state)
+            user, optimizer = tree.with_leaves(hyper, found.hyper)
+            return {
+                "gradient of params": params,
+                **fields_of(optimizer_state, "gradient of optimizer_state"),
+                "gradient of buffers": buffers,
+                "gradient of hyper": {"hyper": user, "optimizer_hyper": optimizer},
+                "loss": found.loss,
+            }
+
+        found: InputCotangents = self._call(
+            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step", groups
         )
         return found
 
     def _call(
-        self, which: int, eager: Callable[..., Any], arguments: tuple[Any, ...], what: str
+        self,
+        which: int,
+        eager: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        what: str,
+        groups: Callable[[Any], dict[str, object]],
     ) -> Any:
         try:
             found = self._compiled[which](*arguments)
@@ -92,9 +110,21 @@ class Core:
             ) from error
         shapes = which, tuple((x.shape, x.dtype, x.device) for x in tree.tensors(arguments))
         if shapes not in self._verified:
-            _compare(found, eager(*arguments), what)
+            check_compiled(groups(found), groups(eager(*arguments)), what)
             self._verified.add(shapes)
         return found
+
+
+def _groups(found: tuple[tuple[Any, Any, Any], Tensor, Any]) -> dict[str, object]:
+    """Return what a step gives, by groups of one scale."""
+    (params, optimizer_state, buffers), loss, aux = found
+    return {
+        "params": params,
+        **fields_of(optimizer_state, "optimizer_state"),
+        "buffers": buffers,
+        "loss": loss,
+        "aux": aux,
+    }
 
 
 class _Loss:
@@ -111,7 +141,7 @@ def _second(hyper: Any, t: int) -> Any:
     return hyper[1]
 
 
-_cores: weakref.WeakKeyDictionary[Problem, dict[str, Core]] = weakref.WeakKeyDictionary()
+_cores: MutableMapping[Problem, dict[str, Core]] = cache("compiled steps", weak=True)
 
 
 class CompiledProblem:
@@ -140,8 +170,8 @@ class CompiledProblem:
             state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
         return carry_of(state, carry.random_state), loss, aux
 
-    def pull(self, step: Step, given: Outgoing) -> Incoming:
-        """As `pullback.pull`."""
+    def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
+        """As `step_pullback.pull`."""
         leaves = tree.leaves(step.hyper)
         with torch.enable_grad():
             inputs = [
@@ -187,8 +217,8 @@ class CompiledProblem:
             for i, value in zip(chosen, more, strict=True):
                 rest[i] = value
         step.reached.update(range(len(leaves)))
-        hyper = [pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
-        return Incoming(found.state, hyper, found.loss)
+        hyper = [step_pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
+        return InputCotangents(found.state, hyper, found.loss)
 
 
 def _counted(state: Any) -> Any:
@@ -205,34 +235,3 @@ def uncounted(state: Any, like: Any) -> Any:
     if len(tree.leaves(state)) != len(tree.leaves(like)):
         return state
     return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
-
-
-def beyond_rounding(ours: Tensor, theirs: Tensor, slack: float) -> tuple[float, float] | None:
-    """``(error, scale)`` where compiled numbers differ from uncompiled ones by more than rounding: 100 √ε of the largest, and ``slack``."""
-    scale = float(theirs.detach().abs().max())
-    error = float((ours - theirs).detach().abs().max())
-    return (
-        None
-        if error <= 100 * torch.finfo(theirs.dtype).eps ** 0.5 * scale + slack
-        else (error, scale)
-    )
-
-
-def _compare(found: Any, eager: Any, what: str) -> None:
-    """Refuse a compiled result that is not the eager one (torch 2.13 has silent cases)."""
-    pairs = zip(tree.leaves(found), tree.leaves(eager), strict=True)
-    chosen = [(a, b.detach()) for a, b in pairs if tree.differentiable(b) and b.numel()]
-    largest = max((float(b.abs().max()) for _, b in chosen), default=0.0)
-    for ours, theirs in chosen:
-        # What is rounding of larger numbers (a sum that cancels) has no scale of its own.
-        slack = 100 * torch.finfo(theirs.dtype).eps * largest
-        difference = beyond_rounding(
-            torch.zeros_like(theirs) if ours is None else ours, theirs, slack
-        )
-        if difference is not None:
-            error, scale = difference
-            raise MetaGradientError(
-                f"{what}, compiled, differs from the uncompiled one by {error:.3e}, where values "
-                f"are up to {scale:.3e}: a compiler error, "
-                "or the loss draws random numbers. Write compile=False"
-            )

@@ -1,8 +1,8 @@
-"""A whole loop as one node of the autograd graph, whose backward pass is a method's own.
+"""A whole loop as one node of the autograd graph, whose backward pass is a `LoopFunction`'s own.
 
 The node's inputs are the tensors of the start, of the hyper-parameters and of the data (constants
 too: ``vmap`` must see them); its outputs are the states asked for, the losses and aux. Its backward
-is a second node, whose forward is the method's lean pullback and whose own backward, for second
+is a second node, whose forward is the function's lean pullback and whose own backward, for second
 derivatives, differentiates a plain run of the loop that keeps everything.
 """
 
@@ -19,20 +19,21 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.fingerprint import agree
 from innerloop._utils.progress import closing, silent
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop
-from innerloop.strategy._engine.replay_context import Ambient, Repeatable
+from innerloop.strategy._engine.plain_run import plain_run
+from innerloop.strategy._engine.replay_context import Repeatable, ReplayContext
 from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
-from innerloop.strategy._store_all import StoreAll
 
 _vjp: Any = torch.func.vjp
 _jvp: Any = torch.func.jvp
 
 
-class Ran(NamedTuple):
+class LoopOutputs(NamedTuple):
     """What a loop gives.
 
     Attributes:
@@ -51,7 +52,7 @@ class Ran(NamedTuple):
     random_states: dict[int, RandomState | None]
 
 
-class Method(abc.ABC):
+class LoopFunction(abc.ABC):
     """How one loop runs forward and is pulled back; one object per loop, which may keep what it needs from one to the other.
 
     Args:
@@ -67,8 +68,8 @@ class Method(abc.ABC):
         )
         self.count = sum(1 for _ in tree.tensors(state_of(loop.start)))
         random_state = loop.start.random_state or RandomState.now()
-        empty = Carry({}, None, {}, random_state)
-        self.transformed = torch_private.inside_transform()
+        empty = Carry({}, None, {}, random_state, loop.start.time)
+        self.transformed = mode() is Mode.TRANSFORMED
         self.recorded = self.transformed or (
             torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
         )
@@ -79,7 +80,7 @@ class Method(abc.ABC):
             problem=problem, start=empty, hyper=None, batches=loop.batches.holding(None)
         )
         self.loop.batches.keeping = self.recorded
-        self.ambient = Ambient(loop)
+        self.context = ReplayContext(loop)
         self.losses: Tensor | None = None
         self.steps = 0
         self.outputs: Any = None
@@ -87,12 +88,12 @@ class Method(abc.ABC):
         self.kept: Any = None
 
     @abc.abstractmethod
-    def forward(self, loop: Loop) -> Ran:
+    def forward(self, loop: Loop) -> LoopOutputs:
         """Run on constants."""
 
     @abc.abstractmethod
     def pull(
-        self, loop: Loop, kept: Any, cotangents: Ran, wanted: list[bool]
+        self, loop: Loop, kept: Any, cotangents: LoopOutputs, wanted: list[bool]
     ) -> tuple[Cotangents, Cotangents]:
         """The cotangents of the leaves of the start's state, and of those of hyper.
 
@@ -108,15 +109,16 @@ class Method(abc.ABC):
     def filled(self, tensors: Sequence[Tensor]) -> Loop:
         """The loop with these tensors in it."""
         state, hyper, data = tree.join(self.inputs, tensors)
-        start = carry_of(state, self.loop.start.random_state)
+        begin = self.loop.start
+        start = carry_of(state, begin.random_state)._replace(time=begin.time)
         return self.loop._replace(start=start, hyper=hyper, batches=self.loop.batches.holding(data))
 
     def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of a run that keeps everything."""
         loop = self.filled(tensors)
         loop = loop._replace(batches=loop.batches.ending(self.steps), report=silent)
-        with at_random_state(loop.start.random_state), self.ambient.restored(loop.problem):
-            traj = StoreAll().run(loop)
+        with at_random_state(loop.start.random_state), self.context.restored(loop.problem):
+            traj = plain_run(loop)
         self.compare(traj.losses)
         found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
         return list(tree.tensors(found))
@@ -134,8 +136,8 @@ class Method(abc.ABC):
             )
 
 
-def run(method: Method) -> Trajectory:
-    """Run the loop of ``method`` as one node."""
+def run(function: LoopFunction) -> Trajectory:
+    """Run the loop of ``function`` as one node."""
     if torch_private.inside_dual_level():
         raise NotDifferentiableError(
             "dual numbers of torch.autograd.forward_ad do not reach through this strategy: write "
@@ -150,19 +152,19 @@ def run(method: Method) -> Trajectory:
             "the outer derivative): write "
             "torch.func.hessian, or jacrev of jacrev, or use innerloop.StoreAll()"
         )
-    tensors, method.tensors = method.tensors, []
-    start = method.filled(tensors).start
-    with method.ambient.restored(method.loop.problem):
-        ran = method.forward(method.filled([x.detach() for x in tensors]))
-    method.losses = ran.losses.detach().clone()
-    method.steps, method.random_states = ran.steps, ran.random_states
-    outputs, method.outputs = tree.split((ran.states, ran.losses, ran.aux))
-    if method.recorded:
-        outputs = _distinct(outputs, method.transformed)
-        outputs = list(_Node.apply(method, len(outputs), *outputs, *tensors))
-    states, losses, aux = tree.join(method.outputs, outputs)
+    tensors, function.tensors = function.tensors, []
+    start = function.filled(tensors).start
+    with function.context.restored(function.loop.problem):
+        ran = function.forward(function.filled([x.detach() for x in tensors]))
+    function.losses = ran.losses.detach().clone()
+    function.steps, function.random_states = ran.steps, ran.random_states
+    outputs, function.outputs = tree.split((ran.states, ran.losses, ran.aux))
+    if function.recorded:
+        outputs = _distinct(outputs, function.transformed)
+        outputs = list(_LoopNode.apply(function, len(outputs), *outputs, *tensors))
+    states, losses, aux = tree.join(function.outputs, outputs)
     carries = {t: carry_of(state, ran.random_states[t]) for t, state in states.items()}
-    return Trajectory({**carries, 0: start}, losses, aux, method.steps)
+    return Trajectory({**carries, 0: start}, losses, aux, function.steps)
 
 
 def _distinct(outputs: list[Tensor], transformed: bool) -> list[Tensor]:
@@ -172,21 +174,21 @@ def _distinct(outputs: list[Tensor], transformed: bool) -> list[Tensor]:
     return [x.view_as(x) if transformed else x.data for x in outputs]
 
 
-class _Node(torch.autograd.Function):
+class _LoopNode(torch.autograd.Function):
     """The loop: hands on outputs that have been computed from constants, and remembers how they depend on the inputs."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(method: Method, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(function: LoopFunction, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors[:count]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.method, ctx.count, *tensors = inputs
+        ctx.function, ctx.count, *tensors = inputs
         ctx.save_for_backward(*tensors[ctx.count :])
         ctx.save_for_forward(*tensors[ctx.count :])
-        if not ctx.method.transformed:
+        if not ctx.function.transformed:
             ctx.mark_dirty(
                 *tensors[: ctx.count]
             )  # the output is the input itself, not a view: it may be edited in place
@@ -195,7 +197,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        method, tensors = ctx.method, ctx.saved_tensors
+        function, tensors = ctx.function, ctx.saved_tensors
         wanted = [
             n and tree.differentiable(x)
             for n, x in zip(ctx.needs_input_grad[2 + ctx.count :], tensors, strict=True)
@@ -205,12 +207,12 @@ class _Node(torch.autograd.Function):
         if any(given):
             # Where transforms run, all that the pullback uses has to pass through its node.
             kept, template = (
-                tree.split((method.kept, method.loop.batches.kept))
-                if method.transformed
+                tree.split((function.kept, function.loop.batches.kept))
+                if function.transformed
                 else ([], None)
             )
-            request = _Request(method, wanted, given, template)
-            pulled = _Pull.apply(
+            request = _BackwardRequest(function, wanted, given, template)
+            pulled = _LoopBackward.apply(
                 request, *tensors, *[c for c in cotangents if c is not None], *kept
             )
             for i, value in zip(request.reached, pulled, strict=True):
@@ -225,25 +227,27 @@ class _Node(torch.autograd.Function):
         ]
 
         def outputs(values: list[Tensor]) -> list[Tensor]:
-            return ctx.method.plain(tree.put(tensors, chosen, values))
+            return ctx.function.plain(tree.put(tensors, chosen, values))
 
         found = _pushed(outputs, tensors, tangents, chosen)
         return tuple(v if tree.differentiable(v) else None for v in found)
 
 
-class _Request:
+class _BackwardRequest:
     """One pullback of a node.
 
     Attributes:
-        method: the node's.
+        function: the node's.
         wanted: for each input, whether its cotangent is wanted.
         given: for each output, whether its cotangent is not zero.
-        kept: what the method kept, without its tensors; None: the method holds it itself.
+        kept: what the function kept, without its tensors; None: the function holds it itself.
         reached: the inputs whose cotangent is not zero; filled in by the pullback.
     """
 
-    def __init__(self, method: Method, wanted: list[bool], given: list[bool], kept: Any) -> None:
-        self.method = method
+    def __init__(
+        self, function: LoopFunction, wanted: list[bool], given: list[bool], kept: Any
+    ) -> None:
+        self.function = function
         self.wanted = wanted
         self.given = given
         self.kept = kept
@@ -259,7 +263,7 @@ class _Request:
             inputs, cotangents = filled[: len(self.wanted)], filled[len(self.wanted) :]
 
             def outputs(values: list[Tensor]) -> list[Tensor]:
-                ends = self.method.plain(tree.put(inputs, self.reached, values))
+                ends = self.function.plain(tree.put(inputs, self.reached, values))
                 return [y for y, given in zip(ends, self.given, strict=True) if given]
 
             _, pull = _vjp(outputs, [inputs[i] for i in self.reached])
@@ -283,37 +287,37 @@ def _pushed(
     return found
 
 
-class _Pull(torch.autograd.Function):
-    """The pullback of `_Node`, a function of its inputs and of the cotangents of its outputs."""
+class _LoopBackward(torch.autograd.Function):
+    """The pullback of `_LoopNode`, a function of its inputs and of the cotangents of its outputs."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(request: _Request, *tensors: Tensor) -> tuple[Tensor, ...]:
-        method, count = request.method, len(request.wanted)
+    def forward(request: _BackwardRequest, *tensors: Tensor) -> tuple[Tensor, ...]:
+        function, count = request.function, len(request.wanted)
         inputs, cotangents, kept = (
             tensors[:count],
             iter(tensors[count:]),
             tensors[count + sum(request.given) :],
         )
         row = [next(cotangents) if given else None for given in request.given]
-        states, losses, aux = tree.join(method.outputs, row, rest_too=False)
-        ran = Ran(states, losses, aux, method.steps, method.random_states)
+        states, losses, aux = tree.join(function.outputs, row, rest_too=False)
+        ran = LoopOutputs(states, losses, aux, function.steps, function.random_states)
         if request.kept is None:
-            held, method.kept = method.kept, None
-        loop = method.filled([x.detach() for x in inputs])
+            held, function.kept = function.kept, None
+        loop = function.filled([x.detach() for x in inputs])
         if request.kept is not None:
             held, loop.batches.kept = tree.join(request.kept, kept)
-        places = iter(request.wanted[method.count :])
+        places = iter(request.wanted[function.count :])
         wanted = [
             next(places) if isinstance(leaf, Tensor) else False for leaf in tree.leaves(loop.hyper)
         ]
         with (
             at_random_state(RandomState.now()),
-            method.ambient.restored(loop.problem),
+            function.context.restored(loop.problem),
             closing(loop.report),
         ):
-            of_start, of_hyper = method.pull(loop, held, ran, wanted)
+            of_start, of_hyper = function.pull(loop, held, ran, wanted)
         leaves = [*tree.leaves(state_of(loop.start)), *tree.leaves(loop.hyper)]
         found = [
             c

@@ -37,7 +37,7 @@ class Repeatable:
         return result
 
 
-class Ambient:
+class ReplayContext:
     """The surroundings at the moment.
 
     Args:

@@ -84,7 +84,7 @@ def kept(start: int, end: int, slots: int) -> Iterator[int]:
         yield start
 
 
-class Online:
+class OnlineSchedule:
     """Which states to keep while the number of steps is not known yet.
 
     The rule of Wang, Moin & Iaccarino ("Minimal repetition dynamic checkpointing", 2009): a state

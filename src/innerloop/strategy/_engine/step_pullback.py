@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,12 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient import graph
-from innerloop._inner_gradient.torch_errors import explained
+from innerloop._inner_gradient.torch_errors import explain
 from innerloop._problem import Problem
-from innerloop._utils import torch_private, tree
+from innerloop._types import Loss
+from innerloop._utils import tree
+from innerloop._utils.caches import cache
+from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
@@ -79,7 +81,7 @@ class Step(NamedTuple):
             self.random_state.restore()
 
 
-class Outgoing(NamedTuple):
+class OutputCotangents(NamedTuple):
     """Cotangents of what a step gives; each list is aligned with `tree.leaves`.
 
     Attributes:
@@ -93,7 +95,7 @@ class Outgoing(NamedTuple):
     aux: Cotangents
 
 
-class Incoming(NamedTuple):
+class InputCotangents(NamedTuple):
     """Cotangents of what a step was given, and the loss, evaluated once more.
 
     Attributes:
@@ -130,10 +132,10 @@ def _takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> l
     return [*found, *step.wanted]
 
 
-def reverse(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def reverse(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     """Reverse over reverse: record the step, and run it backwards."""
     step.rewind()
-    if torch_private.inside_transform() or torch.compiler.is_compiling():
+    if not may_call_autograd():
         return _reverse_by_transform(step, given)
     parts = (*state_of(step.carry), step.hyper)
     chosen = _takes_part(step, parts, 2)
@@ -163,10 +165,10 @@ def reverse(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         row = [next(found) if c else None for c in chosen]
     count = len(leaves) - len(step.wanted)
     step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    return Incoming(row[:count], row[count:], loss.detach())
+    return InputCotangents(row[:count], row[count:], loss.detach())
 
 
-def _reverse_by_transform(step: Step, given: Outgoing) -> Incoming:
+def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
     inputs = _Inputs(step, (*state_of(step.carry), step.hyper), buffers_at=2)
 
     def ends(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -182,10 +184,10 @@ def _reverse_by_transform(step: Step, given: Outgoing) -> Incoming:
     (values,) = pull([c for c in cotangents if c is not None])
     found = inputs.aligned(values)
     count = len(found) - len(step.wanted)
-    return Incoming(found[:count], found[count:], loss)
+    return InputCotangents(found[:count], found[count:], loss)
 
 
-def mixed(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def mixed(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     """Forward over reverse: one ``jvp`` of the inner gradient along the cotangent that the update hands it."""
 
     def product(
@@ -194,10 +196,10 @@ def mixed(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         step.rewind()
         return _jvp(gradients, (values,), (along,), has_aux=True)
 
-    return _factored(step, given, gradient, product)
+    return _through_factors(step, given, gradient, product)
 
 
-def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def finite(step: Step, given: OutputCotangents, gradient: Any = None) -> InputCotangents:
     r"""A central difference of the inner gradient.
 
     .. math:: (\nabla\ell(\theta + \epsilon \bar g) - \nabla\ell(\theta - \epsilon \bar g)) / 2\epsilon
@@ -232,7 +234,7 @@ def finite(step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
         ]
         return mean, slope, loss
 
-    return _factored(step, given, gradient, product)
+    return _through_factors(step, given, gradient, product)
 
 
 def _no_product(
@@ -243,7 +245,7 @@ def _no_product(
     return zeros, zeros, values[0].new_zeros(())
 
 
-def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
+def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
     """Compare the pullback of one step with reverse over reverse, where that exists.
 
     A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power
@@ -253,7 +255,7 @@ def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
         exact = reverse(step, given)
     except (InnerLoopError, RuntimeError):
         return
-    direct = _factored(step, given, None, _no_product)
+    direct = _through_factors(step, given, None, _no_product)
     error = scale = 0.0
     rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
     for a, b, c in rows:
@@ -272,7 +274,9 @@ def check_finite(step: Step, given: Outgoing, ours: Incoming) -> None:
         )
 
 
-def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[..., Any]) -> Incoming:
+def _through_factors(
+    step: Step, given: OutputCotangents, gradient: Any, product: Callable[..., Any]
+) -> InputCotangents:
     """Pull through the update, then through the gradient by ``product``, then through what else the loss gives."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
     buffers_at = len(given.state) - sizes[2]
@@ -296,7 +300,7 @@ def _factored(step: Step, given: Outgoing, gradient: Any, product: Callable[...,
     )
     of_params = [add(a, b) for a, b in zip(of_params, params, strict=True)]
     of_hyper = [add(a, b) for a, b in zip(of_hyper, hyper, strict=True)]
-    return Incoming([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
+    return InputCotangents([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
 
 
 def _through_update(step: Step, gradient: Any, given: Cotangents) -> list[Cotangents]:
@@ -365,18 +369,20 @@ def _through_besides(step: Step, inputs: _Inputs, given: Cotangents) -> Cotangen
     return inputs.pulled(besides, given)
 
 
-PRODUCTS: dict[str, Callable[..., Incoming]] = {
+PRODUCTS: dict[str, Callable[..., InputCotangents]] = {
     "reverse": reverse,
     "mixed": mixed,
     "finite": finite,
 }
 PREFERRED = {"cpu": "reverse"}
 """What ``product="auto"`` takes on which kind of device, by measurement (docs/devnotes/decisions.md); elsewhere reverse."""
-_no_forward_mode: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Losses for which ``"auto"`` has found that."""
+_no_forward_mode: MutableMapping[Loss, bool] = cache("losses without a forward mode", weak=True)
+"""Losses of which ``product="auto"`` has found that an operation lacks a forward-mode derivative."""
 
 
-def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Incoming:
+def pull(
+    product: str, step: Step, given: OutputCotangents, gradient: Any = None
+) -> InputCotangents:
     """Pull one step back.
 
     Raises:
@@ -392,9 +398,9 @@ def pull(product: str, step: Step, given: Outgoing, gradient: Any = None) -> Inc
         raise
     except RuntimeError as error:
         if chosen != "mixed" or not lacks_forward_mode(error):
-            raise explained(error) from error
+            raise explain(error) from error
         if product == "auto":
-            _no_forward_mode.add(step.problem.loss)
+            _no_forward_mode[step.problem.loss] = True
             warnings.warn(
                 f"{step.problem!r}: an operation of the loss lacks a forward-mode derivative, so "
                 'product="auto" takes reverse over '
@@ -449,9 +455,9 @@ class _Inputs:
 
     def note(self, ends: Sequence[Tensor], values: list[Tensor]) -> None:
         """Note which leaves ``ends`` depend on: a transform gives zeros for those that they do not depend on."""
-        if torch.compiler.is_compiling():
+        if mode() is Mode.COMPILING:
             return
-        found = {id(x) for x in graph.inspect(ends, (), second_order=False)}
+        found = {id(x) for x in graph.check_graph(ends, (), second_order=False)}
         self.reached.update(i for i, v in zip(self.chosen, values, strict=True) if id(v) in found)
         before = len(self.leaves) - len(self.step.wanted)
         self.step.reached.update(i - before for i in self.reached if i >= before)
@@ -469,6 +475,6 @@ class _Inputs:
         """``values`` in their places among the leaves; None for those that were not reached, as autograd has it."""
         row: Cotangents = [None] * len(self.leaves)
         for i, value in zip(self.chosen, values, strict=True):
-            if i in self.reached or torch.compiler.is_compiling():
+            if i in self.reached or mode() is Mode.COMPILING:
                 row[i] = value
         return row

@@ -1,0 +1,139 @@
+"""The gradient of an inner loss, as every front end takes it.
+
+A front end calls three functions, each where it needs it: `check_graph` once the loss is known,
+`inner_gradient` once it has decided whether to record, `finish` before the optimizer sees the
+gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from innerloop._inner_gradient.graph import check_graph as check_graph
+from innerloop._inner_gradient.torch_errors import explain
+from innerloop._module.copier import Gate
+from innerloop.errors import InnerLoopError
+from innerloop.optim._engine.grads import dense, is_sparse
+
+K = TypeVar("K", str, int)
+"""How a front end calls its parameters: by name, or by position."""
+Hook = Callable[[Tensor], Tensor | None]
+"""What a user gave to ``Tensor.register_hook``."""
+
+
+def inner_gradient(
+    loss: Tensor,
+    params: Mapping[K, Tensor],
+    *,
+    create_graph: bool,
+    independent: Exception,
+    gate: Gate | None = None,
+) -> dict[K, Tensor | None]:
+    """Differentiate ``loss`` by ``params``; None for those that it does not use.
+
+    Args:
+        loss: a scalar.
+        params: what to differentiate by; may be empty.
+        create_graph: let the gradients have derivatives of their own.
+        independent: raised if the loss uses none of ``params``, in the words of the front end.
+        gate: opened while the backward pass runs, and then put back as it was.
+
+    Returns:
+        A gradient, or None, for each of ``params``.
+    """
+    if not params:
+        return {}
+    if not loss.requires_grad:
+        raise independent
+    try:
+        with _open(gate):
+            values = torch.autograd.grad(
+                loss, list(params.values()), create_graph=create_graph, allow_unused=True
+            )
+    except InnerLoopError:
+        raise
+    except RuntimeError as error:
+        raise explain(error) from error
+    if all(g is None for g in values):
+        raise independent
+    return dict(zip(params, values, strict=True))
+
+
+def finish(
+    grads: Mapping[K, Tensor | None],
+    *,
+    hooks: Iterable[tuple[K, Hook]] = (),
+    takes_sparse: bool = False,
+) -> dict[K, Tensor | None]:
+    """Make sparse gradients dense unless the optimizer takes them, then run the user's hooks.
+
+    Most operations on sparse tensors have no derivative; making one dense has. The new parameter is
+    as large as the dense gradient, so no memory is lost.
+
+    Args:
+        grads: what `inner_gradient` returned.
+        hooks: the hooks of the user's own parameters, each with the key of its parameter.
+        takes_sparse: True if the rule works on sparse gradients (``sparse_adam``).
+
+    Returns:
+        The gradients for the optimizer.
+    """
+    found = dict(grads) if takes_sparse else dense(grads)
+    for key, hook in hooks:
+        g = found.get(key)
+        if g is not None and (changed := hook(g)) is not None:
+            found[key] = changed
+    return found
+
+
+def sparse_ones(grads: Mapping[K, Tensor | None]) -> set[K]:
+    """Return the keys of the gradients that are sparse."""
+    return {key for key, g in grads.items() if g is not None and is_sparse(g)}
+
+
+def with_dense_gradients(params: Mapping[K, Tensor], chosen: Collection[K]) -> dict[K, Tensor]:
+    """Return ``params`` with an alias, whose gradient is always dense, for the chosen ones.
+
+    Where the inner gradient of a parameter was sparse, so is what an outer loss sends back to it
+    through the same operation, and few update rules have a derivative for that.
+    """
+    return {
+        key: _DenseGradient.apply(p) if key in chosen and p.requires_grad else p
+        for key, p in params.items()
+    }
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose derivative is dense."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        return grad.to_dense() if is_sparse(grad) else grad
+
+
+@contextmanager
+def _open(gate: Gate | None) -> Iterator[None]:
+    """Open ``gate`` for a while: the backward pass of a step may read that step's weights."""
+    if gate is None:
+        yield
+        return
+    before, gate.closed = gate.closed, False
+    try:
+        yield
+    finally:
+        gate.closed = before

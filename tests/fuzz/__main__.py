@@ -1,0 +1,54 @@
+"""Run the fuzzer: ``python -m tests.fuzz --seed 1 --cases 20000``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.fuzz import verdict
+from tests.fuzz.case import draw
+from tests.fuzz.truth import world
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--start", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--only", type=int, help="judge this case alone, and say which input is off")
+    parser.add_argument("--refusals", action="store_true", help="list the refusals by message")
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        return explain(arguments.seed, arguments.only)
+
+    def each(found: verdict.Verdict, tally: verdict.Tally) -> None:
+        if found.kind in (verdict.SILENT, verdict.BARE):
+            print(found, flush=True)
+        if tally.total % 500 == 0:
+            print(tally, flush=True)
+
+    numbers = range(arguments.start, arguments.start + arguments.cases)
+    tally = verdict.run(arguments.seed, numbers, each)
+    print(f"seed {arguments.seed}: {tally}")
+    if arguments.refusals:
+        for reason, count in tally.refusals.most_common():
+            print(f"{count:6} {reason}")
+    return 1 if tally.findings else 0
+
+
+def explain(seed: int, number: int) -> int:
+    """Judge one case, and compare the derivative in each input on its own."""
+    found = verdict.judge(seed, number)
+    print(found)
+    if found.kind == verdict.BARE:
+        from tests.fuzz.answers import answer
+
+        answer(world(draw(seed, number)))
+    if found.kind == verdict.SILENT:
+        for name, (said, true) in verdict.blamed(world(draw(seed, number))).items():
+            print(f"    {name}: {said:.9g}, by differences {true:.9g}")
+    return 1 if found.kind in (verdict.SILENT, verdict.BARE) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

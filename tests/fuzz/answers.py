@@ -1,0 +1,311 @@
+"""What the library says of a case, by each front end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import innerloop
+from tests.fuzz import losses, rules
+from tests.fuzz.models import Batch
+from tests.fuzz.truth import CLIP, World, outer
+
+Grads = dict[str, Tensor | None]
+
+
+class Answer(NamedTuple):
+    """The outer loss, its derivative along the direction, and by the names of the inputs."""
+
+    value: float
+    derivative: float
+    parts: dict[str, float]
+    changed: str
+
+
+def answer(w: World) -> Answer:
+    """Ask the front end of the case."""
+    model = w.fresh()
+    before = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    attributes = len(getattr(model, "seen", ()))
+    hyper = {n: _leaf(v) for n, v in w.values.items()}
+    if w.case.role != "none":
+        hyper["strength"] = _leaf(w.strength)
+    torch.manual_seed(w.case.seed)
+    value, grads = ASK[w.case.front](w, model, hyper)
+    parts = {
+        name: 0.0 if (g := grads.get(name)) is None else float((g.to_dense() * v).sum())
+        for name, v in w.along.items()
+    }
+    changed = [
+        n for n, t in model.state_dict().items() if not torch.equal(t, before[n])
+    ]
+    if len(getattr(model, "seen", ())) != attributes:
+        changed.append("seen")
+    return Answer(float(value), sum(parts.values()), parts, ", ".join(changed))
+
+
+def _leaf(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def _strength(w: World, hyper: Mapping[str, Tensor]) -> Tensor:
+    return hyper["strength"] if "strength" in hyper else torch.tensor(w.strength).double()
+
+
+def _overrides(w: World, hyper: Mapping[str, Tensor], t: int) -> dict[str, Any]:
+    """What the optimizer takes from the outer variables at step t, as tensors."""
+    varied = {n: v for n, v in hyper.items() if n != "strength"}
+    chosen = rules.only(w.settings(varied), varied)
+    if w.case.schedule != 1:
+        lr = chosen.get("lr", torch.tensor(w.case.settings["lr"]).double())
+        chosen["lr"] = lr * w.case.schedule**t
+    if w.case.rule == "learned":
+        settings = w.settings(varied)
+        weights = {n: torch.as_tensor(v).double() for n, v in settings.items()}
+        return {"weights": weights} if varied else {}
+    return chosen
+
+
+def _optimizer(w: World, chained: bool = True) -> innerloop.optim.Optimizer:
+    """Make the rule of innerloop."""
+    rule = rules.RULES[w.case.rule].ours(**w.case.settings)
+    transform = w.case.transform
+    if transform == "none" or not chained:
+        return rule
+    made: Any = {
+        "clip norm": innerloop.optim.clip_by_global_norm,
+        "clip value": innerloop.optim.clip_by_value,
+        "scale": innerloop.optim.scale,
+    }[transform](CLIP[transform])
+    return innerloop.optim.chain(made, rule)
+
+
+def _called_back(transform: str, grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Write the transform as a user of ``grad_callback`` would."""
+    limit = CLIP[transform]
+    if transform == "clip norm":
+        squares = [g.square().sum() for g in grads if g is not None]
+        factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+        return [None if g is None else g * factor for g in grads]
+    if transform == "clip value":
+        return [None if g is None else g.clamp(-limit, limit) for g in grads]
+    return [None if g is None else limit * g for g in grads]
+
+
+def _named_callback(transform: str) -> Callable[[Mapping[str, Tensor]], dict[str, Any]] | None:
+    if transform == "none":
+        return None
+    return lambda grads: dict(
+        zip(grads, _called_back(transform, list(grads.values())), strict=True)
+    )
+
+
+def _torch_optimizer(w: World, model: nn.Module) -> torch.optim.Optimizer:
+    params = dict(model.named_parameters())
+    make = rules.RULES[w.case.rule].torch
+    return make([params[n] for n in w.trained], **w.case.settings)
+
+
+def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
+    case, options = w.case, w.case.options
+    by_torch = options["by_torch"]
+    optimizer: Any = _torch_optimizer(w, model) if by_torch else _optimizer(w)
+    if not by_torch and len(w.trained) < len(list(model.named_parameters())):
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in w.trained)
+    callback = _named_callback(case.transform) if by_torch else None
+    given: dict[str, Any] = {} if callback is None else {"grad_callback": callback}
+    middle: Mapping[str, Tensor] = {}
+    with innerloop.track(
+        model, optimizer, learn=options["learn"], first_order=options["first_order"]
+    ) as loop:
+        for t in range(case.steps):
+            batch = w.batches[t]
+
+            def closure(batch: Batch = batch) -> Tensor:
+                params = dict(loop.model.named_parameters())
+                return losses.value(
+                    w.loss, case.role, loop.model, params, batch, _strength(w, hyper)
+                )
+
+            overrides = _overrides(w, hyper, t)
+            loop.step(
+                closure if options["closure"] else closure(),
+                **({"hyper": overrides} if overrides else {}),
+                **given,
+            )
+            if t + 1 == (case.steps + 1) // 2:
+                middle = loop.parameters(time=t + 1)
+        last = loop.parameters()
+        value = outer(
+            w, loop.model, {n: last[n] for n in w.trained}, {n: middle[n] for n in w.trained}, []
+        )
+    return value.detach(), _backward(value, model, hyper)
+
+
+def _backward(value: Tensor, model: nn.Module, hyper: dict[str, Tensor]) -> Grads:
+    if value.requires_grad:
+        value.backward()
+    grads: Grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return grads | {f"hyper.{n}": h.grad for n, h in hyper.items()}
+
+
+def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
+    case = w.case
+    opt = _torch_optimizer(w, model)
+    callback = None
+    if case.transform != "none":
+        callback = lambda grads: _called_back(case.transform, list(grads))  # noqa: E731
+    with innerloop.higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diff):
+        for t in range(case.steps):
+            batch = w.batches[t]
+
+            def closure(batch: Batch = batch) -> Tensor:
+                params = dict(fmodel.named_parameters())
+                return losses.value(w.loss, case.role, fmodel, params, batch, _strength(w, hyper))
+
+            override = {n: [v] for n, v in _overrides(w, hyper, t).items()}
+            diff.step(
+                closure if case.options["closure"] else closure(),
+                override=override or None,
+                grad_callback=callback,
+            )
+        names = [n for n, _ in model.named_parameters()]
+        last = dict(zip(names, fmodel.parameters(), strict=True))
+        middle = dict(
+            zip(names, fmodel.parameters(time=(case.steps + 1) // 2), strict=True)
+        )
+        value = outer(
+            w, fmodel, {n: last[n] for n in w.trained}, {n: middle[n] for n in w.trained}, []
+        )
+        return value.detach(), _backward(value, model, hyper)
+
+
+class _Posed(NamedTuple):
+    problem: innerloop.Problem
+    batches: Any
+    steps: int | None
+    outer: Callable[[innerloop.Trajectory], Tensor]
+
+
+def _posed(w: World, model: nn.Module) -> _Posed:
+    """Pose the case as a `Problem`, with its batches in the form that was drawn."""
+    case, options = w.case, w.case.options
+    optimizer = _optimizer(w)
+    varied = case.varied or case.schedule != 1
+    more: dict[str, Any] = (
+        {"optimizer_hyper": lambda hyper, t: _overrides(w, hyper or {}, t)} if varied else {}
+    )
+    call, everything, buffers = innerloop.functional(model)
+    from_module = options["from_module"] or bool(buffers) or case.family == "stateful"
+    from_module = from_module or w.case.loss in ("module hook", "parameter hook")
+    if from_module:
+
+        def of_module(model: nn.Module, hyper: Any, batch: Batch) -> Tensor:
+            params = dict(model.named_parameters())
+            return losses.value(w.loss, case.role, model, params, batch, _strength(w, hyper or {}))
+
+        problem = innerloop.Problem.from_module(model, of_module, optimizer, **more)
+    else:
+
+        def of_params(params: Any, hyper: Any, batch: Batch) -> Tensor:
+            complete = {**everything, **params}
+            return losses.value(
+                w.loss, case.role, lambda b: call(complete, b), complete, batch,
+                _strength(w, hyper or {}),
+            )  # fmt: skip
+
+        problem = innerloop.Problem(of_params, optimizer, **more)
+
+    half = (case.steps + 1) // 2
+
+    def of_trajectory(traj: innerloop.Trajectory) -> Tensor:
+        last = traj.at(-1)
+        complete = {**everything, **traj.params}
+
+        def final(batch: Batch) -> Tensor:
+            output: Tensor = (
+                call(complete, batch, buffers=last.buffers)[0] if buffers else call(complete, batch)
+            )
+            return output
+
+        middle = traj.at(half).params if case.outer == "middle" else {}
+        return outer(w, final, dict(traj.params), dict(middle), traj.losses)
+
+    data = w.batches[:-1]
+    form = options["form"]
+    if form == "stacked":
+        keys = data[0]
+        stacked = {key: torch.stack([b[key] for b in data]) for key in keys}
+        return _Posed(problem, stacked, None, of_trajectory)
+    if form == "function":
+        return _Posed(problem, lambda params, hyper, t: data[t], case.steps, of_trajectory)
+    if form == "iterator":
+        return _Posed(problem, iter(data), case.steps, of_trajectory)
+    return _Posed(problem, data, None, of_trajectory)
+
+
+def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
+    case = w.case
+    posed = _posed(w, model)
+    params = {
+        n: p.detach().clone().requires_grad_("params" in case.wrt)
+        for n, p in model.named_parameters()
+        if n in w.trained
+    }
+    more: dict[str, Any] = {"strategy": case.strategy}
+    if case.outer == "middle":
+        more["save_at"] = [(case.steps + 1) // 2]
+    pieces = case.options["pieces"] == 2 and case.outer in ("params", "output")
+    if pieces and case.steps > 1 and case.cut == 0 and case.options["form"] == "list":
+        first = innerloop.unroll(posed.problem, params, posed.batches[:1], hyper=hyper, **more)
+        traj = innerloop.unroll(
+            posed.problem, first.at(-1), posed.batches[1:], hyper=hyper, **more
+        )
+    else:
+        traj = innerloop.unroll(
+            posed.problem, params, posed.batches, hyper=hyper, steps=posed.steps, **more
+        )
+    value = posed.outer(traj)
+    inputs = {**params} if "params" in case.wrt else {}
+    inputs |= {f"hyper.{n}": h for n, h in hyper.items()}
+    if not value.requires_grad:
+        return value.detach(), {}
+    found = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
+    return value.detach(), dict(zip(inputs, found, strict=True))
+
+
+def by_metagradient(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
+    case = w.case
+    posed = _posed(w, model)
+    params = {n: p.detach().clone() for n, p in model.named_parameters() if n in w.trained}
+    more: dict[str, Any] = {"strategy": case.strategy}
+    if case.outer == "middle":
+        more["save_at"] = [(case.steps + 1) // 2]
+    if hyper:
+        more["hyper"] = {n: h.detach() for n, h in hyper.items()}
+    value, grads = innerloop.metagradient(
+        lambda traj, hyper: posed.outer(traj),
+        posed.problem,
+        params,
+        posed.batches,
+        steps=posed.steps,
+        wrt=case.wrt,
+        **more,
+    )
+    named: Grads = dict(grads.get("params") or {})
+    return value, named | {f"hyper.{n}": g for n, g in (grads.get("hyper") or {}).items()}
+
+
+ASK: dict[str, Callable[[World, nn.Module, dict[str, Tensor]], tuple[Tensor, Grads]]] = {
+    "track": by_track,
+    "unroll": by_unroll,
+    "metagradient": by_metagradient,
+    "bridge": by_bridge,
+}
+
+

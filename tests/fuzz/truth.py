@@ -1,0 +1,216 @@
+"""The same training by plain torch, and its derivative by finite differences."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.fuzz import losses, models, rules
+from tests.fuzz.case import Case
+
+STEPS = (2e-5, 5e-6)
+"""The two difference steps."""
+AGREE = 1e-6
+CLIP = {"clip norm": 0.5, "clip value": 0.1, "scale": 0.7}
+
+
+@dataclass
+class World:
+    """What a case is made of.
+
+    Attributes:
+        model: the untrained model; whoever trains copies it.
+        batches: one for each step, and one for the outer loss.
+        trained: the names of the parameters that the optimizer has.
+        strength: the outer variable in the loss.
+        values: the varied settings.
+        along: the direction of the derivative, by the names of parameters and of outer variables.
+    """
+
+    case: Case
+    model: nn.Module
+    batches: list[models.Batch]
+    trained: list[str]
+    strength: float
+    values: dict[str, float]
+    along: dict[str, Tensor]
+
+    @property
+    def loss(self) -> losses.Loss:
+        return losses.LOSSES[self.case.loss]
+
+    def fresh(self) -> nn.Module:
+        """Copy the model, with the hooks that belong to the loss."""
+        model = copy.deepcopy(self.model)
+        self.loss.prepare(model)
+        return model
+
+    def settings(self, values: dict[str, Any]) -> rules.Settings:
+        return rules.replaced(self.case.settings, values)
+
+
+def world(case: Case) -> World:
+    """Build what a case is made of."""
+    model = models.make(case.family, case.seed % 10_007)
+    names = [n for n, p in model.named_parameters()]
+    trained = [
+        n for n, p in model.named_parameters() if case.rule != "muon" or p.dim() == 2
+    ]
+    if case.frozen is not None and len(trained) > 1:
+        left_out = trained.pop(case.frozen % len(trained))
+        dict(model.named_parameters())[left_out].requires_grad_(False)
+    generator = torch.Generator().manual_seed(case.seed)
+    along = {}
+    params = dict(model.named_parameters())
+    for name in names:
+        v = torch.randn(params[name].shape, generator=generator, dtype=torch.float64)
+        # A user's hook on a parameter acts on the outer gradient too; a padding row gets none.
+        hooked = case.loss == "parameter hook" and name == names[0]
+        if name in models.with_padding(model):
+            v[models.PADDING] = 0
+        if "params" in case.wrt and name in trained and not hooked:
+            along[name] = v
+    values = {name: rules.read(case.settings, name) for name in case.varied}
+    for name, value in values.items():
+        v = torch.randn((), generator=generator, dtype=torch.float64).sign()
+        along[f"hyper.{name}"] = v * min(abs(value), 1.0)
+    if case.role != "none":
+        along["hyper.strength"] = torch.randn((), generator=generator, dtype=torch.float64).sign()
+    return World(
+        case, model, models.batches(case.seed, case.steps + 1), trained, 0.2, values, along
+    )
+
+
+class Run(NamedTuple):
+    value: float
+    grads: list[dict[str, Tensor | None]]
+
+
+def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None = None) -> Run:
+    """Train by torch at the inputs moved by ``h``, and return the outer loss.
+
+    With ``grads``, the steps take these gradients instead of those of the loss: what first-order
+    methods call the derivative.
+    """
+    case = w.case
+    model = w.fresh()
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in params.items():
+            if name in w.along:
+                p += h * w.along[name]
+
+    def moved(t: int) -> float:
+        return h if t >= case.cut else 0.0
+
+    def settings(t: int) -> rules.Settings:
+        step = moved(t)
+        new = w.settings(
+            {n: v + step * float(w.along[f"hyper.{n}"]) for n, v in w.values.items()}
+        )
+        if case.schedule != 1:
+            new["lr"] = new["lr"] * case.schedule**t
+        return new
+
+    optimizer = rules.RULES[case.rule].torch([params[n] for n in w.trained], **settings(0))
+    losses_seen: list[Tensor] = []
+    kept: list[dict[str, Tensor | None]] = []
+    middle = {n: p.detach().clone() for n, p in params.items()}
+    torch.manual_seed(case.seed)
+    for t in range(case.steps):
+        optimizer.param_groups[0].update(settings(t))
+        batch = w.batches[t]
+        strength = torch.tensor(
+            w.strength + moved(t) * float(w.along.get("hyper.strength", 0.0)), dtype=torch.float64
+        )
+        seen: list[Tensor] = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = losses.value(w.loss, case.role, model, params, batch, strength)
+            value.backward()
+            if grads is not None:
+                for name in w.trained:
+                    given = grads[t][name]
+                    params[name].grad = None if given is None else given.clone()
+            else:
+                kept.append(
+                    {n: None if (g := params[n].grad) is None else g.clone() for n in w.trained}
+                )
+            _transform(case, [params[n] for n in w.trained])
+            seen.append(value.detach())
+            return value.detach()
+
+        if case.rule == "lbfgs":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        losses_seen.append(seen[0])
+        if t + 1 == (case.steps + 1) // 2:
+            middle = {n: p.detach().clone() for n, p in params.items()}
+    with torch.no_grad():
+        value = outer(w, model, {n: params[n] for n in w.trained},
+                      {n: middle[n] for n in w.trained}, losses_seen)
+    return Run(float(value), kept)
+
+
+def _transform(case: Case, params: list[nn.Parameter]) -> None:
+    present = [p for p in params if p.grad is not None]
+    if case.transform == "clip norm":
+        torch.nn.utils.clip_grad_norm_(present, CLIP["clip norm"])
+    elif case.transform == "clip value":
+        torch.nn.utils.clip_grad_value_(present, CLIP["clip value"])
+    elif case.transform == "scale":
+        for p in present:
+            assert p.grad is not None
+            p.grad.mul_(CLIP["scale"])
+
+
+def outer(
+    w: World,
+    call: losses.Call,
+    params: dict[str, Tensor],
+    middle: dict[str, Tensor],
+    losses_seen: list[Tensor] | Tensor,
+) -> Tensor:
+    """Compute the outer loss from what a training leaves."""
+    if w.case.outer == "output":
+        return losses.outer_of_output(call(w.batches[-1]), w.batches[-1])
+    total = losses.outer_of_params(params)
+    if w.case.outer == "middle":
+        return total + losses.outer_of_params(middle) ** 2 / 10
+    if w.case.outer == "losses":
+        stacked = torch.stack(list(losses_seen))
+        return total + (losses.weights(len(stacked)) * stacked).sum()
+    return total
+
+
+class Truth(NamedTuple):
+    """The outer loss, its derivative, and whether both difference steps agree on it."""
+
+    value: float
+    derivative: float
+    decided: bool
+
+
+def truth(w: World) -> Truth:
+    """Differentiate the plain run along the direction, at two difference steps.
+
+    A kink at the very point is seen by the second differences, which then grow as the step falls.
+    """
+    base = plain_run(w, 0.0)
+    grads = base.grads if w.case.first_order else None
+    slopes, bends = [], []
+    for h in STEPS:
+        above, below = plain_run(w, h, grads).value, plain_run(w, -h, grads).value
+        slopes.append((above - below) / (2 * h))
+        bends.append((above - 2 * base.value + below) / h)
+    scale = max(1.0, abs(slopes[-1]))
+    smooth = abs(bends[-1]) < 1e-2 * scale
+    decided = smooth and abs(slopes[0] - slopes[1]) <= AGREE * scale
+    return Truth(base.value, slopes[-1], decided)
