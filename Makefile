@@ -80,7 +80,7 @@ coverage: $(DEV_READY)  ## which lines and branches no test reaches
 bench: $(DEV_READY)  ## times and memory against higher, TorchOpt and a hand-written loop
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an error
+docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an error (needs npm)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean:  ## caches and build outputs; .venv stays

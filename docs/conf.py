@@ -37,7 +37,6 @@ exclude_patterns = ["_build"]
 # Single backticks in docstrings are names of ours where there is such a name, and code where there
 # is none.
 default_role = "py:obj"
-add_module_names = False
 python_maximum_signature_line_length = 100
 
 autodoc_member_order = "bysource"

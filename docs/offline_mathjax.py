@@ -32,8 +32,9 @@ def fetch() -> None:
     if npm is None:
         raise OSError("npm is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", PACKAGE, "--silent", "--pack-destination", folder]
-        packed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        command = [npm, "pack", PACKAGE, "--silent", "--fetch-retries=1"]
+        command += ["--pack-destination", folder]
+        packed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if packed.returncode:
             raise OSError(f"`npm pack {PACKAGE}` failed: {packed.stderr.strip()[-300:]}")
         with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -195,21 +195,21 @@ SPLIT = ("innerloop.optim",)
 
 
 def table_of_operations() -> str:
-    """Write the operations that innerloop replaces as a Markdown table, from the catalogue."""
+    """Write the catalogue of operations as a Markdown table."""
     rows = [
-        (f"`{operation.name}`", operation.reason)
+        (f"`{operation.name}`", operation.reason, operation.instead)
         for operation in getattr(_catalogue, "OPERATIONS", ())
-        if operation.replacements
     ]
-    return "\n".join(markdown(("operation", "what PyTorch lacks or gets wrong"), rows))
+    header = ("operation", "what PyTorch lacks or gets wrong", "what to write instead")
+    return "\n".join(markdown(header, rows)) if rows else ""
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """Write a table of two columns, line by line."""
-    for place, row in enumerate([tuple(header), *rows]):
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Write a table, line by line."""
+    for place, row in enumerate([header, *rows]):
         yield "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
         if place == 0:
-            yield "|---|---|"
+            yield "|" + "---|" * len(header)
 
 
 def write_reference(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -229,7 +229,8 @@ def mention_other_names(
 ) -> None:
     """Close the description of an object with its other names."""
     if OTHERS.get(name):
-        lines += ["", "Also " + ", ".join(f"``{other}``" for other in OTHERS[name]) + ".", ""]
+        others = ", ".join(f"``{other}``" for other in OTHERS[name])
+        lines += ["", f"Other names: {others}.", ""]
 
 
 def lead_other_names_there(app: Sphinx, env: BuildEnvironment) -> list[str]:

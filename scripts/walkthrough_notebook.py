@@ -6,9 +6,8 @@ from it.
 # # Differentiating through a training step
 #
 # Training changes parameters: $\theta_0$ becomes $\theta_1$, then $\theta_2$, and so on. Each is a
-# *function* of the one before. So it has a derivative, and this notebook computes it, for a model
-# small enough that
-# every number can be checked on paper.
+# *function* of the one before, so it has a derivative. This notebook computes that derivative, for
+# a model so small that you can check every number on paper.
 #
 # The model has two parameters and one input, the loss is half the squared error:
 #
@@ -53,12 +52,11 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 # ## One step of SGD, tracked
 #
 # An ordinary loop says `loss.backward(); optimizer.step()`. Under `innerloop.track` it says
-# `loop.step(loss)` and uses `loop.model` in place of `model`. The update is the same; what is new
-# is that every version of the
-# parameters stays connected to the one before. With learning rate 1:
+# `loop.step(loss)` and uses `loop.model` in place of `model`. The update is the same, but every
+# version of the parameters stays connected to the one before. With learning rate 1:
 #
-# $$a_1 = a_0 - (\hat y - y)\, 2 a_0 x = 2 - (-1.2)(0.4) = 2.48, \qquad b_1 = 3 - (-1.2)(0.6) = 3.72
-# .$$
+# $$a_1 = a_0 - (\hat y - y)\, 2 a_0 x = 2 - (-1.2)(0.4) = 2.48,
+# \qquad b_1 = 3 - (-1.2)(0.6) = 3.72 .$$
 
 # %%
 model = Model()
@@ -79,14 +77,14 @@ print(f"loss at step 1   {outer_loss.item():.10g}")
 # %% [markdown]
 # ## How $(a_1, b_1)$ depends on $(a_0, b_0)$
 #
-# The gradient is taken *at* $(a_0, b_0)$, so a nudge of $a_0$ alone changes the prediction, hence
-# both gradients, hence both parameters after the step. The product rule gives
+# The gradient is taken *at* $(a_0, b_0)$. A nudge of $a_0$ alone therefore changes the prediction,
+# with it both gradients, and with them both parameters after the step. The product rule gives
 #
 # $$\frac{\partial a_1}{\partial a_0} = 1 - 2x(\hat y - y) - 4 x^2 a_0^2 = 1 + .24 - .16 = 1.08,
 # \qquad \frac{\partial a_1}{\partial b_0} = - 4 x^2 a_0 b_0 = -.24 .$$
 #
-# The first two terms say how the step stretches parameters, the last one comes from the residual's
-# own dependence on them: it is the part with second derivatives of the loss.
+# The first two terms say how the step stretches the parameters. The last term is there because the
+# residual depends on the parameters, too.
 
 # %%
 jacobian = innerloop.inspect.jacobian(loop.trajectory, time=1, wrt=0)
@@ -120,10 +118,9 @@ for earlier in "ab":
 # %% [markdown]
 # ## The outer step
 #
-# To *use* this gradient nothing new is needed: `backward` leaves it in `.grad` of the model's own
-# parameters, which are still those of step 0, and the ordinary optimizer moves them. What this
-# lowers is the loss one
-# inner step *later*.
+# To *use* this gradient you need nothing new: `backward` leaves it in `.grad` of the model's own
+# parameters, which are still those of step 0, and the ordinary optimizer moves them. This lowers
+# the loss one inner step *later*.
 
 # %%
 outer_loss.backward()
@@ -140,7 +137,7 @@ print(f"outer loss      {outer_loss.item():.4f} before, {loss_of(after.model).it
 # ## Is it right?
 #
 # A derivative that nobody checked is a guess. `check_metagradient` repeats the computation from
-# nudged starts, in float64, and compares; it raises an error where the two disagree.
+# nudged starts, in float64, and raises an error if the two disagree.
 
 
 # %%
@@ -163,10 +160,9 @@ for row in report.comparisons:
 # %% [markdown]
 # ## Two models
 #
-# Often the network that is adapted to a task (*m*) and the one that learns how to start (*M*) are
-# two objects.
-# `params=` begins the loop of *m* at the parameters of *M*. The outer gradient then arrives at *M*,
-# and *m* itself is left as it was.
+# Often the network that adapts to a task (*m*) and the one that learns where to start (*M*) are two
+# objects. `params=` begins the loop of *m* at the parameters of *M*. The outer gradient then
+# arrives at *M*, and *m* itself stays as it was.
 
 # %%
 M, m = Model(), Model()
@@ -185,14 +181,12 @@ print("m stays at", {name: p.item() for name, p in m.named_parameters()})
 # %% [markdown]
 # ## Many steps: influence fades, stays, or grows
 #
-# Over $k$ steps the Jacobians multiply, $\partial\theta_k/\partial\theta_0 = J_{k-1} \cdots J_1
-# J_0$. What the product does depends on the direction and on the learning rate. The minima of this
-# loss form a ring, $a^2
-# + b^2 = 25$: a round valley. A nudge *across* it is corrected by the steps that follow; a nudge
-# *along* it is not,
-# since all places on the ring are equally good. And with a learning rate so large that the steps
-# leap over the valley, a
-# nudge across it grows.
+# Over $k$ steps the Jacobians multiply:
+# $\partial\theta_k/\partial\theta_0 = J_{k-1} \cdots J_1 J_0$. The effect of the product depends on
+# the direction and on the learning rate. The minima of this loss form a ring, $a^2 + b^2 = 25$: a
+# round valley. The following steps correct a nudge *across* the valley, but not a nudge *along* it,
+# because all places on the ring are equally good. If the learning rate is so large that the steps
+# leap over the valley, a nudge across it grows.
 
 
 # %%
@@ -215,11 +209,10 @@ influence(rate=0.5)
 influence(rate=2.8)
 
 # %% [markdown]
-# The picture shows the same. Left, in blue: a disc of starts around $\theta_0$, and what the map
-# $\partial\theta_k/\partial\theta_0$ makes of it, squeezed across the valley and stretched along
-# it. In orange, from a start of its own: steps that are too large. Right: how much a nudge at step
-# $t$ still matters at
-# the end.
+# The picture shows the same. On the left, in blue, the map $\partial\theta_k/\partial\theta_0$
+# squeezes a disc of starts around $\theta_0$ across the valley and stretches it along the valley.
+# In orange, from another start, the steps are too large. On the right you see how much a nudge at
+# step $t$ still matters at the end.
 
 # %%
 result = walkthrough.run()
