@@ -67,7 +67,8 @@ def test_forward_equals_torch_whatever_kernel_torch_uses(rule: Rule, settings: d
     ours = train(rule.make(**settings), task, params, steps=10)
     kernels = kernels_of(rule)
     assert {} in kernels
-    assert len(kernels) > 2
+    if rule.torch.__module__.startswith("torch.optim"):  # other classes have one kernel
+        assert len(kernels) > 2
     for flags in kernels:
         truth = torch_run(rule.torch, {**settings, **flags}, params, task.gradient, 10)
         assert_params(ours, truth, 1e-12)
