@@ -89,7 +89,7 @@ def kernels_of(rule: Rule) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_numbers_as_hyper_parameters_give_every_bit_of_torch(
     rule: Rule, settings: dict[str, Any], dtype: torch.dtype
 ):
@@ -102,7 +102,7 @@ def test_numbers_as_hyper_parameters_give_every_bit_of_torch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_forward_continues_a_warm_torch_optimizer(
     rule: Rule, settings: dict[str, Any], dtype: torch.dtype
 ):
@@ -199,7 +199,7 @@ def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(
 # -- derivatives -----------------------------------------------------------------------------------
 
 
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
     """In the initial parameters, with every hyper-parameter a number; then along directions that
     move everything at once."""
