@@ -315,16 +315,19 @@ def label(settings: Settings) -> str:
 
 
 def cases(
-    choose: Callable[[Rule], list[dict[str, Any]]], always: int | None = None
+    choose: Callable[[Rule], list[dict[str, Any]]],
+    always: int | Callable[[Rule], list[dict[str, Any]]] | None = None,
 ) -> pytest.MarkDecorator:
     """Parametrize a test by ``rule`` and ``settings``; what comes after the first ``always``
-    settings of a rule is slow."""
+    settings of a rule, or is not among those that it chooses, is slow."""
     chosen = [
         pytest.param(
             rule,
             settings,
             id=f"{rule.name}-{label(settings)}",
-            marks=_slow_from(always, i),
+            marks=_slow_unless(settings in always(rule))
+            if callable(always)
+            else _slow_from(always, i),
         )
         for rule in RULES
         for i, settings in enumerate(choose(rule))
@@ -333,7 +336,11 @@ def cases(
 
 
 def _slow_from(always: int | None, i: int) -> Any:
-    return pytest.mark.slow if always is not None and i >= always else ()
+    return _slow_unless(always is None or i < always)
+
+
+def _slow_unless(run: bool) -> Any:
+    return () if run else pytest.mark.slow
 
 
 @functools.cache
@@ -347,6 +354,7 @@ def refused(rule: Rule) -> list[dict[str, Any]]:
     return [settings for settings in rule.settings if not accepts(rule.torch, settings)]
 
 
+@functools.cache
 def covering(rule: Rule) -> list[dict[str, Any]]:
     """A few settings in which every *pair* of values that torch takes occurs: for the checks that
     cost seconds each."""

@@ -1,12 +1,15 @@
-"""The example of a new optimizer in CONTRIBUTING.md is complete, and does what it says."""
+"""The examples in CONTRIBUTING.md are complete commits, and do what they say."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lion_pytorch
 import pytest
@@ -23,17 +26,142 @@ from tests.oracles import (
     torch_run,
 )
 
+ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+
+# -- reading and applying the examples -------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """One block of code of the page: a whole file, or changes to one."""
+
+    path: str
+    language: str
+    body: str
+
+
+def examples() -> dict[str, list[Change]]:
+    """The changes of each example, by the heading that says how many files it touches."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    part = text.partition("## Four examples")[2].partition("\n## ")[0]
+    sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", part, re.DOTALL | re.MULTILINE))
+    block = re.compile(r"^(`{3,})(\w+)\n# (\S+)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+    return {
+        title: [Change(path, language, body) for _, language, path, body in block.findall(section)]
+        for title, section in sections.items()
+    }
+
+
+def changed(text: str, body: str) -> str:
+    """Apply lines with ``+`` and ``-`` between lines of context, which occur once in the file."""
+    for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if not line.startswith("+"))
+        new = "".join(line[1:] for line in lines if not line.startswith("-"))
+        places = [place.start() for place in re.finditer(f"^{re.escape(old)}", text, re.MULTILINE)]
+        assert len(places) == 1, f"not once in the file:\n{old}"
+        text = text[: places[0]] + new + text[places[0] + len(old) :]
+    return text
+
+
+def test_changes_are_applied_where_their_context_stands() -> None:
+    text = "a\nb\nc\n"
+    assert changed(text, " b\n+x\n@@\n-c\n+d\n") == "a\nb\nx\nd\n"
+    with pytest.raises(AssertionError, match="not once"):
+        changed("b\nb\n", " b\n+x\n")
+
+
+LIMITS = {"An optimizer": 3, "A strategy": 4, "A replaced operation": 3, "A command": 3}
+NUMBERS = {"three": 3, "four": 4}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_an_example_touches_as_many_files_as_its_heading_says(kind: str) -> None:
+    (title,) = (title for title in examples() if title.startswith(f"{kind}: "))
+    files = {change.path for change in examples()[title]}
+    said = NUMBERS[title.partition(": ")[2].split()[0]]
+    assert len(files) == said <= LIMITS[kind], files
+
+
+@pytest.fixture(scope="module")
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with all examples in it."""
+    copy = tmp_path_factory.mktemp("repository")
+    for folder in ("src", "tests", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__", "_build")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for file in ("pyproject.toml", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / file, copy / file)
+    for change in (change for changes in examples().values() for change in changes):
+        path = copy / change.path
+        if change.language == "diff":
+            path.write_text(changed(path.read_text(), change.body))
+        else:
+            assert not path.exists(), f"{change.path} is there already: choose another example"
+            path.write_text(change.body)
+    return copy
+
+
+BUYS = {
+    "An optimizer": (
+        "tests/test_optimizer_contract.py",
+        "(lion and (finite_differences or whatever_kernel or value_zero))",
+        5,
+    ),
+    "A strategy": ("tests/test_strategy_contract.py", "(Discounted and not reference)", 15),
+    "the strategy's docstring": (
+        "src/innerloop/strategy/_discounted.py",
+        "(Discounted and not reference)",
+        1,
+    ),
+    "A replaced operation": ("tests/test_replace.py", "chebyshev_polynomial_t", 1),
+    "A command": ("tests/test_cli.py", "supported_lists", 1),
+    "none breaks a rule": ("tests/test_structure.py", "cycles or underscores or init_holds", 3),
+}
+"""What each example buys: a file of tests, the words that find them there, and how many there are
+at least."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(applied: Path) -> str:
+    """One line for each test: all run in one process, because starting it takes the longest."""
+    files = {file for file, _, _ in BUYS.values()}
+    words = " or ".join(words for _, words, _ in BUYS.values())
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-rA", "--no-header", "--tb=short"),
+            *("-p", "no:cacheprovider", "-p", "no:xdist", "-k", words, *sorted(files)),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=applied,
+        env={**os.environ, "PYTHONPATH": str(applied / "src")},
+    )
+    assert done.returncode in (0, 1), done.stdout[-5000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", BUYS)
+def test_an_example_works_as_it_stands(kind: str, outcomes: str) -> None:
+    file, _, least = BUYS[kind]
+    ran = re.findall(rf"^(PASSED|FAILED|ERROR) ({re.escape(file)}\S*)", outcomes, re.MULTILINE)
+    assert not [name for how, name in ran if how != "PASSED"], outcomes[-10000:]
+    assert len(ran) >= least, ran
+
+
+# -- the optimizer, beside the class that it names -------------------------------------------------
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that the first block of code is."""
-    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
-    code = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "class Lion" in block
+    """The module that the example of an optimizer is."""
+    (code,) = (
+        change.body
+        for changes in examples().values()
+        for change in changes
+        if change.path.endswith("lion.py")
     )
     module = types.ModuleType("innerloop_example_lion")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up

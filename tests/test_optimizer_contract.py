@@ -67,7 +67,8 @@ def test_forward_equals_torch_whatever_kernel_torch_uses(rule: Rule, settings: d
     ours = train(rule.make(**settings), task, params, steps=10)
     kernels = kernels_of(rule)
     assert {} in kernels
-    assert len(kernels) > 2
+    if rule.torch.__module__.startswith("torch.optim"):  # other classes have one kernel
+        assert len(kernels) > 2
     for flags in kernels:
         truth = torch_run(rule.torch, {**settings, **flags}, params, task.gradient, 10)
         assert_params(ours, truth, 1e-12)
@@ -88,7 +89,7 @@ def kernels_of(rule: Rule) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_numbers_as_hyper_parameters_give_every_bit_of_torch(
     rule: Rule, settings: dict[str, Any], dtype: torch.dtype
 ):
@@ -101,7 +102,7 @@ def test_numbers_as_hyper_parameters_give_every_bit_of_torch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_forward_continues_a_warm_torch_optimizer(
     rule: Rule, settings: dict[str, Any], dtype: torch.dtype
 ):
@@ -198,7 +199,7 @@ def test_a_parameter_without_gradient_is_skipped_and_its_step_not_counted(
 # -- derivatives -----------------------------------------------------------------------------------
 
 
-@cases(accepted)
+@cases(accepted, always=covering)
 def test_meta_gradients_equal_finite_differences_of_torch(rule: Rule, settings: dict[str, Any]):
     """In the initial parameters, with every hyper-parameter a number; then along directions that
     move everything at once."""

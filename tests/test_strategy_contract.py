@@ -830,7 +830,8 @@ def test_it_says_what_it_is(strategy: Strategy):
     assert isinstance(strategy.exact, bool)
     assert strategy.differentiates <= {"params", "hyper"}
     assert repr(strategy).startswith(type(strategy).__name__ + "(")
-    assert eval(repr(strategy), {**vars(innerloop), "HandWritten": HandWritten}) == strategy  # noqa: S307
+    scope = {**vars(innerloop.strategy), "HandWritten": HandWritten}
+    assert eval(repr(strategy), scope) == strategy  # noqa: S307
     assert dataclasses.is_dataclass(strategy)
     with pytest.raises(dataclasses.FrozenInstanceError):
         strategy.exact = False
