@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -155,9 +155,15 @@ def _backward(value: Tensor, model: nn.Module, hyper: dict[str, Tensor]) -> Grad
 def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
     case = w.case
     opt = _torch_optimizer(w, model)
-    callback = None
-    if case.transform != "none":
-        callback = lambda grads: _called_back(case.transform, list(grads))  # noqa: E731
+    names = [n for n, _ in model.named_parameters()]
+
+    def of_trained(grads: list[Tensor | None]) -> list[Tensor | None]:
+        # The bridge hands over the gradients of all parameters, also those nobody trains.
+        own = dict(zip(names, grads, strict=True))
+        called = _called_back(case.transform, [own[n] for n in w.trained])
+        return list((own | dict(zip(w.trained, called, strict=True))).values())
+
+    callback = None if case.transform == "none" else of_trained
     with innerloop.higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diff):
         for t in range(case.steps):
             batch = w.batches[t]
@@ -172,7 +178,6 @@ def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
                 override=override or None,
                 grad_callback=callback,
             )
-        names = [n for n, _ in model.named_parameters()]
         last = dict(zip(names, fmodel.parameters(), strict=True))
         middle = dict(zip(names, fmodel.parameters(time=(case.steps + 1) // 2), strict=True))
         value = outer(

@@ -127,6 +127,8 @@ def draw(seed: int, number: int) -> Case:
         varied = tuple(n for n in candidates if rng.random() < 0.5)
         if not varied and (role == "none" or rng.random() < 0.8):
             varied = ("lr",)
+    if rule == "sparse adam" and role == "decay":
+        role = "scale"  # a decay would make the gradient dense
     if "hyper" in wrt and not varied and role == "none":
         role = "scale"
     steps = rng.randint(1, 4) + rng.randint(0, rules.RULES[rule].steps)

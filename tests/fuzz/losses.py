@@ -58,7 +58,8 @@ def with_module_hook(model: nn.Module) -> object:
 
 
 def with_parameter_hook(model: nn.Module) -> object:
-    return next(model.parameters()).register_hook(lambda grad: 0.5 * grad)
+    first = next(model.parameters())
+    return first.register_hook(lambda grad: 0.5 * grad) if first.requires_grad else None
 
 
 def gradient_penalty(call: Call, batch: Batch) -> Tensor:

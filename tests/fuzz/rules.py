@@ -324,7 +324,9 @@ RULES: dict[str, Rule] = {
     "learned": Rule(
         learned, PlainLearned, {"lr": (0.1,), "gain": (1.0, 0.5)}, ("lr", "gain"), by_torch=False
     ),
-    "adapted": Rule(foreign, Foreign, {"lr": (0.1, 0.2), "mu": (0.8, 0.5)}, ("lr", "mu")),
+    "adapted": Rule(
+        foreign, Foreign, {"lr": (0.1, 0.2), "mu": (0.8, 0.5)}, ("lr", "mu"), by_torch=False
+    ),
 }
 """Rule -> how it is drawn. One more line enrols one more."""
 TAKES_SPARSE = ("sparse adam", "sgd", "adagrad")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.fuzz import losses, models, rules
 from tests.fuzz.case import Case
 
-STEPS = (2e-5, 5e-6)
+STEPS = (4e-6, 1.5e-6)
 """The two difference steps."""
 AGREE = 1e-6
 CLIP = {"clip norm": 0.5, "clip value": 0.1, "scale": 0.7}
@@ -107,7 +107,9 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
 
     def settings(t: int) -> rules.Settings:
         step = moved(t)
-        new = w.settings({n: v + step * float(w.along[f"hyper.{n}"]) for n, v in w.values.items()})
+        new = w.settings(
+            {n: v + step * float(w.along.get(f"hyper.{n}", 0.0)) for n, v in w.values.items()}
+        )
         if case.schedule != 1:
             new["lr"] = new["lr"] * case.schedule**t
         return new
