@@ -16,7 +16,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--start", type=int, default=0, help="the number of the first case")
-    parser.add_argument("--only", type=int, help="judge this case alone, and say which input is off")
+    parser.add_argument(
+        "--only", type=int, help="judge this case alone, and say which input is off"
+    )
     parser.add_argument("--refusals", action="store_true", help="list the refusals by message")
     parser.add_argument("--fault", choices=faults.FAULTS, help="plant a fault, and stop when found")
     arguments = parser.parse_args()

@@ -39,9 +39,7 @@ def answer(w: World) -> Answer:
         name: 0.0 if (g := grads.get(name)) is None else float((g.to_dense() * v).sum())
         for name, v in w.along.items()
     }
-    changed = [
-        n for n, t in model.state_dict().items() if not torch.equal(t, before[n])
-    ]
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, before[n])]
     if len(getattr(model, "seen", ())) != attributes:
         changed.append("seen")
     return Answer(float(value), sum(parts.values()), parts, ", ".join(changed))
@@ -181,9 +179,7 @@ def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
                 grad_callback=callback,
             )
         last = dict(zip(names, fmodel.parameters(), strict=True))
-        middle = dict(
-            zip(names, fmodel.parameters(time=(case.steps + 1) // 2), strict=True)
-        )
+        middle = dict(zip(names, fmodel.parameters(time=(case.steps + 1) // 2), strict=True))
         value = outer(
             w, fmodel, {n: last[n] for n in w.trained}, {n: middle[n] for n in w.trained}, []
         )
@@ -268,9 +264,7 @@ def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
     pieces = case.options["pieces"] == 2 and case.outer in ("params", "output")
     if pieces and case.steps > 1 and case.cut == 0 and case.options["form"] == "list":
         first = innerloop.unroll(posed.problem, params, posed.batches[:1], hyper=hyper, **more)
-        traj = innerloop.unroll(
-            posed.problem, first.at(-1), posed.batches[1:], hyper=hyper, **more
-        )
+        traj = innerloop.unroll(posed.problem, first.at(-1), posed.batches[1:], hyper=hyper, **more)
     else:
         traj = innerloop.unroll(
             posed.problem, params, posed.batches, hyper=hyper, steps=posed.steps, **more
@@ -312,5 +306,3 @@ ASK: dict[str, Callable[[World, nn.Module, dict[str, Tensor]], tuple[Tensor, Gra
     "metagradient": by_metagradient,
     "bridge": by_bridge,
 }
-
-

@@ -96,7 +96,10 @@ def draw(seed: int, number: int) -> Case:
             family = "embedding"
     loss = rng.choice(list(losses.LOSSES))
     of_tokens = "embedding" in family or family in (
-        "lstm", "gru", "multi-head attention", "transformer",
+        "lstm",
+        "gru",
+        "multi-head attention",
+        "transformer",
     )
     if losses.LOSSES[loss].continuous and of_tokens:
         loss = "mse"

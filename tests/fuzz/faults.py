@@ -54,9 +54,7 @@ def dropped_term() -> Iterator[None]:
     right = innerloop.Problem.gradient
 
     def wrong(self: innerloop.Problem, params: Any, buffers: Any, hyper: Any, batch: Any) -> Any:
-        constant = pytree.tree_map(
-            lambda x: x.detach() if isinstance(x, Tensor) else x, hyper
-        )
+        constant = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, hyper)
         return right(self, params, buffers, constant, batch)
 
     with mock.patch.object(innerloop.Problem, "gradient", wrong):

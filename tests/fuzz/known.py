@@ -18,7 +18,8 @@ def _checkpointed(v: Verdict) -> bool:
 KNOWN: dict[str, Callable[[Verdict], bool]] = {
     "hooks change the step's gradient": lambda v: LOSSES[v.case.loss].hooks,
     "mixed products with a padding row": lambda v: (
-        v.kind == SILENT and "product='mixed'" in repr(v.case.strategy)
+        v.kind == SILENT
+        and "product='mixed'" in repr(v.case.strategy)
         and v.case.family in ("embedding", "multi-head attention", "transformer", "lstm", "gru")
     ),
     "a parameter that some steps do not use": lambda v: (

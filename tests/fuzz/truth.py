@@ -57,9 +57,7 @@ def world(case: Case) -> World:
     """Build what a case is made of."""
     model = models.make(case.family, case.seed % 10_007)
     names = [n for n, p in model.named_parameters()]
-    trained = [
-        n for n, p in model.named_parameters() if case.rule != "muon" or p.dim() == 2
-    ]
+    trained = [n for n, p in model.named_parameters() if case.rule != "muon" or p.dim() == 2]
     if case.frozen is not None and len(trained) > 1:
         left_out = trained.pop(case.frozen % len(trained))
         dict(model.named_parameters())[left_out].requires_grad_(False)
@@ -154,8 +152,13 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
         if t + 1 == (case.steps + 1) // 2:
             middle = {n: p.detach().clone() for n, p in params.items()}
     with torch.no_grad():
-        value = outer(w, model, {n: params[n] for n in w.trained},
-                      {n: middle[n] for n in w.trained}, losses_seen)
+        value = outer(
+            w,
+            model,
+            {n: params[n] for n in w.trained},
+            {n: middle[n] for n in w.trained},
+            losses_seen,
+        )
     return Run(float(value), kept)
 
 

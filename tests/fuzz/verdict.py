@@ -92,7 +92,10 @@ def compared(w: World, said: Answer, true: Truth) -> tuple[str, str]:
         return UNDECIDED, "the truth is not finite"
     if not abs(said.value - true.value) <= OFF_FORWARD * max(1.0, abs(true.value)):
         # A rule that looks at signs follows the rounding of a gradient that is zero.
-        return SILENT if true.decided else UNDECIDED, f"the outer loss is {said.value:.9g}, by torch {true.value:.9g}"
+        return (
+            SILENT if true.decided else UNDECIDED,
+            f"the outer loss is {said.value:.9g}, by torch {true.value:.9g}",
+        )
     off = abs(said.derivative - true.derivative)
     if off <= OFF * max(1.0, abs(true.derivative)):
         return (RIGHT, "") if true.decided else (UNDECIDED, "")
@@ -145,9 +148,7 @@ class Tally:
         return sum(self.kinds.values())
 
     def __str__(self) -> str:
-        kinds = ", ".join(
-            f"{self.kinds[k]} {k}" for k in (RIGHT, REFUSED, UNDECIDED, SILENT, BARE)
-        )
+        kinds = ", ".join(f"{self.kinds[k]} {k}" for k in (RIGHT, REFUSED, UNDECIDED, SILENT, BARE))
         rate = self.total / max(self.seconds, 1e-9)
         return f"{self.total} cases: {kinds}; {self.seconds:.0f} s, {rate:.1f} cases/s"
 
