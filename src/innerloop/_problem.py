@@ -16,7 +16,6 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
-    sparse_ones,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
@@ -30,11 +29,12 @@ from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer, refuse_class
+from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._groups import Groups
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
-OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any]]
+OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any] | None]
 
 
 class Problem:
@@ -88,7 +88,7 @@ class Problem:
             )
         self.loss = loss
         self.optimizer = optimizer
-        self.optimizer_hyper: Callable[[Any, int], Mapping[str, Any]] | None = (
+        self.optimizer_hyper: Callable[[Any, int], Mapping[str, Any] | None] | None = (
             optimizer_hyper
             if optimizer_hyper is None or callable(optimizer_hyper)
             else _ReadByName(optimizer_hyper, optimizer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
-from innerloop.nn._catalogue import Operation, by_node
+from innerloop.nn._catalogue import NODES, Operation
 
 COMPILED = (
     "the loss was computed by a function compiled with torch.compile, whose gradient has no "
@@ -50,14 +50,19 @@ def check_graph(
             raise NotDifferentiableError(COMPILED)
         elif (
             second_order
-            and (operation := by_node(kind)) is not None
+            and (operation := NODES.get(kind)) is not None
             and (operation.node_when is None or operation.node_when(node))
         ):
             if operation.order == 3 and kind in operation.nodes:
                 node.register_hook(partial(_watch_second, operation))
             else:
                 suspects.append((node, operation))
-        elif second_order and torch_private.is_once_differentiable(node):
+        # PyTorch's own nodes end in a digit, those of custom Functions do not.
+        elif (
+            second_order
+            and kind.endswith("Backward")
+            and torch_private.is_once_differentiable(node)
+        ):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
                 "derivative. Write its backward out of "

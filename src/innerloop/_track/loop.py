@@ -18,7 +18,6 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
-    sparse_ones,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
@@ -44,6 +43,7 @@ from innerloop._utils.execution import may_read_values
 from innerloop.errors import InvalidInputError
 from innerloop.nn import _mode as replace
 from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform
 from innerloop.optim._transforms.grad_callback import GradCallback

@@ -16,7 +16,6 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
-    sparse_ones,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
@@ -25,6 +24,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule
+from innerloop.optim._engine.grads import sparse_ones
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 GradList = list[Tensor | None]

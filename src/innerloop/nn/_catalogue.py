@@ -405,18 +405,24 @@ LOOK_INSIDE: tuple[Callable[..., object], ...] = (
 )
 """PyTorch's code that is run with the mode on, so that the operations in it are seen."""
 
-_of_call = {function: op for op in OPERATIONS for function in op.replacements}
-_of_node = {node: op for op in OPERATIONS for node in (*op.nodes, *op.nodes_of_derivative)}
+CALLS: Mapping[Callable[..., object], Operation] = {
+    function: op for op in OPERATIONS for function in op.replacements
+}
+"""The operation that each function of PyTorch belongs to; `by_call` looks it up."""
+NODES: Mapping[str, Operation] = {
+    node: op for op in OPERATIONS for node in (*op.nodes, *op.nodes_of_derivative)
+}
+"""The operation of each autograd node, for the walk through a graph; `by_node` looks it up."""
 
 
 def by_call(function: Callable[..., object]) -> Operation | None:
     """Find the operation that ``function`` belongs to."""
-    return _of_call.get(function)
+    return CALLS.get(function)
 
 
 def by_node(name: str) -> Operation | None:
     """Find the operation that an autograd node comes from, itself or differentiated once."""
-    return _of_node.get(name)
+    return NODES.get(name)
 
 
 def to_markdown() -> str:

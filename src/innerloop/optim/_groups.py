@@ -49,14 +49,16 @@ class PerGroup:
                 f"gradients for {unknown} but the parameters are {list(params)}"
             )
         new_params, states = dict(params), []
+        # Where no rule takes sparse gradients, the inner gradient is dense already.
+        some_sparse = any(opt.takes_sparse for opt in members)
         for opt, ns, member, values in zip(
             members, names, state.members, split_hyper(hyper, members, names), strict=True
         ):
             part = {n: params[n] for n in ns}
             own = {n: grads.get(n) for n in ns}
-            updated, new_state = opt.update(
-                own if opt.takes_sparse else dense(own), member, part, values
-            )
+            if some_sparse and not opt.takes_sparse:
+                own = dense(own)
+            updated, new_state = opt.update(own, member, part, values)
             new_params.update(updated)
             states.append(new_state)
         return new_params, GroupsState(tuple(states))
