@@ -409,8 +409,11 @@ class TrackedLoop:
             )
         self._gate.closed = self._second_order
         self._check_origin(found, leaves)
-        self._sparse |= sparse_ones(found)
-        grads = finish(found, hooks=self._hooks, takes_sparse=self._optimizer.takes_sparse)
+        if sparse := sparse_ones(found):
+            self._sparse |= sparse
+        # Where none is sparse, `finish` need not look again.
+        as_they_are = not sparse or self._optimizer.takes_sparse
+        grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
         if transform is None:
             return grads
         at = {name: current[name] for name in grads}
