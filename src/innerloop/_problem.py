@@ -256,7 +256,8 @@ class Problem:
         """Return a gradient for each parameter: zero for those that the loss does not use."""
         if sparse := sparse_ones(found):
             self._sparse |= sparse
-        finished = finish(found, takes_sparse=self.optimizer.takes_sparse)
+        # Where none is sparse, `finish` need not look again.
+        finished = finish(found, takes_sparse=not sparse or self.optimizer.takes_sparse)
         return {
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
