@@ -86,7 +86,7 @@ class _Copier:
         self.places: dict[int, list[Place]] = {}
         self.modes: list[tuple[nn.Module, nn.Module]] = []
 
-    def copy(self, obj: Any) -> Any:
+    def copy(self, obj: object) -> Any:
         """Copy modules and containers that hold modules or parameters; return all else as it is."""
         if id(obj) in self.done:
             return self.done[id(obj)]

@@ -165,7 +165,7 @@ def keep_running_statistics(view: ModuleView) -> None:
             module.register_forward_pre_hook(_copy_running_statistics)
 
 
-def _copy_running_statistics(module: nn.Module, _: Any) -> None:
+def _copy_running_statistics(module: nn.Module, _: object) -> None:
     if module.training:
         table = torch_private.buffer_table(module)
         for name in ("running_mean", "running_var"):

@@ -72,7 +72,7 @@ def derivative_levels() -> int:
     )
 
 
-def is_once_differentiable(node: Any) -> bool:
+def is_once_differentiable(node: object) -> bool:
     """True if a node is a custom Function whose backward must not be differentiated again."""
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     wrapped = getattr(backward, "__wrapped__", None)
@@ -110,7 +110,7 @@ def inside_reverse_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-def switches_gradients(function: Any) -> bool:
+def switches_gradients(function: object) -> bool:
     """True if ``function`` is the one by which ``torch.no_grad`` and its kind do their work.
 
     A ``TorchFunctionMode`` sees that function.
@@ -237,7 +237,9 @@ class _Observer(_TorchDispatchMode):
         super().__init__()
         self._seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor):

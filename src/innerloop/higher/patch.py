@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ class PatchedModule(nn.Module):
             )
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         fast = fast_weights(self)
         return _rebuild, (_plain_copy(self), fast.is_root(self), bool(fast.history), fast.track)
 
@@ -210,7 +210,7 @@ class _Offered:
         self._ours = vars(PatchedModule)[name]
         self.__doc__ = self._ours.__doc__
 
-    def __get__(self, part: Any, cls: Any = None) -> Any:
+    def __get__(self, part: object, cls: object = None) -> Any:
         if part is None:
             return self
         for table in (vars(part), *(vars(part).get(key, {}) for key in _TABLES)):
@@ -218,13 +218,13 @@ class _Offered:
                 return table[self._name]
         return self._ours.__get__(part, cls)
 
-    def __set__(self, part: Any, value: Any) -> None:
+    def __set__(self, part: object, value: object) -> None:
         if self._name in vars(part) or getattr(self._ours, "fset", None) is None:
             vars(part)[self._name] = value
         else:
             self._ours.__set__(part, value)
 
-    def __delete__(self, part: Any) -> None:
+    def __delete__(self, part: object) -> None:
         if self._name not in vars(part):
             raise AttributeError(self._name)
         del vars(part)[self._name]

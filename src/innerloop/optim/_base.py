@@ -30,7 +30,7 @@ class Optimizer(abc.ABC):
     """
 
     takes_sparse: bool = False
-    """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
+    """True if ``update`` works on sparse gradients; for other rules they are made dense first."""
 
     needs_closure: bool = False
     """True if ``update`` evaluates the loss itself.

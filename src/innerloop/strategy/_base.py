@@ -81,7 +81,7 @@ class StepOutputs:
         return losses, tree.stack(self._aux)
 
 
-def concatenate(before: Any, after: Any) -> Any:
+def concatenate(before: Any, after: object) -> Any:
     """Return two results of `StepOutputs.stacked`, one after the other."""
     if before is None or after is None:
         return after if before is None else before

@@ -385,7 +385,7 @@ class _Replay(LoopFunction):
             )
         return self._step(loop, carry, loop.batch(carry, t), t)[0]
 
-    def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+    def _step(self, loop: Loop, carry: Carry, batch: object, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
         new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
         return self._sharing(new, carry), loss, aux

@@ -127,7 +127,7 @@ class ForwardMode(Strategy):
         params: Mapping[str, Tensor] | Carry,
         batches: Any,
         *,
-        hyper: Any,
+        hyper: HyperTree,
         steps: int | None = None,
     ) -> Generator[OnlineGradient, Any, None]:
         """Yield the hyper-gradient of ``outer(params, hyper)`` after every step of a loop.

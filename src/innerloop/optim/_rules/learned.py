@@ -152,7 +152,7 @@ class Learned(Optimizer):
 learned = Learned
 
 
-def _check_weights(weights: Any, or_none: bool = False) -> None:
+def _check_weights(weights: object, or_none: bool = False) -> None:
     if isinstance(weights, Mapping) or (or_none and weights is None):
         return
     raise InvalidInputError(

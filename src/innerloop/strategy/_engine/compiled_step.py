@@ -49,12 +49,12 @@ class Core:
         core.view = problem.view
         core.computed_buffers = problem.computed_buffers
 
-        def advance(state: Any, hyper: Any, batch: Any) -> Any:
+        def advance(state: Any, hyper: Any, batch: object) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
             return state_of(new), loss, aux
 
         def pull(
-            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+            state: Any, hyper: Any, batch: object, wanted: tuple[bool, ...], given: OutputCotangents
         ) -> InputCotangents:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.PRODUCTS[product](step, given, None)

@@ -34,7 +34,7 @@ class Snapshots(MutableMapping[int, Any]):
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._written = 0
 
-    def __setitem__(self, t: int, value: Any) -> None:
+    def __setitem__(self, t: int, value: object) -> None:
         if self.place is None:
             self._held[t] = _compact(value)
             return
@@ -80,7 +80,7 @@ SMALL = 1_048_576
 _ALIGNMENT = 64
 
 
-def _compact(value: Any) -> Any:
+def _compact(value: object) -> object:
     """Return ``value`` with its small tensors copied side by side into one block.
 
     Kept one by one among the temporary tensors of the steps in between they fragment the heap: on
