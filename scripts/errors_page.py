@@ -50,7 +50,8 @@ KINDS = (
     Kind(
         "A tensor that needs a gradient is captured",
         r"CapturedTensorError|that requires? grad and is captured|captured by the loss",
-        "A loss uses a tensor that requires grad without getting it as an argument. A strategy that "
+        "A loss uses a tensor that requires grad without getting it as an argument. A "
+        "strategy that "
         "runs steps again could not send a gradient to it.",
         'innerloop.unroll(problem, params, batches, hyper={"scale": scale})  '
         '# and hyper["scale"] in the loss',
@@ -103,21 +104,24 @@ KINDS = (
     Kind(
         "A step could not be repeated",
         r"again|replay|repeat|differs|iterator|generator|exhausted",
-        "A strategy that keeps few states runs steps twice. The second run saw other data or random "
+        "A strategy that keeps few states runs steps twice. The second run saw other data or "
+        "random "
         "numbers, or the data cannot be asked for twice.",
         "innerloop.unroll(problem, params, list(batches))  # data that stay what they are",
     ),
     Kind(
         "Batches and the number of steps",
         r" _batches|batches|steps=|save_at| _trajectory",
-        "The data of the loop have another form than the four that `unroll` takes, or the number of "
+        "The data of the loop have another form than the four that `unroll` takes, or the "
+        "number of "
         "steps cannot be read from them.",
         "innerloop.unroll(problem, params, [batch_0, batch_1])  # or: batches=fn, steps=T",
     ),
     Kind(
         "Transforms, threads and compiled code",
         r"compile|torch\.func|vmap|inference_mode|thread|is_compiling",
-        "What was asked for does not work inside of a `torch.func` transform, in inference mode, or "
+        "What was asked for does not work inside of a `torch.func` transform, in inference "
+        "mode, or "
         "in compiled code.",
         "innerloop.metagradient(outer, problem, params, batches, compile=False)",
     ),
@@ -140,7 +144,8 @@ KINDS = (
         r" higher/",
         "The bridge was used in a way that it cannot carry out, mostly an override or a patched "
         "module that does not fit the optimizer.",
-        "with innerloop.higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (f, d): ...",
+        "with innerloop.higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (f, "
+        "d): ...",
     ),
     Kind(
         "Optimizers of torch and of other packages",

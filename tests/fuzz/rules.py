@@ -23,7 +23,7 @@ class PlainMuon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "adjust_lr_fn": None, **settings})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -54,7 +54,7 @@ class PlainLearned(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "gain": gain})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -70,7 +70,7 @@ class Foreign(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "mu": mu})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

@@ -28,6 +28,7 @@ class PerGroup:
     def init(
         members: Sequence[Optimizer], names: Sequence[Sequence[str]], params: Params
     ) -> GroupsState:
+        """Return the state of each member before the first step."""
         return GroupsState(
             tuple(
                 opt.init({n: params[n] for n in ns}) for opt, ns in zip(members, names, strict=True)
@@ -43,6 +44,7 @@ class PerGroup:
         params: Params,
         hyper: Mapping[str, Any] | None,
     ) -> tuple[dict[str, Tensor], GroupsState]:
+        """Update the parameters of each member by its own rule: ``(new_params, new_state)``."""
         check_state(members, state, GroupsState)
         if unknown := [name for name in grads if name not in params]:
             raise InvalidInputError(
