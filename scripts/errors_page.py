@@ -22,6 +22,14 @@ HOLE = "…"
 WARNINGS = ("PrecisionWarning", "UnreachedGradientWarning", "CapturedParameterWarning")
 
 
+PASSED_ON = {
+    "nn/_replacements/elementary": "the catalogue says what each operation lacks and what to write",
+    "optim/_settings": "`require`: the text is that of its callers, which are read",
+    "strategy/_engine/guards": "the text is an argument of refuse_inputs and refuse_outputs, read there",
+}
+"""Modules that raise with a text handed to them, and where that text is read."""
+
+
 class Message(NamedTuple):
     """One message of the source: its class, its text with holes, and the file it is in."""
 
@@ -196,15 +204,19 @@ def text_of(node: ast.expr, names: Mapping[str, ast.expr], depth: int = 0) -> st
     if isinstance(node, ast.FormattedValue):
         inner = text_of(node.value, names, depth + 1)
         return inner if isinstance(node.value, ast.Name | ast.IfExp) else HOLE
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".format"):
+        template = text_of(node.func.value, names, depth)  # type: ignore[attr-defined]
+        return re.sub(r"\{\w*\}", HOLE, template)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left, names, depth) + text_of(node.right, names, depth)
     if isinstance(node, ast.IfExp):
         found = [text_of(branch, names, depth + 1) for branch in (node.body, node.orelse)]
         return " / ".join(dict.fromkeys(t for t in found if t.strip(f"{HOLE} "))) or HOLE
-    if isinstance(node, ast.Name) and node.id in names and depth < 4:
-        value = names[node.id]
+    name = getattr(node, "id", getattr(node, "attr", None))
+    if name in names and depth < 4:
+        value = names[name]
         plain = isinstance(value, ast.Constant) and isinstance(value.value, str)
-        if plain or isinstance(value, ast.JoinedStr | ast.BinOp | ast.IfExp):
+        if plain or isinstance(value, ast.JoinedStr | ast.BinOp | ast.IfExp | ast.Call):
             return text_of(value, names, depth + 1)
     return HOLE
 
@@ -231,13 +243,33 @@ def messages() -> list[Message]:
         everywhere |= {k: v for k, v in assigned(shallow).items() if k.isupper()}
     classes, found = error_classes(), dict.fromkeys(())
     listed: dict[Message, None] = dict.fromkeys(found)
+    makers = {
+        node.name: [r.value for r in ast.walk(node) if isinstance(r, ast.Return) and r.value]
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
     for path, tree in trees.items():
         names = {**everywhere, **assigned(tree)}
         module = path.relative_to(SOURCE).with_suffix("").as_posix()
         for error, argument in raised(tree, classes):
-            text = re.sub(r"\s+", " ", text_of(argument, names)).strip()
-            listed[Message(error, re.sub(f"({HOLE} ?)+{HOLE}", HOLE, text), module)] = None
+            for part in written(argument, makers):
+                text = re.sub(r"\s+", " ", text_of(part, names)).strip()
+                listed[Message(error, re.sub(f"({HOLE} ?)+{HOLE}", HOLE, text), module)] = None
     return list(listed)
+
+
+def written(argument: ast.expr, makers: Mapping[str, list[ast.expr]]) -> list[ast.expr]:
+    """Return where the text of a message is written: in place, or in the function that makes it."""
+    if isinstance(argument, ast.Call):
+        return makers.get(ast.unparse(argument.func).rpartition(".")[2]) or [argument]
+    return [argument]
+
+
+def unwritten() -> list[str]:
+    """Return the places whose message is made at run time from nothing that can be read here."""
+    found = [m for m in messages() if not m.text.strip(f"{HOLE} ")]
+    return [f"{m.module}: {m.error}" for m in found if m.module not in PASSED_ON]
 
 
 def raised(tree: ast.AST, classes: set[str]) -> Iterator[tuple[str, ast.expr]]:
@@ -251,6 +283,8 @@ def raised(tree: ast.AST, classes: set[str]) -> Iterator[tuple[str, ast.expr]]:
             yield name, node.args[0]
         elif owner in classes and name == "of":
             yield owner, ast.Constant(f"{HOLE} needs the package {HOLE}, which is not installed")
+        elif name in ("refuse_inputs", "refuse_outputs"):
+            yield "NotDifferentiableError", node.args[-1]
         elif name == "require" and len(node.args) == 2:
             yield "InvalidInputError", node.args[1]
         elif name == "warn" and len(node.args) > 1 and ast.unparse(node.args[1]) in WARNINGS:
