@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
@@ -81,7 +82,7 @@ def metagradient(
     strategy = StoreAll() if strategy is None else strategy
     check_strategy(strategy)
     missing = sorted(set(names) - strategy.differentiates)
-    if missing:
+    if missing and not set(missing) <= strategy.differentiates_in(_length(batches, steps)):
         raise InvalidInputError(
             f"{strategy!r} does not differentiate {missing}: choose "
             f"wrt={tuple(sorted(strategy.differentiates))}"
@@ -136,3 +137,11 @@ def metagradient(
         result, grads = strategy.value_and_grad(objective, inputs, names)
     grads = unreached.filled(inputs, grads)
     return result, grads[names[0]] if isinstance(wrt, str) else grads
+
+
+def _length(batches: object, steps: int | None) -> int | None:
+    """Return the number of steps as far as it is known before the loop runs."""
+    if steps is not None or hasattr(batches, "__next__") or callable(batches) or batches is None:
+        return steps
+    given = isinstance(batches, (list, tuple, dict, Tensor))
+    return batches_of(batches, None).steps if given else None
