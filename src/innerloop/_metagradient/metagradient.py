@@ -17,8 +17,10 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
+from innerloop._utils.execution import Mode, mode
+from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report
-from innerloop.errors import InvalidInputError
+from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs
 from innerloop.strategy._store_all import StoreAll
@@ -135,8 +137,26 @@ def metagradient(
         )
     else:
         result, grads = strategy.value_and_grad(objective, inputs, names)
+        if mode() is Mode.EAGER:
+            _check_finite(result, grads)
     grads = unreached.filled(inputs, grads)
     return result, grads[names[0]] if isinstance(wrt, str) else grads
+
+
+def _check_finite(result: Any, grads: Mapping[str, object]) -> None:
+    """Raise unless the outer loss and the gradients are finite, where `unroll` saw nothing."""
+    loss = result[0] if isinstance(result, tuple) else result
+    if not is_finite(loss):
+        raise NonFiniteError(
+            f"the outer loss is {loss.item()}, though every inner loss and the last parameters are "
+            "finite: look at what outer(traj, hyper) computes from them"
+        )
+    for path, x in tree.named_tensors(grads, "grads"):
+        if not is_finite(x):
+            raise NonFiniteError(
+                f"{path} is not finite, though what the inner loop passes on is: look at the "
+                "derivative of what outer(traj, hyper) computes"
+            )
 
 
 def _length(batches: object, steps: int | None) -> int | None:
