@@ -432,7 +432,11 @@ class TrackedLoop:
             ),
             None,
         )
-        if first is None and all_finite(self._view.read()[n] for n in self._trained):
+        # Within a backward pass the model's weights cannot be read otherwise.
+        closed, self._gate.closed = self._gate.closed, False
+        current = self._view.read()
+        self._gate.closed = closed
+        if first is None and all_finite(current[n] for n in self._trained):
             where = (
                 "the losses and parameters of all steps are finite, but a second derivative in one "
                 "of them (a norm or a square root at zero), or of the outer loss, is not; "
