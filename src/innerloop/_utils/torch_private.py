@@ -255,6 +255,26 @@ def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     return _Observer(seen)
 
 
+class _OperationObserver(_TorchDispatchMode):
+    def __init__(self, seen: Callable[[str, Any, Any], Any]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        self._seen(str(func.overloadpacket) if node is None else node.name(), args, result)
+        return result
+
+
+def observing_operations(seen: Callable[[str, Any, Any], Any]) -> AbstractContextManager[Any]:
+    """Call ``seen(name, inputs, result)`` with every operation inside the block.
+
+    In a backward pass the name is that of the autograd node, elsewhere that of the operation.
+    """
+    return _OperationObserver(seen)
+
+
 def weight_norm() -> Callable[..., Tensor]:
     """Return the operation behind both forms of weight normalisation in ``torch.nn.utils``.
 

@@ -130,6 +130,10 @@ class Strategy(abc.ABC):
         """
         return outer_gradient(objective, inputs, wrt)
 
+    def differentiates_in(self, steps: int | None) -> frozenset[str]:
+        """Return what receives a gradient in a loop of ``steps`` steps; None: not known yet."""
+        return self.differentiates
+
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost of the loop from a few measured steps.
 
