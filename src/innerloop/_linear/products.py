@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import NotDifferentiableError
 
@@ -56,7 +57,8 @@ def forward_over_reverse(
         before_each: called before each evaluation, to rewind random numbers.
     """
     before_each()
-    return SecondProduct(*_jvp(gradients, (at,), (along,), has_aux=True))
+    with torch_private.only_forward_mode():
+        return SecondProduct(*_jvp(gradients, (at,), (along,), has_aux=True))
 
 
 def reverse_over_reverse(

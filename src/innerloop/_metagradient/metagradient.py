@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from innerloop._carry import Carry
+from innerloop._inner_gradient.graph import refuse_own_functions
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
 from innerloop._metagradient.unreached import Unreached
@@ -121,6 +122,7 @@ def metagradient(
             result[0] if isinstance(result, tuple) else result,
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
         )
+        refuse_own_functions([loss])
         unreached.look(loss, inputs.hyper)
         return loss, result
 
