@@ -123,6 +123,7 @@ def central_difference(
             cube root of the precision. The error falls with the square of it, until rounding takes
             over.
     """
+    along = [v.to_dense() if v.layout is not torch.strided else v for v in along]
     h = torch.finfo(at[0].dtype).eps ** (1 / 3) if relative_step is None else relative_step
     scale = torch.stack([v.abs().max() for v in along[:moved] if v.numel()]).max()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -126,7 +126,9 @@ def _compact(value: Any) -> Any:
         pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
         for i, piece in zip(members, pieces, strict=True):
             x = tensors[i]
-            tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
+            # A gradient may come with a graph, which is not kept: a step is recorded again.
+            with torch.no_grad():
+                tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
     return tree.join(template, tensors)
 
 
