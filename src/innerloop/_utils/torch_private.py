@@ -233,6 +233,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_view(tensor: Tensor) -> bool:
+    """True if ``tensor`` is a view of another one: ``detach_()`` is refused for those."""
+    return tensor._is_view()
+
+
 def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
     """Return the hooks of ``tensor.register_hook``.
 
