@@ -69,8 +69,9 @@ def unroll(
             operation. In eager code only: not under ``torch.func``, not in compiled code.
 
     Note:
-        A parameter that the loss does not use has the gradient zero, as in ``torch.func``, so
-        weight decay or momentum may still move it; `track` skips it, as ``backward()`` does.
+        A parameter that the loss of a step does not use has the gradient zero, as in
+        ``torch.func``, so weight decay, or the momentum of earlier steps (also that of Adam and its
+        kind), may still move it; `track` skips it, as ``backward()`` does.
         Sparse gradients are made dense, except for a rule that takes them (``sparse_adam``).
 
     Example:

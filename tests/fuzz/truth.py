@@ -131,6 +131,12 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
             optimizer.zero_grad()
             value = losses.value(w.loss, case.role, model, params, batch, strength)  # noqa: B023
             value.backward()
+            if case.front in ("unroll", "metagradient"):
+                # As documented there: what a step does not use has the gradient zero.
+                for name in w.trained:
+                    p = params[name]
+                    if p.grad is None and p.requires_grad:
+                        p.grad = torch.zeros_like(p)
             if grads is not None:
                 for name in w.trained:
                     given = grads[t][name]  # noqa: B023

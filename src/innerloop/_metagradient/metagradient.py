@@ -9,6 +9,7 @@ from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
+from innerloop._inner_gradient.graph import refuse_own_functions
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
 from innerloop._metagradient.unreached import Unreached
@@ -124,6 +125,7 @@ def metagradient(
             result[0] if isinstance(result, tuple) else result,
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
         )
+        refuse_own_functions([loss])
         unreached.look(loss, inputs.hyper)
         return loss, result
 

@@ -6,6 +6,7 @@ by a test and mended here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -37,20 +38,51 @@ def register_tree_node(
     )
 
 
+_forward_lock = threading.RLock()
+_forward_thread: list[int] = []
+"""The thread in which innerloop takes a forward-mode derivative, once per nested one."""
+
+
+@contextmanager
+def only_forward_mode() -> Iterator[None]:
+    """Let no other thread of innerloop take a forward-mode derivative inside the block.
+
+    The level of ``torch.autograd.forward_ad`` belongs to the process: the first of two threads that
+    leaves it takes the tangents of the other away. Inside a ``jvp``, whose thread has waited
+    already, nothing is locked: on a GPU its backward passes run in a thread of their own.
+    """
+    if torch.compiler.is_compiling() or jvp_levels():
+        yield
+        return
+    with _forward_lock:
+        _forward_thread.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            _forward_thread.pop()
+
+
+def _forward_level() -> bool:
+    """True if a level of forward mode is on, and is not one that innerloop uses elsewhere."""
+    return forward_ad._current_level >= 0 and (
+        not _forward_thread
+        or _forward_thread[-1:] == [threading.get_ident()]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def inside_transform() -> bool:
     """True if a ``torch.func`` transform (grad, vmap, jvp, ...) or a forward-mode level is running.
 
     ``torch.autograd.grad`` must not be called there, ``detach`` drops tangents, and some operations
     lack a batching rule. No public query exists.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_level()
 
 
 def inside_dual_level() -> bool:
     """True if a level of ``torch.autograd.forward_ad`` was entered outside ``torch.func``."""
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is None and _forward_level()
 
 
 def jvp_levels() -> int:
@@ -68,7 +100,7 @@ def derivative_levels() -> int:
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
     return levels + (
-        forward_ad._current_level >= 0 and not any(level.key() == kinds.Jvp for level in stack)
+        _forward_level() and not any(level.key() == kinds.Jvp for level in stack)
     )
 
 
@@ -80,6 +112,15 @@ def is_once_differentiable(node: object) -> bool:
         wrapped is not None
         and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
     )
+
+
+def function_of(node: Any) -> type | None:
+    """Return the ``torch.autograd.Function`` that a node of the graph belongs to, None if none.
+
+    Compiled code drops the backward rule of such a class under ``torch.func``.
+    """
+    found: type | None = getattr(node, "_forward_cls", None)
+    return found
 
 
 def divides_by_frequency(node: Any) -> bool:
@@ -153,7 +194,7 @@ def has_derivative(tensor: Tensor) -> bool:
     """
     while True:
         if tensor.requires_grad or (
-            forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+            _forward_level() and forward_ad.unpack_dual(tensor).tangent is not None
         ):
             return True
         if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -190,6 +231,11 @@ def version(tensor: Tensor) -> int:
     So a buffer is known to have changed without comparing its values.
     """
     return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """True if ``tensor`` is a view of another one: ``detach_()`` is refused for those."""
+    return tensor._is_view()
 
 
 def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
@@ -298,7 +344,7 @@ def forward_mode() -> bool:
 
     No public query exists.
     """
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and _forward_level()
 
 
 TENSOR_TABLES = ("_parameters", "_buffers")

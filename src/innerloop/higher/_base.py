@@ -167,6 +167,8 @@ class DifferentiableOptimizer(abc.ABC):
             named = aliased(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
             after = list(with_dense_gradients(dict(enumerate(after)), self._sparse).values())
+            # Programs cut the graph in place, p.detach_(), which PyTorch refuses for views.
+            after = [p.clone() if torch_private.is_view(p) else p for p in after]
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:

@@ -83,6 +83,11 @@ class PatchedModule(nn.Module):
         fast_weights(self).take(value)
 
     @property
+    def _fast_params(self) -> list[list[Tensor]]:
+        """Return the parameters of each time; programs count them, ``len(fmodel._fast_params)``."""
+        return fast_weights(self).history
+
+    @property
     def init_fast_params(self) -> list[Tensor]:
         """Return the parameters at time 0.
 
@@ -266,6 +271,9 @@ def _plain_copy(patched: PatchedModule) -> nn.Module:
         object.__setattr__(part, "__class__", _original(type(part)))
     return copy.deepcopy(module)
 
+
+_internal_attrs = list(vars(nn.Module()))
+"""The attributes that every module has. Programs written against ``higher`` read this name."""
 
 _MonkeyPatchBase = PatchedModule
 """The name that code written against ``higher`` has in its annotations."""

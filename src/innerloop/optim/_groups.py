@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
@@ -19,6 +20,9 @@ class GroupsState(NamedTuple):
     """The states of the members, in order."""
 
     members: tuple[Any, ...]
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([GroupsState])
 
 
 class PerGroup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
@@ -18,6 +19,9 @@ class LearnedState(NamedTuple):
     """What the rule keeps, per parameter."""
 
     kept: dict[str, Any]
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([LearnedState])
 
 
 class Learned(Optimizer):
