@@ -25,7 +25,7 @@ WARNINGS = ("PrecisionWarning", "UnreachedGradientWarning", "CapturedParameterWa
 PASSED_ON = {
     "nn/_replacements/elementary": "the catalogue says what each operation lacks and what to write",
     "optim/_settings": "`require`: the text is that of its callers, which are read",
-    "strategy/_engine/guards": "the text is an argument of refuse_inputs and refuse_outputs, read there",
+    "strategy/_engine/guards": "the last argument of refuse_inputs and refuse_outputs, read there",
 }
 """Modules that raise with a text handed to them, and where that text is read."""
 
