@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,14 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 @contextmanager
 def refusing_recomputation() -> Iterator[None]:
-    """Refuse saved-tensor hooks.
+    """Refuse saved-tensor hooks that begin inside.
 
-    A checkpointed forward would be recomputed later, when a module has other weights.
+    A checkpointed forward would be recomputed later, when a module has other weights. Hooks around
+    the whole loop stay: checkpointing of a layer that has the loop inside repeats all of it.
     """
     message = "innerloop refuses saved tensor hooks here"
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+        with torch_private.refusing_saved_tensors_hooks(message):
             yield
     except RuntimeError as error:
         if message not in str(error):
@@ -29,8 +30,9 @@ def refusing_recomputation() -> Iterator[None]:
         raise NotDifferentiableError(
             "activation checkpointing (torch.utils.checkpoint) inside a function of parameters: "
             "it would be recomputed with other "
-            "weights, switch it off. (Other saved-tensor hooks, save_on_cpu for example, are "
-            "refused with it.)"
+            "weights, switch it off. (Other saved-tensor hooks that begin there are refused with "
+            "it; write save_on_cpu around the whole loop, or "
+            'strategy=innerloop.Checkpointed(offload="cpu").)'
         ) from error
 
 
@@ -89,3 +91,31 @@ def _named(
         for name, tensor in _named(module, listing):
             seen.setdefault(id(tensor), (f"{key}.{name}", tensor))
     return list(seen.values())
+
+
+def by_name(listed: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors by name; raise if two have the same one."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in listed:
+        if named.setdefault(name, tensor) is not tensor:
+            raise InvalidInputError(
+                f"two tensors of the model are called {name!r}, and one of them would never be "
+                "trained: give the modules other keys, without a dot"
+            )
+    return named
+
+
+def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """List the modules of a tree, each once, without a method that a user's class may override."""
+    top = {"": model} if isinstance(model, nn.Module) else model
+    seen: set[int] = set()
+    stack = [(f"{key}." if key else "", module) for key, module in reversed(list(top.items()))]
+    while stack:
+        prefix, found = stack.pop()
+        module = torch_private.uncompiled(found)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield prefix, module
+        children = torch_private.module_table(module).items()
+        stack.extend((f"{prefix}{k}.", m) for k, m in reversed(list(children)) if m is not None)

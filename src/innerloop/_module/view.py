@@ -9,7 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from innerloop._module.checks import check_module, named_buffers, named_parameters
+from innerloop._module.checks import (
+    by_name,
+    check_module,
+    in_tables,
+    named_buffers,
+    named_parameters,
+)
 from innerloop._module.copier import Gate, _Copier, plain
 from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
@@ -41,7 +47,10 @@ class ModuleView:
                 f"expected an nn.Module, or a dict of modules, got {type(model).__name__}"
             )
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
-        copier = _Copier(gate)
+        source = by_name(named_parameters(model))
+        source_buffers = by_name(named_buffers(model))
+        source, source_buffers = _as_they_stand(model, source, source_buffers)
+        copier = _Copier(gate, [*source.values(), *source_buffers.values()])
         for module in modules.values():
             check_module(module)
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
@@ -49,8 +58,7 @@ class ModuleView:
         self._modes = copier.modes
         self._training: list[bool] | None = None
         self._lock = threading.RLock()
-        self.source = dict(named_parameters(model))
-        self.source_buffers = dict(named_buffers(model))
+        self.source, self.source_buffers = source, source_buffers
         for name, p in self.source.items():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise InvalidInputError(
@@ -149,6 +157,28 @@ class ModuleView:
         finally:
             self.write({name: own[name] for name in params})
             self.write_buffers(own_buffers)
+
+
+def _as_they_stand(
+    model: nn.Module | Mapping[str, nn.Module],
+    params: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return parameters and buffers as listed, or as they stand in the modules' tables.
+
+    A module may register its parameters anew whenever its modules are listed (adapters do); what
+    was listed is then not in it any more.
+    """
+    kinds = (torch_private.parameter_table, torch_private.buffer_table)
+    tables: list[list[tuple[str, Tensor]]] = [[], []]
+    for prefix, module in in_tables(model):
+        for listed, table in zip(tables, kinds, strict=True):
+            listed.extend((prefix + k, t) for k, t in table(module).items() if t is not None)
+    standing = {id(t) for listed in tables for _, t in listed}
+    if all(id(t) in standing for t in (*params.values(), *buffers.values())):
+        return params, buffers
+    found = [by_name({id(t): (n, t) for n, t in reversed(x)}.values()) for x in tables]
+    return {n: found[0][n] for n in params}, {n: found[1][n] for n in buffers}
 
 
 def keep_running_statistics(view: ModuleView) -> None:
