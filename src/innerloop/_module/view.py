@@ -22,6 +22,12 @@ from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
 
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
 class ModuleView:
     """A copy of the user's module whose parameters and buffers are tensors that can be replaced.
 
@@ -37,6 +43,8 @@ class ModuleView:
     Attributes:
         module: the copy.
         source, source_buffers: the user's own parameters and buffers by name.
+        statistics: the names of the running statistics of batch and instance norms, which PyTorch
+            does not differentiate.
     """
 
     def __init__(
@@ -65,6 +73,12 @@ class ModuleView:
                     f"parameter {name!r} is not initialised yet: call the (lazy) model once on an "
                     "example batch"
                 )
+        self.statistics = {
+            prefix + key
+            for prefix, module in in_tables(model)
+            if isinstance(module, _NORMS)
+            for key in torch_private.buffer_table(module)
+        }
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
@@ -118,6 +132,15 @@ class ModuleView:
         for name, tensor in tensors.items():
             for container, key in self.buffers[name]:
                 container[key] = tensor
+
+    def renew_written_buffers(self) -> dict[str, Tensor]:
+        """Put a copy in the place of each buffer that was written in place; return those.
+
+        The graph of a step may hold the tensor that was written; it stays as it is from now on.
+        """
+        written = {n: b for n, b in self.read_buffers().items() if torch_private.version(b)}
+        self.write_buffers({name: buffer.clone() for name, buffer in written.items()})
+        return written
 
     def run(
         self,

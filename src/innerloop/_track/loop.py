@@ -104,7 +104,7 @@ class TrackedLoop:
             {name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()}
         )
         state = self._optimizer.init({name: own[name] for name in self._names})
-        self._buffers = BufferSnapshots(self._view)
+        self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
