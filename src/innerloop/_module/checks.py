@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -34,6 +35,41 @@ def refusing_recomputation() -> Iterator[None]:
             "it; write save_on_cpu around the whole loop, or "
             'strategy=innerloop.Checkpointed(offload="cpu").)'
         ) from error
+
+
+def versions_of(params: Mapping[str, Tensor]) -> list[int]:
+    """Count for each tensor how often it has been written in place."""
+    return [
+        0 if x.is_inference() else torch_private.version(x)
+        for x in map(torch_private.innermost, params.values())
+    ]
+
+
+@contextmanager
+def refusing_writes(params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise if one of ``params`` is written in place inside the block."""
+    if mode() is Mode.COMPILING:
+        yield
+        return
+    before = versions_of(params)
+    yield
+    for name, was, now in zip(params, before, versions_of(params), strict=True):
+        if was != now:
+            raise InvalidInputError(
+                f"the loss writes the parameter {name!r} in place (a forward pass that clips its "
+                "weight under no_grad or .data): that is not a function of the parameters, and "
+                "the derivative would take it for a constant added. Write it in the forward pass "
+                "out of place: torch.clamp(self.weight, -1, 1)"
+            )
+
+
+def check_not_inference(what: str, tensor: Tensor) -> None:
+    """Raise if a tensor was made under ``torch.inference_mode``."""
+    if mode() is not Mode.COMPILING and tensor.is_inference():
+        raise InvalidInputError(
+            f"{what} was made under torch.inference_mode, and has no gradient: write "
+            "tensor.clone() outside of that mode, or make it under torch.no_grad"
+        )
 
 
 def check_module(model: object) -> None:
