@@ -59,9 +59,24 @@ class _Parameters(dict[str, Any]):
     def __init__(self, table: dict[str, Any], gate: Gate) -> None:
         super().__init__(table)
         self.gate = gate
+        self.checkpointed: dict[str, tuple[object, int]] = {}
+        """What was read in checkpointed forward passes: the tensor and its version, None if two."""
 
     def __getitem__(self, name: str) -> Any:
-        if self.gate.closed and torch_private.backward_pass() not in (-1, self.gate.home):
+        value = super().__getitem__(name)
+        saving = torch_private.inside_saved_tensors_hooks()
+        if not (saving or self.gate.closed):
+            return value
+        in_backward = torch_private.backward_pass() not in (-1, self.gate.home)
+        if saving and isinstance(value, Tensor):
+            now = (value, torch_private.version(value))
+            seen = self.checkpointed.get(name, now)
+            same = seen[0] is value and seen[1] == now[1]
+            if not in_backward:
+                self.checkpointed[name] = now if same else (None, 0)
+            elif same:
+                return value  # a repetition reads what the forward pass has read
+        if in_backward and self.gate.closed:
             raise NotDifferentiableError(
                 f"the parameter {name!r} was read during the outer backward pass, where it has "
                 "its newest value and not that of the step "
@@ -70,7 +85,7 @@ class _Parameters(dict[str, Any]):
                 "switch it off inside the loop. A hook that runs in the backward pass does it "
                 "too: let it read the parameters beforehand"
             )
-        return super().__getitem__(name)
+        return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Return a snapshot of the values, as parameters, for a copy of the module."""
