@@ -21,7 +21,12 @@ from innerloop._inner_gradient.gradient import (
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module import view as module
-from innerloop._module.checks import check_names, refusing_recomputation
+from innerloop._module.checks import (
+    check_names,
+    check_not_inference,
+    refusing_recomputation,
+    refusing_writes,
+)
 from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, may_call_autograd, mode
@@ -99,6 +104,8 @@ class Problem:
 
         Running statistics are not among them: the norms write those without a graph.
         """
+        self._first = False
+        """True until the first loss since `init` is evaluated, on copies of the parameters."""
         self._sparse: set[str] = set()
         """Parameters whose inner gradient was sparse."""
 
@@ -124,6 +131,7 @@ class Problem:
 
     def init(self, params: Params | Carry | None) -> Carry:
         """Return the carry before the first step; a carry is returned as it is."""
+        self._first = True
         if isinstance(params, Carry):
             return params
         if params is None:
@@ -144,11 +152,17 @@ class Problem:
                     f"params[{name!r}] has dtype {p.dtype}, which has no gradient: hand it in as "
                     "a batch or in hyper"
                 )
+            check_not_inference(f"params[{name!r}]", p)
         buffers: dict[str, Tensor] = {}
         if self.view is not None:
             check_names(params, self.view.source)
             buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def first_since_init(self) -> bool:
+        """Return True at the first call since `init`: what is evaluated then may be the user's."""
+        first, self._first = self._first, False
+        return first
 
     def trainable_params(self) -> dict[str, Tensor]:
         """Return the trainable parameters of the module that was given to `from_module`."""
@@ -215,9 +229,12 @@ class Problem:
 
         # Everything is an argument: a tensor in the closure could not be written in place (buffers)
         # and breaks vmap.
-        grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
-            dict(params), buffers, hyper, batch
-        )
+        first = mode() is not Mode.COMPILING and self.first_since_init()
+        given = {n: p.clone() if first else p for n, p in params.items()}
+        with refusing_writes(given):
+            grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
+                given, buffers, hyper, batch
+            )
         return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(
@@ -232,11 +249,16 @@ class Problem:
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was
             # computed from params.
+            # The first time copies: a loss that writes its parameters would write the user's.
+            first = self.first_since_init()
+            copied = Tensor.clone if first else _alias
             alias = {
-                n: _alias(p) if p.requires_grad else p.detach().requires_grad_()
+                n: copied(p)
+                if p.requires_grad
+                else (p.detach().clone() if first else p.detach()).requires_grad_()
                 for n, p in params.items()
             }
-            with refusing_recomputation():
+            with refusing_recomputation(), refusing_writes(alias):
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             # Only a loop that something outside asks a derivative of is recorded; else the step is
             # plain training.

@@ -18,6 +18,8 @@ def explain(error: RuntimeError) -> RuntimeError:
         return error
     text = str(error)
     cures = {
+        "nference tensor": "a tensor was made under torch.inference_mode (data, a buffer, a weight "
+        "of the model): write tensor.clone() outside of that mode, or make it under torch.no_grad",
         "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the "
         "loss: switch it off",
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +25,12 @@ def plain(module: nn.Module) -> nn.Module:
     return torch_private.uncompiled(module)
 
 
-_PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_CONTAINERS = (
+    *(list, tuple, set, frozenset, dict),
+    *(OrderedDict, defaultdict, Counter, deque),
+)
+_ARRAYS = {("numpy", "ndarray"), ("builtins", "bytearray")}
 _TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - set(
     torch_private.TENSOR_TABLES
 )
@@ -86,9 +93,7 @@ class _Unreadable(Tensor):
         setattr(vars(self)["_innerloop_parameter"], name, value)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [x for x in tree.leaves((args, kwargs or {})) if isinstance(x, cls)]
         raise refusal(vars(given[0])["_innerloop_name"] if given else "?")
 
@@ -105,10 +110,23 @@ class _Parameters(dict[str, Any]):
     def __init__(self, table: dict[str, Any], gate: Gate) -> None:
         super().__init__(table)
         self.gate = gate
+        self.checkpointed: dict[str, tuple[object, int]] = {}
+        """What was read in checkpointed forward passes: the tensor and its version, None if two."""
 
     def __getitem__(self, name: str) -> Any:
         found = super().__getitem__(name)
-        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
+        if not self.gate.closed:
+            return found
+        if torch_private.inside_saved_tensors_hooks() and isinstance(found, Tensor):
+            now = (found, torch_private.version(found))
+            seen = self.checkpointed.get(name)
+            same = seen is not None and seen[0] is found and seen[1] == now[1]
+            if not self.gate.refuses():
+                self.checkpointed[name] = now if seen is None or same else (None, 0)
+            elif same:
+                # A repetition reads what the checkpointed forward pass has read.
+                return found
+        if self.gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
 
@@ -121,22 +139,32 @@ class _Parameters(dict[str, Any]):
 
 
 class _Copier:
-    """A copier of module trees that shares all tensors.
+    """A copier of module trees that shares parameters, buffers and tensors that require grad.
 
+    Other tensors, NumPy arrays and the usual containers are copied: a forward pass may write them.
     It remembers where each parameter and buffer stands in the copies.
+
+    Args:
+        gate: tells when a backward pass must not read the parameters.
+        registered: the parameters and buffers.
     """
 
-    def __init__(self, gate: Gate | None) -> None:
+    def __init__(self, gate: Gate | None, registered: Iterable[Tensor]) -> None:
         self.gate = gate
+        self.registered = {id(x) for x in registered}
         self.done: dict[int, Any] = {}
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
         self.modes: list[tuple[nn.Module, nn.Module]] = []
 
     def copy(self, obj: object) -> Any:
-        """Copy modules and containers that hold modules or parameters; return all else as it is."""
+        """Copy modules, containers, arrays and constant tensors; return all else as it is."""
+        if type(obj) in _PLAIN:
+            return obj
         if id(obj) in self.done:
             return self.done[id(obj)]
+        if type(obj) is Tensor or (type(obj).__module__, type(obj).__name__) in _ARRAYS:
+            return self._constant(obj)
         if isinstance(obj, nn.Module):
             inner = plain(obj)
             return self._module(obj) if inner is obj else self.copy(inner)
@@ -147,9 +175,17 @@ class _Copier:
             func, args, keywords = (self.copy(part) for part in parts)
             changed = any(a is not b for a, b in zip((func, args, keywords), parts, strict=True))
             return functools.partial(func, *args, **keywords) if changed else obj
-        if type(obj) in (list, tuple, set, frozenset, dict, OrderedDict, deque):
+        if type(obj) in _CONTAINERS:
             return self._container(obj)
         return obj
+
+    def _constant(self, obj: Any) -> Any:
+        """Return a copy of a tensor or array, unless it is registered or has a derivative."""
+        if id(obj) in self.registered or (isinstance(obj, Tensor) and obj.requires_grad):
+            return obj
+        self.keep.append(obj)
+        new = self.done[id(obj)] = obj.clone() if isinstance(obj, Tensor) else obj.copy()
+        return new
 
     def places_of(self, name: str, tensor: Tensor) -> list[Place]:
         """Return the places at which ``tensor`` stands in the copies."""
@@ -181,6 +217,8 @@ class _Copier:
                 own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
+                if id(value) in self.registered:
+                    self.places.setdefault(id(value), []).append((own, key))
         torch_private.forget_compiled_call(new)
         return new
 
@@ -202,8 +240,10 @@ class _Copier:
         """Return a container with copied elements, or the container itself if none was copied."""
         if id(obj) in self.done:
             return self.done[id(obj)]
-        self.done[id(obj)] = obj  # a container that holds itself ends here
         self.keep.append(obj)
+        changeable = type(obj) not in (tuple, frozenset)
+        # A container that holds itself ends here.
+        self.done[id(obj)] = new = copy.copy(obj) if changeable else obj
         items = list(obj.items()) if isinstance(obj, dict) else list(enumerate(obj))
         copied = [(key, self.copy(value)) for key, value in items]
         # Inside loop.model, which may be copied for a loop inside a loop, parameters are plain
@@ -211,15 +251,19 @@ class _Copier:
         kept = [
             (key, value)
             for key, value in items
-            if isinstance(value, nn.Parameter) or id(value) in self.places
+            if isinstance(value, nn.Parameter) or id(value) in self.registered
         ]
-        has_parameter = bool(kept)
-        if not has_parameter and all(a[1] is b[1] for a, b in zip(items, copied, strict=True)):
-            return obj
-        new = (
-            type(obj)(copied) if isinstance(obj, dict) else type(obj)(value for _, value in copied)
-        )
-        self.done[id(obj)] = new
+        same = all(a[1] is b[1] for a, b in zip(items, copied, strict=True))
+        if not changeable:
+            if same and not kept:
+                return obj
+            self.done[id(obj)] = new = type(obj)(value for _, value in copied)
+        elif not same and isinstance(obj, set):
+            new.clear()
+            new.update(value for _, value in copied)
+        elif not same:
+            for key, value in copied:
+                new[key] = value
         for key, value in kept:
             self.places.setdefault(id(value), []).append((new, key))
         return new

@@ -23,6 +23,8 @@ from innerloop._inner_gradient.gradient import (
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
+from innerloop._inner_gradient.torch_errors import explain
+from innerloop._module.checks import check_not_inference
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
@@ -100,6 +102,9 @@ class TrackedLoop:
         ]
         self._own = {id(p): name for name, p in own.items()}
         check_params(given, own)
+        for name, p in {**own, **given}.items():
+            if name not in self._frozen:
+                check_not_inference(f"the parameter {name!r}", p)
         self._cut = GraphCut(learn)
         with torch.enable_grad():
             start = time_zero(own, given, self._frozen, learn, self._cut)
@@ -110,7 +115,7 @@ class TrackedLoop:
             {name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()}
         )
         state = self._optimizer.init({name: own[name] for name in self._names})
-        self._buffers = BufferSnapshots(self._view)
+        self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
@@ -134,6 +139,8 @@ class TrackedLoop:
     ) -> None:
         if self._kernels is not None:
             self._kernels.leave()
+        if isinstance(error, RuntimeError) and "nference tensor" in str(error):
+            raise explain(error) from error
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
         if kind is None and self._losses:

@@ -99,9 +99,7 @@ def derivative_levels() -> int:
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
-    return levels + (
-        _forward_level() and not any(level.key() == kinds.Jvp for level in stack)
-    )
+    return levels + (_forward_level() and not any(level.key() == kinds.Jvp for level in stack))
 
 
 def is_once_differentiable(node: object) -> bool:
@@ -174,6 +172,28 @@ def no_saved_tensors_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
+
+
+@contextmanager
+def refusing_saved_tensors_hooks(message: str) -> Iterator[None]:
+    """Raise a RuntimeError with ``message`` where hooks on saved tensors begin inside the block.
+
+    The public ``disable_saved_tensors_hooks`` refuses those that are there already, too.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_disable(message, False)
+    try:
+        yield
+    finally:
+        if before is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(before, False)
+
+
+def inside_saved_tensors_hooks() -> bool:
+    """True if hooks on saved tensors are active, as in a checkpointed forward or its repetition."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_tracked(tensor: Tensor) -> bool:

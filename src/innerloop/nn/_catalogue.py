@@ -364,6 +364,13 @@ OPERATIONS: tuple[Operation, ...] = (
         autocast="float32",
     ),
     Operation(
+        "F.group_norm",
+        "on a tensor that is not contiguous (channels_last) it has no forward-mode derivative",
+        {F.group_norm: norm.group_norm, torch.group_norm: norm_positional.group_norm},
+        when=norm.is_strided,
+        autocast="float32",
+    ),
+    Operation(
         "F.normalize",
         f"{NAN_AT_ZERO}; with out, {NO_FORWARD}",
         {F.normalize: vector_norm.normalize},
