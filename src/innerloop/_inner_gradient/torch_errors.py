@@ -25,6 +25,8 @@ def explain(error: RuntimeError) -> RuntimeError:
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
         "b).square().mean() for mse_loss",
         "vmap: inplace": BATCHED,
+        "modified by an inplace operation": "a tensor that a step had used was written in place "
+        "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor "
         "hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",

@@ -130,14 +130,19 @@ class LoopFunction(abc.ABC):
     def compare(self, losses: Tensor) -> None:
         """Raise unless the losses of a replay are those of the forward pass."""
         if self.losses is not None and not agree(losses, self.losses):
-            raise InvalidInputError(
-                "the loss of a replayed step is not what it was in the forward pass, so the "
-                "gradient would be wrong: the loss must be a "
-                "function of its arguments. Random numbers must be torch's own (which are "
-                "rewound), not NumPy's or a generator's; data "
-                "must not be written in place between the forward and the backward pass; state of "
-                "a module must be in its buffers"
-            )
+            raise differs("the loss of a replayed step is")
+
+
+def differs(what: str) -> InvalidInputError:
+    """Return the error for a replayed step with other results than in the forward pass."""
+    return InvalidInputError(
+        f"{what} not what it was in the forward pass, so the "
+        "gradient would be wrong: the loss must be a "
+        "function of its arguments. Random numbers must be torch's own (which are "
+        "rewound), not NumPy's or a generator's; data "
+        "must not be written in place between the forward and the backward pass; state of "
+        "a module must be in its buffers"
+    )
 
 
 def run(function: LoopFunction) -> Trajectory:

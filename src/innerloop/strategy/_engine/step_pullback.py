@@ -107,6 +107,10 @@ class OutputCotangents(NamedTuple):
         return self.aux or [None] * len(tree.leaves(aux))
 
 
+After = tuple[tuple[Params, Params], object]
+"""``((params, buffers), aux)`` after a step."""
+
+
 class InputCotangents(NamedTuple):
     """Cotangents of the inputs of a step, and the loss, evaluated once more.
 
@@ -114,11 +118,13 @@ class InputCotangents(NamedTuple):
         state: of the old (params, optimizer_state, buffers).
         hyper: of the hyper-parameters.
         loss: the value of the loss.
+        after: the new parameters and buffers, and aux, as they came out this time; None: not known.
     """
 
     state: Cotangents
     hyper: Cotangents
     loss: Tensor
+    after: After | None = None
 
 
 def state_of(carry: Carry) -> State:
@@ -177,7 +183,8 @@ def reverse(step: Step, given: OutputCotangents, gradient: Params | None = None)
         row = [next(found) if c else None for c in chosen]
     count = len(leaves) - len(step.wanted)
     step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    return InputCotangents(row[:count], row[count:], loss.detach())
+    after = tree.map_tensors(Tensor.detach, ((new.params, new.buffers), aux))
+    return InputCotangents(row[:count], row[count:], loss.detach(), after)
 
 
 def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
@@ -278,12 +285,16 @@ def _through_factors(
 ) -> InputCotangents:
     """Pull through the update, through the gradient by ``product``, and through buffers and aux."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
+    after: After | None = None
     buffers_at = len(given.state) - sizes[2]
     if gradient is None:
         step.rewind()
-        gradient = step.problem.gradient(
+        gradient, _, aux, buffers = step.problem.gradient(
             step.carry.params, step.carry.buffers, step.hyper, step.batch
-        )[0]
+        )
+        if mode() is Mode.EAGER and product is not _no_product:
+            new = step.problem.update(step.carry, gradient, buffers, step.hyper, step.t)
+            after = (new.params, new.buffers), aux
     of_gradient, of_params, of_optimizer, of_hyper = _through_update(
         step, gradient, given.state[:buffers_at]
     )
@@ -292,14 +303,14 @@ def _through_factors(
     total, loss = _through_gradient(step, inputs, of_gradient, given.loss, product)
     more = _through_besides(step, inputs, given._replace(state=given.state[buffers_at:]))
     total = [add(a, b) for a, b in zip(total, more, strict=True)]
-    params, buffers, hyper = (
+    params, of_buffers, hyper = (
         total[: sizes[0]],
         total[sizes[0] : sizes[0] + sizes[2]],
         total[sizes[0] + sizes[2] :],
     )
     of_params = [add(a, b) for a, b in zip(of_params, params, strict=True)]
     of_hyper = [add(a, b) for a, b in zip(of_hyper, hyper, strict=True)]
-    return InputCotangents([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
+    return InputCotangents([*of_params, *of_optimizer, *of_buffers], of_hyper, loss.detach(), after)
 
 
 def _through_update(step: Step, gradient: Params, given: Cotangents) -> list[Cotangents]:
