@@ -656,16 +656,16 @@ def test_subclasses_that_register_themselves_are_not_told() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_what_cannot_be_patched_or_asked_for_is_named() -> None:
     bridge: Any = higher
-    fmodel: Any = higher.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
+    fmodel: Any = bridge.monkeypatch(nn.Sequential(nn.Linear(2, 1)))
     bad: list[tuple[Callable[[], Any], str]] = [
         (
-            lambda: higher.monkeypatch(nn.Sequential(torch.jit.script(nn.Linear(2, 1)))),
+            lambda: bridge.monkeypatch(nn.Sequential(torch.jit.script(nn.Linear(2, 1)))),
             "ScriptModule",
         ),
-        (lambda: higher.monkeypatch(nn.Linear(2, 1), copy_initial_weights="no"), "True or False"),
-        (lambda: higher.patch.make_functional(nn.Linear(2, 1), 5), "encapsulator"),
-        (lambda: higher.patch.buffer_sync(None, fmodel), "buffer_sync got NoneType"),
-        (lambda: higher.utils.get_func_params(None), "get_func_params"),
+        (lambda: bridge.monkeypatch(nn.Linear(2, 1), copy_initial_weights="no"), "True or False"),
+        (lambda: bridge.patch.make_functional(nn.Linear(2, 1), 5), "encapsulator"),
+        (lambda: bridge.patch.buffer_sync(None, fmodel), "buffer_sync got NoneType"),
+        (lambda: bridge.utils.get_func_params(None), "get_func_params"),
         (lambda: fmodel.parameters(time="0"), "write an int"),
         (lambda: fmodel.parameters(time=[0]), "write an int"),
         (lambda: setattr(fmodel, "fast_params", None), "NoneType as parameters"),

@@ -231,7 +231,7 @@ print(higher.__name__, round(model.weight.grad.item(), 4), neighbour.NAME)
 
 
 def _run_program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, "-m", "innerloop.higher", *arguments],
         cwd=folder,
         capture_output=True,

@@ -857,7 +857,7 @@ class _Pieces(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "hyper, message",
+    ("hyper", "message"),
     [
         ({"net": _Pieces()}, r"a module, _Pieces.*named_parameters"),
         ({"net": _Pieces(), "lr": torch.tensor(0.5)}, r"a module, _Pieces.*named_parameters"),

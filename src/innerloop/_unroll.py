@@ -41,7 +41,8 @@ def unroll(
             while lists and stacked tensors, ``save_at``, ``Trajectory.at`` and ``losses`` count
             from this call.
         batches: the data, constant for the derivative: a list (one entry per step); a pytree of
-            tensors (a tensor, tuple, dict, NamedTuple) stacked over steps; a pure function
+            tensors (a tensor, tuple, dict, NamedTuple) stacked over steps, whose first dimension is
+            T, not the size of a data set; a pure function
             ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a generator, a
             ``DataLoader``), whose length need not be known.
         hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``. The optimizer
@@ -98,6 +99,8 @@ def unroll(
     report = reporter(progress)
     with restored_on_error(), closing(report):
         start = problem.init(params)
+        if problem.optimizer_hyper is not None and data.steps != 0 and mode() is Mode.EAGER:
+            problem.check_overrides(hyper, start.time)
         loop = Loop(problem, start, hyper, data, times, report)
         if not isinstance(params, Carry) or params.random_state is None:
             traj = strategy.run(loop)

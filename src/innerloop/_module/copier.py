@@ -86,9 +86,7 @@ class _Unreadable(Tensor):
         setattr(vars(self)["_innerloop_parameter"], name, value)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [x for x in tree.leaves((args, kwargs or {})) if isinstance(x, cls)]
         raise refusal(vars(given[0])["_innerloop_name"] if given else "?")
 

@@ -99,9 +99,7 @@ def derivative_levels() -> int:
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
-    return levels + (
-        _forward_level() and not any(level.key() == kinds.Jvp for level in stack)
-    )
+    return levels + (_forward_level() and not any(level.key() == kinds.Jvp for level in stack))
 
 
 def is_once_differentiable(node: Any) -> bool:
