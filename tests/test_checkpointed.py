@@ -1913,3 +1913,106 @@ def test_a_tensor_that_an_iterator_fills_again_is_named():
             batches(),
             wrt="params",
         )
+
+
+# -- states that are lost on the disk --------------------------------------------------------------
+
+
+def _overwritten(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(b"\0" * 64 + file.read_bytes()[64:])
+
+
+def _cut_short(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def _emptied(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(b"")
+
+
+def _removed(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("save", ["params", "gradients"])
+@pytest.mark.parametrize("damage", [_overwritten, _cut_short, _emptied, _removed])
+def test_a_state_that_is_lost_on_the_disk_is_named(
+    damage: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    params, hyper = inputs()
+    strategy = Checkpointed(slots=3, offload="disk", save=save)
+    traj = innerloop.unroll(plain("adam"), params, None, hyper=hyper, steps=6, strategy=strategy)
+    damage(tmp_path)
+    with pytest.raises(innerloop.InnerLoopError, match=r"the file .*\.pt.* the disk .*offload"):
+        of_end(traj).backward()
+
+
+def test_a_state_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch, "save", full)
+    params, hyper = inputs()
+    strategy = Checkpointed(slots=3, offload="disk")
+    with pytest.raises(innerloop.InnerLoopError, match=r"No space left.*offload=None"):
+        innerloop.unroll(plain(), params, None, hyper=hyper, steps=6, strategy=strategy)
+
+
+# -- gradients with a graph, sparse gradients ------------------------------------------------------
+
+
+def test_kept_gradients_of_a_step_that_captures_a_tensor():
+    # The gradients require grad, and small ones are copied side by side.
+    outside = torch.ones(3, requires_grad=True)
+    problem = innerloop.Problem(
+        lambda p, h, b: ((p["a"] * outside).sum() + p["b"].sum()) ** 2,
+        innerloop.optim.chain(innerloop.optim.clip_by_global_norm(1.0), innerloop.optim.sgd()),
+    )
+    with pytest.raises(innerloop.CapturedTensorError):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["a"].sum(),
+            problem,
+            {"a": torch.ones(3), "b": torch.ones(2)},
+            None,
+            steps=3,
+            strategy=Checkpointed(slots=2, save="gradients"),
+            wrt="params",
+        )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Checkpointed(slots=2),
+        Checkpointed(slots=2, save="gradients"),
+        Checkpointed(slots=2, product="finite"),
+        innerloop.Auto("1GB"),
+        innerloop.Truncated(last=4),
+    ],
+    ids=repr,
+)
+def test_sparse_gradients_as_stored(strategy: Any):
+    rows = torch.tensor([[0, 1], [2, 1], [3, 0], [1, 1]])
+    problem = innerloop.Problem(
+        lambda p, h, b: (torch.nn.functional.embedding(b, p["e"], sparse=True) * h).sin().sum(),
+        innerloop.optim.sparse_adam(lr=0.1, eps=0.1),
+    )
+    found = [
+        innerloop.metagradient(
+            lambda traj, h: traj.params["e"].sin().sum(),
+            problem,
+            {"e": torch.linspace(0.1, 1.0, 10).reshape(5, 2)},
+            rows,
+            hyper=torch.tensor(0.7),
+            strategy=s,
+            wrt="hyper",
+        )[1]
+        for s in (StoreAll(), strategy)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import re
 import weakref
 from collections.abc import Callable
@@ -936,3 +937,110 @@ def test_sums_that_overflow_are_not_taken_for_infinite_entries():
     huge = torch.full((4,), 1e38)
     problem = innerloop.Problem(lambda p, h, b: p["w"].mean(), innerloop.optim.sgd(lr=0.0))
     assert innerloop.unroll(problem, {"w": huge}, None, steps=0).params["w"].isfinite().all()
+
+
+# -- arguments that mean something else ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tensor", "pair", "dict"])
+def test_all_of_the_data_is_not_a_stack_of_steps(form: str):
+    x, y = torch.ones(32, 2), torch.ones(32)
+    data = {"tensor": x, "pair": (x, y), "dict": {"x": x, "y": y}}[form]
+    with pytest.raises(INVALID, match=r"steps=3, but .* stacked over 32 steps.*lambda params"):
+        innerloop.unroll(simple(), begin(), data, steps=3)
+    with pytest.raises(INVALID, match="32 steps"):
+        next(
+            innerloop.ForwardMode().online(
+                lambda p, h: p["w"].sum(), simple(), begin(), data, hyper=x[0], steps=3
+            )
+        )
+
+
+class _Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("hyper", "message"),
+    [
+        ({"net": _Pieces()}, r"a module, _Pieces.*named_parameters"),
+        ({"net": _Pieces(), "lr": torch.tensor(0.5)}, r"a module, _Pieces.*named_parameters"),
+        ([_Pieces().parameters()], "generator, which can be read only once"),
+        ({"lr": 0.5}, r"hyper\['lr'\] is the number 0.5; write torch.tensor\(0.5\)"),
+        ([None, 2], r"hyper\[1\] is the number 2; write torch.tensor\(2.0\)"),
+        ({"lr": torch.tensor(1)}, r"hyper\['lr'\] has dtype torch.int64; write hyper"),
+        ({"lr": "fast"}, r"hyper\['lr'\] is str"),
+    ],
+)
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
+def test_hyper_holds_tensors(hyper: Any, message: str, strategy: innerloop.strategy.Strategy):
+    with pytest.raises(INVALID, match=message):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            simple(),
+            begin(),
+            None,
+            steps=2,
+            hyper=hyper,
+            wrt="hyper",
+            strategy=strategy,
+        )
+
+
+# -- a carry in a file -----------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[], innerloop.optim.Optimizer]] = {
+    **{
+        name: partial(getattr(innerloop.optim, name), lr=0.05)
+        for name in (
+            "sgd",
+            "adam",
+            "adamw",
+            "adamax",
+            "nadam",
+            "radam",
+            "rmsprop",
+            "rprop",
+            "adagrad",
+            "adadelta",
+            "adafactor",
+            "asgd",
+        )
+    },
+    "momentum": lambda: innerloop.optim.sgd(lr=0.05, momentum=0.9),
+    "lbfgs": lambda: innerloop.optim.lbfgs(lr=0.5),
+    "chain": lambda: innerloop.optim.chain(
+        innerloop.optim.accumulate(2), innerloop.optim.adam(lr=0.05)
+    ),
+    "float32": lambda: innerloop.optim.in_float32(innerloop.optim.adam(lr=0.05)),
+    "from torch": lambda: innerloop.optim.from_torch(
+        torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.05)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_carry_is_saved_and_loaded(name: str):
+    optimizer = OPTIMIZERS[name]()
+    x = smooth_noise(6, 3)
+    problem = innerloop.Problem(
+        lambda p, h, b: ((p["w"] * b).sum() - 1).square() + p["v"].square().sum(), optimizer
+    )
+    params = {"w": smooth_noise(3, phase=1.0), "v": smooth_noise(2, phase=2.0)}
+    if name == "from torch":
+        given = [nn.Parameter(p) for p in params.values()]
+        bound = innerloop.optim.from_torch(torch.optim.Adam(given, lr=0.05))
+        problem = innerloop.Problem(problem.loss, bound)
+    whole = innerloop.unroll(problem, params, list(x)).params
+    carry = innerloop.unroll(problem, params, list(x[:3])).at(-1).detach()
+    file = io.BytesIO()
+    torch.save(carry, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert isinstance(loaded, innerloop.Carry)
+    assert loaded.time == 3
+    found = innerloop.unroll(problem, loaded, list(x[3:])).params
+    for key, p in whole.items():
+        assert torch.equal(found[key], p), key

@@ -290,6 +290,22 @@ class Problem:
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
 
+    def check_overrides(self, hyper: HyperTree, t: int) -> None:
+        """Raise, before the first step, if ``optimizer_hyper`` gives what the optimizer lacks."""
+        given = self.overrides(hyper, t)
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidInputError(
+                f"optimizer_hyper(hyper, t) returned {type(given).__name__}: write a dict by name, "
+                'lambda hyper, t: {"lr": hyper["lr"]}'
+            )
+        known = hyper_names(self.optimizer)
+        for name in given or ():
+            if known is not None and name not in known:
+                raise InvalidInputError(
+                    f"optimizer_hyper(hyper, t) gives {name!r}, but {self.optimizer!r} has "
+                    f"{', '.join(known)}"
+                )
+
     def overrides(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Return the optimizer's hyper-parameters at step t; None for its own."""
         return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)

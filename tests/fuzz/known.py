@@ -10,7 +10,6 @@ from collections.abc import Callable
 from tests.fuzz.losses import LOSSES
 from tests.fuzz.verdict import SILENT, Verdict
 
-
 KNOWN: dict[str, Callable[[Verdict], bool]] = {
     "hooks change the step's gradient": lambda v: LOSSES[v.case.loss].hooks,
     "mixed products with a padding row": lambda v: (
