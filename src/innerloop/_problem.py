@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -94,13 +95,16 @@ class Problem:
             else _ReadByName(optimizer_hyper, optimizer)
         )
         self.view: module.ModuleView | None = None
+        self.original: Problem | None = None
+        """The user's problem, of which this is the copy for one run."""
         self.computed_buffers: set[str] = set()
-        """Buffers that the module computes by differentiable operations.
+        """Buffers that may have a derivative in this run.
 
-        Running statistics are not among them: the norms write those without a graph.
+        They require grad at the start, or the module changes them. Running statistics are not
+        among them: the norms write those without a graph.
         """
         self._sparse: set[str] = set()
-        """Parameters whose inner gradient was sparse."""
+        """Parameters whose inner gradient was sparse in this run."""
 
     @classmethod
     def from_module(
@@ -121,6 +125,20 @@ class Problem:
         problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
         problem.view = module.ModuleView(model)
         return problem
+
+    def for_one_run(self, start: Carry) -> Problem:
+        """Return a copy that notes what is found out in one run; it is forgotten afterwards."""
+        run = copy.copy(self)
+        run.original = self.original or self
+        run._sparse = set()
+        run.computed_buffers = set()
+        if self.view is not None:
+            run.computed_buffers |= {
+                name
+                for name in self.view.no_statistics
+                if name in start.buffers and torch_private.has_derivative(start.buffers[name])
+            }
+        return run
 
     def init(self, params: Params | Carry | None) -> Carry:
         """Return the carry before the first step; a carry is returned as it is."""
@@ -176,11 +194,10 @@ class Problem:
             if self.view is None:
                 result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
             else:
+                loss_of = self._noting_buffers if self.view.no_statistics else self.loss
                 result, new_buffers = self.view.run(
-                    params, buffers, self.loss, self.view.module, hyper, batch
+                    params, buffers, loss_of, self.view.module, hyper, batch
                 )
-        if self.view is not None and mode() is not Mode.COMPILING:
-            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
             loss,
@@ -189,6 +206,29 @@ class Problem:
             aux,
             new_buffers,
         )
+
+    def _noting_buffers(self, *args: Any) -> Any:
+        """Evaluate the loss, and note which buffers it has changed.
+
+        A buffer that is computed from constants now may be computed from variables in a replay.
+        """
+        assert self.view is not None
+        if mode() is Mode.COMPILING:
+            return self.loss(*args)
+        before = self.view.read_buffers()
+        versions = {name: torch_private.version(before[name]) for name in self.view.no_statistics}
+        result = self.loss(*args)
+        # Inside a transform the count of changes is that of a wrapper.
+        transformed = mode() is Mode.TRANSFORMED
+        after = self.view.read_buffers()
+        self.computed_buffers.update(
+            name
+            for name, version in versions.items()
+            if transformed
+            or after[name] is not before[name]
+            or torch_private.version(after[name]) != version
+        )
+        return result
 
     def gradient(self, params: Named, buffers: Named, hyper: Any, batch: Any) -> Gradient:
         """Return ``(gradient with respect to params, loss, aux, new_buffers)``."""

@@ -97,6 +97,8 @@ def unroll(
     report = reporter(progress)
     with restored_on_error(), closing(report):
         start = problem.init(params)
+        if mode() is not Mode.COMPILING:
+            problem = problem.for_one_run(start)
         loop = Loop(problem, start, hyper, data, times, report)
         if not isinstance(params, Carry) or params.random_state is None:
             traj = strategy.run(loop)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, named_buffers, named_parameters
 from innerloop._module.copier import Gate, _Copier, plain
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
@@ -57,6 +57,20 @@ class ModuleView:
                     f"parameter {name!r} is not initialised yet: call the (lazy) model once on an "
                     "example batch"
                 )
+        statistics = {
+            id(table[name])
+            for module, _ in copier.modes
+            if getattr(module, "track_running_stats", False)
+            for table in [torch_private.buffer_table(module)]
+            for name in ("running_mean", "running_var")
+            if name in table
+        }
+        self.no_statistics = [
+            name
+            for name, b in self.source_buffers.items()
+            if tree.differentiable(b) and id(b) not in statistics
+        ]
+        """Buffers that may have a derivative: kernels write running statistics without one."""
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 

@@ -164,8 +164,9 @@ class ForwardMode(Strategy):
         """
         data = batches_of(batches, steps)
         owned = isinstance(params, Carry) and params.random_state is not None
+        start = problem.init(params).detach()
         loop = Loop(
-            problem, problem.init(params).detach(), tree.map_tensors(Tensor.detach, hyper), data
+            problem.for_one_run(start), start, tree.map_tensors(Tensor.detach, hyper), data
         )
         wanted = [tree.differentiable(x) for x in tree.leaves(hyper)]
         if not any(wanted):

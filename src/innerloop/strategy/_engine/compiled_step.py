@@ -47,7 +47,8 @@ class Core:
         # hyper is (the user's, the optimizer's): both are inputs, whatever the step.
         core = Problem(_Loss(problem), problem.optimizer, optimizer_hyper=_second)
         core.view = problem.view
-        core.computed_buffers = problem.computed_buffers
+        if core.view is not None:
+            core.computed_buffers = set(core.view.no_statistics)
 
         def advance(state: Any, hyper: Any, batch: Any) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
@@ -168,7 +169,7 @@ class CompiledProblem:
     def __init__(self, problem: Problem, product: str) -> None:
         problem.check_compiles()
         self.problem = problem
-        cores = _cores.setdefault(problem, {})
+        cores = _cores.setdefault(problem.original or problem, {})
         product = "reverse" if product == "auto" else product
         if product not in cores:
             cores[product] = Core(problem, product)
