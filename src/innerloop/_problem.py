@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
+    Hook,
     check_graph,
     finish,
     inner_gradient,
@@ -296,10 +297,21 @@ class Problem:
         """Return a gradient for each parameter: zero for those that the loss does not use."""
         if sparse := sparse_ones(found):
             self._sparse |= sparse
-        finished = finish(found, takes_sparse=self.optimizer.takes_sparse)
+        finished = finish(
+            found,
+            hooks=self.parameter_hooks(params),
+            takes_sparse=self.optimizer.takes_sparse,
+        )
         return {
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
+
+    def parameter_hooks(self, params: Named) -> list[tuple[str, Hook]]:
+        """Return the hooks of the module's own parameters, which training runs on gradients."""
+        if self.view is None:
+            return []
+        own = self.view.source
+        return [(n, hook) for n in params for hook in torch_private.gradient_hooks(own[n])]
 
     def overrides(self, hyper: Any, t: int) -> Mapping[str, Any] | None:
         """Return the optimizer's hyper-parameters at step t; None for its own."""

@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx
 from innerloop._inner_gradient.graph import check_graph as check_graph
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
+from innerloop._utils.inner_pass import inner_pass
 from innerloop.errors import InnerLoopError
 from innerloop.optim._engine.grads import dense, is_sparse
 
@@ -52,7 +53,7 @@ def inner_gradient(
     if not loss.requires_grad:
         raise independent
     try:
-        with _open(gate):
+        with _open(gate), inner_pass():
             values = torch.autograd.grad(
                 loss, list(params.values()), create_graph=create_graph, allow_unused=True
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_module
 from innerloop._utils import torch_private
+from innerloop._utils.inner_pass import InnerHook
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -134,6 +135,8 @@ class _Copier:
                 own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
+        if torch_private.backward_hooks(new):
+            torch_private.wrap_backward_hooks(new, InnerHook)
         torch_private.forget_compiled_call(new)
         return new
 

@@ -40,6 +40,7 @@ from innerloop._types import HyperTree, Loss, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
@@ -211,7 +212,9 @@ def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -
     def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
         return forward_over_reverse(gradients, values, along, before_each=step.rewind)
 
-    return _through_factors(step, given, gradient, product)
+    _check_parameter_hooks(step, "mixed")
+    with assuming_symmetry("mixed"):
+        return _through_factors(step, given, gradient, product)
 
 
 def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
@@ -232,7 +235,16 @@ def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) 
             relative_step=step.finite_step,
         )
 
-    return _through_factors(step, given, gradient, product)
+    _check_parameter_hooks(step, "finite")
+    with assuming_symmetry("finite"):
+        return _through_factors(step, given, gradient, product)
+
+
+def _check_parameter_hooks(step: Step, product: str) -> None:
+    """Raise if hooks of parameters change the gradient, which is then not that of the loss."""
+    if step.problem.parameter_hooks(step.carry.params):
+        with assuming_symmetry(product):
+            check_symmetric("a gradient hook on a parameter (register_hook)")
 
 
 Product = Callable[[Gradients, list[Tensor], list[Tensor]], SecondProduct]
