@@ -46,6 +46,11 @@ def inner_pass() -> Iterator[None]:
         _Running.passes -= 1
 
 
+def is_inner_pass() -> bool:
+    """True if the backward pass of an inner step is running."""
+    return _Running.passes > 0
+
+
 class InnerHook:
     """A user's hook that acts until the inner backward pass has run through it, then no more.
 

@@ -279,6 +279,15 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a class of tensors that has none, like that of `nn.Parameter`."""
+
+
+def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
+    """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
+    return Tensor._make_subclass(cls, tensor)  # type: ignore[attr-defined]
+
+
 def data_getter() -> Any:
     """Return the function under which a ``TorchFunctionMode`` sees ``tensor.data``."""
     return torch._C.TensorBase.data.__get__
