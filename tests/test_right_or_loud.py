@@ -66,11 +66,12 @@ def test_a_buffer_computed_from_hyper(strategy: Strategy, in_place: bool) -> Non
     )
 
     def end(s: Tensor, strategy: Strategy) -> Tensor:
-        return unroll(problem, None, None, steps=4, hyper={"s": s}, strategy=strategy).params["w"]
+        traj = unroll(problem, None, None, steps=4, hyper={"s": s}, strategy=strategy)
+        return traj.params["w"]
 
     s = tensor(0.7).requires_grad_()
     (found,) = torch.autograd.grad(end(s, strategy), s)
-    expected = slope(lambda x: float(end(tensor(x), StoreAll())), 0.7)
+    expected = slope(lambda x: end(tensor(x), StoreAll()).item(), 0.7)
     assert found.item() == pytest.approx(expected, rel=1e-8)
     assert not problem.computed_buffers  # a problem remembers nothing of a run
 
@@ -253,7 +254,9 @@ def test_hooks_on_parameters_run_as_in_training(strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("kind", ["tensor", "parameter"])
 def test_mixed_refuses_hooks(kind: str) -> None:
-    problem = Problem.from_module(Hooked(kind), lambda m, h, b: hooked_loss(m, h), optim.sgd(lr=0.1))
+    problem = Problem.from_module(
+        Hooked(kind), lambda m, h, b: hooked_loss(m, h), optim.sgd(lr=0.1)
+    )
     with pytest.raises(NotDifferentiableError, match='hook.*product="reverse"'):
         metagradient(
             lambda t, h: outer(t.params.values()),
@@ -292,7 +295,9 @@ def test_mixed_is_compared_with_reverse() -> None:
     problem = Problem(
         lambda p, h, b: (Reversed.apply(p["w"][:1]) * p["w"][1:] * h).sin().sum(), optim.sgd(lr=0.3)
     )
-    with pytest.raises(NotDifferentiableError, match='"mixed" is off by .* Write product="reverse"'):
+    with pytest.raises(
+        NotDifferentiableError, match='"mixed" is off by .* Write product="reverse"'
+    ):
         metagradient(
             lambda t, h: t.params["w"].square().sum(),
             problem,
@@ -443,3 +448,79 @@ def test_an_embedding_without_padding_keeps_its_kernel() -> None:
     with innerloop.nn.replacing():
         out = F.embedding(ROWS, weight)
     assert type(out.grad_fn).__name__ == "EmbeddingBackward0"
+
+
+# -- targets ---------------------------------------------------------------------------------------
+
+MATRIX = tensor([[1.0, 0.5], [-0.2, 1.0]])
+
+
+def targets(p: Any, h: Tensor, b: object) -> Tensor:
+    return (MATRIX @ p["w"] * h).tanh()
+
+
+def towards(p: Any, h: Tensor, b: object, target: Tensor) -> Tensor:
+    return h * (p["w"] - target).pow(2).sum() + (p["w"] * target).sum()
+
+
+def plain_towards(h: float) -> float:
+    w = tensor([1.0, 2.0])
+    for _ in range(3):
+        w = w.detach().requires_grad_()
+        loss = towards({"w": w}, tensor(h), None, targets({"w": w.detach()}, tensor(h), None))
+        (g,) = torch.autograd.grad(loss, w)
+        w = w - 0.1 * g
+    return w.square().sum().item()
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(tensor([1.0, 2.0]))
+
+
+def problem_with_targets(from_module: bool) -> Problem:
+    if not from_module:
+        return Problem(towards, optim.sgd(lr=0.1), targets=targets)
+    return Problem.from_module(
+        Weight(),
+        lambda m, h, b, target: towards({"w": m.w}, h, b, target),
+        optim.sgd(lr=0.1),
+        targets=lambda m, h, b: targets({"w": m.w}, h, b),
+    )
+
+
+@pytest.mark.parametrize("from_module", [False, True])
+@pytest.mark.parametrize("strategy", REVERSE_AND_FORWARD, ids=str)
+def test_targets_are_differentiated_as_training_moves_them(
+    strategy: Strategy, from_module: bool
+) -> None:
+    value, found = metagradient(
+        lambda t, h: t.params["w"].square().sum(),
+        problem_with_targets(from_module),
+        {"w": tensor([1.0, 2.0])},
+        None,
+        steps=3,
+        hyper=tensor(0.8),
+        wrt="hyper",
+        strategy=strategy,
+    )
+    assert value.item() == pytest.approx(plain_towards(0.8), rel=1e-12)
+    assert found.item() == pytest.approx(slope(plain_towards, 0.8), rel=1e-7)
+
+
+def test_targets_elsewhere() -> None:
+    problem = problem_with_targets(False)
+    start = {"w": tensor([1.0, 2.0])}
+    found = unroll(problem, start, None, steps=3, hyper=tensor(0.8), strategy=FirstOrder())
+    assert found.params["w"].square().sum().item() == pytest.approx(plain_towards(0.8))
+    with pytest.raises(NotDifferentiableError, match=r'"mixed".*targets=.*"reverse"'):
+        metagradient(
+            lambda t, h: t.params["w"].sum(),
+            problem,
+            start,
+            None,
+            steps=2,
+            hyper=tensor(0.8),
+            strategy=Checkpointed(product="mixed"),
+        )

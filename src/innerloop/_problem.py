@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,13 @@ Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
 OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any]]
 
 
+class _WithTargets(NamedTuple):
+    """A batch, and what ``targets`` made of it."""
+
+    batch: Any
+    targets: Any
+
+
 class Problem:
     r"""One step of training: a loss :math:`\ell`, and an update rule :math:`u` with state :math:`s`.
 
@@ -59,6 +66,10 @@ class Problem:
             ``optimizer_hyper(hyper, t) -> dict``, for example ``lambda hyper, t: {"lr":
             hyper["log_lr"][t].exp()}``. Default: the optimizer reads nothing; ``()`` says so, for
             an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
+        targets: ``targets(params, hyper, batch)`` computes what a step holds constant (TD targets,
+            a teacher) and is differentiated all the same: it is evaluated outside of the inner
+            derivative, and its result is passed on as ``loss(params, hyper, batch, targets)``. What
+            the loss itself detaches is constant in every derivative.
 
     Example:
         >>> import torch, innerloop
@@ -72,7 +83,12 @@ class Problem:
     """
 
     def __init__(
-        self, loss: Loss, optimizer: Optimizer, *, optimizer_hyper: OptimizerHyper | None = None
+        self,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        optimizer_hyper: OptimizerHyper | None = None,
+        targets: Callable[..., object] | None = None,
     ) -> None:
         if not callable(loss):
             raise InvalidInputError(
@@ -95,6 +111,12 @@ class Problem:
             if optimizer_hyper is None or callable(optimizer_hyper)
             else _ReadByName(optimizer_hyper, optimizer)
         )
+        if targets is not None and not callable(targets):
+            raise InvalidInputError(
+                "targets must be a function targets(params, hyper, batch), got "
+                f"{type(targets).__name__}"
+            )
+        self.targets = targets
         self.view: module.ModuleView | None = None
         self.original: Problem | None = None
         """The user's problem, of which this is the copy for one run."""
@@ -115,15 +137,17 @@ class Problem:
         optimizer: Optimizer,
         *,
         optimizer_hyper: OptimizerHyper | None = None,
+        targets: Callable[..., object] | None = None,
     ) -> Problem:
         """Make a problem from ``loss(model, hyper, batch)``, written with the module itself.
 
         The module's buffers (running statistics) and the random state are threaded through the
         loop; the user's module is not changed. ``params`` of `unroll` is then
         None (all trainable parameters of the module), or a part of
-        ``dict(model.named_parameters())``; other parameters keep the module's values.
+        ``dict(model.named_parameters())``; other parameters keep the module's values. ``targets``
+        is here a function ``targets(model, hyper, batch)``.
         """
-        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
+        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper, targets=targets)
         problem.view = module.ModuleView(model)
         return problem
 
@@ -191,13 +215,18 @@ class Problem:
 
         If second derivatives will be taken, operations that lack them are replaced meanwhile.
         """
+        more: tuple[object, ...] = ()
+        if self.targets is not None:
+            if not isinstance(batch, _WithTargets):
+                batch, buffers = self.with_targets(params, buffers, hyper, batch)
+            batch, *more = batch  # type: ignore[assignment]
         with replacing() if second_order else nullcontext():
             if self.view is None:
-                result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+                result, new_buffers = self.loss(params, hyper, batch, *more), dict(buffers)
             else:
                 loss_of = self._noting_buffers if self.view.no_statistics else self.loss
                 result, new_buffers = self.view.run(
-                    params, buffers, loss_of, self.view.module, hyper, batch
+                    params, buffers, loss_of, self.view.module, hyper, batch, *more
                 )
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
@@ -207,6 +236,20 @@ class Problem:
             aux,
             new_buffers,
         )
+
+    def with_targets(
+        self, params: Named, buffers: Named, hyper: Any, batch: Any
+    ) -> tuple[Any, Named]:
+        """Return the batch with its targets, outside of the inner derivative, and the buffers."""
+        if self.targets is None:
+            return batch, buffers
+        with replacing():
+            if self.view is None:
+                return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
+            found, new = self.view.run(
+                params, buffers, self.targets, self.view.module, hyper, batch
+            )
+            return _WithTargets(batch, found), new
 
     def _noting_buffers(self, *args: Any) -> Any:
         """Evaluate the loss, and note which buffers it has changed.
@@ -235,6 +278,7 @@ class Problem:
         """Return ``(gradient with respect to params, loss, aux, new_buffers)``."""
         taken = self._by_autograd if may_call_autograd() else self._by_transform
         try:
+            batch, buffers = self.with_targets(params, buffers, hyper, batch)
             return taken(params, buffers, hyper, batch)
         except InnerLoopError:
             raise

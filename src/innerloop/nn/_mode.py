@@ -157,9 +157,7 @@ class _InForwardMode(ReplacementMode):
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
         if func == _data or (not torch.is_grad_enabled() and not in_place and name != "__set__"):
-            return tree.map_tensors(
-                lambda x: x.detach() if tree.differentiable(x) else x, result
-            )
+            return tree.map_tensors(lambda x: x.detach() if tree.differentiable(x) else x, result)
         return result
 
 

@@ -165,9 +165,7 @@ class ForwardMode(Strategy):
         data = batches_of(batches, steps)
         owned = isinstance(params, Carry) and params.random_state is not None
         start = problem.init(params).detach()
-        loop = Loop(
-            problem.for_one_run(start), start, tree.map_tensors(Tensor.detach, hyper), data
-        )
+        loop = Loop(problem.for_one_run(start), start, tree.map_tensors(Tensor.detach, hyper), data)
         wanted = [tree.differentiable(x) for x in tree.leaves(hyper)]
         if not any(wanted):
             raise InvalidInputError(

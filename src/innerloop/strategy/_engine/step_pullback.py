@@ -213,7 +213,7 @@ def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -
     def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
         return forward_over_reverse(gradients, values, along, before_each=step.rewind)
 
-    _check_parameter_hooks(step, "mixed")
+    _check_factors(step, "mixed")
     with assuming_symmetry("mixed"):
         return _through_factors(step, given, gradient, product)
 
@@ -236,13 +236,16 @@ def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) 
             relative_step=step.finite_step,
         )
 
-    _check_parameter_hooks(step, "finite")
+    _check_factors(step, "finite")
     with assuming_symmetry("finite"):
         return _through_factors(step, given, gradient, product)
 
 
-def _check_parameter_hooks(step: Step, product: str) -> None:
-    """Raise if hooks of parameters change the gradient, which is then not that of the loss."""
+def _check_factors(step: Step, product: str) -> None:
+    """Raise if hooks or targets make the gradient of a step another one than that of the loss."""
+    if step.problem.targets is not None:
+        with assuming_symmetry(product):
+            check_symmetric("Problem(targets=...), which is differentiated in the outer pass only,")
     if step.problem.parameter_hooks(step.carry.params):
         with assuming_symmetry(product):
             check_symmetric("a gradient hook on a parameter (register_hook)")
@@ -258,9 +261,7 @@ def _no_product(gradients: Gradients, values: list[Tensor], along: list[Tensor])
     return SecondProduct(zeros, zeros, values[0].new_zeros(()))
 
 
-def check_product(
-    product: str, step: Step, given: OutputCotangents, ours: InputCotangents
-) -> None:
+def check_product(product: str, step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
     """Raise if the pullback of one step is not that of reverse over reverse, where that exists.
 
     Both products take the Jacobian of the inner gradient for symmetric. It is not where the
