@@ -53,6 +53,10 @@ EXERCISED = {
     "uncompiled_name",
     "forget_compiled_call",
     "is_once_differentiable",
+    "of_class",
+    "data_getter",
+    "backward_hooks",
+    "wrap_backward_hooks",
 }
 
 
@@ -499,6 +503,43 @@ def test_what_compile_leaves_in_a_module():
     module.compile(backend=lambda graph, inputs: refuse)
     torch_private.forget_compiled_call(module)
     assert module(torch.ones(1)).shape == (1,)
+
+
+def test_a_tensor_of_a_class_is_no_view():
+    class Own(Tensor):
+        pass
+
+    found = torch_private.of_class(Own, torch.ones(2))
+    assert type(found) is Own and not found._is_view()
+    assert torch_private.NO_TORCH_FUNCTION is nn.Parameter.__torch_function__
+
+
+def test_a_mode_sees_the_data_of_a_tensor():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func == torch_private.data_getter())
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1)
+    with Mode():
+        _ = x.data
+    assert seen == [True]
+
+
+def test_hooks_of_a_module_are_wrapped_at_each_call():
+    module, wrapped = nn.Linear(1, 1), []
+    assert not torch_private.backward_hooks(module)
+    module.register_full_backward_hook(lambda module, inputs, outputs: None)
+    module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
+    assert torch_private.backward_hooks(module)
+    torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)
+    module(torch.ones(1, 1)).sum().backward()
+    module(torch.ones(1, 1)).sum().backward()
+    assert len(wrapped) == 4
+    assert module.bias.grad is not None
+    assert module.bias.grad.item() == 4
 
 
 def test_once_differentiable_is_seen_in_the_graph():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from innerloop._types import HyperTree, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop._utils.random_state import RandomState
@@ -271,10 +271,10 @@ def batches_of(given: object, steps: int | None) -> Batches:
     return BatchList(given, total) if isinstance(given, list) else StackedBatches(given, total)
 
 
-def check_constant(batches: object, name: str = "batches") -> None:
-    """Raise if a tensor requires grad."""
+def check_constant(batches: object, name: str = "batches", outside: bool = False) -> None:
+    """Raise if a tensor requires grad, with ``outside`` also where a transform hides it."""
     for path, t in tree.named_tensors(batches, name):
-        if t.requires_grad:
+        if torch_private.has_derivative(t) if outside else t.requires_grad:
             raise InvalidInputError(
                 f"{path} requires grad, but batches are constants of the derivative: put that "
                 "tensor into hyper, let batches be indices into it, or detach it"

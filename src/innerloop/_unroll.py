@@ -106,6 +106,8 @@ def unroll(
         start = problem.init(params)
         if problem.optimizer_hyper is not None and data.steps != 0 and mode() is Mode.EAGER:
             problem.check_overrides(hyper, start.time)
+        if mode() is not Mode.COMPILING:
+            problem = problem.for_one_run(start)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
         if eager and torch.is_grad_enabled():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_module
 from innerloop._utils import torch_private, tree
+from innerloop._utils.inner_pass import InnerHook, is_inner_pass
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -38,10 +39,15 @@ Place = tuple[Any, Any]  # a container and the key under which a tensor stands i
 
 
 class Gate:
-    """Whether a backward pass may read the newest parameters."""
+    """Whether a backward pass may read the newest parameters.
 
-    def __init__(self) -> None:
+    Args:
+        snapshots: True if copies of the module hold parameters of their own.
+    """
+
+    def __init__(self, snapshots: bool = True) -> None:
         self.closed = False
+        self.snapshots = snapshots
         self.home = (
             torch_private.backward_pass()
         )  # a loop may run inside a backward pass, and is at home in that one
@@ -98,6 +104,54 @@ class _Unreadable(Tensor):
         raise refusal(vars(given[0])["_innerloop_name"] if given else "?")
 
 
+class _CopiedParameter(Tensor):
+    """A parameter in a copy of ``loop.model``; ``requires_grad_(False)`` cuts it off."""
+
+    _is_param = True
+    # As for nn.Parameter: operations give plain tensors.
+    __torch_function__ = torch_private.NO_TORCH_FUNCTION
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Detach from the loop, or leave the tensor as it is."""
+        return self if requires_grad else self.detach_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return another copy, connected as well."""
+        if id(self) not in memo:
+            memo[id(self)] = (
+                _Connect.apply(self)
+                if self.requires_grad
+                else nn.Parameter(self.detach().clone(), requires_grad=False)
+            )
+        copied: Tensor = memo[id(self)]
+        return copied
+
+
+class _Connect(torch.autograd.Function):
+    """A copy that is a constant of the inner gradient, as in PyTorch, and not of the outer one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        copied = torch_private.of_class(_CopiedParameter, value.detach().clone())
+        # It shares the count of changes, and is no cycle.
+        ctx.copied = copied.detach()
+        ctx.version = torch_private.version(ctx.copied)
+        return copied
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
+        if is_inner_pass():
+            return None
+        if torch_private.version(ctx.copied) != ctx.version:
+            raise NotDifferentiableError(
+                "the outer loss uses a copy of loop.model (copy.deepcopy, AveragedModel) whose "
+                "parameters were changed in place after it was made, which no gradient follows: "
+                "use loop.model, or compute the averages from loop.parameters(time=t) and call "
+                "torch.func.functional_call(model, averages, x)"
+            )
+        return grads[0]
+
+
 class _Parameters(dict[str, Any]):
     """A module's parameters; it notices when a backward pass reads them.
 
@@ -131,10 +185,17 @@ class _Parameters(dict[str, Any]):
         return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """Return a snapshot of the values, as parameters, for a copy of the module."""
+        """Return a snapshot of the values, for a copy of the module.
+
+        What is trained stays connected to the loop for an outer loss; the rest are parameters.
+        """
         for p in self.values():
             if isinstance(p, Tensor) and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                memo[id(p)] = (
+                    nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                    if self.gate.snapshots or not p.requires_grad
+                    else _Connect.apply(p)
+                )
         return {name: None if p is None else memo[id(p)] for name, p in self.items()}
 
 
@@ -219,6 +280,8 @@ class _Copier:
                 own[key] = self.copy(value)
                 if id(value) in self.registered:
                     self.places.setdefault(id(value), []).append((own, key))
+        if torch_private.backward_hooks(new):
+            torch_private.wrap_backward_hooks(new, InnerHook)
         torch_private.forget_compiled_call(new)
         return new
 

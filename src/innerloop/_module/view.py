@@ -17,7 +17,7 @@ from innerloop._module.checks import (
     named_parameters,
 )
 from innerloop._module.copier import Gate, _Copier, plain, refusal
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
@@ -79,6 +79,12 @@ class ModuleView:
             if isinstance(module, _NORMS)
             for key in torch_private.buffer_table(module)
         }
+        self.no_statistics = [
+            name
+            for name, b in self.source_buffers.items()
+            if tree.differentiable(b) and name not in self.statistics
+        ]
+        """Buffers that may have a derivative: kernels write running statistics without one."""
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 

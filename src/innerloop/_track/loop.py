@@ -77,7 +77,7 @@ class TrackedLoop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self._kernels = replace.LoopMode() if self._second_order else None
-        self._gate = Gate()
+        self._gate = Gate(snapshots=learn == "nothing")
         self._view = ModuleView(model, self._gate)
         if self._second_order:
             keep_running_statistics(self._view)

@@ -367,6 +367,40 @@ def forward_mode() -> bool:
     return not torch.compiler.is_compiling() and _forward_level()
 
 
+NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a class of tensors that has none, like that of `nn.Parameter`."""
+
+
+def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
+    """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
+    return Tensor._make_subclass(cls, tensor)  # type: ignore[attr-defined]
+
+
+def data_getter() -> Any:
+    """Return the function under which a ``TorchFunctionMode`` sees ``tensor.data``."""
+    return torch._C.TensorBase.data.__get__
+
+
+def backward_hooks(module: nn.Module) -> bool:
+    """True if a module has hooks that see gradients; they cannot be listed publicly."""
+    return bool(vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"))
+
+
+def wrap_backward_hooks(
+    module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Let each forward call of ``module`` register ``wrap(hook)`` in place of its hooks."""
+
+    def hooks() -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:
+        full, others = type(module)._get_backward_hooks(module)
+        return [wrap(h) for h in full], [wrap(h) for h in others]
+
+    def before() -> list[Callable[..., Any]]:
+        return [wrap(h) for h in type(module)._get_backward_pre_hooks(module)]
+
+    vars(module).update(_get_backward_hooks=hooks, _get_backward_pre_hooks=before)
+
+
 TENSOR_TABLES = ("_parameters", "_buffers")
 """The attributes of a module that hold its own tensors."""
 REGISTRIES = (*TENSOR_TABLES, "_modules")

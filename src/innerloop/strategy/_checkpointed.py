@@ -230,7 +230,7 @@ class _Replay(LoopFunction):
         self._draws = False
         compiles = strategy.compile and not self.transformed
         self._compiled = CompiledProblem(loop.problem, strategy.product) if compiles else None
-        self._checks_finite = strategy.finite_step is None and not self.transformed
+        self._checks_product = strategy.finite_step is None and not self.transformed
         self._slots = 1
         self._check = ReplayCheck()
 
@@ -339,7 +339,7 @@ class _Replay(LoopFunction):
                 pulled = step_pullback.pull(self.strategy.product, step, given, gradient)
             else:
                 pulled = self._compiled.pull(step, given)
-            if self.strategy.product == "finite" and t in (0, steps - 1) and self._checks_finite:
+            if self._checks_product and t in self._checked_times(steps):
                 to_check.append((step, given, pulled))
             if pulled.after is not None and not self.transformed:
                 self._check.compare(t, carry, pulled.after, later)
@@ -360,8 +360,12 @@ class _Replay(LoopFunction):
         if losses:
             self.compare(torch.stack(losses[::-1]))
         for checked in to_check:
-            step_pullback.check_finite(*checked)
+            step_pullback.check_product(self.strategy.product, *checked)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+
+    def _checked_times(self, steps: int) -> tuple[int, ...]:
+        """Return the steps at which a product that assumes symmetry is compared with reverse."""
+        return {"finite": (0, steps - 1), "mixed": (steps - 1,)}.get(self.strategy.product, ())
 
     def _state(self, loop: Loop, t: int, kept: _ReplayData) -> Carry:
         """Return the state before step t.

@@ -119,6 +119,9 @@ def _constant_gradient(
     It notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on.
     """
     params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
+    batch, buffers = tree.map_tensors(
+        Tensor.detach, problem.with_targets(params, buffers, hyper, batch)
+    )
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
 

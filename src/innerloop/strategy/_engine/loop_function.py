@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._batches import check_constant
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
@@ -66,6 +67,9 @@ class LoopFunction(abc.ABC):
     """
 
     def __init__(self, loop: Loop) -> None:
+        if torch.is_grad_enabled() or mode() is Mode.TRANSFORMED:
+            # Inside vmap a tensor does not show that it requires grad outside.
+            check_constant(loop.batches.data, outside=True)
         self.tensors, self.inputs = tree.split(
             (state_of(loop.start), loop.hyper, loop.batches.data)
         )

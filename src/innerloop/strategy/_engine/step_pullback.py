@@ -40,8 +40,10 @@ from innerloop._types import HyperTree, Loss, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
-from innerloop._utils.random_state import RandomState
+from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
+from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.strategy._base import Loop
 
 Cotangents = list[Tensor | None]
 State = tuple[Params, Any, Params]
@@ -218,7 +220,9 @@ def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -
     def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
         return forward_over_reverse(gradients, values, along, before_each=step.rewind)
 
-    return _through_factors(step, given, gradient, product)
+    _check_factors(step, "mixed")
+    with assuming_symmetry("mixed"):
+        return _through_factors(step, given, gradient, product)
 
 
 def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
@@ -239,7 +243,19 @@ def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) 
             relative_step=step.finite_step,
         )
 
-    return _through_factors(step, given, gradient, product)
+    _check_factors(step, "finite")
+    with assuming_symmetry("finite"):
+        return _through_factors(step, given, gradient, product)
+
+
+def _check_factors(step: Step, product: str) -> None:
+    """Raise if hooks or targets make the gradient of a step another one than that of the loss."""
+    if step.problem.targets is not None:
+        with assuming_symmetry(product):
+            check_symmetric("Problem(targets=...), which is differentiated in the outer pass only,")
+    if step.problem.parameter_hooks(step.carry.params):
+        with assuming_symmetry(product):
+            check_symmetric("a gradient hook on a parameter (register_hook)")
 
 
 Product = Callable[[Gradients, list[Tensor], list[Tensor]], SecondProduct]
@@ -252,32 +268,87 @@ def _no_product(gradients: Gradients, values: list[Tensor], along: list[Tensor])
     return SecondProduct(zeros, zeros, values[0].new_zeros(()))
 
 
-def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
+def check_product(product: str, step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
     """Raise if the pullback of one step is not that of reverse over reverse, where that exists.
 
-    A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power
-    iteration) moves with the displaced parameters, and no smaller step cures that.
+    Both products take the Jacobian of the inner gradient for symmetric. It is not where the
+    gradient is not that of the loss: custom autograd Functions, values that are held constant in a
+    way that a derivative does not see. A part of the loss that stops gradients (``detach``,
+    ``no_grad``: spectral norm's power iteration) moves with the parameters that a finite difference
+    displaces, and no smaller step cures that.
     """
     try:
         exact = reverse(step, given)
     except (InnerLoopError, RuntimeError):
         return
     direct = _through_factors(step, given, None, _no_product)
-    error = scale = 0.0
+    error = scale = total = 0.0
     rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
     for a, b, c in rows:
         if a is not None and b is not None:
             error += float((a - b).norm()) ** 2
+            total += float(b.norm()) ** 2
             scale += float((b if c is None else b - c).norm()) ** 2
-    error, scale = math.sqrt(error), math.sqrt(scale)
+    error, scale, total = math.sqrt(error), math.sqrt(scale), math.sqrt(total)
+    precision = max(
+        (torch.finfo(p.dtype).eps for p in step.carry.params.values()), default=2.0**-52
+    )
+    if product == "mixed":
+        if error > max(1e-4, 10 * math.sqrt(precision)) * scale + 100 * precision * total:
+            raise NotDifferentiableError(
+                f'product="mixed" is off by {error / max(scale, error):.0%} at step {step.t}: it '
+                "needs a symmetric Jacobian of the inner gradient, and the gradient of this step "
+                "is not that of the loss (a custom autograd Function, a hook, a value changed "
+                'without a graph). Write product="reverse"'
+            )
     # Where reverse over reverse sees nothing, there is nothing to compare with.
-    if scale and error > 0.05 * scale:
+    elif scale and error > 0.05 * scale:
         raise NotDifferentiableError(
             f'product="finite" is off by {error / scale:.0%} at step {step.t}: the loss stops a '
             "gradient (detach, no_grad), "
             'which a finite difference does not see, or has kinks. Write product="reverse", or '
             "set finite_step to skip this check"
         )
+
+
+def used_hyper(loop: Loop, wanted: Sequence[bool], steps: int) -> set[int]:
+    """Return which of the ``wanted`` leaves of hyper some step depends on, whatever the value.
+
+    The steps run once more, on constants, until all are found.
+    """
+    leaves = tree.leaves(loop.hyper)
+    missing = {i for i, w in enumerate(wanted) if w}
+    used: set[int] = set()
+    carry = loop.start
+    loop = loop._replace(batches=loop.batches.ending(steps))
+    with at_random_state(carry.random_state):
+        for t in range(steps):
+            places = sorted(missing - used)
+            if not places:
+                break
+            batch = loop.batch(carry, t)
+            box: list[Any] = []
+
+            def ends(
+                values: list[Tensor],
+                carry: Carry = carry,
+                batch: object = batch,
+                t: int = t,
+                places: list[int] = places,
+                box: list[Any] = box,
+            ) -> tuple[list[Tensor], list[Tensor]]:
+                hyper = tree.with_leaves(loop.hyper, tree.put(leaves, places, values))
+                new, loss, aux = loop.problem.step(carry, hyper, batch, loop.time(t))
+                ends = [x for x in tree.tensors((state_of(new), loss, aux)) if x.requires_grad]
+                found = {id(x) for x in graph.check_graph(ends, (), second_order=False)}
+                used.update(i for i, v in zip(places, values, strict=True) if id(v) in found)
+                tensors, template = tree.split(state_of(new))
+                box[:] = template, new.random_state
+                return [values[0] * 0], tensors
+
+            tensors = _vjp(ends, [leaves[i] for i in places], has_aux=True)[2]
+            carry = carry_of(tree.join(box[0], tensors), box[1])
+    return used
 
 
 def _through_factors(
