@@ -510,8 +510,9 @@ def test_a_tensor_of_a_class_is_no_view():
         pass
 
     found = torch_private.of_class(Own, torch.ones(2))
-    assert type(found) is Own and not found._is_view()
-    assert torch_private.NO_TORCH_FUNCTION is nn.Parameter.__torch_function__
+    assert type(found) is Own
+    assert not found._is_view()
+    assert torch_private.NO_TORCH_FUNCTION is torch.nn.Parameter.__torch_function__
 
 
 def test_a_mode_sees_the_data_of_a_tensor():
@@ -529,14 +530,14 @@ def test_a_mode_sees_the_data_of_a_tensor():
 
 
 def test_hooks_of_a_module_are_wrapped_at_each_call():
-    module, wrapped = nn.Linear(1, 1), []
+    module, wrapped = torch.nn.Linear(1, 1), []
     assert not torch_private.backward_hooks(module)
     module.register_full_backward_hook(lambda module, inputs, outputs: None)
     module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
     assert torch_private.backward_hooks(module)
     torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)
-    module(torch.ones(1, 1)).sum().backward()
-    module(torch.ones(1, 1)).sum().backward()
+    module(torch.ones(1, 1, requires_grad=True)).sum().backward()
+    module(torch.ones(1, 1, requires_grad=True)).sum().backward()
     assert len(wrapped) == 4
     assert module.bias.grad is not None
     assert module.bias.grad.item() == 4

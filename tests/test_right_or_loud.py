@@ -257,7 +257,7 @@ def test_mixed_refuses_hooks(kind: str) -> None:
     problem = Problem.from_module(
         Hooked(kind), lambda m, h, b: hooked_loss(m, h), optim.sgd(lr=0.1)
     )
-    with pytest.raises(NotDifferentiableError, match='hook.*product="reverse"'):
+    with pytest.raises(NotDifferentiableError, match=r'hook.*product="reverse"'):
         metagradient(
             lambda t, h: outer(t.params.values()),
             problem,
@@ -296,7 +296,7 @@ def test_mixed_is_compared_with_reverse() -> None:
         lambda p, h, b: (Reversed.apply(p["w"][:1]) * p["w"][1:] * h).sin().sum(), optim.sgd(lr=0.3)
     )
     with pytest.raises(
-        NotDifferentiableError, match='"mixed" is off by .* Write product="reverse"'
+        NotDifferentiableError, match=r'"mixed" is off by .* Write product="reverse"'
     ):
         metagradient(
             lambda t, h: t.params["w"].square().sum(),
@@ -432,7 +432,7 @@ def test_a_copy_that_is_an_average_is_refused() -> None:
             average.update_parameters(loop.model)
         with torch.no_grad():
             assert quadratic(average).isfinite()
-        with pytest.raises(NotDifferentiableError, match="copy of loop.model.*AveragedModel"):
+        with pytest.raises(NotDifferentiableError, match=r"copy of loop.model.*AveragedModel"):
             quadratic(average).backward()
         target = copy.deepcopy(loop.model).requires_grad_(False)
         assert not quadratic(target).requires_grad

@@ -162,7 +162,7 @@ class Problem:
         """Return a copy that notes what is found out in one run; it is forgotten afterwards."""
         run = copy.copy(self)
         run.original = self.original or self
-        run._sparse = set()
+        run._sparse = set()  # noqa: SLF001
         run.computed_buffers = set()
         if self.view is not None:
             run.computed_buffers |= {

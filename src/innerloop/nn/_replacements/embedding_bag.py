@@ -147,9 +147,7 @@ def padded_embedding(
     PyTorch's own drops that part without an error.
     """
     out = F.embedding(input, weight, sparse=sparse)
-    if not out.requires_grad or (
-        torch_private.inside_transform() and not torch_private.is_tracked(out)
-    ):
+    if not out.requires_grad or (mode() is Mode.TRANSFORMED and not torch_private.is_tracked(out)):
         return F.embedding(input, weight, padding_idx, sparse=sparse)
     inner_pass.check_symmetric(f"F.embedding with padding_idx={padding_idx}")
     padded = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
