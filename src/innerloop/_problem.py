@@ -247,7 +247,9 @@ class Problem:
             first = self.first_since_init()
             copied = Tensor.clone if first else _alias
             alias = {
-                n: copied(p) if p.requires_grad else (p.detach().clone() if first else p.detach()).requires_grad_()
+                n: copied(p)
+                if p.requires_grad
+                else (p.detach().clone() if first else p.detach()).requires_grad_()
                 for n, p in params.items()
             }
             with refusing_recomputation(), refusing_writes(alias):

@@ -55,12 +55,12 @@ class ModuleView:
                 f"expected an nn.Module, or a dict of modules, got {type(model).__name__}"
             )
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
+        for module in modules.values():
+            check_module(module)
         source = by_name(named_parameters(model))
         source_buffers = by_name(named_buffers(model))
         source, source_buffers = _as_they_stand(model, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
-        for module in modules.values():
-            check_module(module)
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
