@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
@@ -742,3 +743,63 @@ def test_evaluation_between_training_forwards_of_a_batch_norm() -> None:
     for name, p in tracked.named_parameters():
         assert p.grad is not None
         assert torch.allclose(p.grad, params[name].grad, rtol=1e-10), name  # type: ignore[arg-type]
+
+
+# -- what is changed between steps -----------------------------------------------------------------
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+        lambda layer: nn.utils.spectral_norm(layer),
+        pruned,
+    ],
+    ids=["spectral norm", "weight norm", "orthogonal", "old spectral norm", "prune"],
+)
+def test_a_parametrization_applied_in_mid_loop_is_refused(apply: Callable[[nn.Module], Any]):
+    model = network()
+    with (
+        pytest.raises(innerloop.InvalidInputError, match="apply them to the model before"),
+        loop_over(model) as loop,
+    ):
+        loop.step(loop.model(features(0)).square().mean())
+        apply(loop.model.body)
+    if apply is pruned:
+        return
+    with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
+        steps.step(patched(features(0)).square().mean())
+        with pytest.raises(innerloop.InvalidInputError, match="before"):
+            apply(patched.body)
+
+
+def test_a_frozen_parameter_taken_out_in_mid_loop_is_named():
+    model = network()
+    model.body.weight.requires_grad_(False)
+    with loop_over(model) as loop:
+        nn.utils.parametrizations.weight_norm(loop.model.body)
+        with pytest.raises(innerloop.InvalidInputError, match="parameter 'weight' is taken out"):
+            loop.step(loop.model(features(0)).square().mean())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"learn": "nothing"}], ids=str)
+def test_a_parameter_that_a_step_skips_may_be_edited_in_place(arguments: dict[str, Any]):
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    with loop_over(model, **arguments) as loop:
+        loop.step(loop.model.a**2)
+        with torch.no_grad():
+            loop.model.b.add_(1)
+        loop.step(loop.model.a**2 + loop.model.b**2)
+    assert loop.parameters(0)["b"].item() == 1
+    assert loop.parameters(2)["b"].item() == pytest.approx(1.6)
+    if not arguments:
+        loop.parameters(2)["b"].backward()
+        assert model.b.grad is not None
+        assert model.b.grad.item() == pytest.approx(0.8)

@@ -16,7 +16,7 @@ from innerloop._module.checks import (
     named_buffers,
     named_parameters,
 )
-from innerloop._module.copier import Gate, _Copier, plain
+from innerloop._module.copier import GONE, Gate, _Copier, plain
 from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
@@ -115,7 +115,12 @@ class ModuleView:
 
     def read(self) -> dict[str, Tensor]:
         """Return the parameters as they are now (the user may have edited or replaced one)."""
-        return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        try:
+            return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        except KeyError:
+            pass
+        gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])
+        raise InvalidInputError(GONE.format(gone.rpartition(".")[2]))
 
     def read_buffers(self) -> dict[str, Tensor]:
         """Return the buffers as they are now."""
