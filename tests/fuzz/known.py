@@ -25,9 +25,6 @@ KNOWN: dict[str, Callable[[Verdict], bool]] = {
     "a parameter that some steps do not use": lambda v: (
         v.kind == SILENT and v.case.family == "unused" and _checkpointed(v)
     ),
-    "attributes of the user's module": lambda v: v.reason == "changes the user's model: seen",
-    "buffers changed in place": lambda v: "inplace operation" in v.reason,
-    "buffers that require grad": lambda v: "running_mean" in v.reason,
     "kept gradients that are views": lambda v: "A view was created in no_grad" in v.reason,
     "sparse gradients": lambda v: v.kind == BARE and v.case.rule == "sparse adam",
     "a continued schedule restarts": lambda v: (

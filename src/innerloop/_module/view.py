@@ -21,7 +21,6 @@ from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
-
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
