@@ -25,6 +25,8 @@ EXERCISED = {
     "inside_reverse_transform",
     "switches_gradients",
     "no_saved_tensors_hooks",
+    "refusing_saved_tensors_hooks",
+    "inside_saved_tensors_hooks",
     "inside_dual_level",
     "jvp_levels",
     "storage_weakref",
@@ -293,6 +295,27 @@ def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
         assert not packed
         x.exp()
         assert len(packed) == 1
+
+
+def test_hooks_on_saved_tensors_are_seen_and_refused_where_they_begin_inside():
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    assert not torch_private.inside_saved_tensors_hooks()
+    with hooks(lambda x: x, lambda x: x):
+        assert torch_private.inside_saved_tensors_hooks()
+        with torch_private.refusing_saved_tensors_hooks("not here"):
+            torch.ones(2, requires_grad=True).exp().sum().backward()
+            with pytest.raises(RuntimeError, match="not here"), hooks(lambda x: x, lambda x: x):
+                pass
+            with (
+                torch_private.refusing_saved_tensors_hooks("nor here"),
+                pytest.raises(RuntimeError, match="nor here"),
+                hooks(lambda x: x, lambda x: x),
+            ):
+                pass
+            with pytest.raises(RuntimeError, match="not here"), hooks(lambda x: x, lambda x: x):
+                pass
+    with hooks(lambda x: x, lambda x: x):
+        pass
 
 
 def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():

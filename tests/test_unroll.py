@@ -1044,3 +1044,137 @@ def test_a_carry_is_saved_and_loaded(name: str):
     found = innerloop.unroll(problem, loaded, list(x[3:])).params
     for key, p in whole.items():
         assert torch.equal(found[key], p), key
+
+
+# -- modules that write, and what they leave behind ------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """A forward pass that clips the module's own weight."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([2.0, -3.0, 0.3]))
+        self.calls, self.first = 0, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls >= self.first:
+            with torch.no_grad():
+                self.w.clamp_(-1, 1)
+        self.calls += 1
+        return x @ self.w
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        innerloop.StoreAll(),
+        innerloop.Checkpointed(),
+        innerloop.Checkpointed(product="mixed"),
+        innerloop.FirstOrder(),
+        innerloop.ForwardMode(),
+        innerloop.Truncated(last=1),
+    ],
+    ids=str,
+)
+def test_a_forward_pass_that_writes_its_weight_is_refused(strategy: Any, first: int):
+    model, x = Clamped(first), torch.ones(2, 3)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: (m(x) - hyper).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    hyper = torch.tensor(1.0, requires_grad=not isinstance(strategy, innerloop.FirstOrder))
+    start = dict(model.named_parameters())
+    with pytest.raises(INVALID, match="writes the parameter 'w' in place"):
+        innerloop.unroll(problem, start, None, steps=3, hyper=hyper, strategy=strategy)
+    assert model.w.tolist() == [2.0, -3.0, 0.3]
+
+
+def test_a_forward_pass_that_writes_its_weight_leaves_the_arguments_of_functional_alone():
+    call, params, _ = innerloop.functional(Clamped())
+    for _ in range(2):
+        assert call(params, torch.ones(1, 3)).item() == pytest.approx(0.3)
+        assert params["w"].tolist() == [2.0, -3.0, 0.3]
+    call, params, _ = innerloop.functional(Clamped(first=1))
+    call(params, torch.ones(1, 3))
+    with pytest.raises(INVALID, match="did not at its first call"):
+        call(params, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    "strategy", [innerloop.StoreAll(), innerloop.Checkpointed(), innerloop.ForwardMode()], ids=str
+)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d], ids=lambda n: n.__name__)
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_outer_loss_and_a_loop_that_goes_on_use_running_statistics(
+    strategy: Any, norm: Any, cut: bool
+):
+    """The norm comes first, so that its statistics are those of the data."""
+    x = smooth_noise(4, 5, 3, 2) if norm is nn.InstanceNorm1d else smooth_noise(4, 5, 3)
+    width = x.shape[-1]
+
+    def made() -> nn.Module:
+        arguments = {"affine": True, "track_running_stats": True}
+        model = nn.Sequential(norm(3, **arguments), nn.Linear(width, 1))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.linspace(-1, 1, width))
+            model[1].bias.fill_(0.1)
+        return model
+
+    def plain(c: float) -> float:
+        net = made()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for batch in x:
+            optimizer.zero_grad()
+            (net(batch) - 1 - c).square().mean().backward()
+            optimizer.step()
+        return net.eval()(x[0]).square().sum().item()
+
+    model, c = made(), torch.tensor(1.0, requires_grad=True)
+    start = {n: p.detach() for n, p in model.named_parameters()}
+    evaluated, _, _ = innerloop.functional(made().eval())
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: (m(batch) - hyper).square().mean(), innerloop.optim.sgd(0.1)
+    )
+    first = x[:2] if cut else x
+    traj = innerloop.unroll(problem, start, first, hyper=c, strategy=strategy)
+    if cut:
+        traj = innerloop.unroll(problem, traj.at(-1), x[2:], hyper=c)
+    out, _ = evaluated(traj.params, x[0], buffers=traj.at(-1).buffers)
+    (ours,) = torch.autograd.grad(out.square().sum(), c)
+    assert_derivative(ours.item(), derivative(plain), f"{strategy}")
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=str)
+def test_inference_tensors_are_named(strategy: Any):
+    with torch.inference_mode():
+        made = torch.ones(2)
+    problem = simple(lambda params, hyper, batch: ((params["w"] * batch - hyper) ** 2).sum())
+    with pytest.raises(NOT_DIFFERENTIABLE, match="inference_mode"):
+        innerloop.unroll(
+            problem, begin(), [made], hyper=torch.ones(2, requires_grad=True), strategy=strategy
+        )
+    for run in (
+        innerloop.unroll,
+        partial(innerloop.metagradient, lambda t, h: t.params["w"].sum()),
+    ):
+        with pytest.raises(INVALID, match="made under torch"):
+            run(simple(), {"w": made}, None, steps=1, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=str)
+@pytest.mark.parametrize("around", ["checkpoint", "reentrant checkpoint", "save_on_cpu"])
+def test_hooks_on_saved_tensors_around_a_loop(strategy: Any, around: str):
+    def layer(w: Tensor) -> Tensor:
+        traj = innerloop.unroll(simple(lr=0.1), {"w": w}, None, steps=3, strategy=strategy)
+        return traj.params["w"]
+
+    w = torch.tensor(2.0, requires_grad=True)
+    if around == "save_on_cpu":
+        with torch.autograd.graph.save_on_cpu():
+            out = layer(w)
+    else:
+        out = checkpoint(layer, w, use_reentrant=around != "checkpoint")
+    out.backward()
+    assert w.grad is not None
+    assert w.grad.item() == pytest.approx(0.9**3)

@@ -29,7 +29,9 @@ def explain(error: RuntimeError) -> RuntimeError:
         "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor "
-        "hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
+        "hooks": "activation checkpointing (torch.utils.checkpoint) or other saved-tensor hooks, "
+        "inside the loss or around a loop that is differentiated by torch.func: switch it off (or "
+        "write use_reentrant=True around the loop)",
         "Cannot access data "
         "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
         "of vmap, or pad",

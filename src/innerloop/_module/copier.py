@@ -38,6 +38,13 @@ _TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, 
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
+GONE = (
+    "the parameter {0!r} is taken out of the module inside the loop, as weight_norm, "
+    "spectral_norm, other parametrizations and pruning do: apply them to the model before the loop "
+    "begins"
+)
+
+
 class Gate:
     """Whether a backward pass may read the newest parameters.
 
@@ -183,6 +190,13 @@ class _Parameters(dict[str, Any]):
         if self.gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
+
+    def __delitem__(self, name: str) -> None:
+        """Delete a frozen parameter, which adapters register anew; refuse a trained one."""
+        value = super().__getitem__(name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise InvalidInputError(GONE.format(name))
+        super().__delitem__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Return a snapshot of the values, for a copy of the module.

@@ -16,7 +16,7 @@ from innerloop._module.checks import (
     named_buffers,
     named_parameters,
 )
-from innerloop._module.copier import Gate, _Copier, plain, refusal
+from innerloop._module.copier import GONE, Gate, _Copier, plain, refusal
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
@@ -123,7 +123,12 @@ class ModuleView:
         """Return the parameters as they are now (the user may have edited or replaced one)."""
         if self._gate is not None and self._gate.refuses():
             raise refusal(next(iter(self.parameters), ""))
-        return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        try:
+            return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        except KeyError:
+            pass
+        gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])
+        raise InvalidInputError(GONE.format(gone.rpartition(".")[2]))
 
     def read_buffers(self) -> dict[str, Tensor]:
         """Return the buffers as they are now."""

@@ -25,7 +25,7 @@ from innerloop._inner_gradient.gradient import (
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import check_not_inference
-from innerloop._module.copier import Gate
+from innerloop._module.copier import GONE, Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.closure import Closure, Gradients, evaluate_at
@@ -141,6 +141,10 @@ class TrackedLoop:
             self._kernels.leave()
         if isinstance(error, RuntimeError) and "nference tensor" in str(error):
             raise explain(error) from error
+        # Pruning registers "weight_orig" before it takes the weight out.
+        if isinstance(error, TypeError) and "_orig' (torch.nn.Parameter" in str(error):
+            name = str(error).split("parameter '")[-1].split("_orig'")[0]
+            raise InvalidInputError(GONE.format(name)) from error
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
         if kind is None and self._losses:
@@ -217,6 +221,8 @@ class TrackedLoop:
                 )
             before = self._states[self._steps].optimizer_state
             updated, state = self._optimizer.update(grads, before, params, overrides, **more)
+            # One that was skipped may be edited in place later; the times before must not change.
+            updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
         if not self._cut.reached:
             self._cut.note_outside_leaves(updated.values(), current.values())
         # Clone: a fused loss shares storage with the whole batch's output.
