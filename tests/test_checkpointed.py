@@ -1803,7 +1803,7 @@ def test_noise_that_the_loss_does_not_show_is_refused(
     )
     traj = innerloop.unroll(problem, None, None, steps=steps, strategy=strategy)
     total = traj.params["w"].sum() + (traj.aux.sum() if hidden == "aux" else 0)
-    with pytest.raises(innerloop.InvalidInputError, match="when the step was replayed"):
+    with pytest.raises(innerloop.InvalidInputError, match="not what it was in the forward pass"):
         total.backward()
 
 

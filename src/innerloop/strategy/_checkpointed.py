@@ -359,6 +359,7 @@ class _Replay(LoopFunction):
             loop.report("backward", steps - t, steps)
         if losses:
             self.compare(torch.stack(losses[::-1]))
+        self._check.raise_if_different()
         for checked in to_check:
             step_pullback.check_product(self.strategy.product, *checked)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]

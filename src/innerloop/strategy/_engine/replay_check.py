@@ -10,6 +10,7 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._utils import tree
 from innerloop._utils.fingerprint import Fingerprint
+from innerloop.errors import InvalidInputError
 from innerloop.strategy._engine.loop_function import differs
 from innerloop.strategy._engine.step_pullback import After
 
@@ -28,6 +29,7 @@ class ReplayCheck:
     def __init__(self) -> None:
         self._aux: dict[int, Fingerprint] = {}
         self._last: Fingerprint | None = None
+        self._found: InvalidInputError | None = None
 
     def note_aux(self, t: int, aux: object) -> None:
         """Note the aux of step t in the forward pass."""
@@ -38,8 +40,14 @@ class ReplayCheck:
         """Note the last state of the forward pass."""
         self._last = Fingerprint.of((carry.params, carry.buffers))
 
+    def raise_if_different(self) -> None:
+        """Raise if `compare` has found a difference in this sweep."""
+        found, self._found = self._found, None
+        if found is not None:
+            raise found
+
     def compare(self, t: int, before: Carry, after: After, later: Carry | None) -> None:
-        """Raise unless a replayed step gave what it gave in the forward pass.
+        """Compare what a replayed step gave with what it gave in the forward pass.
 
         Args:
             t: the time of the step.
@@ -49,7 +57,7 @@ class ReplayCheck:
         """
         (params, buffers), aux = after
         if t in self._aux and not Fingerprint.of(aux).agrees(self._aux[t]):
-            raise differs(f"aux of step {t}, when the step was replayed, is")
+            self._found = differs(f"aux of step {t}, when the step was replayed, is")
         if later is None:
             same = self._last is None or Fingerprint.of((params, buffers)).agrees(self._last)
         else:
@@ -57,7 +65,9 @@ class ReplayCheck:
                 buffers, later.buffers, before.buffers
             )
         if not same:
-            raise differs(f"the gradient (or a buffer) of step {t}, when the step was replayed, is")
+            self._found = differs(
+                f"the gradient (or a buffer) of step {t}, when the step was replayed, is"
+            )
 
 
 def _agree(
