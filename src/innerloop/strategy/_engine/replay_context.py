@@ -26,7 +26,7 @@ class Repeatable:
         self.function = function
         self._seen: dict[int, Fingerprint] = {}
 
-    def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any]:
+    def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Call the function, and compare its result with the one that it gave before."""
         result = self.function(hyper, t)
         found = Fingerprint.of(result)
