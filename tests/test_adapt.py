@@ -752,10 +752,6 @@ def _by_dlpack(p: Tensor, new: Tensor) -> None:
     p.copy_(torch.from_dlpack(new.detach()))
 
 
-def _by_capsule(p: Tensor, new: Tensor) -> None:
-    p.copy_(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(new)))
-
-
 def _by_set(p: Tensor, new: Tensor) -> None:
     p.set_(new)
 
@@ -767,7 +763,6 @@ def _by_set(p: Tensor, new: Tensor) -> None:
         (_by_storage, r"test_adapt.py:\d+: `.*memory.*untyped_storage"),
         (_by_typed_storage, r"test_adapt.py:\d+: `.*memory"),
         (_by_dlpack, r"test_adapt.py:\d+: `.*memory.*dlpack"),
-        (_by_capsule, "tracked"),
         (_by_set, "set_"),
     ],
 )

@@ -580,3 +580,16 @@ def test_once_differentiable_is_seen_in_the_graph():
     x = torch.ones(1, requires_grad=True)
     nodes = (Marked.apply(x).grad_fn, x.clone().grad_fn)
     assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False]
+
+
+def test_views_and_functions_of_nodes_are_told_apart():
+    x = torch.ones(3, requires_grad=True)
+    assert torch_private.is_view(torch.ones(3)[1:])
+    assert not torch_private.is_view(torch.ones(3))
+    assert torch_private.function_of(x.sin().grad_fn) is None
+
+
+def test_forward_mode_in_one_thread_at_a_time():
+    with torch_private.only_forward_mode(), torch_private.only_forward_mode():
+        assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1
+    assert not torch_private.inside_transform()
