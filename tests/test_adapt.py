@@ -749,11 +749,11 @@ def _by_typed_storage(p: Tensor, new: Tensor) -> None:
 
 
 def _by_dlpack(p: Tensor, new: Tensor) -> None:
-    p.copy_(torch.from_dlpack(new.detach()))
+    p.copy_(torch.from_dlpack(new.detach()))  # type: ignore[attr-defined]
 
 
 def _by_set(p: Tensor, new: Tensor) -> None:
-    p.set_(new)
+    p.set_(new)  # type: ignore[call-overload]
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -776,7 +776,7 @@ def test_a_step_that_writes_memory_later_is_refused(write: Any, message: str) ->
             self.taken = 0
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for p in self.param_groups[0]["params"]:
                 new = p - 0.1 * p.grad
                 if self.taken < late:

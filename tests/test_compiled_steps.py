@@ -190,7 +190,7 @@ class _Clipped(torch.autograd.Function):
 
 
 def _clipped(x: Tensor) -> Tensor:
-    return _Clipped.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _Clipped.apply(x)
 
 
 # Of torch's compiler, which makes an instance of the class.

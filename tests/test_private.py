@@ -556,9 +556,9 @@ def test_hooks_of_a_module_are_wrapped_at_each_call():
     module, wrapped = torch.nn.Linear(1, 1), []
     assert not torch_private.backward_hooks(module)
     module.register_full_backward_hook(lambda module, inputs, outputs: None)
-    module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))
+    module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))  # type: ignore[index]
     assert torch_private.backward_hooks(module)
-    torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)
+    torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)  # type: ignore[func-returns-value]
     module(torch.ones(1, 1, requires_grad=True)).sum().backward()
     module(torch.ones(1, 1, requires_grad=True)).sum().backward()
     assert len(wrapped) == 4

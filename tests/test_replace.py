@@ -1299,7 +1299,7 @@ def test_forward_mode_drops_the_entries_that_eager_code_drops(
     x = torch.randn(3, 2, 4, dtype=torch.float64)
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dtype=torch.float64)
     if name != "attention":
-        layer = nn.Linear(4, 4, dtype=torch.float64)
+        layer = nn.Linear(4, 4, dtype=torch.float64)  # type: ignore[assignment]
 
     def forward(model: nn.Module) -> Tensor:
         out: Tensor = model(x)

@@ -27,7 +27,7 @@ from innerloop import (
 from innerloop._utils.differences import derivative
 from innerloop.strategy import Strategy
 
-F64 = {"dtype": torch.float64}
+F64: Any = {"dtype": torch.float64}
 EXACT = [StoreAll(), Checkpointed(), Checkpointed(slots=1), Checkpointed(save="gradients")]
 REVERSE_AND_FORWARD: list[Strategy] = [*EXACT, ForwardMode()]
 
@@ -49,6 +49,7 @@ class Remembers(nn.Module):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.w = nn.Parameter(tensor(0.5))
+        self.seen: Tensor
         self.register_buffer("seen", tensor(0.0))
         self.in_place = in_place
 
@@ -174,9 +175,9 @@ class Hooked(nn.Module):
             for i, p in enumerate(self.parameters()):
                 p.copy_(torch.linspace(-0.5, 0.8 + 0.1 * i, p.numel(), **F64).reshape(p.shape))
         if kind == "module":
-            self.last.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.3,))
+            self.last.register_full_backward_hook(lambda m, gi, go: (gi[0] * 0.3,))  # type: ignore[index]
         if kind == "module, before":
-            self.last.register_full_backward_pre_hook(lambda m, go: (go[0] * go[0].abs(),))
+            self.last.register_full_backward_pre_hook(lambda m, go: (go[0] * go[0].abs(),))  # type: ignore[index]
         if kind == "parameter":
             self.first.weight.register_hook(lambda g: g * g.abs())
 
@@ -206,7 +207,7 @@ def plain_hooked(kind: str, scale: float) -> list[Tensor]:
 
 
 def outer(params: Any) -> Tensor:
-    return sum(((p - 0.1) ** 2).sum() for p in params)  # type: ignore[return-value]
+    return sum(((p - 0.1) ** 2).sum() for p in params)
 
 
 @pytest.mark.parametrize("kind", KINDS)

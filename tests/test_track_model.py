@@ -511,10 +511,10 @@ class Recording(nn.Module):
         self.mean.mul_(0.9).add_(0.1)
         self.array += 1
         self.log[0].append(x)
-        self.nested["calls"][0] += 1
-        self.nested["tuple"][0].append(1)
-        self.nested["counted"]["a"] += 1
-        self.total += 1
+        self.nested["calls"][0] += 1  # type: ignore[index]
+        self.nested["tuple"][0].append(1)  # type: ignore[index]
+        self.nested["counted"]["a"] += 1  # type: ignore[index]
+        self.total += 1  # type: ignore[assignment, operator]
         assert self.also_total is self.total
         return self.layer(x - self.mean)
 
@@ -557,7 +557,7 @@ def test_plain_attributes_stay_as_they_are(run: Callable[[nn.Module, Tensor], No
 def test_a_tensor_with_a_derivative_among_the_attributes_is_shared():
     model = network()
     scale = torch.tensor(2.0, requires_grad=True)
-    model.scales = [scale]
+    model.scales = [scale]  # type: ignore[assignment]
     with loop_over(model, learn="outer") as loop:
         loop.step((loop.model(features(0)) * loop.model.scales[0]).square().mean())
         loop.model(features(0)).sum().backward()
@@ -573,7 +573,7 @@ class InPlaceBuffer(nn.Module):
         self.register_buffer("calls", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += 1  # type: ignore[assignment, operator]
         return self.layer(x) / self.calls
 
 
@@ -650,17 +650,17 @@ def test_a_module_that_registers_its_parameters_anew():
     x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     model = nn.Sequential(Fresh(), nn.Tanh())
     plain = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(plain[0].layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(plain[0].layer.parameters(), lr=0.1)  # type: ignore[union-attr]
     for _ in range(2):
         optimizer.zero_grad()
         plain(x).square().mean().backward()
         optimizer.step()
-    truth = {f"0.layer.{name}": p.detach() for name, p in plain[0].layer.named_parameters()}
+    truth = {f"0.layer.{name}": p.detach() for name, p in plain[0].layer.named_parameters()}  # type: ignore[union-attr]
 
     def chosen(params: Any) -> dict[str, Tensor]:
         return {name: params[name].detach() for name in truth}
 
-    optimizer = torch.optim.SGD(model[0].layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model[0].layer.parameters(), lr=0.1)  # type: ignore[union-attr]
     with innerloop.track(model, optimizer) as loop:
         for _ in range(2):
             loop.step(loop.model(x).square().mean())
@@ -668,7 +668,7 @@ def test_a_module_that_registers_its_parameters_anew():
     problem = innerloop.Problem.from_module(
         model, lambda m, hyper, batch: m(x).square().mean(), innerloop.optim.sgd(lr=0.1)
     )
-    start = {f"0.layer.{name}": p for name, p in model[0].layer.named_parameters()}
+    start = {f"0.layer.{name}": p for name, p in model[0].layer.named_parameters()}  # type: ignore[union-attr]
     found = innerloop.unroll(problem, start, None, steps=2).params
     assert_params(chosen(found), truth, 1e-12)
     call, params, _ = innerloop.functional(model)
@@ -765,7 +765,7 @@ def pruned(layer: nn.Module) -> None:
 )
 def test_a_parametrization_applied_in_mid_loop_is_refused(apply: Callable[[nn.Module], Any]):
     model = network()
-    with (
+    with (  # noqa: PT012
         pytest.raises(innerloop.InvalidInputError, match="apply them to the model before"),
         loop_over(model) as loop,
     ):

@@ -864,7 +864,7 @@ def test_an_infinite_inner_gradient_is_named_with_its_step(
         lambda p, h, b: _sqrt_of_size(p["w"] - b), getattr(innerloop.optim, rule)(lr=0.1)
     )
     start = {"w": torch.tensor([0.0, 1.0], requires_grad=front == "unroll")}
-    with pytest.raises(innerloop.NonFiniteError, match=r"not finite") as raised:
+    with pytest.raises(innerloop.NonFiniteError, match=r"not finite") as raised:  # noqa: PT012
         if front == "unroll":
             innerloop.unroll(problem, start, [0.0], strategy=strategy)
         else:
@@ -1117,8 +1117,8 @@ def test_an_outer_loss_and_a_loop_that_goes_on_use_running_statistics(
         arguments = {"affine": True, "track_running_stats": True}
         model = nn.Sequential(norm(3, **arguments), nn.Linear(width, 1))
         with torch.no_grad():
-            model[1].weight.copy_(torch.linspace(-1, 1, width))
-            model[1].bias.fill_(0.1)
+            model[1].weight.copy_(torch.linspace(-1, 1, width))  # type: ignore[operator]
+            model[1].bias.fill_(0.1)  # type: ignore[operator]
         return model
 
     def plain(c: float) -> float:

@@ -231,9 +231,11 @@ class Problem:
         """
         more: tuple[object, ...] = ()
         if self.targets is not None:
-            if not isinstance(batch, _WithTargets):
-                batch, buffers = self.with_targets(params, buffers, hyper, batch)
-            batch, *more = batch  # type: ignore[assignment]
+            given = batch
+            if not isinstance(given, _WithTargets):
+                given, buffers = self.with_targets(params, buffers, hyper, batch)
+            assert isinstance(given, _WithTargets)
+            batch, more = given.batch, (given.targets,)
         with replacing() if second_order else nullcontext():
             if self.view is None:
                 result, new_buffers = self.loss(params, hyper, batch, *more), dict(buffers)

@@ -116,7 +116,7 @@ class _CopiedParameter(Tensor):
 
     _is_param = True
     # As for nn.Parameter: operations give plain tensors.
-    __torch_function__ = torch_private.NO_TORCH_FUNCTION
+    __torch_function__ = torch_private.NO_TORCH_FUNCTION  # type: ignore[assignment]
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Detach from the loop, or leave the tensor as it is."""

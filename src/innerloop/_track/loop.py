@@ -417,7 +417,7 @@ class TrackedLoop:
         for name in self._trained:
             # A parameter that was taken away is None.
             if isinstance(current[name], Tensor) and not is_finite(current[name]):
-                raise NonFiniteError(self._not_finite(f"parameter {name!r} of loop.model"))
+                raise NonFiniteError(self.not_finite(f"parameter {name!r} of loop.model"))
 
     def _watch(self, params: Params) -> None:
         """Look once at the outer gradient, where it arrives at ``params``."""
@@ -428,14 +428,14 @@ class TrackedLoop:
             if not all_finite(g for g in grads if g is not None):
                 loop, what = this(), f"the outer gradient that arrives at {name!r}"
                 raise NonFiniteError(
-                    f"{what} is not finite" if loop is None else loop._not_finite(what)
+                    f"{what} is not finite" if loop is None else loop.not_finite(what)
                 )
 
         for name, p in params.items():
             if p.grad_fn is not None:
                 p.grad_fn.register_prehook(partial(look, name))
 
-    def _not_finite(self, what: str) -> str:
+    def not_finite(self, what: str) -> str:
         """Say which step was the first after which parameters are not finite."""
         first = next(
             (

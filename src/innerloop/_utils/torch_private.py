@@ -373,12 +373,12 @@ NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
 
 def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
     """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
-    return Tensor._make_subclass(cls, tensor)  # type: ignore[attr-defined]
+    return Tensor._make_subclass(cls, tensor)
 
 
 def data_getter() -> Any:
     """Return the function under which a ``TorchFunctionMode`` sees ``tensor.data``."""
-    return torch._C.TensorBase.data.__get__
+    return vars(torch._C.TensorBase)["data"].__get__
 
 
 def backward_hooks(module: nn.Module) -> bool:

@@ -122,7 +122,8 @@ class ReplacementMode(TorchFunctionMode):
     ) -> object:
         if func is F.embedding and mode() is not Mode.COMPILING and pads(args, kwargs):
             self.met = True
-            return padded_embedding(*args, **kwargs)
+            padded: Callable[..., object] = padded_embedding
+            return padded(*args, **kwargs)
         if (operation.when is not None and not operation.when(args, kwargs)) or (
             not operation.silent and (self.only_silent or _thread.kept)
         ):

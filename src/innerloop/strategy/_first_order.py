@@ -119,9 +119,10 @@ def _constant_gradient(
     It notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on.
     """
     params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
-    batch, buffers = tree.map_tensors(
+    batch, detached = tree.map_tensors(
         Tensor.detach, problem.with_targets(params, buffers, hyper, batch)
     )
+    buffers = dict(detached)
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
 
