@@ -215,3 +215,27 @@ def test_activation_checkpointing_in_functional_and_in_the_bridge() -> None:
         steps.step(patched(x).square().mean())
         with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
             patched(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_checkpointed_outer_loss_does_not_hide_a_checkpointed_step(inner: bool) -> None:
+    """The recomputation of the step would read the newest weights, which the outer loss has read."""
+
+    def gradient(inner: bool, outer: bool) -> list[Any]:
+        torch.manual_seed(0)
+        model, x = Checkpointed(), torch.ones(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (patched, steps):
+            for uses, last in ((inner, False), (outer, True)):
+                out = patched(x) if uses else patched.layer(x).tanh()
+                if last:
+                    out.square().mean().backward()
+                else:
+                    steps.step(out.square().mean())
+        return [p.grad for p in model.parameters()]
+
+    if inner:
+        with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
+            gradient(True, True)
+        return
+    torch.testing.assert_close(gradient(False, True), gradient(False, False))

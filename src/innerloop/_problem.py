@@ -393,8 +393,8 @@ class Problem:
         for name in given or ():
             if known is not None and name not in known:
                 raise InvalidInputError(
-                    f"optimizer_hyper(hyper, t) gives {name!r}, but {self.optimizer!r} has "
-                    f"{', '.join(known)}"
+                    f"optimizer_hyper(hyper, t) gives {name!r}: {self.optimizer!r} has no "
+                    f"hyper-parameter {name!r}; it has {', '.join(known)}"
                 )
 
     def parameter_hooks(self, params: Named) -> list[tuple[str, Hook]]:

@@ -176,18 +176,17 @@ class _Parameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         found = super().__getitem__(name)
-        if not self.gate.closed:
-            return found
+        # Checkpointed reads are noted from the first step on, when the gate is still open.
         if torch_private.inside_saved_tensors_hooks() and isinstance(found, Tensor):
             now = (found, torch_private.version(found))
             seen = self.checkpointed.get(name)
             same = seen is not None and seen[0] is found and seen[1] == now[1]
-            if not self.gate.refuses():
+            if torch_private.backward_pass() in (-1, self.gate.home):
                 self.checkpointed[name] = now if seen is None or same else (None, 0)
             elif same:
                 # A repetition reads what the checkpointed forward pass has read.
                 return found
-        if self.gate.refuses() and isinstance(found, Tensor):
+        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
 

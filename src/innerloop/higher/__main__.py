@@ -28,14 +28,15 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
         print(_USAGE, file=sys.stdout if arguments[:1] in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    stand_in()
     if arguments[0] == "-m":
+        stand_in()
         sys.argv = list(arguments[1:])
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         return 0
     if not Path(arguments[0]).exists():
         print(f"innerloop.higher: there is no file {arguments[0]}\n\n{_USAGE}", file=sys.stderr)
         return 2
+    stand_in()
     sys.argv = list(arguments)
     sys.path[0] = str(Path(arguments[0]).resolve().parent)
     runpy.run_path(arguments[0], run_name="__main__")
