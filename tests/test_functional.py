@@ -219,7 +219,7 @@ def test_activation_checkpointing_in_functional_and_in_the_bridge() -> None:
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_checkpointed_outer_loss_does_not_hide_a_checkpointed_step(inner: bool) -> None:
-    """The recomputation of the step would read the newest weights, which the outer loss has read."""
+    """The step would be recomputed with the newest weights, which the outer loss has read."""
 
     def gradient(inner: bool, outer: bool) -> list[Any]:
         torch.manual_seed(0)
