@@ -37,7 +37,7 @@ from innerloop._linear.products import (
 )
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Loss, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
