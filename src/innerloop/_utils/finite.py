@@ -1,4 +1,4 @@
-"""Tell whether tensors are finite, by a look at each of them."""
+"""Tell whether tensors have values, and finite ones, by a look at each of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,23 @@ def is_finite(x: Tensor) -> bool:
     return known or bool(x.isfinite().all())
 
 
+def have_values(tensors: Iterable[Tensor]) -> bool:
+    """True if the numbers in ``tensors`` can be read.
+
+    Those that autograd batches (is_grads_batched=True) cannot, and no running transform tells.
+    """
+    try:
+        for x in tensors:
+            x.detach().sum().item()
+    except RuntimeError:
+        return False
+    return True
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """True if no entry of any of ``tensors`` is NaN or infinite, as far as they have values."""
     try:
         return all(map(is_finite, tensors))
     except RuntimeError:
-        # Gradients that autograd batches (is_grads_batched=True) cannot be looked at.
+        # They have no values to look at: see `have_values`.
         return True

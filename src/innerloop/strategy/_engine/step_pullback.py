@@ -37,9 +37,10 @@ from innerloop._linear.products import (
 )
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Loss, Params
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.finite import have_values
 from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
@@ -275,14 +276,12 @@ def check_product(product: str, step: Step, given: OutputCotangents, ours: Input
     gradient is not that of the loss: custom autograd Functions, values that are held constant in a
     way that a derivative does not see. A part of the loss that stops gradients (``detach``,
     ``no_grad``: spectral norm's power iteration) moves with the parameters that a finite difference
-    displaces, and no smaller step cures that. Under ``vmap`` (rows of a Jacobian at once) there are
-    no numbers to compare.
+    displaces, and no smaller step cures that. Rows of a Jacobian that are taken at once have no
+    numbers to compare.
     """
-    if torch_private.inside_vmap():
+    if not have_values(x for x in (*ours.state, *ours.hyper) if x is not None):
         return
     try:
-        # The batching of autograd.grad(is_grads_batched=True) is no transform; it has no numbers.
-        float(sum(x.sum() for x in ours.state if x is not None))
         exact = reverse(step, given)
     except (InnerLoopError, RuntimeError):
         return
