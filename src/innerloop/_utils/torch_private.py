@@ -192,7 +192,12 @@ def refusing_saved_tensors_hooks(message: str) -> Iterator[None]:
 
 
 def inside_saved_tensors_hooks() -> bool:
-    """True if hooks on saved tensors are active, as in a checkpointed forward or its repetition."""
+    """True if hooks on saved tensors are active, as in a checkpointed forward or its repetition.
+
+    The compiler cannot trace the question, and a loss that it compiles is refused on its own.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
