@@ -477,14 +477,20 @@ class Problem:
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
 
 
+def rules_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the rules of an optimizer: those of its groups, or itself."""
+    if not isinstance(optimizer, (Groups, FromTorch)):
+        return [optimizer]
+    members = optimizer.members
+    each = members.values() if isinstance(members, Mapping) else members
+    return [rule for member in each for rule in rules_of(member)]
+
+
 def hyper_names(optimizer: Optimizer) -> tuple[str, ...] | None:
     """Return the names of an optimizer's hyper-parameters; None if it does not list them."""
-    if not isinstance(optimizer, (Groups, FromTorch)):
-        return getattr(optimizer, "hyper_names", None)
-    members = optimizer.members
     found: dict[str, None] = {}
-    for member in members.values() if isinstance(members, Mapping) else members:
-        names = hyper_names(member)
+    for rule in rules_of(optimizer):
+        names = getattr(rule, "hyper_names", None)
         if names is None:
             return None
         found |= dict.fromkeys(names)

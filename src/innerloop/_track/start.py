@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import check_names
+from innerloop._problem import hyper_names, rules_of
 from innerloop._track.cut import GraphCut
 from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer, refuse_class
-from innerloop.optim._from_torch.from_torch import FromTorch, from_torch
-from innerloop.optim._groups import Groups
+from innerloop.optim._from_torch.from_torch import from_torch
 
 Learn = Literal["init", "outer", "nothing"]
 Model = nn.Module | Mapping[str, nn.Module]
@@ -88,26 +88,17 @@ def checked_hyper(hyper: object, optimizer: Optimizer) -> dict[str, object]:
         raise InvalidInputError(
             f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}'
         )
-    rules = _rules_of(optimizer)
-    known = [getattr(rule, "hyper_names", None) for rule in rules]
+    names = hyper_names(optimizer)
     # An optimizer of the user's own need not say which names it has.
-    if None not in known:
-        names = list(dict.fromkeys(name for part in known for name in part or ()))
+    if names is not None:
         for name in hyper:
             if name not in names:
-                called = ", ".join(dict.fromkeys(type(rule).__name__ for rule in rules))
+                rules = dict.fromkeys(type(rule).__name__ for rule in rules_of(optimizer))
+                called = ", ".join(rules)
                 raise InvalidInputError(
                     f"{called} has no hyper-parameter {name!r}; it has {', '.join(names)}"
                 )
     return dict(hyper)
-
-
-def _rules_of(optimizer: Optimizer) -> Sequence[Optimizer]:
-    if isinstance(optimizer, FromTorch):
-        return optimizer.members
-    if isinstance(optimizer, Groups):
-        return [rule for member in optimizer.members.values() for rule in _rules_of(member)]
-    return (optimizer,)
 
 
 def check_params(given: Params, own: Params) -> None:
