@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -37,6 +38,9 @@ EXERCISED = {
     "version",
     "gradient_hooks",
     "step_hooks",
+    "OwnStepHook",
+    "post_accumulate_hooks",
+    "is_initialised",
     "mark_stepped",
     "backward_pass",
     "weight_norm",
@@ -197,9 +201,29 @@ def test_the_hooks_of_an_optimizer():
         optimizer.register_step_post_hook(lambda *_: None),
     ]
     assert torch_private.step_hooks(optimizer) == 2
+    handles.append(register_optimizer_step_pre_hook(lambda *_: None))
+    assert torch_private.step_hooks(optimizer) == 3
+    seen: list[object] = []
+    handles.append(optimizer.register_step_pre_hook(torch_private.OwnStepHook(seen.append)))
+    assert torch_private.step_hooks(optimizer) == 3
     for handle in handles:
         handle.remove()
     assert torch_private.step_hooks(optimizer) == 0
+
+
+def test_an_optimizer_and_a_wrapper_around_one():
+    optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+    assert torch_private.is_initialised(optimizer)
+    assert not torch_private.is_initialised(object.__new__(torch.optim.SGD))
+
+
+def test_the_hooks_after_accumulation():
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.post_accumulate_hooks(x) == 0
+    handle = x.register_post_accumulate_grad_hook(lambda _: None)
+    assert torch_private.post_accumulate_hooks(x) == 1
+    handle.remove()
+    assert torch_private.post_accumulate_hooks(x) == 0
 
 
 @pytest.mark.parametrize("mark", [True, False])

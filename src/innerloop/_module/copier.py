@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict, deque
+from collections.abc import ItemsView
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from innerloop._module.checks import check_module
+from innerloop._module.checks import check_module, refuse_clipping
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
@@ -65,12 +66,25 @@ class _Parameters(dict[str, Any]):
             )
         return super().__getitem__(name)
 
+    def items(self) -> ItemsView[str, Any]:
+        """Return the items, which every listing of a module's parameters goes through."""
+        refuse_clipping()
+        return super().items()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         """Return a snapshot of the values, as parameters, for a copy of the module."""
         for p in self.values():
             if isinstance(p, Tensor) and id(p) not in memo:
                 memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
         return {name: None if p is None else memo[id(p)] for name, p in self.items()}
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
 
 
 class _Copier:
@@ -85,6 +99,7 @@ class _Copier:
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
         self.modes: list[tuple[nn.Module, nn.Module]] = []
+        self.inside: set[int] = set()  # the modules of the model, for functions that capture them
 
     def copy(self, obj: Any) -> Any:
         """Copy modules and containers that hold modules or parameters; return all else as it is."""
@@ -100,6 +115,8 @@ class _Copier:
             func, args, keywords = (self.copy(part) for part in parts)
             changed = any(a is not b for a, b in zip((func, args, keywords), parts, strict=True))
             return functools.partial(func, *args, **keywords) if changed else obj
+        if isinstance(obj, types.FunctionType):
+            return self._function(obj)
         if type(obj) in (list, tuple, set, frozenset, dict, OrderedDict, deque):
             return self._container(obj)
         return obj
@@ -150,6 +167,46 @@ class _Copier:
         """
         copied = self.copy(table)
         return type(table)(table) if copied is table else copied
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Return a function whose closure and defaults hold the copies, if they hold modules.
+
+        A module may keep ``lambda z: self.layer(z)``: in the copy that is to use the copy's layer.
+        """
+        cells = function.__closure__ or ()
+        if not (cells or function.__defaults__ or function.__kwdefaults__):
+            return function
+        self.done[id(function)] = function  # one that refers to itself ends here
+        self.keep.append(function)
+        filled = [cell for cell in cells if not _is_empty(cell)]
+        contents = {id(cell): self._captured(cell.cell_contents) for cell in filled}
+        defaults = self.copy(function.__defaults__)
+        keywords = self.copy(function.__kwdefaults__)
+        changed = {id(c) for c in filled if contents[id(c)] is not c.cell_contents}
+        if (
+            not changed
+            and defaults is function.__defaults__
+            and keywords is function.__kwdefaults__
+        ):
+            return function
+        # Cells whose content stays are shared: a function may count its calls there.
+        closure = tuple(
+            types.CellType(contents[id(c)]) if id(c) in changed else c for c in cells
+        )
+        new = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, defaults, closure
+        )
+        new.__kwdefaults__ = keywords
+        functools.update_wrapper(new, function, updated=())
+        del new.__wrapped__  # type: ignore[attr-defined]
+        vars(new).update(vars(function))
+        self.done[id(function)] = new
+        return new
+
+    def _captured(self, content: Any) -> Any:
+        """Copy what a function has captured, unless that is a module outside of the model."""
+        inside = not isinstance(content, nn.Module) or id(content) in self.inside
+        return self.copy(content) if inside else content
 
     def _container(self, obj: Any) -> Any:
         """Return a container with copied elements, or the container itself if none was copied."""

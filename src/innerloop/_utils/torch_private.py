@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing import reductions
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 
@@ -200,12 +201,41 @@ def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
     return list((tensor._backward_hooks or {}).values())
 
 
+def post_accumulate_hooks(tensor: Tensor) -> int:
+    """Count the hooks of ``tensor.register_post_accumulate_grad_hook``."""
+    return len(tensor._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
+
+
+class OwnStepHook:
+    """A hook of the library's own on an optimizer's step, which `step_hooks` does not count."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: object) -> None:
+        self._hook(*args)
+
+
 def step_hooks(optimizer: torch.optim.Optimizer) -> int:
     """Count the hooks on the optimizer's step.
 
-    They come from ``register_step_pre_hook`` and ``register_step_post_hook``.
+    They come from ``register_step_pre_hook`` and ``register_step_post_hook``, of the optimizer and
+    of all optimizers (``torch.optim.optimizer.register_optimizer_step_pre_hook``).
     """
-    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    tables = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return sum(
+        not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values()
+    )
+
+
+def is_initialised(optimizer: torch.optim.Optimizer) -> bool:
+    """True if the constructor of ``torch.optim.Optimizer`` has run for it, unlike for a wrapper."""
+    return "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

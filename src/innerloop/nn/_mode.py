@@ -85,6 +85,10 @@ def keep_kernels() -> Iterator[None]:
         _thread.kept = before
 
 
+Watch = Callable[[Callable[..., object], Args, Callable[[], object]], object]
+"""Runs an operation, given it, its arguments and a function that runs it, and looks at it."""
+
+
 class ReplacementMode(TorchFunctionMode):
     """A mode that hands the operations of the catalogue to their replacements.
 
@@ -98,6 +102,8 @@ class ReplacementMode(TorchFunctionMode):
         self.met = False
         self.on = True
         self.only_silent = only_silent
+        self.replaces = True
+        self.watch: Watch | None = None
 
     def __torch_function__(
         self,
@@ -108,6 +114,15 @@ class ReplacementMode(TorchFunctionMode):
     ) -> object:
         """Run ``func`` or its replacement; PyTorch calls this with the mode off."""
         if self.on:
+            if self.watch is not None:
+                return self.watch(func, args, lambda: self._replaced(func, args, kwargs))
+            return self._replaced(func, args, kwargs)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _replaced(
+        self, func: Callable[..., object], args: Args, kwargs: Kwargs | None
+    ) -> object:
+        if self.replaces:
             operation = by_call(func)
             if operation is not None:
                 return self._run(operation, func, args, kwargs or {})
@@ -188,10 +203,14 @@ class LoopMode:
     Looking at every operation costs 1.5 to 3 % of a small network's step, so the mode is switched
     off after a first step that met no operation of the catalogue. A later step that does meet one
     is noticed in its graph (`_inner_gradient.graph`) and refused.
+
+    Args:
+        watch: looks at every operation of the user's code until the second step begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
         self._mode = ReplacementMode()
+        self._mode.watch = watch
         self._is_on = False
         self._is_entered = False
         self._levels_around = 0  # `_thread.transform_levels` outside the loop
@@ -219,10 +238,27 @@ class LoopMode:
         while isinstance(top := torch_private.function_mode(), ReplacementMode) and not top.on:
             top.__exit__(None, None, None)
 
-    def after_first_step(self) -> None:
-        """Switch the mode off for good if the first step met no operation of the catalogue."""
+    def after_first_step(self, *, keeps_watch: bool = False) -> None:
+        """Switch the mode off for good if the first step met no operation of the catalogue.
+
+        Args:
+            keeps_watch: only stop replacing, and go on watching.
+        """
         if self._is_on and not self._mode.met:
+            self._mode.replaces = False
+            if not keeps_watch:
+                self._switch_off()
+
+    def stop_watching(self) -> None:
+        """Look at the user's operations no longer, only at those to be replaced, if any."""
+        self._mode.watch = None
+        if self._is_on and not self._mode.replaces:
             self._switch_off()
+
+    @property
+    def watches(self) -> bool:
+        """True if the user's operations have been looked at until now."""
+        return self._is_on and self._mode.watch is not None
 
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""
