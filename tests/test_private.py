@@ -37,6 +37,7 @@ EXERCISED = {
     "multiply_list",
     "version",
     "gradient_hooks",
+    "recorded_by",
     "step_hooks",
     "OwnStepHook",
     "post_accumulate_hooks",
@@ -180,6 +181,17 @@ def test_the_version_counts_writes_in_place():
     )  # a view counts with its base
     x.data.add_(1)
     assert torch_private.version(x) == before + 2  # and .data does not count
+
+
+def test_what_records_an_edit_in_place():
+    x = torch.ones(2, 2, requires_grad=True) * 2
+    for y in (x, x.t()):
+        node = torch_private.recorded_by(y)
+        with torch.no_grad():
+            y.mul_(2)
+        assert torch_private.recorded_by(y) is node
+        y.mul_(2)
+        assert torch_private.recorded_by(y) is not node
 
 
 def test_the_hooks_of_a_tensor():

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop.errors import NotDifferentiableError
+from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 Given = TypeVar("Given")
 Returned = TypeVar("Returned")
@@ -44,7 +45,7 @@ def call_back(
     if not recorded:
         return function(given)
     watch = _Watch(recorded)
-    before = [(g, torch_private.version(g), g.grad_fn) for g in recorded]
+    before = [(g, torch_private.version(g), torch_private.recorded_by(g)) for g in recorded]
     with watch:
         returned = function(given)
     if watch.in_place:
@@ -54,7 +55,10 @@ def call_back(
         )
     if watch.wrote_data:
         raise NotDifferentiableError(f"{what} changes a gradient through .data. {_INSTEAD}")
-    if any(torch_private.version(g) != v and g.grad_fn is node for g, v, node in before):
+    if any(
+        torch_private.version(g) != v and torch_private.recorded_by(g) is node
+        for g, v, node in before
+    ):
         raise NotDifferentiableError(
             f"{what} changes a gradient in place under torch.no_grad. {_INSTEAD}"
         )
@@ -63,6 +67,23 @@ def call_back(
             f"{what} computes what it returns under torch.no_grad. {_INSTEAD}"
         )
     return returned
+
+
+def refuse_post_accumulate_hooks(own: Params, names: Collection[str], instead: str) -> None:
+    """Raise if a parameter has a hook that runs once its ``.grad`` was accumulated.
+
+    Args:
+        own: the user's own parameters, by name.
+        names: of those that are trained.
+        instead: what to write in place of the hook.
+    """
+    for name in names:
+        if torch_private.post_accumulate_hooks(own[name]):
+            raise InvalidInputError(
+                f"the parameter {name!r} has a hook of register_post_accumulate_grad_hook, which "
+                "runs once .grad is there; an inner loop has no .grad and does not run it. "
+                f"{instead}"
+            )
 
 
 class _Watch(TorchFunctionMode):
@@ -94,10 +115,10 @@ class _Watch(TorchFunctionMode):
     ) -> object:
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
-        is_write = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
-        if func == _SET_DATA and id(first) in self._gradients:
-            self.wrote_data = True
-        elif is_write and id(first) in self._data:
+        is_write = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        if (func == _SET_DATA and id(first) in self._gradients) or (
+            is_write and id(first) in self._data
+        ):
             self.wrote_data = True
         elif is_write and id(first) in self._used and torch.is_grad_enabled():
             self.in_place = f"{name.strip('_')}_"
@@ -105,11 +126,12 @@ class _Watch(TorchFunctionMode):
         if func == _GET_DATA:
             if id(first) in self._gradients and isinstance(result, Tensor):
                 self._data[id(result)] = result
-        elif not (torch.is_grad_enabled() or name in _CONSTANT):
-            if any(id(x) in self._gradients or x.requires_grad for x in tree.tensors(args)):
-                self._without_graph |= {id(x): x for x in tree.tensors(result)}
-                for g in self._gradients:  # the user may return the gradients themselves
-                    self._without_graph.pop(g, None)
+        elif not (torch.is_grad_enabled() or name in _CONSTANT) and any(
+            id(x) in self._gradients or x.requires_grad for x in tree.tensors(args)
+        ):
+            self._without_graph |= {id(x): x for x in tree.tensors(result)}
+            for g in self._gradients:  # the user may return the gradients themselves
+                self._without_graph.pop(g, None)
         if not is_write and torch.is_grad_enabled() and name not in _LOOKS:
             self._used |= {id(x) for x in tree.tensors(args) if id(x) in self._gradients}
         return result

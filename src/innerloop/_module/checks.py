@@ -52,13 +52,17 @@ def check_module(model: object) -> None:
         )
 
 
+_CLIPPING = "torch.nn.utils.clip_grad"
+
+
 def refuse_clipping() -> None:
     """Raise if ``torch.nn.utils.clip_grad_norm_`` or its kind is at work on what is asked for."""
-    frame = sys._getframe(1)
+    frame = sys._getframe(1)  # noqa: SLF001
     for _ in range(12):
-        if frame.f_globals.get("__name__") == "torch.nn.utils.clip_grad":
+        name = frame.f_code.co_name
+        if name.startswith("clip_grad") and frame.f_globals.get("__name__") == _CLIPPING:
             raise InvalidInputError(
-                f"torch.nn.utils.{frame.f_code.co_name} was given parameters of a differentiable "
+                f"torch.nn.utils.{name} was given parameters of a differentiable "
                 "loop, which have no .grad: it would clip nothing. Clip in the step: "
                 "loop.step(loss, grad_callback=innerloop.optim.clip_by_global_norm(1.0)) "
                 "(clip_by_value for clip_grad_value_; innerloop.higher: diffopt.step(loss, "

@@ -190,9 +190,7 @@ class _Copier:
         ):
             return function
         # Cells whose content stays are shared: a function may count its calls there.
-        closure = tuple(
-            types.CellType(contents[id(c)]) if id(c) in changed else c for c in cells
-        )
+        closure = tuple(types.CellType(contents[id(c)]) if id(c) in changed else c for c in cells)
         new = types.FunctionType(
             function.__code__, function.__globals__, function.__name__, defaults, closure
         )

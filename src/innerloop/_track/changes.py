@@ -15,7 +15,7 @@ from innerloop.optim._base import Optimizer
 from innerloop.optim._from_torch.from_torch import FromTorch
 
 LEAVE_OUT = (
-    'a parameter rests in the steps whose grad_callback leaves its name out: loop.step(loss, '
+    "a parameter rests in the steps whose grad_callback leaves its name out: loop.step(loss, "
     "grad_callback=lambda grads: {n: g for n, g in grads.items() if n not in resting})"
 )
 
@@ -88,23 +88,6 @@ def _refuse_step(*_: object) -> None:
     )
 
 
-def refuse_post_accumulate_hooks(own: Params, names: Collection[str], instead: str) -> None:
-    """Raise if a parameter has a hook that runs once its ``.grad`` was accumulated.
-
-    Args:
-        own: the user's own parameters, by name.
-        names: of those that are trained.
-        instead: what to write in place of the hook.
-    """
-    for name in names:
-        if torch_private.post_accumulate_hooks(own[name]):
-            raise InvalidInputError(
-                f"the parameter {name!r} has a hook of register_post_accumulate_grad_hook, which "
-                "runs once .grad is there; an inner loop has no .grad and does not run it. "
-                f"{instead}"
-            )
-
-
 def explained(error: BaseException | None, names: Collection[str]) -> InvalidInputError | None:
     """Return what to raise for an error of PyTorch's that comes of a habit inside the block.
 
@@ -154,4 +137,3 @@ def refuse_transform() -> None:
             "transformed; or call torch.autograd.grad on what the block computes; or write the "
             "loop with innerloop.unroll"
         )
-

@@ -132,7 +132,7 @@ class Versions:
     def __init__(self, params: Params) -> None:
         self._placed = params
         self._versions = [torch_private.version(p) for p in params.values()]
-        self._nodes = [p.grad_fn for p in params.values()]
+        self._nodes = [torch_private.recorded_by(p) for p in params.values()]
 
     def check(self, now: Mapping[str, Tensor]) -> None:
         """Raise if one of the parameters was edited in place, and autograd did not see it."""
@@ -142,7 +142,7 @@ class Versions:
             if (
                 torch_private.version(p) != version
                 and now[name] is p
-                and p.grad_fn is node
+                and torch_private.recorded_by(p) is node
                 and p.requires_grad
             ):
                 raise unseen_edit(name, "in place")

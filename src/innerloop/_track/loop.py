@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient.callback import refuse_post_accumulate_hooks
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     check_graph,
@@ -26,7 +27,7 @@ from innerloop._module.checks import check_names
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
-from innerloop._track.changes import Facts, explained, refuse_post_accumulate_hooks, refuse_transform
+from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
 from innerloop._track.edits import EditWatch, Versions
@@ -134,6 +135,7 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.enter()
         self._facts.enter()
+        self._place()
         return self
 
     def __exit__(

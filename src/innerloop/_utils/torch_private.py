@@ -193,6 +193,15 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def recorded_by(tensor: Tensor) -> object:
+    """Return the node that an in-place operation on ``tensor`` replaces if autograd records it.
+
+    That of a view is made anew after any in-place operation, that of its base is not.
+    """
+    base = tensor._base
+    return tensor.grad_fn if base is None else base.grad_fn
+
+
 def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
     """Return the hooks of ``tensor.register_hook``.
 
@@ -228,9 +237,7 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> int:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    return sum(
-        not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values()
-    )
+    return sum(not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values())
 
 
 def is_initialised(optimizer: torch.optim.Optimizer) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._carry import aliased
-from innerloop._inner_gradient.callback import call_back
+from innerloop._inner_gradient.callback import call_back, refuse_post_accumulate_hooks
 from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
@@ -92,6 +92,11 @@ class DifferentiableOptimizer(abc.ABC):
         self._states = self._initial_state(device)
         self._apply_override(override)
         _check_callback(grad_callback)
+        refuse_post_accumulate_hooks(
+            dict(numbered(self._reference)),
+            [str(i) for members in self._group_to_param_list for i in members],
+            "Change gradients with diffopt.step(loss, grad_callback=...)",
+        )
         self._hooks = [
             (i, hook)
             for i, p in enumerate(self._reference)

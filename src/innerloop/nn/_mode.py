@@ -119,9 +119,7 @@ class ReplacementMode(TorchFunctionMode):
             return self._replaced(func, args, kwargs)
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    def _replaced(
-        self, func: Callable[..., object], args: Args, kwargs: Kwargs | None
-    ) -> object:
+    def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
         if self.replaces:
             operation = by_call(func)
             if operation is not None:
