@@ -25,7 +25,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help walkthrough test lint format types pytest slow coverage bench docs setup clean
+.PHONY: help walkthrough test lint format types pytest slow fuzz errors coverage bench docs setup clean
 
 help:  ## what can be asked for
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -73,6 +73,12 @@ pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes a
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not compiled" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there are none
+
+fuzz: $(DEV_READY)  ## random trainings against finite differences of plain torch; FUZZ_ARGS="--seed 3"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 20000 $(FUZZ_ARGS)
+
+errors: $(DEV_READY)  ## docs/errors.md, written from the errors that the code raises
+	$(BIN)/python scripts/errors_page.py
 
 coverage: $(DEV_READY)  ## which lines and branches no test reaches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term $(PYTEST_ARGS)

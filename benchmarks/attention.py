@@ -47,7 +47,8 @@ HEADS, FEATURES = 8, 64
 
 
 def _attention(length: int, rounds: int, causal: bool = False) -> Case:
-    title = f"attention, {HEADS} heads of {FEATURES}, {length:,} positions{', causal' if causal else ''}"
+    masked = ", causal" if causal else ""
+    title = f"attention, {HEADS} heads of {FEATURES}, {length:,} positions{masked}"
     return Case(title, ((1, HEADS, length, FEATURES),) * 3, rounds, causal)
 
 

@@ -79,15 +79,14 @@ ROWS = (
     row("NAdam", f"{MOMENTS} momentum_decay", **ADAM, momentum_decay=0.5),
     row("RAdam", MOMENTS, **ADAM),
     row("Adamax", MOMENTS, **{**ADAM, "betas": (0.9, 0.7)}),
-    row("Adagrad", "lr lr_decay weight_decay initial_accumulator_value "
-                   "eps", zero="lr_decay weight_decay",
+    row("Adagrad", "lr lr_decay weight_decay initial_accumulator_value eps",
+        zero="lr_decay weight_decay",
         lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.3, eps=0.1),
-    row("Adadelta", "lr rho eps "
-                    "weight_decay", lr=0.5, rho=0.7, eps=1e-2, weight_decay=0.1, zero="weight_decay"),
+    row("Adadelta", "lr rho eps weight_decay",
+        lr=0.5, rho=0.7, eps=1e-2, weight_decay=0.1, zero="weight_decay"),
     row("RMSprop", "lr alpha eps weight_decay", lr=0.02, alpha=0.9, eps=0.1, weight_decay=0.1),
-    row("RMSprop", "lr alpha eps "
-                   "momentum", "centered, "
-                               "momentum", lr=0.02, alpha=0.9, eps=0.1, momentum=0.9, centered=True),
+    row("RMSprop", "lr alpha eps momentum", "centered, momentum",
+        lr=0.02, alpha=0.9, eps=0.1, momentum=0.9, centered=True),
     row("ASGD", "lr lambd alpha "
                 "weight_decay", lr=0.2, lambd=1.0, alpha=0.75, t0=2.0, weight_decay=0.1),
     row("Rprop", "lr etas.0 etas.1 step_sizes.0 "
@@ -545,7 +544,8 @@ def section(lines: Sequence[Line]) -> str:
     told = "; ".join(f"{key} {value}" for key, value in facts.items())
     ours = [cell for line in lines if line.contender == "innerloop" for cell in line.cells.values()]
     count = f"innerloop: {sum(c.verdict == 'right' for c in ours)} of {len(ours)} cells right."
-    return f"{told}. {count}\n\n{summary(lines)}\n\n## Every cell that is not right\n\n{details(lines)}"
+    rest = f"## Every cell that is not right\n\n{details(lines)}"
+    return f"{told}. {count}\n\n{summary(lines)}\n\n{rest}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 one inner gradient.
 
 `Checkpointed(product="auto")` takes the faster exact one of the device's kind
-(`innerloop.strategy._engine.step_pullback.PREFERRED`); this is the measurement behind it. On CUDA where there is
-one.
+(`innerloop.strategy._engine.step_pullback.PREFERRED`); this is the measurement behind it. On CUDA
+where there is one.
 """
 
 from __future__ import annotations

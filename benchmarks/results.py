@@ -113,7 +113,8 @@ def _checked(
         run = contender.prepare(workload)
         row.error = check.error(run(), reference)
     except Exception as failure:  # whatever one contender does, the others are measured
-        row.problem = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        first = str(failure).splitlines()[0] if str(failure) else ""
+        row.problem = f"failed: {type(failure).__name__}: {first}"
         return row, None
     if not row.error <= workload.tolerance:
         row.problem = (

@@ -7,9 +7,9 @@ The finite differences are of fourth order,
 
 with an error of :math:`h^4 f^{(5)}(x) / 30` from truncation and of about :math:`10^{-16} |f| / h`
 from rounding. The best
-:math:`h` is therefore not known beforehand, and an optimizer may have a kink within reach of it. So the steps go down a ladder
-until two neighbours agree, and where none do the oracle refuses to answer (``NoDerivative``)
-instead of giving a number.
+:math:`h` is therefore not known beforehand, and an optimizer may have a kink within reach of it. So
+the steps go down a ladder until two neighbours agree, and where none do the oracle refuses to
+answer (``NoDerivative``) instead of giving a number.
 """
 
 from __future__ import annotations
@@ -394,7 +394,10 @@ def assert_derivative(
         f"{what}: got {ours}, finite differences of torch.optim give {truth:.12g}"
     )
     error = abs(ours - truth)
-    message = f"{what}: got {ours:.12g}, finite differences of torch.optim give {truth:.12g} (off by {error:.1e})"
+    message = (
+        f"{what}: got {ours:.12g}, finite differences of torch.optim give {truth:.12g} "
+        f"(off by {error:.1e})"
+    )
     assert error <= relative * abs(truth) + absolute, message
 
 

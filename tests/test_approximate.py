@@ -314,6 +314,35 @@ def test_an_operation_without_forward_mode_is_named():
         )
 
 
+@pytest.mark.parametrize(
+    "batches", [None, [0, 0, 0], torch.zeros(3)], ids=["none", "list", "stack"]
+)
+@pytest.mark.parametrize("last", [3, 5])
+def test_truncation_that_cuts_nothing_off_is_exact_for_the_parameters_too(
+    last: int, batches: object
+):
+    """d x_T / d x_0 = (1 - η C)^T, entry by entry."""
+    x = torch.ones(3, requires_grad=True)
+    steps = 3 if batches is None else None
+    given = (quadratic(), {"x": x}, batches)
+    options: Any = {"hyper": {"b": torch.zeros(3)}, "steps": steps, "strategy": Truncated(last)}
+    traj = innerloop.unroll(*given, **options)
+    (gradient,) = torch.autograd.grad(traj.params["x"].sum(), x)
+    _, same = innerloop.metagradient(
+        lambda traj, h: traj.params["x"].sum(), *given, wrt="params", **options
+    )
+    exact = (1 - ETA * CURVATURE) ** 3
+    torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(same["x"], exact, rtol=1e-12, atol=0)
+    with pytest.raises(innerloop.InvalidInputError, match="does not differentiate"):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["x"].sum(),
+            *given,
+            wrt="params",
+            **{**options, "strategy": Truncated(2)},
+        )
+
+
 # -- what is not differentiated --------------------------------------------------------------------
 
 STRATEGIES = [Truncated(2), FirstOrder(), ForwardMode()]

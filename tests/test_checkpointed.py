@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import innerloop
 from innerloop import Checkpointed, StoreAll
+from innerloop._utils import tree
 from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left, without_collector
 from tests.oracles import assert_derivative, derivative, smooth_noise
@@ -1643,3 +1644,104 @@ def test_a_hyper_parameter_written_in_place_by_data_is_noticed():
     hyper["lr"].data.mul_(2)
     with pytest.raises(innerloop.InvalidInputError):
         traj.params["w"].backward()
+
+
+def _gradient_penalty(w: Tensor, x: Tensor) -> Tensor:
+    """The squared slope of tanh(x w) by x, whose leaf is made inside the loss."""
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((leaf * w).tanh().sum(), leaf, create_graph=True)
+    return slope.square().mean()
+
+
+def _by_hand(w: Tensor, x: Tensor) -> Tensor:
+    return (w * (1 - (x * w).tanh().square())).square().mean()
+
+
+def _inner_descent(w: Tensor, x: Tensor) -> Tensor:
+    """The distance to one descent step of a loop inside the loss, from a constant start."""
+    start = torch.zeros_like(x).requires_grad_()
+    (slope,) = torch.autograd.grad((start - w * x).square().sum() / 2, start, create_graph=True)
+    return (start - 0.5 * slope - 1).square().mean()
+
+
+def _inner_descent_by_hand(w: Tensor, x: Tensor) -> Tensor:
+    return (0.5 * w * x - 1).square().mean()
+
+
+LEAVES = {
+    "gradient penalty": (_gradient_penalty, _by_hand),
+    "inner loop": (_inner_descent, _inner_descent_by_hand),
+}
+WITHOUT_TRANSFORMS: list[Strategy] = [
+    StoreAll(),
+    Checkpointed(slots=1),
+    Checkpointed(save="gradients"),
+    innerloop.Truncated(4),
+    innerloop.Truncated(2),
+    innerloop.Auto("1GB"),
+    innerloop.FirstOrder(),
+]
+
+
+@pytest.mark.parametrize("strategy", WITHOUT_TRANSFORMS, ids=repr)
+@pytest.mark.parametrize("kind", LEAVES)
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_a_leaf_made_inside_the_loss_is_not_a_captured_tensor(
+    strategy: Strategy, kind: str, rule: str
+):
+    """Truth: the same loss in closed form, under the same strategy."""
+    x = torch.linspace(0.2, 1.4, 5, dtype=torch.float64)
+
+    def gradients(loss: Any) -> list[Tensor]:
+        start = {"w": torch.linspace(0.5, 1.5, 5, dtype=torch.float64)}
+        problem = innerloop.Problem(
+            lambda p, h, b: (1 if h is None else h) * loss(p["w"], x),
+            getattr(innerloop.optim, rule)(lr=0.1),
+        )
+        first = isinstance(strategy, innerloop.FirstOrder)
+        return list(
+            tree.tensors(
+                innerloop.metagradient(
+                    lambda traj, h: (traj.params["w"] * x).sum().square(),
+                    problem,
+                    start,
+                    None,
+                    steps=4,
+                    hyper=None if first else torch.tensor(0.7, dtype=torch.float64),
+                    wrt="params" if first else "hyper",
+                    strategy=strategy,
+                )[1]
+            )
+        )
+
+    inside, by_hand = LEAVES[kind]
+    torch.testing.assert_close(gradients(inside), gradients(by_hand), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "instead"),
+    [
+        (Checkpointed(product="mixed"), "product="),
+        (Checkpointed(product="finite"), "product="),
+        (innerloop.ForwardMode(), "strategy="),
+    ],
+    ids=repr,
+)
+def test_a_leaf_inside_the_loss_where_torch_func_runs_is_refused_by_name(
+    strategy: Strategy, instead: str
+):
+    x = torch.linspace(0.2, 1.4, 5)
+    problem = innerloop.Problem(
+        lambda p, h, b: h * _gradient_penalty(p["w"], x), innerloop.optim.sgd(lr=0.1)
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match=instead):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            problem,
+            {"w": torch.ones(5)},
+            None,
+            steps=2,
+            hyper=torch.tensor(0.7),
+            wrt="hyper",
+            strategy=strategy,
+        )

@@ -171,3 +171,76 @@ def test_what_cannot_be_compiled_is_said_to_be_so():
         innerloop.unroll(learned, {"x": x}, None, steps=2, strategy=Checkpointed(compile=True))
     with pytest.raises(innerloop.InnerLoopError, match="save"):
         Checkpointed(compile=True, save="gradients")
+
+
+class _Clipped(torch.autograd.Function):
+    """The identity, with a backward rule that compiled code drops under torch.func."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Tensor:
+        return given.clamp(-1.0, 1.0)
+
+
+def _clipped(x: Tensor) -> Tensor:
+    return _Clipped.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+
+
+# Of torch's compiler, which makes an instance of the class.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "where, whole", [("loss", False), ("loss", True), ("update", True), ("outer", True)]
+)
+def test_a_backward_rule_of_the_users_is_refused(where: str, whole: bool):
+    # The rule acts at the second step only: a comparison of numbers at the first sees nothing.
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    inner, update, outer = (
+        _clipped if name == where else same for name in ("loss", "update", "outer")
+    )
+    learned = innerloop.Problem(
+        lambda p, h, b: (b * inner(p["w"])).square().sum() / 2,
+        innerloop.optim.sgd(lr=0.1),
+        optimizer_hyper=lambda h, t: {"lr": update(h)},
+    )
+    with pytest.raises(innerloop.errors.NotDifferentiableError, match=r"_Clipped.*compile=False"):
+        innerloop.metagradient(
+            lambda traj, h: outer(traj.params["w"]).square().sum(),
+            learned,
+            {"w": torch.tensor([0.5, 0.8])},
+            [torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0])],
+            hyper=torch.tensor(0.1),
+            strategy=StoreAll() if whole else Checkpointed(slots="all", compile=True),
+            compile=whole,
+        )
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adagrad"])
+def test_a_softmax_regression_compiled(rule: str):
+    # alpha= on a product of two tensors is dropped by the compiler of torch 2.13.
+    x, y = smooth_noise(3, 4, 3), torch.tensor([0, 1, 2, 1])
+    make = {"momentum": lambda: innerloop.optim.sgd(lr=0.1, momentum=0.9)}
+    learned = innerloop.Problem(
+        lambda p, h, b: nn.functional.cross_entropy(b @ p["w"], y),
+        make.get(rule, lambda: getattr(innerloop.optim, rule)(lr=0.1))(),
+    )
+    found = [
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].square().sum(),
+            learned,
+            {"w": smooth_noise(3, 3, phase=1.0)},
+            x,
+            wrt="params",
+            strategy=strategy,
+        )[1]["w"]
+        for strategy in (StoreAll(), Checkpointed(compile=True))
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)

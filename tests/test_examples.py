@@ -107,7 +107,10 @@ def test_its_metagradient_is_that_of_a_plain_loop(example: ModuleType) -> None:
 def test_a_short_run_learns_and_prints_a_table(
     example: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--splits 1 --iterations 30 --tasks 4 --width 32 --depth 1 --pretrain-iterations 30 --test-tasks 20".split()
+    options = (
+        "--splits 1 --iterations 30 --tasks 4 --width 32 --depth 1 "
+        "--pretrain-iterations 30 --test-tasks 20"
+    ).split()
     args = example.parse(options)
     results = example.run(args)
     assert set(results) == {"meta-learned", "pre-trained", "random"}

@@ -30,6 +30,7 @@ EXERCISED = {
     "jvp_levels",
     "storage_weakref",
     "observing",
+    "observing_operations",
     "has_derivative",
     "innermost",
     "is_tracked",
@@ -426,6 +427,14 @@ def test_operations_are_observed_in_backward_passes_and_below_transforms():
     del shapes[:]
     torch.ones(2) * 2
     assert not shapes
+
+
+def test_operations_are_seen_with_their_names():
+    x, names = torch.ones(3, requires_grad=True), []
+    with torch_private.observing_operations(lambda name, inputs, result: names.append(name)):
+        x.sqrt().sum().backward()
+    assert "aten.sqrt" in names
+    assert "SqrtBackward0" in names
 
 
 def test_weight_norm_is_what_the_parametrization_calls():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,22 @@ def test_the_citation_is_that_of_this_version_and_invents_no_address() -> None:
     assert citation["version"] == innerloop.__version__
     assert citation["license"] == project()["license"]
     assert not re.search(r"https?:|doi|@|orcid", text)
+
+
+# -- the page of errors ----------------------------------------------------------------------------
+
+
+def run_errors_page(code: str) -> str:
+    command = [sys.executable, "-c", f"import errors_page\n{code}"]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT / "scripts"
+    ).stdout
+
+
+def test_the_page_of_errors_holds_every_message() -> None:
+    found = run_errors_page("print(errors_page.PAGE.read_text() == errors_page.page())")
+    assert found.strip() == "True", "docs/errors.md is out of date: run `make errors`"
+
+
+def test_no_message_of_an_error_is_left_out_of_the_page() -> None:
+    assert run_errors_page("print(*errors_page.unwritten())").strip() == ""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -1175,3 +1176,112 @@ def test_weight_norm_cannot_be_replaced_in_compiled_code_and_is_refused() -> Non
         innerloop.metagradient(
             outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=True
         )
+
+
+# -- rows of zeros, and indices in NumPy's memory --------------------------------------------------
+
+ROW_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linalg.vector_norm": lambda x: torch.linalg.vector_norm(x, dim=-1),
+    "linalg.vector_norm(3)": lambda x: torch.linalg.vector_norm(x, 3, -1, True),
+    "linalg.norm": lambda x: torch.linalg.norm(x, dim=-1),
+    "torch.norm": lambda x: torch.norm(x, dim=1, keepdim=True),
+    "Tensor.norm": lambda x: x.norm(2, -1),
+    "whole": lambda x: x[1:2].norm(),
+    "F.normalize": lambda x: F.normalize(x, dim=-1),
+    "F.normalize(3)": lambda x: F.normalize(x, 3.0, -1),
+    "F.cosine_similarity": lambda x: F.cosine_similarity(x, torch.ones_like(x), dim=-1),
+    "nn.CosineSimilarity": lambda x: nn.CosineSimilarity()(x, torch.arange(3.0).to(x)),
+}
+
+
+@pytest.mark.parametrize("name", ROW_NORMS)
+@pytest.mark.parametrize("front", ["reverse", "mixed", "StoreAll", "ForwardMode"])
+def test_a_padded_row_leaves_the_derivatives_of_the_other_rows_alone(name: str, front: str) -> None:
+    """Truth: the same loop without the row of zeros, which contributes a constant."""
+    x = torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0], [0.5, -1.0, 2.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    strategy = {
+        "reverse": innerloop.Checkpointed(product="reverse"),
+        "mixed": innerloop.Checkpointed(product="mixed"),
+        "StoreAll": innerloop.StoreAll(),
+        "ForwardMode": innerloop.ForwardMode(),
+    }[front]
+
+    def gradient(rows: list[int]) -> Tensor:
+        def loss(p: Any, h: Tensor, b: Any) -> Tensor:
+            out = ROW_NORMS[name]((x @ p["w"])[rows])
+            if out.dim() == 0:
+                return h * (out + p["w"].sin().sum())
+            kept = weights[rows].reshape(-1, *[1] * (out.dim() - 1))
+            return h * (kept * (out + 0.3 * out.square())).sum()
+
+        found: Tensor = innerloop.metagradient(
+            lambda traj, h: traj.params["w"].square().sum(),
+            innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1)),
+            {"w": torch.eye(3, dtype=torch.float64) + 0.1},
+            None,
+            steps=3,
+            hyper=torch.tensor(0.7, dtype=torch.float64),
+            wrt="hyper",
+            strategy=strategy,
+        )[1]
+        return found
+
+    if name == "whole":
+        assert gradient([0, 1, 2]).isfinite()
+    else:
+        torch.testing.assert_close(gradient([0, 1, 2]), gradient([0, 2]), rtol=1e-10, atol=0)
+
+
+def test_norms_have_the_bits_of_pytorch() -> None:
+    x = torch.randn(7, 3, requires_grad=True)
+    for name, operation in ROW_NORMS.items():
+        with innerloop.nn.replacing():
+            ours = operation(x)
+        theirs = operation(x)
+        assert torch.equal(ours, theirs), name
+        slopes = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (ours, theirs)]
+        torch.testing.assert_close(*slopes, msg=name)
+
+
+INDEXED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "getitem": lambda x, i: x[i[:3]],
+    "getitem of a tuple": lambda x, i: x[i[:3], 0],
+    "getitem by a tensor": lambda x, i: x[torch.from_numpy(i)[:3]],
+    "index_select": lambda x, i: x.index_select(0, torch.from_numpy(i[:3])),
+    "gather": lambda x, i: x.gather(0, index=torch.from_numpy(i[:3])[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("front", ["track", "StoreAll"])
+def test_an_index_that_is_shuffled_in_place_does_not_move_the_gradient(
+    name: str, front: str
+) -> None:
+    """Truth: the same loop with a copy of the index for each step."""
+
+    def gradient(copies: bool) -> Tensor:
+        data = torch.arange(6.0, dtype=torch.float64).reshape(6, 1) / 4 + 1
+        x, random, index = data.requires_grad_(), np.random.default_rng(0), np.arange(6)
+
+        def loss(w: Tensor, x: Tensor) -> Tensor:
+            random.shuffle(index)
+            rows = INDEXED[name](x, index.copy() if copies else index)
+            return (w * rows - rows**2).square().sum()
+
+        if front == "track":
+            model = nn.Linear(1, 1, bias=False).double()
+            nn.init.ones_(model.weight)
+            with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.01)) as loop:
+                for _ in range(3):
+                    loop.step(loss(loop.model.weight, x))
+                end = loop.model.weight.sum()
+        else:
+            problem = innerloop.Problem(
+                lambda p, h, b: loss(p["w"], h), innerloop.optim.sgd(lr=0.01)
+            )
+            start = {"w": torch.ones(1, 1, dtype=torch.float64)}
+            end = innerloop.unroll(problem, start, None, steps=3, hyper=x).params["w"].sum()
+        return torch.autograd.grad(end, x)[0]
+
+    torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-12, atol=0)

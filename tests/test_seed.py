@@ -49,7 +49,10 @@ FINAL = (2.1789599744, 3.2684399616)
 def run(script: Path) -> tuple[str, list[float]]:
     """What a fresh process prints (the script registers its optimizer globally), and where M
     ends."""
-    code = "import runpy, sys; M = runpy.run_path(sys.argv[1])['M']; print('M', *(p.item() for p in M.parameters()))"
+    code = (
+        "import runpy, sys; M = runpy.run_path(sys.argv[1])['M']; "
+        "print('M', *(p.item() for p in M.parameters()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(script)], capture_output=True, text=True, check=False
     )

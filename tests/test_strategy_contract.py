@@ -840,7 +840,18 @@ def test_it_says_what_it_is(strategy: Strategy):
         assert word in text, f"the docstring of {type(strategy).__name__} lacks **{word}**"
 
 
-@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(slots=2)], ids=repr)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        StoreAll(),
+        Checkpointed(slots=2),
+        Checkpointed(product="mixed"),
+        Checkpointed(product="finite"),
+        innerloop.ForwardMode(),
+        innerloop.Truncated(last=25),
+    ],
+    ids=repr,
+)
 def test_threads_may_share_a_problem(strategy: Strategy):
     """Each loop as if it ran alone, and the user's module untouched."""
     torch.manual_seed(0)

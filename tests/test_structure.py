@@ -541,7 +541,11 @@ def strategies() -> dict[str, str]:
 
 
 def subclasses(cls: type) -> set[type]:
-    return set().union(*({sub} | subclasses(sub) for sub in cls.__subclasses__()))
+    found: set[type] = set()
+    direct: list[type] = cls.__subclasses__()
+    for sub in direct:
+        found |= {sub} | subclasses(sub)
+    return found
 
 
 def kinds_of_batches() -> dict[str, str]:
@@ -637,12 +641,11 @@ def kept(tree: ast.Module) -> list[str]:
                 )
                 if name in assigned or remembers:
                     found.append(name)
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef):
-            for mark in node.decorator_list:
-                name = dotted(mark.func if isinstance(mark, ast.Call) else mark)
-                if name.rpartition(".")[2] in ("cache", "lru_cache"):
-                    found.append(node.name)
+    for function in (node for node in nodes if isinstance(node, ast.FunctionDef)):
+        for mark in function.decorator_list:
+            name = dotted(mark.func if isinstance(mark, ast.Call) else mark)
+            if name.rpartition(".")[2] in ("cache", "lru_cache"):
+                found.append(function.name)
     return found
 
 

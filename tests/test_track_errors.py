@@ -685,3 +685,38 @@ def test_a_second_derivative_that_torch_would_drop_is_named():
         innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
     ):
         loop.step(Once.apply(loop.model(torch.ones(1, 1))).sum())
+
+
+# -- what is not finite ----------------------------------------------------------------------------
+
+
+class _Vector(nn.Module):
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values))
+
+
+@pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_parameters_that_are_not_finite_after_the_last_step_are_named(
+    rule: type[torch.optim.Optimizer], learn: Any
+) -> None:
+    model = _Vector(0.0, 1.0)
+    optimizer = rule(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    with (
+        pytest.raises(innerloop.NonFiniteError, match="step 0 is finite, but its gradient"),
+        innerloop.track(model, optimizer, learn=learn) as loop,
+    ):
+        loop.step(loop.model.w.abs().sqrt().sum())
+
+
+@pytest.mark.parametrize("learn", ["init", "outer"])
+def test_an_outer_gradient_that_is_not_finite_is_named(learn: Any) -> None:
+    """|w|^1.5 has a finite gradient at 0, and an infinite second derivative."""
+    model, scale = _Vector(0.0, 1.0), torch.tensor(1.0, requires_grad=True)
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), learn=learn) as loop:
+        for _ in range(2):
+            loop.step(scale * (loop.model.w.abs() ** 1.5).sum())
+        outer = loop.model.w.sum()
+    with pytest.raises(innerloop.NonFiniteError, match="second derivative"):
+        outer.backward()

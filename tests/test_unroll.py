@@ -830,3 +830,109 @@ def test_times_are_whole_numbers():
 def test_inference_mode_is_named():
     with torch.inference_mode(), pytest.raises(innerloop.InvalidInputError, match="no_grad"):
         innerloop.unroll(quadratic_problem(), one_weight(), None, steps=3)
+
+
+# -- what is not finite ----------------------------------------------------------------------------
+
+
+def _sqrt_of_size(w: Tensor) -> Tensor:
+    return w.abs().sqrt().sum()
+
+
+def _fourth_power(w: Tensor) -> Tensor:
+    return (w**4).sum()
+
+
+EXACT = [
+    innerloop.StoreAll(),
+    innerloop.Checkpointed(slots=1),
+    innerloop.Checkpointed(product="mixed"),
+    innerloop.Truncated(20),
+    innerloop.Auto("1GB"),
+]
+
+
+@pytest.mark.parametrize("strategy", EXACT, ids=repr)
+@pytest.mark.parametrize("rule", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("front", ["unroll", "metagradient"])
+def test_an_infinite_inner_gradient_is_named_with_its_step(
+    strategy: innerloop.strategy.Strategy, rule: str, front: str
+):
+    """The loss of the only step is finite, so nothing but the last parameters shows it."""
+    problem = innerloop.Problem(
+        lambda p, h, b: _sqrt_of_size(p["w"] - b), getattr(innerloop.optim, rule)(lr=0.1)
+    )
+    start = {"w": torch.tensor([0.0, 1.0], requires_grad=front == "unroll")}
+    with pytest.raises(innerloop.NonFiniteError, match=r"not finite") as raised:
+        if front == "unroll":
+            innerloop.unroll(problem, start, [0.0], strategy=strategy)
+        else:
+            innerloop.metagradient(
+                lambda traj, h: traj.params["w"].sum(),
+                problem,
+                start,
+                [0.0],
+                wrt="params",
+                strategy=strategy,
+            )
+    assert "step 0" in str(raised.value)
+    assert "SqrtBackward" in str(raised.value)
+
+
+@pytest.mark.parametrize("strategy", EXACT, ids=repr)
+def test_a_loop_that_diverges_is_named_with_its_step(strategy: innerloop.strategy.Strategy):
+    problem = innerloop.Problem(lambda p, h, b: _fourth_power(p["w"]), innerloop.optim.sgd(lr=10.0))
+    w, first = torch.ones(2, dtype=torch.float64), 0
+    while _fourth_power(w).isfinite():
+        w, first = w - 10 * 4 * w**3, first + 1
+    given = (problem, {"w": torch.ones(2, dtype=torch.float64)}, None)
+    with pytest.raises(innerloop.NonFiniteError, match=f"step {first}.*pow"):
+        innerloop.unroll(*given, steps=20, strategy=strategy)
+
+
+def test_a_second_derivative_that_is_infinite_is_named_at_the_outer_backward_pass():
+    """|w|^1.5 has a finite gradient at 0, and an infinite second derivative."""
+    w = torch.tensor([0.0, 1.0], requires_grad=True)
+    problem = innerloop.Problem(
+        lambda p, h, b: (p["w"].abs() ** 1.5).sum() if b else p["w"].square().sum(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    for strategy in (innerloop.StoreAll(), innerloop.Checkpointed(slots=1)):
+        traj = innerloop.unroll(problem, {"w": w}, [0, 1, 0], strategy=strategy)
+        with pytest.raises(innerloop.NonFiniteError, match="second derivative in step 1"):
+            traj.params["w"].sum().backward()
+
+
+def test_an_outer_loss_that_is_not_finite_is_named():
+    problem = innerloop.Problem(lambda p, h, b: p["w"].square(), innerloop.optim.sgd(lr=0.1))
+    for outer, match in (
+        (lambda traj, h: traj.params["w"].log() * 0, "outer loss is nan"),
+        (lambda traj, h: (traj.params["w"] * 0 + h).sqrt(), "look at the outer loss"),
+    ):
+        with pytest.raises(innerloop.NonFiniteError, match=match):
+            innerloop.metagradient(
+                outer, problem, {"w": torch.tensor(-1.0)}, None, steps=2, hyper=torch.tensor(0.0)
+            )
+
+
+def test_nothing_is_raised_under_a_transform():
+    problem = innerloop.Problem(lambda p, h, b: _fourth_power(p["w"]), innerloop.optim.sgd(lr=10.0))
+
+    def final(w: Tensor) -> Tensor:
+        return innerloop.unroll(problem, {"w": w}, None, steps=20).params["w"]
+
+    found = torch.func.vmap(final)(torch.tensor([[0.0], [1.0]]))
+    assert found[0].isfinite().all()
+    assert not found[1].isfinite().any()
+
+
+def test_an_iterator_that_is_used_up_is_named_as_the_reason_for_no_step():
+    problem = innerloop.Problem(lambda p, h, b: _fourth_power(p["w"]), innerloop.optim.sgd(lr=10.0))
+    with pytest.raises(innerloop.NonFiniteError, match=r"inner loss of step \d.*used up"):
+        innerloop.unroll(problem, {"w": torch.ones(2)}, iter(range(20)))
+
+
+def test_sums_that_overflow_are_not_taken_for_infinite_entries():
+    huge = torch.full((4,), 1e38)
+    problem = innerloop.Problem(lambda p, h, b: p["w"].mean(), innerloop.optim.sgd(lr=0.0))
+    assert innerloop.unroll(problem, {"w": huge}, None, steps=0).params["w"].isfinite().all()

@@ -215,6 +215,13 @@ def batches_of(given: object, steps: int | None) -> Batches:
         available = int(lengths.pop() or 0)
     if steps is not None and steps > available:
         raise InvalidInputError(f"steps={steps}, but batches holds only {available}")
+    if steps is not None and steps < available and not isinstance(given, list):
+        raise InvalidInputError(
+            f"steps={steps}, but the tensors in batches are stacked over {available} steps: each "
+            "step takes one entry of their first dimension. For steps on all of the data write "
+            "batches=lambda params, hyper, t: data; for the first entries only, cut the tensors: "
+            f"data[:{steps}]"
+        )
     total = available if steps is None else steps
     return BatchList(given, total) if isinstance(given, list) else StackedBatches(given, total)
 

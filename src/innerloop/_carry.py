@@ -44,6 +44,9 @@ class Carry(NamedTuple):
         )
         return Carry(params, state, buffers, self.random_state, self.time)
 
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([Carry])
+
 
 def aliased(params: Named, before: Named) -> dict[str, Tensor]:
     """Return ``params`` with an alias for each that a step left as it was.

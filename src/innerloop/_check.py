@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._types import HyperTree
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.differences import derivative
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
@@ -255,7 +255,7 @@ def _with_parameters(
     own = dict(module.named_parameters())
     by_id = {id(own[name]): value for name, value in zip(names, values, strict=True)}
     for submodule in module.modules():
-        table = vars(submodule)["_parameters"]
+        table = torch_private.parameter_table(submodule)
         table.update({key: by_id[id(p)] for key, p in table.items() if id(p) in by_id})
     return module
 

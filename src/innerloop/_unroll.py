@@ -13,10 +13,12 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import at_random_state, restored_on_error
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._engine import non_finite
 from innerloop.strategy._store_all import StoreAll
 
 
@@ -62,10 +64,14 @@ def unroll(
     Raises:
         InvalidInputError: a batch requires grad, the number of steps is unknown, a name or shape
             does not fit.
+        NonFiniteError: a loss, a parameter after the last step or, in the backward pass, a gradient
+            that leaves the loop is NaN or infinite. The error names the first step and the
+            operation. In eager code only: not under ``torch.func``, not in compiled code.
 
     Note:
-        A parameter that the loss does not use has the gradient zero, as in ``torch.func``, so
-        weight decay or momentum may still move it; `track` skips it, as ``backward()`` does.
+        A parameter that the loss of a step does not use has the gradient zero, as in
+        ``torch.func``, so weight decay, or the momentum of earlier steps (also that of Adam and its
+        kind), may still move it; `track` skips it, as ``backward()`` does.
         Sparse gradients are made dense, except for a rule that takes them (``sparse_adam``).
 
     Example:
@@ -98,17 +104,32 @@ def unroll(
     with restored_on_error(), closing(report):
         start = problem.init(params)
         loop = Loop(problem, start, hyper, data, times, report)
+        eager = mode() is Mode.EAGER
+        if eager and torch.is_grad_enabled():
+            loop = non_finite.watched(loop)
         if not isinstance(params, Carry) or params.random_state is None:
             traj = strategy.run(loop)
         else:
             with at_random_state(params.random_state):
                 traj = strategy.run(loop)
+        if eager and traj.steps:
+            _check_finite(loop, traj)
     late = [t for t in times if t > traj.steps]
     if late:
         raise InvalidInputError(
             f"save_at has {late}, but the iterator ended after {traj.steps} steps"
         )
     return traj
+
+
+def _check_finite(loop: Loop, traj: Trajectory) -> None:
+    """Raise unless the losses and the last parameters, looked at once, are finite."""
+    if not is_finite(traj.losses):
+        first = int((~traj.losses.isfinite()).nonzero()[0])
+        raise non_finite.explanation(loop, f"the inner loss of step {first}")
+    for name, p in traj.params.items():
+        if not is_finite(p):
+            raise non_finite.explanation(loop, f"parameter {name!r} after the last step")
 
 
 def check_strategy(strategy: object, what: str = "strategy is") -> None:

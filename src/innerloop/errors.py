@@ -15,6 +15,10 @@ class NotDifferentiableError(InnerLoopError):
     """A derivative was asked for that does not exist, or that this setting does not compute."""
 
 
+class NonFiniteError(InvalidInputError):
+    """A loss, a parameter or a gradient became NaN or infinite; it names the first step."""
+
+
 class CapturedTensorError(InnerLoopError):
     """A tensor that needs a gradient is used by a loss without being one of its arguments."""
 

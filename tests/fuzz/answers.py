@@ -132,7 +132,7 @@ def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tens
             overrides = _overrides(w, hyper, t)
             loop.step(
                 closure if options["closure"] else closure(),
-                **({"hyper": overrides} if overrides else {}),
+                hyper=overrides or None,
                 **given,
             )
             if t + 1 == (case.steps + 1) // 2:

@@ -8,11 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.fuzz.losses import LOSSES
-from tests.fuzz.verdict import BARE, SILENT, Verdict
-
-
-def _checkpointed(v: Verdict) -> bool:
-    return v.case.front in ("unroll", "metagradient")
+from tests.fuzz.verdict import SILENT, Verdict
 
 
 KNOWN: dict[str, Callable[[Verdict], bool]] = {
@@ -22,14 +18,9 @@ KNOWN: dict[str, Callable[[Verdict], bool]] = {
         and "product='mixed'" in repr(v.case.strategy)
         and v.case.family in ("embedding", "multi-head attention", "transformer", "lstm", "gru")
     ),
-    "a parameter that some steps do not use": lambda v: (
-        v.kind == SILENT and v.case.family == "unused" and _checkpointed(v)
-    ),
     "attributes of the user's module": lambda v: v.reason == "changes the user's model: seen",
     "buffers changed in place": lambda v: "inplace operation" in v.reason,
     "buffers that require grad": lambda v: "running_mean" in v.reason,
-    "kept gradients that are views": lambda v: "A view was created in no_grad" in v.reason,
-    "sparse gradients": lambda v: v.kind == BARE and v.case.rule == "sparse adam",
     "a continued schedule restarts": lambda v: (
         v.case.options.get("pieces") == 2 and v.case.schedule != 1
     ),

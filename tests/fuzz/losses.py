@@ -53,7 +53,7 @@ def with_module_hook(model: nn.Module) -> object:
     def hook(module: nn.Module, into: Any, out: Any) -> Any:
         return tuple(None if g is None else 0.5 * g for g in into)
 
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    last: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return (last or [model])[-1].register_full_backward_hook(hook)
 
 

@@ -23,7 +23,7 @@ class PlainMuon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "adjust_lr_fn": None, **settings})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -54,7 +54,7 @@ class PlainLearned(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "gain": gain})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -70,7 +70,7 @@ class Foreign(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "mu": mu})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -137,11 +137,11 @@ def _nesterov(settings: Settings) -> bool:
 BETAS = ((0.9, 0.99), (0.7, 0.8), (0.0, 0.9))
 DECAY = (0.0, 0.1)
 EPS = (1e-2, 0.1, 1e-3)
-O = innerloop.optim
+OURS = innerloop.optim
 T = torch.optim
 RULES: dict[str, Rule] = {
     "sgd": Rule(
-        O.sgd,
+        OURS.sgd,
         T.SGD,
         {
             "lr": (0.1, 0.3),
@@ -155,7 +155,7 @@ RULES: dict[str, Rule] = {
         allowed=_nesterov,
     ),
     "adam": Rule(
-        O.adam,
+        OURS.adam,
         T.Adam,
         {
             "lr": (0.05, 0.1),
@@ -169,7 +169,7 @@ RULES: dict[str, Rule] = {
         ("lr", "betas.0", "betas.1", "eps", "weight_decay"),
     ),
     "adamw": Rule(
-        O.adamw,
+        OURS.adamw,
         T.AdamW,
         {
             "lr": (0.05,),
@@ -182,7 +182,7 @@ RULES: dict[str, Rule] = {
         ("lr", "betas.0", "betas.1", "eps", "weight_decay"),
     ),
     "rmsprop": Rule(
-        O.rmsprop,
+        OURS.rmsprop,
         T.RMSprop,
         {
             "lr": (0.02, 0.05),
@@ -196,7 +196,7 @@ RULES: dict[str, Rule] = {
         ("lr", "alpha", "eps", "momentum", "weight_decay"),
     ),
     "adagrad": Rule(
-        O.adagrad,
+        OURS.adagrad,
         T.Adagrad,
         {
             "lr": (0.1,),
@@ -209,7 +209,7 @@ RULES: dict[str, Rule] = {
         ("lr", "lr_decay", "eps", "weight_decay"),
     ),
     "adadelta": Rule(
-        O.adadelta,
+        OURS.adadelta,
         T.Adadelta,
         {
             "lr": (0.5, 1.0),
@@ -221,13 +221,13 @@ RULES: dict[str, Rule] = {
         ("lr", "rho", "eps", "weight_decay"),
     ),
     "adamax": Rule(
-        O.adamax,
+        OURS.adamax,
         T.Adamax,
         {"lr": (0.05,), "betas": BETAS[:2], "eps": EPS, "weight_decay": DECAY, "maximize": FLAG},
         ("lr", "betas.0", "betas.1", "eps", "weight_decay"),
     ),
     "radam": Rule(
-        O.radam,
+        OURS.radam,
         T.RAdam,
         {
             "lr": (0.05,),
@@ -241,7 +241,7 @@ RULES: dict[str, Rule] = {
         steps=4,
     ),
     "nadam": Rule(
-        O.nadam,
+        OURS.nadam,
         T.NAdam,
         {
             "lr": (0.05,),
@@ -255,7 +255,7 @@ RULES: dict[str, Rule] = {
         ("lr", "betas.0", "betas.1", "eps", "weight_decay", "momentum_decay"),
     ),
     "asgd": Rule(
-        O.asgd,
+        OURS.asgd,
         T.ASGD,
         {
             "lr": (0.1,),
@@ -268,7 +268,7 @@ RULES: dict[str, Rule] = {
         ("lr", "lambd", "alpha", "weight_decay"),
     ),
     "rprop": Rule(
-        O.rprop,
+        OURS.rprop,
         T.Rprop,
         {
             "lr": (0.03,),
@@ -279,7 +279,7 @@ RULES: dict[str, Rule] = {
         ("lr", "etas.0", "etas.1"),
     ),
     "adafactor": Rule(
-        O.adafactor,
+        OURS.adafactor,
         T.Adafactor,
         {
             "lr": (0.1, 0.05),
@@ -292,7 +292,7 @@ RULES: dict[str, Rule] = {
         ("lr", "beta2_decay", "d", "weight_decay"),
     ),
     "lbfgs": Rule(
-        O.lbfgs,
+        OURS.lbfgs,
         T.LBFGS,
         {
             "lr": (0.1, 0.3),
@@ -316,7 +316,7 @@ RULES: dict[str, Rule] = {
         by_torch=False,
     ),
     "sparse adam": Rule(
-        O.sparse_adam,
+        OURS.sparse_adam,
         T.SparseAdam,
         {"lr": (0.05,), "betas": BETAS[:2], "eps": EPS, "maximize": FLAG},
         ("lr", "betas.0", "betas.1", "eps"),

@@ -100,7 +100,7 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
     with torch.no_grad():
         for name, p in params.items():
             if name in w.along:
-                p += h * w.along[name]
+                p.add_(h * w.along[name])
 
     def moved(t: int) -> float:
         return h if t >= case.cut else 0.0
@@ -129,22 +129,28 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            value = losses.value(w.loss, case.role, model, params, batch, strength)
+            value = losses.value(w.loss, case.role, model, params, batch, strength)  # noqa: B023
             value.backward()
+            if case.front in ("unroll", "metagradient"):
+                # As documented there: what a step does not use has the gradient zero.
+                for name in w.trained:
+                    p = params[name]
+                    if p.grad is None and p.requires_grad:
+                        p.grad = torch.zeros_like(p)
             if grads is not None:
                 for name in w.trained:
-                    given = grads[t][name]
+                    given = grads[t][name]  # noqa: B023
                     params[name].grad = None if given is None else given.clone()
             else:
                 kept.append(
                     {n: None if (g := params[n].grad) is None else g.clone() for n in w.trained}
                 )
             _transform(case, [params[n] for n in w.trained])
-            seen.append(value.detach())
+            seen.append(value.detach())  # noqa: B023
             return value.detach()
 
         if case.rule == "lbfgs":
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[arg-type]
         else:
             closure()
             optimizer.step()

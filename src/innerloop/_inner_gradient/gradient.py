@@ -7,8 +7,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -44,7 +43,8 @@ def inner_gradient(
         params: what to differentiate by; may be empty.
         create_graph: let the gradients have derivatives of their own.
         independent: raised if the loss uses none of ``params``, in the words of the front end.
-        gate: opened while the backward pass runs, and then put back as it was.
+        gate: opened while the backward pass runs, which may read the weights of its own step,
+            and then put back as it was.
 
     Returns:
         A gradient, or None, for each of ``params``.
@@ -53,15 +53,20 @@ def inner_gradient(
         return {}
     if not loss.requires_grad:
         raise independent
+    before = True
+    if gate is not None:
+        before, gate.closed = gate.closed, False
     try:
-        with _open(gate):
-            values = torch.autograd.grad(
-                loss, list(params.values()), create_graph=create_graph, allow_unused=True
-            )
+        values = torch.autograd.grad(
+            loss, list(params.values()), create_graph=create_graph, allow_unused=True
+        )
     except InnerLoopError:
         raise
     except RuntimeError as error:
         raise explain(error) from error
+    finally:
+        if gate is not None:
+            gate.closed = before
     if all(g is None for g in values):
         raise independent
     return dict(zip(params, values, strict=True))
@@ -94,17 +99,14 @@ def finish(
     return found
 
 
-def sparse_ones(grads: Mapping[K, Tensor | None]) -> set[K]:
-    """Return the keys of the gradients that are sparse."""
-    return {key for key, g in grads.items() if g is not None and is_sparse(g)}
-
-
 def with_dense_gradients(params: Mapping[K, Tensor], chosen: Collection[K]) -> dict[K, Tensor]:
     """Return ``params`` with an alias, whose gradient is always dense, for the chosen ones.
 
     Where the inner gradient of a parameter was sparse, so is what an outer loss sends back to it
     through the same operation, and few update rules have a derivative for that.
     """
+    if not chosen:
+        return dict(params)
     return {
         key: _DenseGradient.apply(p) if key in chosen and p.requires_grad else p
         for key, p in params.items()
@@ -126,16 +128,3 @@ class _DenseGradient(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         (grad,) = grads
         return grad.to_dense() if is_sparse(grad) else grad
-
-
-@contextmanager
-def _open(gate: Gate | None) -> Iterator[None]:
-    """Open ``gate`` for a while: the backward pass of a step may read that step's weights."""
-    if gate is None:
-        yield
-        return
-    before, gate.closed = gate.closed, False
-    try:
-        yield
-    finally:
-        gate.closed = before

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
-from innerloop.nn._catalogue import Operation, by_node
+from innerloop.nn._catalogue import NODES, Operation
 
 COMPILED = (
     "the loss was computed by a function compiled with torch.compile, whose gradient has no "
@@ -34,6 +37,8 @@ def check_graph(
         The leaves at which the walk ended, parameters that are leaves among them.
     """
     ends, current = list(ends), list(params)
+    if _refusing:
+        refuse_own_functions(ends)
     suspects: list[tuple[Any, Operation]] = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
@@ -50,14 +55,19 @@ def check_graph(
             raise NotDifferentiableError(COMPILED)
         elif (
             second_order
-            and (operation := by_node(kind)) is not None
+            and (operation := NODES.get(kind)) is not None
             and (operation.node_when is None or operation.node_when(node))
         ):
             if operation.order == 3 and kind in operation.nodes:
                 node.register_hook(partial(_watch_second, operation))
             else:
                 suspects.append((node, operation))
-        elif second_order and torch_private.is_once_differentiable(node):
+        # PyTorch's own nodes end in a digit, those of custom Functions do not.
+        elif (
+            second_order
+            and kind.endswith("Backward")
+            and torch_private.is_once_differentiable(node)
+        ):
             raise NotDifferentiableError(
                 f"{kind.removesuffix('Backward')} is marked once_differentiable: it has no second "
                 "derivative. Write its backward out of "
@@ -70,6 +80,45 @@ def check_graph(
         if _reaches(node, current):
             raise NotDifferentiableError(_lacks_derivative(operation, type(node).__name__))
     return leaves
+
+
+_refusing: list[int] = []
+
+
+@contextmanager
+def refusing_own_functions() -> Iterator[None]:
+    """Let `check_graph` refuse what compiled code would drop, while the block runs eagerly."""
+    thread = threading.get_ident()
+    _refusing.append(thread)
+    try:
+        yield
+    finally:
+        _refusing.remove(thread)
+
+
+def refuse_own_functions(ends: Iterable[Tensor]) -> None:
+    """Raise if the graph behind ``ends`` holds a backward rule that is not innerloop's own.
+
+    Outside `refusing_own_functions` nothing is done.
+    """
+    if not _refusing or threading.get_ident() not in _refusing:
+        return
+    stack: list[Node | None] = [x.grad_fn for x in ends]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = torch_private.function_of(node)
+        if function is not None and function.__module__.partition(".")[0] != "innerloop":
+            raise NotDifferentiableError(
+                f"the loop uses {function.__name__}, a torch.autograd.Function with a backward "
+                "rule of its own, and compiled code silently drops that rule under torch.func "
+                "(PyTorch, up to 2.13): it would differentiate the forward function instead. Write "
+                "compile=False, or write the function out of PyTorch's operations"
+            )
+        stack.extend([child for child, _ in node.next_functions])
 
 
 def _watch_second(operation: Operation, gradients: Sequence[Tensor | None], _: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import NotDifferentiableError
 
@@ -56,7 +57,8 @@ def forward_over_reverse(
         before_each: called before each evaluation, to rewind random numbers.
     """
     before_each()
-    return SecondProduct(*_jvp(gradients, (at,), (along,), has_aux=True))
+    with torch_private.only_forward_mode():
+        return SecondProduct(*_jvp(gradients, (at,), (along,), has_aux=True))
 
 
 def reverse_over_reverse(
@@ -121,6 +123,7 @@ def central_difference(
             cube root of the precision. The error falls with the square of it, until rounding takes
             over.
     """
+    along = [v.to_dense() if v.layout is not torch.strided else v for v in along]
     h = torch.finfo(at[0].dtype).eps ** (1 / 3) if relative_step is None else relative_step
     scale = torch.stack([v.abs().max() for v in along[:moved] if v.numel()]).max()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)

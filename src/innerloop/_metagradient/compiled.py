@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient.unreached import Unreached
 from innerloop._problem import Problem
 from innerloop._utils import tree
@@ -37,7 +38,8 @@ def compiled_value_and_grad(
     key = (shapes, wrt, strategy, variant)
     known = _verified.setdefault(unreached.problem, set())
     if key not in known:
-        eager_result, eager_grads = strategy.value_and_grad(objective, inputs, wrt)
+        with refusing_own_functions():
+            eager_result, eager_grads = strategy.value_and_grad(objective, inputs, wrt)
         eager_grads = unreached.filled(inputs, eager_grads)
         check_compiled(
             _groups(result, grads), _groups(eager_result, eager_grads), "the meta-gradient"

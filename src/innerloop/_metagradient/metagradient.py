@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from innerloop._batches import batches_of
 from innerloop._carry import Carry
+from innerloop._inner_gradient.graph import refuse_own_functions
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
 from innerloop._metagradient.unreached import Unreached
@@ -16,8 +18,10 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
+from innerloop._utils.execution import Mode, mode
+from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report
-from innerloop.errors import InvalidInputError
+from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs
 from innerloop.strategy._store_all import StoreAll
@@ -81,7 +85,7 @@ def metagradient(
     strategy = StoreAll() if strategy is None else strategy
     check_strategy(strategy)
     missing = sorted(set(names) - strategy.differentiates)
-    if missing:
+    if missing and not set(missing) <= strategy.differentiates_in(_length(batches, steps)):
         raise InvalidInputError(
             f"{strategy!r} does not differentiate {missing}: choose "
             f"wrt={tuple(sorted(strategy.differentiates))}"
@@ -121,6 +125,7 @@ def metagradient(
             result[0] if isinstance(result, tuple) else result,
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
         )
+        refuse_own_functions([loss])
         unreached.look(loss, inputs.hyper)
         return loss, result
 
@@ -134,5 +139,31 @@ def metagradient(
         )
     else:
         result, grads = strategy.value_and_grad(objective, inputs, names)
+        if mode() is Mode.EAGER:
+            _check_finite(result, grads)
     grads = unreached.filled(inputs, grads)
     return result, grads[names[0]] if isinstance(wrt, str) else grads
+
+
+def _check_finite(result: Any, grads: Mapping[str, object]) -> None:
+    """Raise unless the outer loss and the gradients are finite, where `unroll` saw nothing."""
+    loss = result[0] if isinstance(result, tuple) else result
+    if not is_finite(loss):
+        raise NonFiniteError(
+            f"the outer loss is {loss.item()}, though every inner loss and the last parameters are "
+            "finite: look at what outer(traj, hyper) computes from them"
+        )
+    for path, x in tree.named_tensors(grads, "grads"):
+        if not is_finite(x):
+            raise NonFiniteError(
+                f"{path} is not finite, though what the inner loop passes on is: look at the "
+                "derivative of what outer(traj, hyper) computes"
+            )
+
+
+def _length(batches: object, steps: int | None) -> int | None:
+    """Return the number of steps as far as it is known before the loop runs."""
+    if steps is not None or hasattr(batches, "__next__") or callable(batches) or batches is None:
+        return steps
+    given = isinstance(batches, (list, tuple, dict, Tensor))
+    return batches_of(batches, None).steps if given else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, refuse_clipping
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -40,6 +40,59 @@ class Gate:
             torch_private.backward_pass()
         )  # a loop may run inside a backward pass, and is at home in that one
 
+    def refuses(self) -> bool:
+        """True if the gate is closed and a backward pass is running."""
+        return self.closed and torch_private.backward_pass() not in (-1, self.home)
+
+
+def refusal(name: str) -> NotDifferentiableError:
+    """Return the error for a parameter that a backward pass computes with."""
+    return NotDifferentiableError(
+        f"the parameter {name!r} was read during the outer backward pass, where it has "
+        "its newest value and not that of the step "
+        "being differentiated. Activation checkpointing does that "
+        "(torch.utils.checkpoint, gradient_checkpointing_enable): "
+        "switch it off inside the loop. A hook that runs in the backward pass does it "
+        "too: let it read the parameters beforehand"
+    )
+
+
+_DESCRIPTIONS = ("shape", "dtype", "device", "ndim", "requires_grad", "size", "dim", "numel")
+
+
+class _Unreadable(Tensor):
+    """A parameter in a hook of the outer backward pass: it can be described, not computed with.
+
+    Attributes that are not a tensor's (a note that a hook makes) are those of the parameter itself.
+    """
+
+    @staticmethod
+    def of(p: Tensor, name: str) -> _Unreadable:
+        """Stand in for ``p``; the values are on no device, so nothing can come of them."""
+        found = p.detach().to("meta").as_subclass(_Unreadable)
+        vars(found).update(_innerloop_parameter=p, _innerloop_name=name)
+        return found
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _DESCRIPTIONS:
+            return getattr(vars(self)["_innerloop_parameter"], name)
+        return super().__getattribute__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_innerloop_parameter"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(Tensor, name):
+            raise refusal(vars(self)["_innerloop_name"])
+        setattr(vars(self)["_innerloop_parameter"], name, value)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = [x for x in tree.leaves((args, kwargs or {})) if isinstance(x, cls)]
+        raise refusal(vars(given[0])["_innerloop_name"] if given else "?")
+
 
 class _Parameters(dict[str, Any]):
     """A module's parameters; it notices when a backward pass reads them.
@@ -55,16 +108,10 @@ class _Parameters(dict[str, Any]):
         self.gate = gate
 
     def __getitem__(self, name: str) -> Any:
-        if self.gate.closed and torch_private.backward_pass() not in (-1, self.gate.home):
-            raise NotDifferentiableError(
-                f"the parameter {name!r} was read during the outer backward pass, where it has "
-                "its newest value and not that of the step "
-                "being differentiated. Activation checkpointing does that "
-                "(torch.utils.checkpoint, gradient_checkpointing_enable): "
-                "switch it off inside the loop. A hook that runs in the backward pass does it "
-                "too: let it read the parameters beforehand"
-            )
-        return super().__getitem__(name)
+        found = super().__getitem__(name)
+        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
+            return _Unreadable.of(found, name)
+        return found
 
     def items(self) -> ItemsView[str, Any]:
         """Return the items, which every listing of a module's parameters goes through."""
@@ -101,7 +148,7 @@ class _Copier:
         self.modes: list[tuple[nn.Module, nn.Module]] = []
         self.inside: set[int] = set()  # the modules of the model, for functions that capture them
 
-    def copy(self, obj: Any) -> Any:
+    def copy(self, obj: object) -> Any:
         """Copy modules and containers that hold modules or parameters; return all else as it is."""
         if id(obj) in self.done:
             return self.done[id(obj)]

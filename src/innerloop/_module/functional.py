@@ -48,7 +48,10 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         return evaluate(params, args, buffers, kwargs)
 
     def evaluate(
-        params: Mapping[str, Tensor], args: Any, buffers: Mapping[str, Tensor] | None, kwargs: Any
+        params: Mapping[str, Tensor],
+        args: tuple[object, ...],
+        buffers: Mapping[str, Tensor] | None,
+        kwargs: Mapping[str, object],
     ) -> Any:
         kept = view.source_buffers if buffers is None else buffers
         with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, named_buffers, named_parameters
-from innerloop._module.copier import Gate, _Copier, plain
+from innerloop._module.copier import Gate, _Copier, plain, refusal
 from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
@@ -48,6 +48,7 @@ class ModuleView:
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
+        self._gate = gate
         self._training: list[bool] | None = None
         self._lock = threading.RLock()
         self.source = dict(named_parameters(model))
@@ -94,6 +95,8 @@ class ModuleView:
 
     def read(self) -> dict[str, Tensor]:
         """Return the parameters as they are now (the user may have edited or replaced one)."""
+        if self._gate is not None and self._gate.refuses():
+            raise refusal(next(iter(self.parameters), ""))
         return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
 
     def read_buffers(self) -> dict[str, Tensor]:

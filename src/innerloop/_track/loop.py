@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +21,6 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
-    sparse_ones,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
@@ -45,9 +46,11 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import may_read_values
-from innerloop.errors import InvalidInputError
+from innerloop._utils.finite import all_finite, is_finite
+from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.nn import _mode as replace
 from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform
 from innerloop.optim._transforms.grad_callback import GradCallback
@@ -108,9 +111,12 @@ class TrackedLoop:
         check_params(given, own)
         self._cut = GraphCut(learn)
         with torch.enable_grad():
-            self._view.write(time_zero(own, given, self._frozen, learn, self._cut))
+            start = time_zero(own, given, self._frozen, learn, self._cut)
+            self._view.write(start)
         self._facts = Facts(own, self._view.read(), self._optimizer)
         self._place()
+        if self._second_order and learn == "init":
+            self._watch(start)
         self._view.write_buffers(
             {name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()}
         )
@@ -162,6 +168,8 @@ class TrackedLoop:
             self._placed.check(self._view.read())
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
+        if kind is None and self._losses:
+            self._check_last()
 
     def step(
         self,
@@ -246,6 +254,8 @@ class TrackedLoop:
         if self._kernels is not None:
             if self._steps == 1:
                 self._kernels.after_first_step(keeps_watch=True)
+                if self.learn == "outer":
+                    self._watch(updated)
             elif self._steps == 2 and not self._edits.seen:
                 self._kernels.stop_watching()
         return number
@@ -475,16 +485,68 @@ class TrackedLoop:
 
     def _check_finite(self, losses: Tensor) -> None:
         if losses.ndim == 0 and not math.isfinite(losses.item()):
-            raise InvalidInputError(
+            raise NonFiniteError(
                 f"the loss of step {self._steps} is {losses.item()}: the inner loop diverged "
                 "(lower the lr?)"
             )
         if losses.ndim and not bool(losses.isfinite().all()):
             first = int((~losses.isfinite()).nonzero()[0])
-            raise InvalidInputError(
+            raise NonFiniteError(
                 f"the loss of step {first} is {losses[first].item()}: the inner loop diverged "
                 "(lower the lr?)"
             )
+
+    def _check_last(self) -> None:
+        """Raise unless the newest parameters are finite: no later loss shows the last step."""
+        current = self._view.read()
+        for name in self._trained:
+            # A parameter that was taken away is None.
+            if isinstance(current[name], Tensor) and not is_finite(current[name]):
+                raise NonFiniteError(self._not_finite(f"parameter {name!r} of loop.model"))
+
+    def _watch(self, params: Params) -> None:
+        """Look once at the outer gradient, where it arrives at ``params``."""
+        # The graph must not hold the loop, which holds the graph.
+        this = weakref.ref(self)
+
+        def look(name: str, grads: Sequence[Tensor | None]) -> None:
+            if not all_finite(g for g in grads if g is not None):
+                loop, what = this(), f"the outer gradient that arrives at {name!r}"
+                raise NonFiniteError(
+                    f"{what} is not finite" if loop is None else loop._not_finite(what)
+                )
+
+        for name, p in params.items():
+            if p.grad_fn is not None:
+                p.grad_fn.register_prehook(partial(look, name))
+
+    def _not_finite(self, what: str) -> str:
+        """Say which step was the first after which parameters are not finite."""
+        first = next(
+            (
+                t
+                for t, carry in sorted(self._states.items())
+                if t and not all_finite(carry.params[n] for n in self._trained)
+            ),
+            None,
+        )
+        # Within a backward pass the model's weights cannot be read otherwise.
+        closed, self._gate.closed = self._gate.closed, False
+        current = self._view.read()
+        self._gate.closed = closed
+        if first is None and all_finite(current[n] for n in self._trained):
+            where = (
+                "the losses and parameters of all steps are finite, but a second derivative in one "
+                "of them (a norm or a square root at zero), or of the outer loss, is not; "
+                "torch.autograd.detect_anomaly() around the block names the operation"
+            )
+        else:
+            step = self._steps - 1 if first is None else first - 1
+            where = (
+                f"the loss of step {step} is finite, but its gradient or its update is not (a "
+                "square root or a norm at zero has an infinite gradient; or lower the lr)"
+            )
+        return f"{what} is not finite: {where}"
 
     def _gradient_of(self, loss: Tensor, current: Params, transform: Transform | None) -> Gradients:
         """Compute the gradients, as ``backward()`` and the user's hooks and callback would."""
@@ -508,8 +570,11 @@ class TrackedLoop:
             )
         self._gate.closed = self._second_order
         self._check_origin(found, leaves)
-        self._sparse |= sparse_ones(found)
-        grads = finish(found, hooks=self._hooks, takes_sparse=self._optimizer.takes_sparse)
+        if sparse := sparse_ones(found):
+            self._sparse |= sparse
+        # Where none is sparse, `finish` need not look again.
+        as_they_are = not sparse or self._optimizer.takes_sparse
+        grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
         if transform is None:
             return grads
         at = {name: current[name] for name in grads}

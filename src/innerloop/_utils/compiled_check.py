@@ -11,7 +11,12 @@ from innerloop._utils import tree
 from innerloop.errors import MetaGradientError
 
 
-def check_compiled(found: Mapping[str, object], eager: Mapping[str, object], what: str) -> None:
+def check_compiled(
+    found: Mapping[str, object],
+    eager: Mapping[str, object],
+    what: str,
+    before: Mapping[str, object] | None = None,
+) -> None:
     """Raise if a compiled result differs from the eager one by more than rounding.
 
     Each tensor has an error of its own relative precision, 3 √ε of its largest entry. A sum that
@@ -24,6 +29,8 @@ def check_compiled(found: Mapping[str, object], eager: Mapping[str, object], wha
         eager: the same groups, evaluated by eager code. None stands for zeros, here and in
             ``found``.
         what: names what was compiled, for the error.
+        before: what some of the groups were computed from, by their names: its entries count among
+            the largest of the group, since a step that ends at 0 leaves the rounding of its start.
 
     Raises:
         MetaGradientError: naming the group, the path in it, and the difference. (Up to torch 2.13
@@ -31,7 +38,9 @@ def check_compiled(found: Mapping[str, object], eager: Mapping[str, object], wha
     """
     for group, expected in eager.items():
         pairs = list(_pairs(found[group], expected))
-        largest = max((_scale(theirs) for _, _, theirs in pairs), default=0.0)
+        started = tree.tensors((before or {}).get(group))
+        sizes = [_scale(x) for x in started if tree.differentiable(x) and x.numel()]
+        largest = max((*sizes, *(_scale(theirs) for _, _, theirs in pairs)), default=0.0)
         for place, ours, theirs in pairs:
             slack = 100 * torch.finfo(theirs.dtype).eps * largest
             difference = difference_beyond_rounding(ours, theirs, slack)

@@ -6,6 +6,7 @@ by a test and mended here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -38,20 +39,51 @@ def register_tree_node(
     )
 
 
+_forward_lock = threading.RLock()
+_forward_thread: list[int] = []
+"""The thread in which innerloop takes a forward-mode derivative, once per nested one."""
+
+
+@contextmanager
+def only_forward_mode() -> Iterator[None]:
+    """Let no other thread of innerloop take a forward-mode derivative inside the block.
+
+    The level of ``torch.autograd.forward_ad`` belongs to the process: the first of two threads that
+    leaves it takes the tangents of the other away. Inside a ``jvp``, whose thread has waited
+    already, nothing is locked: on a GPU its backward passes run in a thread of their own.
+    """
+    if torch.compiler.is_compiling() or jvp_levels():
+        yield
+        return
+    with _forward_lock:
+        _forward_thread.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            _forward_thread.pop()
+
+
+def _forward_level() -> bool:
+    """True if a level of forward mode is on, and is not one that innerloop uses elsewhere."""
+    return forward_ad._current_level >= 0 and (
+        not _forward_thread
+        or _forward_thread[-1:] == [threading.get_ident()]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def inside_transform() -> bool:
     """True if a ``torch.func`` transform (grad, vmap, jvp, ...) or a forward-mode level is running.
 
     ``torch.autograd.grad`` must not be called there, ``detach`` drops tangents, and some operations
     lack a batching rule. No public query exists.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_level()
 
 
 def inside_dual_level() -> bool:
     """True if a level of ``torch.autograd.forward_ad`` was entered outside ``torch.func``."""
-    return torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level >= 0
+    return torch._C._functorch.peek_interpreter_stack() is None and _forward_level()
 
 
 def jvp_levels() -> int:
@@ -69,11 +101,11 @@ def derivative_levels() -> int:
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
     return levels + (
-        forward_ad._current_level >= 0 and not any(level.key() == kinds.Jvp for level in stack)
+        _forward_level() and not any(level.key() == kinds.Jvp for level in stack)
     )
 
 
-def is_once_differentiable(node: Any) -> bool:
+def is_once_differentiable(node: object) -> bool:
     """True if a node is a custom Function whose backward must not be differentiated again."""
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     wrapped = getattr(backward, "__wrapped__", None)
@@ -81,6 +113,15 @@ def is_once_differentiable(node: Any) -> bool:
         wrapped is not None
         and getattr(backward, "__globals__", {}).get("__name__") == "torch.autograd.function"
     )
+
+
+def function_of(node: Any) -> type | None:
+    """Return the ``torch.autograd.Function`` that a node of the graph belongs to, None if none.
+
+    Compiled code drops the backward rule of such a class under ``torch.func``.
+    """
+    found: type | None = getattr(node, "_forward_cls", None)
+    return found
 
 
 def divides_by_frequency(node: Any) -> bool:
@@ -111,7 +152,7 @@ def inside_reverse_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-def switches_gradients(function: Any) -> bool:
+def switches_gradients(function: object) -> bool:
     """True if ``function`` is the one by which ``torch.no_grad`` and its kind do their work.
 
     A ``TorchFunctionMode`` sees that function.
@@ -154,7 +195,7 @@ def has_derivative(tensor: Tensor) -> bool:
     """
     while True:
         if tensor.requires_grad or (
-            forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+            _forward_level() and forward_ad.unpack_dual(tensor).tangent is not None
         ):
             return True
         if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -200,6 +241,11 @@ def recorded_by(tensor: Tensor) -> object:
     """
     base = tensor._base
     return tensor.grad_fn if base is None else base.grad_fn
+
+
+def is_view(tensor: Tensor) -> bool:
+    """True if ``tensor`` is a view of another one: ``detach_()`` is refused for those."""
+    return tensor._is_view()
 
 
 def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
@@ -274,7 +320,9 @@ class _Observer(_TorchDispatchMode):
         super().__init__()
         self._seen = seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(x, Tensor):
@@ -288,6 +336,26 @@ def observing(seen: Callable[[Tensor], Any]) -> AbstractContextManager[Any]:
     It sees operations in backward passes and below ``torch.func`` too.
     """
     return _Observer(seen)
+
+
+class _OperationObserver(_TorchDispatchMode):
+    def __init__(self, seen: Callable[[str, Any, Any], Any]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        node = torch._C._current_autograd_node()
+        self._seen(str(func.overloadpacket) if node is None else node.name(), args, result)
+        return result
+
+
+def observing_operations(seen: Callable[[str, Any, Any], Any]) -> AbstractContextManager[Any]:
+    """Call ``seen(name, inputs, result)`` with every operation inside the block.
+
+    In a backward pass the name is that of the autograd node, elsewhere that of the operation.
+    """
+    return _OperationObserver(seen)
 
 
 def weight_norm() -> Callable[..., Tensor]:
@@ -313,7 +381,7 @@ def forward_mode() -> bool:
 
     No public query exists.
     """
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and _forward_level()
 
 
 TENSOR_TABLES = ("_parameters", "_buffers")

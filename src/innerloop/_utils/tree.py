@@ -53,14 +53,14 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     return torch_private.tree_map(fn, tree)
 
 
-def leaves(tree: Any) -> list[Any]:
+def leaves(tree: object) -> list[Any]:
     """Return the leaves of ``tree``, in order."""
     found: list[Any] = []
     map_leaves(found.append, tree)
     return found
 
 
-def with_leaves(tree: Any, values: list[Any]) -> Any:
+def with_leaves(tree: object, values: list[Any]) -> Any:
     """Build a tree like ``tree`` with these leaves."""
     remaining = iter(values)
     return map_leaves(lambda _: next(remaining), tree)
@@ -71,7 +71,7 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: T) -> T:
     return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: object) -> Iterator[Tensor]:
     """Return the tensors of ``tree``, in order."""
     return (leaf for leaf in leaves(tree) if isinstance(leaf, Tensor))
 
@@ -88,11 +88,11 @@ class _Slot(int):
     """A leaf that stands for the tensor of this index."""
 
 
-def split(tree: Any) -> tuple[list[Tensor], Any]:
+def split(tree: object) -> tuple[list[Tensor], Any]:
     """Return ``(tensors, template)``: the tensors of ``tree``, and the rest of it, for `join`."""
     found: list[Tensor] = []
 
-    def take(leaf: Any) -> Any:
+    def take(leaf: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         found.append(leaf)
@@ -102,7 +102,7 @@ def split(tree: Any) -> tuple[list[Tensor], Any]:
     return found, template
 
 
-def join(template: Any, values: Sequence[Any], rest_too: bool = True) -> Any:
+def join(template: object, values: Sequence[Any], rest_too: bool = True) -> Any:
     """Undo `split`, with other values in the places of the tensors.
 
     With ``rest_too=False`` every other leaf is None.
@@ -112,12 +112,12 @@ def join(template: Any, values: Sequence[Any], rest_too: bool = True) -> Any:
     )
 
 
-def differentiable(leaf: Any) -> bool:
+def differentiable(leaf: object) -> bool:
     """True if a leaf is a tensor that may have a derivative."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def named_tensors(tree: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(tree: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Return ``(path, tensor)`` for each tensor of ``tree``.
 
     A path is written as Python would index it: ``['lr']``, ``[0]``.

@@ -17,7 +17,6 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
-    sparse_ones,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
@@ -26,6 +25,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule
+from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import refuse_hooks, refuse_wrapper
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
@@ -169,6 +169,8 @@ class DifferentiableOptimizer(abc.ABC):
             named = aliased(dict(numbered(after)), dict(numbered(before)))
             after = [named[name] for name, _ in numbered(after)]
             after = list(with_dense_gradients(dict(enumerate(after)), self._sparse).values())
+            # Programs cut the graph in place, p.detach_(), which PyTorch refuses for views.
+            after = [p.clone() if torch_private.is_view(p) else p for p in after]
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:

@@ -41,6 +41,7 @@ class FastWeights:
 
     @property
     def root(self) -> nn.Module:
+        """Return the patched module that this is a part of; raise if it is gone."""
         root = self._root()
         if root is None:
             raise InvalidInputError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def flatten(x: Any) -> list[Any]:
@@ -39,7 +41,7 @@ def recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
     return map_fn(target)
 
 
-def _like(container: Any, content: Any) -> Any:
+def _like(container: object, content: Iterable[object]) -> Any:
     """Return ``content`` in a container of the same type."""
     kind: Any = type(container)
     if hasattr(container, "_fields"):
@@ -57,14 +59,14 @@ def copy_tensor(t: Tensor, safe_copy: bool, device: torch.device | str | None = 
     return (value if device is None else value.to(device)).requires_grad_(t.requires_grad)
 
 
-def copy_and_cast(target: Any, device: torch.device | str | None) -> Any:
+def copy_and_cast(target: T, device: torch.device | str | None) -> T:
     """Return ``target`` with a leaf of the same value in place of each tensor."""
     return recursive_map(
         target, lambda x: copy_tensor(x, True, device) if isinstance(x, Tensor) else x
     )
 
 
-def detach(target: Any) -> Any:
+def detach(target: T) -> T:
     """Return ``target`` with each tensor detached."""
     return recursive_map(target, lambda x: x.detach() if isinstance(x, Tensor) else x)
 

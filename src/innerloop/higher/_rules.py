@@ -411,7 +411,7 @@ class DifferentiableAdapted(DifferentiableRule):
         ]
 
 
-def _with_graph(rule: Rule, kept: Any, name: str) -> dict[str, Tensor]:
+def _with_graph(rule: Rule, kept: object, name: str) -> dict[str, Tensor]:
     """Return the tensors that a rule keeps for one parameter, under torch's names."""
     found = {}
     for field in rule.slots():
@@ -464,7 +464,7 @@ def _edited(
     return kept._replace(count=next(iter(counts.values())) if same else counts, **fields)
 
 
-def _slot(rule: Rule, field: str, value: Any, like: Any) -> Any:
+def _slot(rule: Rule, field: str, value: Any, like: Any) -> object:
     """Return a value that a user gave, as the rule keeps it."""
     if not isinstance(like, Tensor):
         return value if isinstance(value, Tensor) and value.requires_grad else float(value)

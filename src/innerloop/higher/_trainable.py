@@ -117,7 +117,7 @@ def _learnable(leaf: float | Tensor, device: torch.device | str | None) -> Tenso
     return torch.tensor(float(leaf), device=device, requires_grad=True)
 
 
-def _applied(new: Any, old: Any, name: str) -> Any:
+def _applied(new: Any, old: Any, name: str) -> object:
     """Return ``new`` in the form that ``old`` has."""
     if isinstance(old, Tensor):
         if not isinstance(new, (int, float, Tensor)) or (
@@ -148,7 +148,7 @@ def _applied(new: Any, old: Any, name: str) -> Any:
     return int(value) if isinstance(old, int) and float(value).is_integer() else value
 
 
-def _kept_identity(new: Any, old: Any) -> Any:
+def _kept_identity(new: Any, old: Any) -> object:
     """Return ``new``, where tensors are those that were there before."""
     if isinstance(old, Tensor):
         with torch.no_grad():

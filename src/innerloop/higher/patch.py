@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,11 @@ class PatchedModule(nn.Module):
     @fast_params.setter
     def fast_params(self, value: Iterable[Tensor]) -> None:
         fast_weights(self).take(value)
+
+    @property
+    def _fast_params(self) -> list[list[Tensor]]:
+        """Return the parameters of each time; programs count them, ``len(fmodel._fast_params)``."""
+        return fast_weights(self).history
 
     @property
     def init_fast_params(self) -> list[Tensor]:
@@ -198,7 +203,7 @@ class PatchedModule(nn.Module):
             )
         return new
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         fast = fast_weights(self)
         return _rebuild, (_plain_copy(self), fast.is_root(self), bool(fast.history), fast.track)
 
@@ -211,7 +216,7 @@ class _Offered:
         self._ours = vars(PatchedModule)[name]
         self.__doc__ = self._ours.__doc__
 
-    def __get__(self, part: Any, cls: Any = None) -> Any:
+    def __get__(self, part: object, cls: object = None) -> Any:
         if part is None:
             return self
         for table in (vars(part), *(vars(part).get(key, {}) for key in _TABLES)):
@@ -219,13 +224,13 @@ class _Offered:
                 return table[self._name]
         return self._ours.__get__(part, cls)
 
-    def __set__(self, part: Any, value: Any) -> None:
+    def __set__(self, part: object, value: object) -> None:
         if self._name in vars(part) or getattr(self._ours, "fset", None) is None:
             vars(part)[self._name] = value
         else:
             self._ours.__set__(part, value)
 
-    def __delete__(self, part: Any) -> None:
+    def __delete__(self, part: object) -> None:
         if self._name not in vars(part):
             raise AttributeError(self._name)
         del vars(part)[self._name]
@@ -272,6 +277,9 @@ def _plain_copy(patched: PatchedModule) -> nn.Module:
         object.__setattr__(part, "__class__", _original(type(part)))
     return copy.deepcopy(module)
 
+
+_internal_attrs = list(vars(nn.Module()))
+"""The attributes that every module has. Programs written against ``higher`` read this name."""
 
 _MonkeyPatchBase = PatchedModule
 """The name that code written against ``higher`` has in its annotations."""

@@ -32,15 +32,18 @@ from innerloop.nn._replacements import (
     elementary,
     embedding_bag,
     grid_sample,
+    indexing,
     losses,
     norm,
     norm_positional,
     recurrent,
+    vector_norm,
     weight_norm,
 )
 
 NO_SECOND = "it has no second derivative"
 NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
+NAN_AT_ZERO = "for a vector of zeros (a padded row) its second derivative is NaN"
 CONSTANT = """
     airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1
     modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1
@@ -270,6 +273,25 @@ OPERATIONS: tuple[Operation, ...] = (
         when=in_forward_mode,
         silent=True,
     ),
+    Operation(
+        "Tensor.__getitem__",
+        "an index in NumPy's memory that is written later moves the gradient to other rows without "
+        "an error: copied",
+        {
+            function: indexing.with_own_index(function)
+            for function in (
+                Tensor.__getitem__,
+                torch.index_select,
+                Tensor.index_select,
+                torch.gather,
+                Tensor.gather,
+                torch.take_along_dim,
+                Tensor.take_along_dim,
+            )
+        },
+        when=indexing.by_foreign_memory,
+        silent=True,
+    ),
     # -- missing ------------------------------------------------------------------------------
     Operation(
         "F.embedding_bag",
@@ -343,9 +365,34 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "F.normalize",
-        f"with out, {NO_FORWARD}",
-        {F.normalize: elementary.normalize},
-        when=elementary.is_into_out,
+        f"{NAN_AT_ZERO}; with out, {NO_FORWARD}",
+        {F.normalize: vector_norm.normalize},
+        when=vector_norm.is_normalized,
+    ),
+    Operation(
+        "torch.linalg.vector_norm",
+        NAN_AT_ZERO,
+        {
+            torch.linalg.vector_norm: vector_norm.vector_norm,
+            torch.norm: vector_norm.norm,
+            Tensor.norm: vector_norm.norm,
+        },
+        when=vector_norm.is_smooth,
+        autocast="float32",
+    ),
+    Operation(
+        "torch.linalg.norm",
+        NAN_AT_ZERO,
+        {torch.linalg.norm: vector_norm.linalg_norm},
+        when=vector_norm.is_smooth_vector_norm,
+        autocast="float32",
+    ),
+    Operation(
+        "F.cosine_similarity",
+        NAN_AT_ZERO,
+        {F.cosine_similarity: vector_norm.cosine_similarity},
+        when=vector_norm.is_similarity,
+        autocast="float32",
     ),
     Operation(
         "nn.RNN, nn.LSTM or nn.GRU on a GPU",
@@ -405,18 +452,24 @@ LOOK_INSIDE: tuple[Callable[..., object], ...] = (
 )
 """PyTorch's code that is run with the mode on, so that the operations in it are seen."""
 
-_of_call = {function: op for op in OPERATIONS for function in op.replacements}
-_of_node = {node: op for op in OPERATIONS for node in (*op.nodes, *op.nodes_of_derivative)}
+CALLS: Mapping[Callable[..., object], Operation] = {
+    function: op for op in OPERATIONS for function in op.replacements
+}
+"""The operation that each function of PyTorch belongs to; `by_call` looks it up."""
+NODES: Mapping[str, Operation] = {
+    node: op for op in OPERATIONS for node in (*op.nodes, *op.nodes_of_derivative)
+}
+"""The operation of each autograd node, for the walk through a graph; `by_node` looks it up."""
 
 
 def by_call(function: Callable[..., object]) -> Operation | None:
     """Find the operation that ``function`` belongs to."""
-    return _of_call.get(function)
+    return CALLS.get(function)
 
 
 def by_node(name: str) -> Operation | None:
     """Find the operation that an autograd node comes from, itself or differentiated once."""
-    return _of_node.get(name)
+    return NODES.get(name)
 
 
 def to_markdown() -> str:

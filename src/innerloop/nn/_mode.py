@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import types
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from innerloop._utils import caches, torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop.nn._catalogue import LOOK_INSIDE, Operation, by_call
+from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
 
 _log = logging.getLogger("innerloop")
@@ -52,7 +52,11 @@ def _no(*tensors: object) -> bool:
     return False
 
 
-_seen_through = {function: look_inside(function) for function in LOOK_INSIDE}
+# One table for both, because the mode looks every call of PyTorch up in it.
+_intercepted: Mapping[Callable[..., object], Operation | Callable[..., object]] = {
+    **CALLS,
+    **{function: look_inside(function) for function in LOOK_INSIDE},
+}
 
 
 def replaced() -> dict[str, str]:
@@ -113,21 +117,18 @@ class ReplacementMode(TorchFunctionMode):
         kwargs: Kwargs | None = None,
     ) -> object:
         """Run ``func`` or its replacement; PyTorch calls this with the mode off."""
-        if self.on:
-            if self.watch is not None:
-                return self.watch(func, args, lambda: self._replaced(func, args, kwargs))
-            return self._replaced(func, args, kwargs)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        if self.watch is not None and self.on:
+            return self.watch(func, args, lambda: self._replaced(func, args, kwargs))
+        return self._replaced(func, args, kwargs)
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
-        if self.replaces:
-            operation = by_call(func)
-            if operation is not None:
-                return self._run(operation, func, args, kwargs or {})
-            if func in _seen_through:
-                with self:
-                    return _seen_through[func](*args, **(kwargs or {}))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        found = _intercepted.get(func) if self.replaces else None
+        if found is None or not self.on:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(found, Operation):
+            return self._run(found, func, args, kwargs or {})
+        with self:
+            return found(*args, **(kwargs or {}))
 
     def _run(
         self, operation: Operation, func: Callable[..., object], args: Args, kwargs: Kwargs

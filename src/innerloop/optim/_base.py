@@ -30,7 +30,7 @@ class Optimizer(abc.ABC):
     """
 
     takes_sparse: bool = False
-    """True if ``update`` works on sparse gradients; for all other rules they are made dense first."""
+    """True if ``update`` works on sparse gradients; for other rules they are made dense first."""
 
     needs_closure: bool = False
     """True if ``update`` evaluates the loss itself.
@@ -117,6 +117,9 @@ class Rule(Optimizer):
     def __init_subclass__(cls) -> None:
         if "torch_class" in vars(cls):
             Rule.by_torch_class[cls.torch_class] = cls
+        if "state_type" in vars(cls):
+            # torch.load, with its default weights_only=True, makes instances of such classes only.
+            torch.serialization.add_safe_globals([cls.state_type])
 
     @abc.abstractmethod
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
@@ -19,6 +20,9 @@ class ChainState(NamedTuple):
 
     transforms: tuple[Any, ...]
     rule: Any
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([ChainState])
 
 
 class Chain(Optimizer):

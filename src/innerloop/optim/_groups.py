@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
@@ -20,6 +21,9 @@ class GroupsState(NamedTuple):
 
     members: tuple[Any, ...]
 
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([GroupsState])
+
 
 class PerGroup:
     """Dealing gradients, parameters and hyper-parameters out to members, for every grouping."""
@@ -28,6 +32,7 @@ class PerGroup:
     def init(
         members: Sequence[Optimizer], names: Sequence[Sequence[str]], params: Params
     ) -> GroupsState:
+        """Return the state of each member before the first step."""
         return GroupsState(
             tuple(
                 opt.init({n: params[n] for n in ns}) for opt, ns in zip(members, names, strict=True)
@@ -43,20 +48,23 @@ class PerGroup:
         params: Params,
         hyper: Mapping[str, Any] | None,
     ) -> tuple[dict[str, Tensor], GroupsState]:
+        """Update the parameters of each member by its own rule: ``(new_params, new_state)``."""
         check_state(members, state, GroupsState)
         if unknown := [name for name in grads if name not in params]:
             raise InvalidInputError(
                 f"gradients for {unknown} but the parameters are {list(params)}"
             )
         new_params, states = dict(params), []
+        # Where no rule takes sparse gradients, the inner gradient is dense already.
+        some_sparse = any(opt.takes_sparse for opt in members)
         for opt, ns, member, values in zip(
             members, names, state.members, split_hyper(hyper, members, names), strict=True
         ):
             part = {n: params[n] for n in ns}
             own = {n: grads.get(n) for n in ns}
-            updated, new_state = opt.update(
-                own if opt.takes_sparse else dense(own), member, part, values
-            )
+            if some_sparse and not opt.takes_sparse:
+                own = dense(own)
+            updated, new_state = opt.update(own, member, part, values)
             new_params.update(updated)
             states.append(new_state)
         return new_params, GroupsState(tuple(states))

@@ -23,6 +23,9 @@ class InFloat32State(NamedTuple):
     master: dict[str, Tensor] | None
     rule: Any
 
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([InFloat32State])
+
 
 class InFloat32(Optimizer):
     r"""The same optimizer with state and arithmetic in float32, for float16 and bfloat16.

@@ -38,7 +38,7 @@ def require(condition: bool, message: str) -> None:
         raise InvalidInputError(message)
 
 
-def numbers(value: Any) -> Iterator[float]:
+def numbers(value: object) -> Iterator[float]:
     """Yield the plain numbers in a hyper-parameter.
 
     Tensors are not looked at: that would wait for the device.
@@ -56,7 +56,7 @@ def check_nonnegative(hyper: Mapping[str, Any], *names: str) -> None:
             require(value >= 0, f"{name}={value} is negative (or NaN); {name} must be >= 0")
 
 
-def has_overrides(hyper: Any) -> bool:
+def has_overrides(hyper: object) -> bool:
     """True if there are overrides of hyper-parameters; raise if they are not a mapping."""
     if hyper is None:
         return False
@@ -67,7 +67,7 @@ def has_overrides(hyper: Any) -> bool:
     return bool(hyper)
 
 
-def check_state(owner: Any, state: Any, kind: type) -> None:
+def check_state(owner: object, state: object, kind: type) -> None:
     """Raise if ``state`` is that of another kind of optimizer."""
     if not isinstance(state, kind):
         raise InvalidInputError(
@@ -77,7 +77,8 @@ def check_state(owner: Any, state: Any, kind: type) -> None:
         )
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
+    """Write a setting as it is shown in the repr of a rule."""
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
     return f"({', '.join(map(text_of, value))})" if isinstance(value, tuple) else repr(value)

@@ -81,7 +81,7 @@ class StepOutputs:
         return losses, tree.stack(self._aux)
 
 
-def concatenate(before: Any, after: Any) -> Any:
+def concatenate(before: Any, after: object) -> Any:
     """Return two results of `StepOutputs.stacked`, one after the other."""
     if before is None or after is None:
         return after if before is None else before
@@ -129,6 +129,10 @@ class Strategy(abc.ABC):
             pytree like that field. None stands where nothing connects an entry with the loss.
         """
         return outer_gradient(objective, inputs, wrt)
+
+    def differentiates_in(self, steps: int | None) -> frozenset[str]:
+        """Return what receives a gradient in a loop of ``steps`` steps; None: not known yet."""
+        return self.differentiates
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost of the loop from a few measured steps.

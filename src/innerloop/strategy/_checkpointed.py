@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import sys
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
+from innerloop._types import Params
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
@@ -20,7 +22,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
-from innerloop.strategy._engine.guards import check_constants
+from innerloop.strategy._engine.guards import on_constants
 from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
 from innerloop.strategy._engine.step_pullback import (
@@ -252,18 +254,13 @@ class _Replay(LoopFunction):
                     snapshots[t] = carry
             before = carry
             if gradients is None:
-                carry, loss, aux = self._step(loop, carry, batch, t)
+                carry, loss, aux = on_constants(t, partial(self._step, loop, carry, batch, t))
             else:
-                grads, loss, aux, buffers = loop.problem.gradient(
-                    carry.params, carry.buffers, loop.hyper, batch
-                )
-                carry = self._sharing(
-                    loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t)), before
+                (carry, loss, aux), grads = on_constants(
+                    t, partial(self._step_by_gradient, loop, carry, batch, t)
                 )
                 if self.recorded:
-                    gradients[t] = (grads, buffers, carry.random_state)
-            if torch.is_grad_enabled():
-                check_constants(t, state_of(carry), loss, aux)
+                    gradients[t] = (grads, carry.buffers, carry.random_state)
             rows.add(loss, aux)
             if t + 1 in loop.save_at and t + 1 != steps:
                 states[t + 1], randoms[t + 1] = (
@@ -385,10 +382,19 @@ class _Replay(LoopFunction):
             )
         return self._step(loop, carry, loop.batch(carry, t), t)[0]
 
-    def _step(self, loop: Loop, carry: Carry, batch: Any, t: int) -> tuple[Carry, Tensor, Any]:
+    def _step(self, loop: Loop, carry: Carry, batch: object, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
         new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
         return self._sharing(new, carry), loss, aux
+
+    def _step_by_gradient(
+        self, loop: Loop, carry: Carry, batch: Any, t: int
+    ) -> tuple[tuple[Carry, Tensor, Any], Params]:
+        """Run step t, and return its gradient as well."""
+        problem = loop.problem
+        grads, loss, aux, buffers = problem.gradient(carry.params, carry.buffers, loop.hyper, batch)
+        new = problem.update(carry, grads, buffers, loop.hyper, loop.time(t))
+        return (self._sharing(new, carry), loss, aux), grads
 
     def _rewind(self, carry: Carry) -> None:
         if self._draws and carry.random_state is not None:

@@ -15,6 +15,7 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import refusing_recomputation
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import HyperTree
 from innerloop._utils import tree
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InnerLoopError, NotDifferentiableError
@@ -106,7 +107,12 @@ class FirstOrder(Strategy):
 
 
 def _constant_gradient(
-    problem: Problem, carry: Carry, hyper: Any, batch: Any, t: int, in_loss: dict[int, Tensor]
+    problem: Problem,
+    carry: Carry,
+    hyper: HyperTree,
+    batch: object,
+    t: int,
+    in_loss: dict[int, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor, Any, dict[str, Tensor]]:
     """Compute `Problem.gradient` on constants.
 

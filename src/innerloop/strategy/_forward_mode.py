@@ -127,7 +127,7 @@ class ForwardMode(Strategy):
         params: Mapping[str, Tensor] | Carry,
         batches: Any,
         *,
-        hyper: Any,
+        hyper: HyperTree,
         steps: int | None = None,
     ) -> Generator[OnlineGradient, Any, None]:
         """Yield the hyper-gradient of ``outer(params, hyper)`` after every step of a loop.
@@ -309,7 +309,8 @@ class _ForwardStep:
             return found
 
         def along(*tangents: Tensor) -> tuple[Any, Any]:
-            return _jvp(step, tuple(values), tangents)
+            with torch_private.only_forward_mode():
+                return _jvp(step, tuple(values), tangents)
 
         # A differentiable leaf of the state always has a tangent.
         given: list[Any] = [*[tangents[i] for i in places], *self.basis]

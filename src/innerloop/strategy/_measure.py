@@ -194,6 +194,9 @@ class _Tally:
 
     def add(self, x: Tensor) -> None:
         """Count the memory of ``x``, unless it is counted already."""
+        if x.layout is not torch.strided:
+            # A sparse tensor is made of dense ones, which are counted.
+            return
         reference = torch_private.storage_weakref(x)
         known = self._live.get(reference.cdata)
         if known is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._types import HyperTree, Params
@@ -38,9 +38,11 @@ def outer_gradient(
     chosen = {name: getattr(inputs, name) for name in wrt}
     leaves = tree.leaves(chosen)
     wanted = [i for i, leaf in enumerate(leaves) if tree.differentiable(leaf)]
+    check_kinds(chosen)
     if not wanted:
         raise InvalidInputError(
             f"nothing to differentiate: {' and '.join(wrt)} hold no floating-point tensor"
+            f"{_what_to_write(chosen)}"
         )
     values = [leaves[i] for i in wanted]
     running = mode()
@@ -65,6 +67,46 @@ def outer_gradient(
             # torch.func.grad silently returns zeros for a result that it does not see.
             found = [None] * len(values)
     return result, tree.with_leaves(chosen, tree.put([None] * len(leaves), wanted, found))
+
+
+def check_kinds(chosen: Mapping[str, object]) -> None:
+    """Raise if a module or an iterator stands where tensors are differentiated.
+
+    Args:
+        chosen: the inputs by name, ``"hyper"`` for example.
+    """
+    for name, value in chosen.items():
+        for leaf in tree.leaves(value):
+            if isinstance(leaf, nn.Module):
+                raise InvalidInputError(
+                    f"{name} holds a module, {type(leaf).__name__}, whose parameters would get no "
+                    f"gradient: pass the tensors, {name}=dict(module.named_parameters()), and call "
+                    "the module in the loss by torch.func.functional_call(module, hyper, (x,))"
+                )
+            if isinstance(leaf, Iterator):
+                raise InvalidInputError(
+                    f"{name} holds a {type(leaf).__name__}, which can be read only once: pass a "
+                    f"dict, {name}=dict(module.named_parameters()), or a list"
+                )
+
+
+def _what_to_write(chosen: Mapping[str, object]) -> str:
+    """Say how the first leaf that is no floating-point tensor becomes one."""
+    for name, value in chosen.items():
+        leaves = tree.leaves(value)
+        for place, leaf in enumerate(leaves):
+            if leaf is None:
+                continue
+            filled: list[Tensor | None] = [None] * len(leaves)
+            filled[place] = torch.empty(0)
+            here = tree.named_tensors(tree.with_leaves(value, filled), name)
+            path = next((path for path, _ in here), name)
+            if isinstance(leaf, Tensor):
+                return f": {path} has dtype {leaf.dtype}; write {path}.float()"
+            if isinstance(leaf, (bool, int, float)):
+                return f": {path} is the number {leaf!r}; write torch.tensor({float(leaf)!r})"
+            return f": {path} is {type(leaf).__name__}; pass it as a tensor, torch.as_tensor(...)"
+    return ""
 
 
 def _by_autograd(

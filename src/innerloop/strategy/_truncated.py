@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
 from innerloop.errors import InvalidInputError
-from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy, concatenate
-from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._base import BOTH, Loop, Measure, StepOutputs, Strategy, concatenate
+from innerloop.strategy._engine.guards import on_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.step_pullback import state_of
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._store_all import StoreAll
@@ -29,16 +30,18 @@ class Truncated(Strategy):
         \frac{d\theta_T}{d\lambda} \approx \sum_{t = T-K}^{T-1}
         \frac{d\theta_T}{d\theta_{t+1}} \frac{\partial \theta_{t+1}}{\partial \lambda}
 
-    Exact for K ≥ T. Where the inner loss is strongly convex near the end of the loop, the error
-    falls geometrically in K, as :math:`(1 - \eta\mu)^K` for gradient descent with step size η and
-    curvature μ (Shaban et al., "Truncated back-propagation for bilevel optimization", 2019). On
-    short horizons it is biased towards greedy hyper-parameters, too small a step size for example
-    (Wu et al., "Understanding short-horizon bias in stochastic meta-optimization", 2018).
+    For K ≥ T it is `StoreAll`, exact for ``params`` too. Where the inner loss is strongly convex
+    near the end of the loop, the error falls geometrically in K, as :math:`(1 - \eta\mu)^K` for
+    gradient descent with step size η and curvature μ (Shaban et al., "Truncated back-propagation
+    for bilevel optimization", 2019). On short horizons it is biased towards greedy
+    hyper-parameters, too small a step size for example (Wu et al., "Understanding short-horizon
+    bias in stochastic meta-optimization", 2018).
 
     **Cost**: (T + 2K) G in time, K (2.23 A + P + S) in memory.
 
     **When**: hyper-parameters that act all along a loop which forgets its start. **Not** for the
-    gradient with respect to the initial parameters, which raises: `Checkpointed` is exact.
+    gradient with respect to the initial parameters, which raises where a step is cut off (K < T):
+    `Checkpointed` is exact.
 
     Args:
         last: K, the number of steps that are differentiated.
@@ -76,6 +79,10 @@ class Truncated(Strategy):
                 f"last={self.last!r}: write the number of steps to differentiate, 1 or more"
             )
 
+    def differentiates_in(self, steps: int | None) -> frozenset[str]:
+        """Return what receives a gradient: everything where no step is cut off."""
+        return self.differentiates if steps is None or steps > self.last else BOTH
+
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop: its early steps on constants, the last ones recorded by autograd."""
         steps = loop.batches.steps
@@ -84,7 +91,9 @@ class Truncated(Strategy):
                 "Truncated has to know where the last steps begin, and the length of an iterator "
                 "is not known: write steps=T"
             )
-        cut = max(steps - self.last, 0)
+        if steps <= self.last:
+            return plain_run(loop)
+        cut = steps - self.last
         constants = loop._replace(
             hyper=tree.map_tensors(Tensor.detach, loop.hyper), start=loop.start.detach()
         )
@@ -93,11 +102,12 @@ class Truncated(Strategy):
         early, late = StepOutputs(loop.start.params), StepOutputs(loop.start.params)
         for t in range(steps):
             now, rows = (constants, early) if t < cut else (loop, late)
-            carry, loss, aux = now.step(carry, now.batch(carry, t), t)
+            run = partial(now.step, carry, now.batch(carry, t), t)
             if t < cut:
-                if torch.is_grad_enabled():
-                    check_constants(t, state_of(carry), loss, aux)
+                carry, loss, aux = on_constants(t, run)
                 carry, (loss, aux) = carry.detach(), tree.map_tensors(Tensor.detach, (loss, aux))
+            else:
+                carry, loss, aux = run()
             rows.add(loss, aux)
             if t + 1 == steps or t + 1 in loop.save_at:
                 states[t + 1] = carry
@@ -111,11 +121,10 @@ class Truncated(Strategy):
                 )
             else:
                 states[t] = refuse_inputs(kept, start, _START.format(self))
-        losses, aux = refuse_inputs(late.stacked(), start, _START.format(self))
-        if cut:
-            message = _EARLY.format(self, what=f"losses and aux before step {cut}", cut=cut)
-            before = refuse_outputs(early.stacked(), inputs, message)
-            losses, aux = (concatenate(x, y) for x, y in zip(before, (losses, aux), strict=True))
+        rest = refuse_inputs(late.stacked(), start, _START.format(self))
+        message = _EARLY.format(self, what=f"losses and aux before step {cut}", cut=cut)
+        before = refuse_outputs(early.stacked(), inputs, message)
+        losses, aux = (concatenate(x, y) for x, y in zip(before, rest, strict=True))
         return Trajectory({**states, 0: loop.start}, losses, aux, steps)
 
     def forecast(self, measure: Measure) -> Forecast:

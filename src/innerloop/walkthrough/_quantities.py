@@ -17,8 +17,8 @@ IDENTITY: Matrix = ((1.0, 0.0), (0.0, 1.0))
 class System:
     r"""The smallest model with a product in it: :math:`\hat y = (a^2 + b^2)\, x`.
 
-    The loss is :math:`\tfrac12 (\hat y - y)^2`. The inner loop is plain SGD. The same example serves
-    as the test example of the outer loss, and the outer step is one SGD step too.
+    The loss is :math:`\tfrac12 (\hat y - y)^2`. The inner loop is plain SGD. The same example
+    serves as the test example of the outer loss, and the outer step is one SGD step too.
 
     Args:
         start: The parameters (a₀, b₀).

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from innerloop.doctor._cases.case import Call, Case, F, _zeroed, function, layer
+from innerloop.doctor._cases.case import Call, Case, F, _zeroed, function, layer, noise
 
 
 def _kinks() -> Iterator[Case]:
@@ -73,6 +74,7 @@ def _kinks() -> Iterator[Case]:
     }
     for name, operation in at_zero.items():
         yield function(f"{name} at 0", "at zero", operation, zero, smooth=False)
+    yield from _padded()
     yield function(
         "torch.linalg.eigvalsh of equal eigenvalues",
         "at zero",
@@ -108,3 +110,26 @@ def _kinks() -> Iterator[Case]:
         tied,
         smooth=False,
     )
+
+
+def _padded() -> Iterator[Case]:
+    """Yield operations on rows of which one pads the batch: it is a constant row of zeros."""
+    x, rows = noise(3, 4), torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
+    operations: dict[str, Call] = {
+        "torch.linalg.vector_norm": lambda x: torch.linalg.vector_norm(x, dim=1),
+        "torch.linalg.vector_norm(3)": lambda x: torch.linalg.vector_norm(x, 3, dim=1),
+        "torch.linalg.norm": lambda x: torch.linalg.norm(x, dim=1),
+        "torch.norm": lambda x: torch.norm(x, dim=1),
+        "Tensor.norm": lambda x: x.norm(dim=1, keepdim=True),
+        "F.normalize": F.normalize,
+        "F.cosine_similarity": lambda x: F.cosine_similarity(x, x.detach() + 1),
+    }
+    for name, operation in operations.items():
+        yield function(
+            f"{name} of a padded row",
+            "at zero",
+            lambda x, operation=operation: operation(x * rows),
+            x,
+        )
+    index = np.array([2, 0, 2])
+    yield function("Tensor.__getitem__", "at zero", lambda x: x[index], x)

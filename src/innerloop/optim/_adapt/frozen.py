@@ -106,7 +106,7 @@ class _Freezer(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.references: list[Any] = []
 
-    def persistent_id(self, obj: Any) -> Any:
+    def persistent_id(self, obj: object) -> object:
         if obj is self._root:
             return ("optimizer", 0)
         if isinstance(obj, Tensor):
@@ -117,14 +117,14 @@ class _Freezer(pickle.Pickler):
             return self._place(obj, "reference", obj, self.references)
         return None
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Any:
         if isinstance(
             obj, torch.optim.Optimizer
         ):  # its own __getstate__ leaves out what a subclass adds
             return object.__new__, (type(obj),), vars(obj)
         return NotImplemented
 
-    def _place(self, obj: Any, kind: str, kept: Any, where: list[Any]) -> tuple[str, int]:
+    def _place(self, obj: object, kind: str, kept: object, where: list[Any]) -> tuple[str, int]:
         if id(obj) not in self._known:
             where.append(kept)
             self._known[id(obj)] = (kind, len(where) - 1)
@@ -140,7 +140,7 @@ class _Thawer(pickle.Unpickler):
         self._number = number
         self._numbers: dict[int, Any] = {}
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: tuple[str, int]) -> object:
         kind, index = pid
         if kind == "number":
             return self._numbers.setdefault(index, self._number(self._known["tensor"][index]))

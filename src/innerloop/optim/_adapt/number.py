@@ -28,6 +28,7 @@ def weak_number(number: Tensor, others: list[Tensor]) -> Tensor:
 
 
 def leaves_the_graph(name: str) -> str:
+    """Return the error text for a call that turns a tracked tensor into a plain number."""
     what = {
         "__float__": "turns a tracked tensor into a float (float(x), a function of the math "
         "module)",
@@ -151,7 +152,7 @@ def math_on_numbers(cls: type) -> Iterator[None]:
 
 
 def _arithmetic(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:
-    def method(self: TracedNumber, other: Any) -> Any:
+    def method(self: TracedNumber, other: object) -> Any:
         if isinstance(other, Tensor):
             own = weak_number(self.tensor, [other])
             return operation(other, own) if swapped else operation(own, other)
@@ -168,7 +169,7 @@ def _unary(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _comparison(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: TracedNumber, other: Any) -> Any:
+    def method(self: TracedNumber, other: object) -> Any:
         if isinstance(other, Tensor):
             return operation(self.tensor, other)
         return bool(

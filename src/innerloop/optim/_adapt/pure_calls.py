@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ _FILLED = {"full", "full_like", "new_full"}
 _SCALED = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_", "addcdiv", "addcdiv_"}
 _RANDOM = {"normal"}
 _ROOTS = {"sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__"}
+
+T = TypeVar("T")
 
 
 class TrackedTensor(Tensor):
@@ -73,12 +75,12 @@ def _marked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_tensors(arguments: Any) -> Any:
+def with_tensors(arguments: object) -> Any:
     """Return a torch function's arguments with a 0-dim tensor for each `TracedNumber`."""
     pieces = list(_pieces(arguments))
     met = [x for x in pieces if isinstance(x, Tensor)]
 
-    def replaced(x: Any) -> Any:
+    def replaced(x: object) -> Any:
         if isinstance(x, TracedNumber):
             return weak_number(x.tensor, met)
         if type(x) is tuple or type(x) is list:
@@ -88,7 +90,7 @@ def with_tensors(arguments: Any) -> Any:
     return replaced(arguments) if any(isinstance(x, TracedNumber) for x in pieces) else arguments
 
 
-def _pieces(arguments: Any) -> Iterator[Any]:
+def _pieces(arguments: object) -> Iterator[Any]:
     if isinstance(arguments, (tuple, list)):
         for x in arguments:
             yield from _pieces(x)
@@ -111,7 +113,7 @@ def write_into(out: Any, results: Any) -> Any:
     return out
 
 
-def single_call(name: str) -> Any:
+def single_call(name: str) -> Callable[..., Any] | None:
     """Return what ``torch._foreach_NAME`` does to each tensor.
 
     Some functions on lists lack a derivative that the single ones have.
@@ -126,7 +128,7 @@ def single_call(name: str) -> Any:
 
 
 def for_each(
-    name: str, args: Any, kwargs: Mapping[str, Any]
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield the arguments for each tensor of the lists."""
     given = {("value" if k == "scalars" else k): v for k, v in kwargs.items()}
@@ -145,7 +147,9 @@ def for_each(
         )
 
 
-def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+def _scaled(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """Compute ``x.add_(y, alpha=number)``: autograd has no derivative in ``alpha``."""
     factor = kwargs.get("value" if name.startswith("addc") else "alpha")
     args = with_tensors(args)
@@ -163,7 +167,9 @@ def _scaled(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tenso
     return getattr(x, operation + ("_" if name.endswith("_") else ""))(term)
 
 
-def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+def _clamped(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """Compute ``x.clamp(min=0.0, max=number)``: torch wants two tensors or two numbers."""
     x, *rest = args
     bounds = with_tensors(dict(zip(("min", "max"), rest, strict=False)) | dict(kwargs))
@@ -180,7 +186,9 @@ def _clamped(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tens
     return func(x, **bounds)
 
 
-def _root(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+def _root(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """Compute √x and x^.5 with derivative 0 instead of infinity at 0."""
     args, kwargs = with_tensors((args, kwargs))
     x, *exponent = args
@@ -195,7 +203,7 @@ def _root(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
     return x.copy_(root) if in_place else root
 
 
-def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
+def _built(func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Any) -> Tensor:
     """Compute ``torch.tensor(x)`` of what is tracked."""
     source = args[1] if name == "new_tensor" else args[0]
     pieces = source if isinstance(source, (tuple, list)) else [source]
@@ -215,7 +223,9 @@ def _built(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     return torch.stack(made) if pieces is source else made[0].clone()
 
 
-def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
+def _filled(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """Compute ``torch.full(shape, number)``."""
     if not any(isinstance(x, TracedNumber) for x in (*args, *kwargs.values())):
         return func(*args, **kwargs)
@@ -224,7 +234,9 @@ def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     return func(*zero, **{k: 0.0 if x is number else x for k, x in kwargs.items()}) + number.tensor
 
 
-def _drawn(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
+def _drawn(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """Compute ``torch.normal(mean, std)`` from the same random numbers.
 
     Autograd takes its derivative for zero.
@@ -254,7 +266,7 @@ REPLACED: tuple[tuple[Callable[..., Any], set[str]], ...] = (
 )
 
 
-def same(x: Any) -> Any:
+def same(x: T) -> T:
     """Return what autograd saved, as it is."""
     return x
 

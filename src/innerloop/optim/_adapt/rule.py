@@ -78,7 +78,7 @@ class Adapted(Optimizer):
         needs_closure: bool,
         verifies: bool,
         cls: type[torch.optim.Optimizer] | None,
-        key: Any = None,
+        key: object = None,
     ) -> None:
         self.make = make
         self.needs_closure = needs_closure
@@ -221,7 +221,7 @@ class Adapted(Optimizer):
                 [torch_private.version(p) for p in working.values()] if self.needs_closure else []
             )
 
-            def closure() -> Any:
+            def closure() -> object:
                 assert value_and_grad is not None
                 # At the start of the step the evaluation is known already: it is not made, nor
                 # random numbers drawn, a second time.
@@ -403,7 +403,7 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _is_plain(settings: Any) -> bool:
+def _is_plain(settings: object) -> bool:
     """True if what is shown of the settings tells them apart.
 
     Functions, tensors and other objects may look alike and differ.
@@ -433,13 +433,13 @@ def _first(value: Any) -> Any:
     return next((v for v in value if v is not None), None) if isinstance(value, list) else value
 
 
-def _tensor_places(value: Any) -> tuple[bool, ...]:
+def _tensor_places(value: object) -> tuple[bool, ...]:
     return tuple(
         isinstance(v, Tensor) for v in (value if isinstance(value, (tuple, list)) else (value,))
     )
 
 
-def _numbers(value: Any, enter: Callable[[Tensor], Tensor]) -> Any:
+def _numbers(value: object, enter: Callable[[Tensor], Tensor]) -> object:
     """Return a hyper-parameter as ``step`` reads it."""
     if isinstance(value, (tuple, list)):
         return tuple(_numbers(v, enter) for v in value)

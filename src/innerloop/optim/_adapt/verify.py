@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from innerloop._types import ValueAndGrad
 from innerloop._utils import tree
 from innerloop._utils.differences import four_point
 from innerloop.errors import InvalidInputError, NotDifferentiableError
@@ -36,7 +37,7 @@ class Steps(Protocol):
         state: Any,
         params: Named,
         hyper: Mapping[str, Any] | None = None,
-        value_and_grad: Any = None,
+        value_and_grad: ValueAndGrad | None = None,
         hold: list[Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], Any]:
         """Take one step."""

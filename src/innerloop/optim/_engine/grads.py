@@ -21,7 +21,17 @@ def is_sparse(gradient: Tensor) -> bool:
 
 def dense(grads: Mapping[K, Tensor | None]) -> dict[K, Tensor | None]:
     """Return ``grads`` with a dense tensor in place of each sparse one; it keeps its graph."""
-    return {key: g.to_dense() if g is not None and is_sparse(g) else g for key, g in grads.items()}
+    found = dict(grads)
+    for key in sparse_ones(grads):
+        found[key] = grads[key].to_dense()  # type: ignore[union-attr]
+    return found
+
+
+def sparse_ones(grads: Mapping[K, Tensor | None]) -> set[K]:
+    """Return the keys of the gradients that are sparse."""
+    # `is_sparse`, written out: this runs for each parameter at each step.
+    strided = torch.strided
+    return {key for key, g in grads.items() if g is not None and g.layout != strided}
 
 
 def which_have_gradient(grads: Grads, params: Params) -> dict[str, bool] | None:

@@ -20,21 +20,21 @@ def add_scaled(x: Tensor, y: Tensor, alpha: Scalar) -> Tensor:
     return torch.add(x, y, alpha=alpha)
 
 
-def average(mean: Any, new: Tensor, beta: Any) -> Tensor:
+def average(mean: Tensor, new: Tensor, beta: Scalar) -> Tensor:
     """Compute β·mean + (1-β)·new."""
     if isinstance(beta, Tensor):
         return beta * mean + (1 - beta) * new
     return torch.lerp(mean, new, 1 - beta)
 
 
-def average_of_squares(mean: Any, new: Tensor, beta: Any) -> Tensor:
+def average_of_squares(mean: Tensor, new: Tensor, beta: Scalar) -> Tensor:
     """Compute β·mean + (1-β)·new²."""
     if isinstance(beta, Tensor):
         return beta * mean + (1 - beta) * (new * new)
     return torch.addcmul(mean * beta, new, new, value=1 - beta)
 
 
-def at_first_step(count: Any, first: Scalar, later: Tensor) -> Tensor:
+def at_first_step(count: Scalar, first: Scalar, later: Tensor) -> Tensor:
     """Return ``first`` (from a hyper-parameter) at the first step, and ``later`` after that."""
     if isinstance(count, Tensor):
         return torch.where(count == 1, torch.ones_like(later) * first, later)
@@ -58,7 +58,7 @@ def safe_sqrt(v: Float[Tensor, "*shape"], exact: bool = False) -> Float[Tensor, 
     return v.clamp_min(torch.finfo(v.dtype).tiny).sqrt()
 
 
-def root_of(v: Float[Tensor, "*shape"], eps: Any, eps_root: Any) -> Float[Tensor, "*shape"]:
+def root_of(v: Float[Tensor, "*shape"], eps: Scalar, eps_root: Scalar) -> Float[Tensor, "*shape"]:
     """Compute √(v + eps_root), to which eps is about to be added.
 
     The number 0 for ``eps_root`` changes no bit.
@@ -68,12 +68,12 @@ def root_of(v: Float[Tensor, "*shape"], eps: Any, eps_root: Any) -> Float[Tensor
     return safe_sqrt(v, exact=isinstance(eps, (int, float)) and eps == 0)
 
 
-def times(value: Any, factor: Any) -> Any:
+def times(value: Scalar, factor: Scalar) -> Scalar:
     """Multiply; the number 0 stays a number, which switches a term off."""
     return value if not isinstance(value, Tensor) and value == 0 else value * factor
 
 
-def one_minus_power(beta: Any, count: Any, like: Tensor) -> Any:
+def one_minus_power(beta: Scalar, count: Scalar, like: Tensor) -> Scalar:
     """Compute the bias correction 1 - βᵗ.
 
     It is a Python float if both are numbers, as in torch, else a tensor that loses no precision.
@@ -83,7 +83,7 @@ def one_minus_power(beta: Any, count: Any, like: Tensor) -> Any:
     return 1 - precise(beta, like) ** precise(count, like)
 
 
-def precise(value: Any, like: Tensor) -> Any:
+def precise(value: Scalar, like: Tensor) -> Any:
     """Cast a scalar tensor to float64 wherever the device has it, which costs nothing.
 
     Numbers stay as they are; a larger tensor gets at least float32.

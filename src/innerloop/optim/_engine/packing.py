@@ -234,3 +234,6 @@ tree.register(
     lambda packed: list(packed.flats),
     lambda packed, flats: Packed(packed.layout, tuple(flats)),
 )
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([Bucket, Packed])

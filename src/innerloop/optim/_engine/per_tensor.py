@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from innerloop._types import Grads, Params
+from innerloop._types import Grads, Params, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
 from innerloop.optim._engine.grads import which_have_gradient
@@ -106,7 +106,7 @@ class PerTensor(Rule):
             count = {name: n + (active is None or active[name]) for name, n in counts.items()}
         return new, self.state_type(count, *slots)
 
-    def _value(self, key: str, value: Any, name: str, param: Tensor) -> Any:
+    def _value(self, key: str, value: object, name: str, param: Tensor) -> Any:
         """Return a hyper-parameter for one parameter."""
         if isinstance(value, tuple):
             return tuple(self._value(key, part, name, param) for part in value)
@@ -148,6 +148,6 @@ def with_derivative_of(value: Tensor, smooth: Tensor) -> Tensor:
     return value.detach() + (smooth - smooth.detach())
 
 
-def at_least(x: Tensor, bound: Any) -> Tensor:
+def at_least(x: Tensor, bound: Scalar) -> Tensor:
     """Compute max(x, bound)."""
     return torch.maximum(x, bound.to(x.dtype)) if isinstance(bound, Tensor) else x.clamp_min(bound)

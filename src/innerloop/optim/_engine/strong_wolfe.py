@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -166,7 +166,7 @@ def _minimum_of_cubic(
     return smaller(larger(right.t - (right.t - left.t) * part, lower), upper)
 
 
-def number(x: Any) -> float:
+def number(x: Scalar) -> float:
     """Return the value by which something is decided."""
     if not isinstance(x, Tensor):
         return float(x)
@@ -180,11 +180,11 @@ def number(x: Any) -> float:
     return float(plain.item())
 
 
-def smaller(a: Any, b: Any) -> Any:
+def smaller(a: Scalar, b: Scalar) -> Scalar:
     """Return the smaller one of two scalars, with its derivative."""
     return b if number(b) < number(a) else a
 
 
-def larger(a: Any, b: Any) -> Any:
+def larger(a: Scalar, b: Scalar) -> Scalar:
     """Return the larger one of two scalars, with its derivative."""
     return b if number(b) > number(a) else a

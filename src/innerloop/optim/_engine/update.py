@@ -7,12 +7,12 @@ treats many of them in a few calls. Small ones lie side by side in one flat tens
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from innerloop._types import Grads, Params
+from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.packing import (
@@ -28,6 +28,9 @@ from innerloop.optim._engine.precision import warn_of_half
 
 _A_STATE = "a state"
 
+Count = int | Tensor | Mapping[str, int | Tensor]
+"""Steps taken: by all parameters, or by each of them."""
+
 Stepped = tuple[dict[str, Tensor], dict[str, Any]]
 """New parameters by name, and the state fields of their bucket."""
 
@@ -36,8 +39,8 @@ Stepped = tuple[dict[str, Tensor], dict[str, Any]]
 class Steps(Protocol):
     """What the three ways need of a rule; `Elementwise` describes each member."""
 
-    scalars: Any
-    state_type: Any
+    scalars: ClassVar[Any]
+    state_type: ClassVar[Any]
 
     def update_ignores_param(self, hyper: Mapping[str, Any]) -> bool:
         """True if the update does not depend on the parameter's value, bit for bit."""
@@ -135,7 +138,7 @@ def in_bucket(
     bucket: Bucket,
     grads: Grads,
     params: Params,
-    count: Any,
+    count: Scalar,
     fields: Mapping[str, Any],
     hyper: Mapping[str, Any],
 ) -> Stepped:
@@ -172,7 +175,7 @@ def in_bucket(
     return new, {name: _cast(t, param) for name, t in zip(fields, after[1:], strict=True)}
 
 
-def advance(count: Any, layout: Layout, active: Mapping[str, bool] | None) -> Any:
+def advance(count: Count, layout: Layout, active: Mapping[str, bool] | None) -> Count:
     """Count a step for the parameters that took part in it; ``active`` is None if all did."""
     if active is None:
         return (
@@ -198,7 +201,7 @@ def _for_bucket(hyper: Mapping[str, Any], bucket: Bucket, param: Tensor) -> dict
     return values
 
 
-def _value(value: Any, name: str, bucket: Bucket, param: Tensor) -> Any:
+def _value(value: object, name: str, bucket: Bucket, param: Tensor) -> Scalar:
     if isinstance(value, (int, float)):
         return value
     if isinstance(value, Tensor):
@@ -242,7 +245,7 @@ def _as_real(bucket: Bucket) -> Bucket:
 
 
 def _expanded(
-    value: Any, hyper: str, name: str, shape: torch.Size, bucket: Bucket, param: Tensor
+    value: object, hyper: str, name: str, shape: torch.Size, bucket: Bucket, param: Tensor
 ) -> Tensor:
     """Expand one parameter's hyper-parameter to the (real) shape and dtype of the parameter."""
     tensor = torch.as_tensor(value, dtype=param.dtype, device=param.device)
@@ -260,7 +263,7 @@ def _expanded(
     return tensor.expand(shape)
 
 
-def _cast(value: Any, like: Tensor) -> Any:
+def _cast(value: object, like: Tensor) -> Any:
     """Cast to the dtype of ``like``, except numbers and one number for many elements."""
     if not isinstance(value, Tensor) or value.dtype == like.dtype or value.ndim < like.ndim:
         return value
@@ -280,7 +283,7 @@ def repack(layout: Layout, flats: list[Any], params: Params) -> Packed | None:
     )
 
 
-def _as_tensor(number: Any) -> Tensor:
+def _as_tensor(number: Scalar) -> Tensor:
     return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.float64)
 
 
@@ -309,7 +312,7 @@ def scalar_field(layout: Layout, held: Mapping[str, Any], params: Params) -> Pac
     return Packed(layout, tuple(flats))
 
 
-def _both_parts(value: Any) -> Any:
+def _both_parts(value: object) -> object:
     """Split what a complex parameter keeps into its real and its imaginary part."""
     return torch.view_as_real(value) if isinstance(value, Tensor) and value.is_complex() else value
 

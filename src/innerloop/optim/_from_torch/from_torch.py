@@ -357,7 +357,7 @@ def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return True
 
 
-def _has_tensor(value: Any) -> bool:
+def _has_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (
         isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import precise, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor, at_least, with_derivative_of
@@ -134,7 +134,7 @@ class Adafactor(PerTensor):
         return new, AdafactorState(state.count, row, column, variance)
 
 
-def _power(count: Any, decay: Any) -> Any:
+def _power(count: Scalar, decay: Scalar) -> Any:
     return (
         count**decay
         if isinstance(count, Tensor) or isinstance(decay, Tensor)
@@ -152,7 +152,7 @@ def _smaller(lr: Any, bound: Any) -> Any:
     return bound.clamp_max(lr) if isinstance(bound, Tensor) else min(lr, bound)
 
 
-def _moved(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
+def _moved(mean: Tensor, new: Tensor, weight: Scalar) -> Tensor:
     """Return the mean, moved towards ``new``."""
     if isinstance(weight, Tensor):
         return mean + weight * (new - mean)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, precise
 from innerloop.optim._settings import check_nonnegative, is_active
@@ -109,14 +109,14 @@ class ASGD(Elementwise):
         return param, ASGDState(state.count, ax, later, _weight(count - t0))
 
 
-def _first(count: Any, first: Any, later: Any) -> Any:
+def _first(count: Scalar, first: Scalar, later: Scalar) -> Scalar:
     """Return lr itself as the step size of the first step."""
     if isinstance(count, Tensor):
         return torch.where(count == 1, first, later)
     return first if count == 1 else later
 
 
-def _averaged(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
+def _averaged(mean: Tensor, new: Tensor, weight: Scalar) -> Tensor:
     """Average; at weight 1 the result is the new one itself, to the last bit."""
     moved = mean + (new - mean) * weight
     if isinstance(weight, Tensor):
@@ -124,7 +124,7 @@ def _averaged(mean: Tensor, new: Tensor, weight: Any) -> Tensor:
     return new if weight == 1 else moved
 
 
-def _weight(age: Any) -> Any:
+def _weight(age: Scalar) -> Scalar:
     """Compute 1 / max(1, age)."""
     return 1 / age.clamp_min(1) if isinstance(age, Tensor) else 1 / max(1.0, age)
 

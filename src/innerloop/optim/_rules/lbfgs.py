@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -261,7 +261,7 @@ lbfgs = LBFGS
 
 
 def _searched(
-    evaluate: Any, x: Params, state: LBFGSState, start: Trial, budget: int
+    evaluate: Callable[..., Any], x: Params, state: LBFGSState, start: Trial, budget: int
 ) -> tuple[Any, Trial, int]:
     """Search along the state's direction; return ``(new_params, trial, evaluations)``."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
@@ -18,6 +19,9 @@ class LearnedState(NamedTuple):
     """What the rule keeps, per parameter."""
 
     kept: dict[str, Any]
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([LearnedState])
 
 
 class Learned(Optimizer):
@@ -152,7 +156,7 @@ class Learned(Optimizer):
 learned = Learned
 
 
-def _check_weights(weights: Any, or_none: bool = False) -> None:
+def _check_weights(weights: object, or_none: bool = False) -> None:
     if isinstance(weights, Mapping) or (or_none and weights is None):
         return
     raise InvalidInputError(

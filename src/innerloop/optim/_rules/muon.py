@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import add_scaled, average, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor, at_least, with_derivative_of
@@ -134,7 +134,7 @@ class Muon(PerTensor):
             state.count, buffer
         )
 
-    def _direction(self, update: Tensor, coefficients: tuple[Any, Any, Any], eps: Any) -> Tensor:
+    def _direction(self, update: Tensor, coefficients: tuple[Any, Any, Any], eps: Scalar) -> Tensor:
         if self.ns_dtype is not None:
             return newton_schulz(update.to(self.ns_dtype), coefficients, eps, self.ns_steps)
         value = newton_schulz(update.bfloat16(), coefficients, eps, self.ns_steps).to(update.dtype)
@@ -152,7 +152,7 @@ class Muon(PerTensor):
         return math.sqrt(max(1, rows / columns))
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[Any, Any, Any], eps: Any, steps: int) -> Tensor:
+def newton_schulz(x: Tensor, coefficients: tuple[Any, Any, Any], eps: Scalar, steps: int) -> Tensor:
     """Compute nearly the orthogonal factor of a matrix: bring its singular values close to 1."""
     a, b, c = coefficients
     tall = x.shape[0] > x.shape[1]
@@ -165,14 +165,16 @@ def newton_schulz(x: Tensor, coefficients: tuple[Any, Any, Any], eps: Any, steps
     return x.T if tall else x
 
 
-def _polynomial(constant: Tensor, left: Tensor, right: Tensor, beta: Any, alpha: Any) -> Tensor:
+def _polynomial(
+    constant: Tensor, left: Tensor, right: Tensor, beta: Scalar, alpha: Scalar
+) -> Tensor:
     """Compute the polynomial β · constant + α · left @ right."""
     if isinstance(beta, Tensor) or isinstance(alpha, Tensor):
         return beta * constant + alpha * (left @ right)
     return torch.addmm(constant, left, right, beta=beta, alpha=alpha)
 
 
-def _between(x: Tensor, y: Tensor, weight: Any) -> Tensor:
+def _between(x: Tensor, y: Tensor, weight: Scalar) -> Tensor:
     return x + weight * (y - x) if isinstance(weight, Tensor) else torch.lerp(x, y, weight)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import (
     add_scaled,
@@ -138,7 +138,7 @@ class NAdam(Elementwise):
         return param, NAdamState(state.count, mu, nu, product)
 
 
-def _momentum(beta1: Any, decay: Any, count: Any, like: Tensor) -> Any:
+def _momentum(beta1: Scalar, decay: Scalar, count: Scalar, like: Tensor) -> Scalar:
     """Compute μ of the step ``count``."""
     beta1, decay, count = (precise(value, like) for value in (beta1, decay, count))
     return beta1 * (1.0 - 0.5 * (0.96 ** (count * decay)))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import (
     add_scaled,
@@ -136,7 +136,7 @@ class RAdam(Elementwise):
         return param - update, RAdamState(state.count, mu, nu)
 
 
-def _rectified(beta2: Any, correction: Any, count: Any) -> Any:
+def _rectified(beta2: Scalar, correction: Scalar, count: Scalar) -> Scalar:
     """Compute r², or 0 where the second moment is not used yet.
 
     The result is a number if both arguments are.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.elementwise import Elementwise
@@ -131,7 +131,7 @@ class SGD(Elementwise):
             state = state._replace(momentum_buffer=buffers)
         return torch_private.add_lists(params, grads, -hyper["lr"]), state
 
-    def _buffer(self, grad: Tensor, state: SGDState, momentum: Any, weight: Any) -> Tensor:
+    def _buffer(self, grad: Tensor, state: SGDState, momentum: Scalar, weight: Scalar) -> Tensor:
         """Compute b_t; the first one is the gradient itself, undampened."""
         old = state.momentum_buffer
         if old is None or (isinstance(state.count, int) and state.count == 1):

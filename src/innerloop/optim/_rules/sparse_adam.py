@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import one_minus_power, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor
@@ -132,7 +132,7 @@ class SparseAdam(PerTensor):
         return new, SparseAdamState(state.count, new_mu, new_nu)
 
 
-def _sqrt(value: Any) -> Any:
+def _sqrt(value: Scalar) -> Scalar:
     return value**0.5 if isinstance(value, Tensor) else math.sqrt(value)
 
 

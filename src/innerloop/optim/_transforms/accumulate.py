@@ -21,6 +21,9 @@ class AccumulateState(NamedTuple):
     total: dict[str, Tensor]
     seen: dict[str, bool]
 
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([AccumulateState])
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Accumulate(Transform):

@@ -127,7 +127,7 @@ def value_of(value: Any, what: str, name: str, like: Tensor | None = None) -> Sc
     return one_value(entry, f"{what}[{name!r}]")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
     return getattr(value, "__name__", repr(value)) if callable(value) else repr(value)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innerloop._types import Grads, Hyper, Params
+from innerloop._types import Grads, Hyper, Params, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import safe_sqrt
 from innerloop.optim._settings import is_active
@@ -34,6 +34,9 @@ class AddNoiseState(NamedTuple):
     """Steps taken: with the seed, all that the noise depends on."""
 
     count: Any
+
+# A carry can be loaded by torch.load with its default, weights_only=True.
+torch.serialization.add_safe_globals([AddNoiseState])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -133,7 +136,7 @@ class AddNoise(Transform):
 add_noise = AddNoise
 
 
-def standard_normal(like: Tensor, seed: int | Tensor, count: Any, place: int) -> Tensor:
+def standard_normal(like: Tensor, seed: int | Tensor, count: Scalar, place: int) -> Tensor:
     """Return normal numbers of the shape, dtype and device of ``like``.
 
     Complex ones have independent real and imaginary parts.
@@ -162,7 +165,7 @@ def _normal(first: Int[Tensor, "*n"], second: Int[Tensor, "*n"]) -> Float[Tensor
     return (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
 
 
-def _integer(value: Any, like: Tensor) -> Int[Tensor, ""]:
+def _integer(value: Scalar, like: Tensor) -> Int[Tensor, ""]:
     """Return 32 bits of an integer, on the device; both halves of a longer one count."""
     if isinstance(value, Tensor):
         wide = value.to(device=like.device, dtype=torch.int64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import Carry
+from innerloop._inner_gradient.graph import refuse_own_functions, refusing_own_functions
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
@@ -49,12 +50,12 @@ class Core:
         core.view = problem.view
         core.computed_buffers = problem.computed_buffers
 
-        def advance(state: Any, hyper: Any, batch: Any) -> Any:
+        def advance(state: Any, hyper: Any, batch: object) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
             return state_of(new), loss, aux
 
         def pull(
-            state: Any, hyper: Any, batch: Any, wanted: tuple[bool, ...], given: OutputCotangents
+            state: Any, hyper: Any, batch: object, wanted: tuple[bool, ...], given: OutputCotangents
         ) -> InputCotangents:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.PRODUCTS[product](step, given, None)
@@ -120,11 +121,42 @@ class Core:
             raise NotDifferentiableError(
                 f"{what} cannot be compiled: write compile=False. PyTorch says: {error}"
             ) from error
-        shapes = which, tuple((x.shape, x.dtype, x.device) for x in tree.tensors(arguments))
+        shapes = which, _variant(arguments)
         if shapes not in self._verified:
-            check_compiled(groups(found), groups(eager(*arguments)), what)
+            with refusing_own_functions():
+                params, _, buffers = arguments[0]
+                before = {"params": params, "buffers": buffers}
+                check_compiled(groups(found), groups(eager(*arguments)), what, before)
+                if which == 0:
+                    self._refuse_own_functions(*arguments)
             self._verified.add(shapes)
         return found
+
+    def _refuse_own_functions(self, state: State, hyper: tuple[Any, Any], batch: object) -> None:
+        """Raise if the update has a backward rule that compiled code would drop.
+
+        The graph of the loss is looked at where its gradient is taken.
+        """
+        params, optimizer_state, buffers = state
+        learned = tree.map_tensors(
+            lambda x: x.detach().requires_grad_() if tree.differentiable(x) else x,
+            (params, optimizer_state, hyper),
+        )
+        with torch.enable_grad():
+            found = self._advance((*learned[:2], buffers), learned[2], batch)
+        refuse_own_functions(tree.tensors(found))
+
+
+def _variant(arguments: tuple[Any, ...]) -> object:
+    """Return what the compiler specialises its code for, as far as it is in the arguments."""
+    found: list[object] = []
+    for x in tree.leaves(arguments):
+        if isinstance(x, Tensor):
+            found.append((x.shape, x.dtype, x.device))
+        else:
+            # A branch may depend on a name or a flag; numbers vary from step to step.
+            found.append(x if isinstance(x, (bool, str)) else type(x))
+    return tuple(found)
 
 
 def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
+from innerloop._inner_gradient import graph
 from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import CapturedTensorError, NotDifferentiableError
+
+T = TypeVar("T")
+
+
+def on_constants(step: int, run: Callable[[], T]) -> T:
+    """Run a step whose inputs are constants, and return its results without a graph.
+
+    Raises:
+        CapturedTensorError: the step uses a tensor that was not passed in and requires grad, so
+            that its gradient would be lost. A leaf that the step makes itself (for a gradient
+            penalty, say) is gone with the graph: nobody can ask for its gradient.
+    """
+    found = run()
+    if not torch.is_grad_enabled():
+        return found
+    with_graph = [x for x in tree.tensors(found) if torch_private.has_derivative(x)]
+    if not with_graph:
+        return found
+    if mode() is not Mode.EAGER:
+        raise _captured(step)
+    leaves = [TensorWeakRef(x) for x in graph.check_graph(with_graph, (), second_order=False)]
+    with_graph.clear()
+    found = tree.map_tensors(Tensor.detach, found)
+    if any(_is_alive(leaf) for leaf in leaves):
+        # A cycle of Python objects may hold the graph for a while.
+        gc.collect()
+        if any(_is_alive(leaf) for leaf in leaves):
+            raise _captured(step)
+    return found
+
+
+def _is_alive(leaf: TensorWeakRef) -> bool:
+    return leaf() is not None
 
 
 def check_constants(step: int, *results: object) -> None:
@@ -21,17 +58,18 @@ def check_constants(step: int, *results: object) -> None:
     for result in results:
         for x in tree.tensors(result):
             if torch_private.has_derivative(x):
-                raise CapturedTensorError(
-                    f"step {step} uses a tensor that requires grad and is captured by the loss, "
-                    "by optimizer_hyper or by the optimizer, "
-                    "not one of their arguments: under this strategy it would silently get no "
-                    "gradient. Hand it in through hyper "
-                    "(a module: its parameters by name) or params; or detach it "
-                    "(module.requires_grad_(False)) if it is a constant"
-                )
+                raise _captured(step)
 
 
-T = TypeVar("T")
+def _captured(step: int) -> CapturedTensorError:
+    return CapturedTensorError(
+        f"step {step} uses a tensor that requires grad and is captured by the loss, "
+        "by optimizer_hyper or by the optimizer, "
+        "not one of their arguments: under this strategy it would silently get no "
+        "gradient. Hand it in through hyper "
+        "(a module: its parameters by name) or params; or detach it "
+        "(module.requires_grad_(False)) if it is a constant"
+    )
 
 
 def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:

@@ -294,7 +294,8 @@ def _pushed(
     values, along = (
         [x[i].clone(memory_format=torch.contiguous_format) for i in chosen] for x in given
     )
-    found: list[Any] = _jvp(fn, (values,), (along,))[1]
+    with torch_private.only_forward_mode():
+        found: list[Any] = _jvp(fn, (values,), (along,))[1]
     return found
 
 

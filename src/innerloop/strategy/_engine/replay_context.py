@@ -22,11 +22,11 @@ class Repeatable:
     It raises if it gives something else when it is called again with the same t.
     """
 
-    def __init__(self, function: Callable[[Any, int], Mapping[str, Any]]) -> None:
+    def __init__(self, function: Callable[[Any, int], Mapping[str, Any] | None]) -> None:
         self.function = function
         self._seen: dict[int, Fingerprint] = {}
 
-    def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any]:
+    def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Call the function, and compare its result with the one that it gave before."""
         result = self.function(hyper, t)
         found = Fingerprint.of(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import tempfile
 import weakref
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import tree
+from innerloop.errors import InnerLoopError
 
 PLACES = (None, "cpu", "disk")
 
@@ -34,7 +36,7 @@ class Snapshots(MutableMapping[int, Any]):
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._written = 0
 
-    def __setitem__(self, t: int, value: Any) -> None:
+    def __setitem__(self, t: int, value: object) -> None:
         if self.place is None:
             self._held[t] = _compact(value)
             return
@@ -47,7 +49,14 @@ class Snapshots(MutableMapping[int, Any]):
         self._written += 1
         path = self._folder / f"{self._written}.pt"
         # A view would write the whole of the storage that it is a view of.
-        torch.save([x.detach().clone() for x in tensors], path)
+        try:
+            torch.save([x.detach().clone() for x in tensors], path)
+        except (OSError, RuntimeError) as error:
+            raise InnerLoopError(
+                f"a state of the loop cannot be written to the disk, to the file {path}: {error}. "
+                "Free some space there, let TMPDIR name another folder, or keep the states in "
+                'memory: offload="cpu" or offload=None'
+            ) from error
         self.pop(t, None)
         self._held[t] = template, devices, path
 
@@ -55,7 +64,7 @@ class Snapshots(MutableMapping[int, Any]):
         if self.place is None:
             return self._held[t]
         template, devices, kept = self._held[t]
-        tensors = torch.load(kept, weights_only=True) if self.place == "disk" else kept
+        tensors = _read(kept) if self.place == "disk" else kept
         return tree.join(
             template, [x.to(d, non_blocking=True) for x, d in zip(tensors, devices, strict=True)]
         )
@@ -63,7 +72,7 @@ class Snapshots(MutableMapping[int, Any]):
     def __delitem__(self, t: int) -> None:
         entry = self._held.pop(t)
         if self.place == "disk":
-            entry[2].unlink()
+            entry[2].unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._held)
@@ -75,12 +84,27 @@ class Snapshots(MutableMapping[int, Any]):
         return len(self._held)
 
 
+def _read(path: Path) -> list[Tensor]:
+    """Return the tensors in a file that `Snapshots` has written."""
+    try:
+        found: list[Tensor] = torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise InnerLoopError(
+            f"the file {path}, in which a state of the loop waited on the disk for the backward "
+            f"pass, {what}: a full disk and a cleaner of temporary files do that. Let TMPDIR name "
+            'a folder with space that nothing cleans, or keep the states in memory: offload="cpu" '
+            f"or offload=None. The error was {type(error).__name__}"
+        ) from error
+    return found
+
+
 SMALL = 1_048_576
 """Bytes; smaller tensors of a kept state share one block."""
 _ALIGNMENT = 64
 
 
-def _compact(value: Any) -> Any:
+def _compact(value: object) -> object:
     """Return ``value`` with its small tensors copied side by side into one block.
 
     Kept one by one among the temporary tensors of the steps in between they fragment the heap: on
@@ -102,7 +126,9 @@ def _compact(value: Any) -> Any:
         pieces = torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
         for i, piece in zip(members, pieces, strict=True):
             x = tensors[i]
-            tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
+            # A gradient may come with a graph, which is not kept: a step is recorded again.
+            with torch.no_grad():
+                tensors[i] = piece[: x.numel()].view(x.shape).copy_(x)
     return tree.join(template, tensors)
 
 

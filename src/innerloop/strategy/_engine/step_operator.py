@@ -10,7 +10,7 @@ from torch import Tensor
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.operator import LinearOperator, Vector
 from innerloop._linear.products import lacks_forward_mode
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.strategy._engine.step_pullback import (
@@ -92,9 +92,10 @@ class StepPushforward(LinearOperator):
         places: list[int] = []
         with at_random_state(step.random_state):
             try:
-                _, pushed = _jvp(
-                    advance, tuple(leaves[i] for i in chosen), tuple(vector[i] for i in chosen)
-                )
+                with torch_private.only_forward_mode():
+                    _, pushed = _jvp(
+                        advance, tuple(leaves[i] for i in chosen), tuple(vector[i] for i in chosen)
+                    )
             except InnerLoopError:
                 raise
             except RuntimeError as error:

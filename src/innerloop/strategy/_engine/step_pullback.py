@@ -424,6 +424,12 @@ def pull(
     except InnerLoopError:
         raise
     except RuntimeError as error:
+        if chosen == "finite" and "functorch" in str(error):
+            raise NotDifferentiableError(
+                'product="finite" takes the inner gradient by torch.func, inside which the loss '
+                "cannot call autograd (requires_grad_ for a gradient penalty, say): write "
+                f'product="reverse". PyTorch says: {error}'
+            ) from error
         if chosen != "mixed" or not lacks_forward_mode(error):
             raise explain(error) from error
         if product == "auto":
