@@ -26,6 +26,7 @@ _WRITE = {"__imul__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"}
 _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 _INDEPENDENT = ("_like", "new_")
 
+_LOOKED_AT = frozenset({_GET_DATA, _SET_DATA, _GET_GRAD, *_DETACH})
 _ALIAS, _SHIFTED, _OTHER = "shares the memory of a weight", "weight plus constant", "any function"
 
 
@@ -46,6 +47,10 @@ class EditWatch:
         """Look at these parameters from now on."""
         self._params = {id(p): name for name, p in params.items() if p.requires_grad}
         self._kinds.clear()
+
+    def wants(self, func: Callable[..., object]) -> bool:
+        """True unless autograd records the operation, and it works on weights themselves."""
+        return not torch.is_grad_enabled() or bool(self._kinds) or func in _LOOKED_AT
 
     def __call__(
         self, func: Callable[..., object], args: tuple[object, ...], result: Callable[[], object]
@@ -147,16 +152,22 @@ class Versions:
             ):
                 raise unseen_edit(name, "in place")
 
-    def check_past(self, time: int) -> None:
-        """Raise if a parameter of the past was overwritten by an edit that came later."""
-        for (name, p), version in zip(self._placed.items(), self._versions, strict=True):
-            if torch_private.version(p) != version:
-                raise NotDifferentiableError(
-                    f"the parameter {name!r} of time {time} is gone: no step had moved it when it "
-                    "was edited in place, so that the past was edited with it. Write "
-                    f'loop.assign({{"{name}": loop.parameters()["{name}"] + change}}) in place of '
-                    "the edit"
-                )
+
+def versions_of(params: Params) -> list[int]:
+    """Return how often each parameter has been written in place."""
+    return [torch_private.version(p) for p in params.values()]
+
+
+def check_past(params: Params, versions: Iterable[int], time: int) -> None:
+    """Raise if a parameter of the past was overwritten by an edit that came later."""
+    for (name, p), version in zip(params.items(), versions, strict=True):
+        if torch_private.version(p) != version:
+            raise NotDifferentiableError(
+                f"the parameter {name!r} of time {time} is gone: no step had moved it when it was "
+                "edited in place, so that the past was edited with it. Write "
+                f'loop.assign({{"{name}": loop.parameters()["{name}"] + change}}) in place of '
+                "the edit"
+            )
 
 
 def unseen_edit(name: str, how: str) -> NotDifferentiableError:

@@ -31,7 +31,7 @@ from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
-from innerloop._track.edits import EditWatch, Versions
+from innerloop._track.edits import EditWatch, Versions, check_past, versions_of
 from innerloop._track.start import (
     Learn,
     Model,
@@ -123,7 +123,7 @@ class TrackedLoop:
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
-        self._past: dict[int, Versions] = {}
+        self._past: dict[int, list[int]] = {}
         self._steps = 0
         self._losses: list[Tensor] = []
         self._sparse: set[str] = set()
@@ -313,7 +313,7 @@ class TrackedLoop:
             return self._view.read()
         found = self.trajectory.at(time).params
         if time in self._past:
-            self._past[time].check_past(time)
+            check_past(found, self._past[time], time)
         return found
 
     def buffers(self, time: int = -1) -> dict[str, Tensor]:
@@ -409,7 +409,7 @@ class TrackedLoop:
         else:
             before = self._view.read()
             self._states[self._steps] = self._states[self._steps]._replace(params=before)
-            self._past[self._steps] = Versions(before)
+            self._past[self._steps] = versions_of(before)
             params = aliased(params, before)
         self._view.write(params)
         self._steps += 1

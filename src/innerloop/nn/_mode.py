@@ -13,6 +13,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -89,8 +90,17 @@ def keep_kernels() -> Iterator[None]:
         _thread.kept = before
 
 
-Watch = Callable[[Callable[..., object], Args, Callable[[], object]], object]
-"""Runs an operation, given it, its arguments and a function that runs it, and looks at it."""
+@runtime_checkable
+class Watch(Protocol):
+    """Looks at operations of the user's code."""
+
+    def wants(self, func: Callable[..., object]) -> bool:
+        """Return True if it has to look at this one."""
+
+    def __call__(
+        self, func: Callable[..., object], args: Args, result: Callable[[], object]
+    ) -> object:
+        """Return what ``result()`` returns, which runs the operation."""
 
 
 class ReplacementMode(TorchFunctionMode):
@@ -117,8 +127,11 @@ class ReplacementMode(TorchFunctionMode):
         kwargs: Kwargs | None = None,
     ) -> object:
         """Run ``func`` or its replacement; PyTorch calls this with the mode off."""
-        if self.watch is not None and self.on:
-            return self.watch(func, args, lambda: self._replaced(func, args, kwargs))
+        watch = self.watch
+        if watch is not None and self.on and watch.wants(func):
+            return watch(func, args, lambda: self._replaced(func, args, kwargs))
+        if not self.replaces:
+            return func(*args, **kwargs) if kwargs else func(*args)
         return self._replaced(func, args, kwargs)
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:

@@ -28,7 +28,8 @@ class FromTorch(Optimizer):
         for opt in self._optimizers:
             refuse_wrapper(opt)
             refuse_hooks(opt)
-        self._stepped = [p for group in self._groups() for p in group["params"]]
+        stepped = [p for group in self._groups() for p in group["params"]]
+        self._stepped, self._stepped_ids = stepped, [id(p) for p in stepped]
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...]
@@ -78,9 +79,7 @@ class FromTorch(Optimizer):
                 "it was taken over: a group that comes later (add_param_group) is not followed. "
                 "Add it before track, or before from_torch, with lr=0 until it is to move"
             )
-        if len(now) != len(self._stepped) or any(
-            a is not b for a, b in zip(now, self._stepped, strict=True)
-        ):
+        if list(map(id, now)) != self._stepped_ids:
             raise InvalidInputError(
                 "the parameters of a param group of the torch optimizer were replaced after it was "
                 "taken over, which is not followed: make the optimizer anew, and then track or "
