@@ -249,8 +249,7 @@ class TrackedLoop:
         # Clone: a fused loss shares storage with the whole batch's output.
         number = value.detach().clone()
         updated = with_dense_gradients(updated, self._sparse)
-        self._advance({**current, **updated}, state, value, number)
-        self._place()
+        self._place(self._advance({**current, **updated}, state, value, number))
         if self._kernels is not None:
             if self._steps == 1:
                 self._kernels.after_first_step(keeps_watch=True)
@@ -395,8 +394,8 @@ class TrackedLoop:
 
     def _advance(
         self, params: dict[str, Tensor], state: object, loss: Tensor, number: Tensor
-    ) -> None:
-        """Go on to the next time, at these parameters."""
+    ) -> Params:
+        """Go on to the next time, at these parameters; return them as they stand there."""
         if self.learn == "nothing":
             with torch.enable_grad():
                 params = {
@@ -418,11 +417,12 @@ class TrackedLoop:
         # Keep a number per step, not a tensor per step.
         if len(self._losses) == 256 and not self._second_order:
             self._losses = [self._stacked_losses()]
+        return params
 
-    def _place(self) -> None:
+    def _place(self, placed: Params | None = None) -> None:
         """Note the parameters as they are: later edits are found by comparison."""
         if self.learn != "nothing":
-            placed = self._view.read()
+            placed = self._view.read() if placed is None else placed
             self._placed = Versions({name: placed[name] for name in self._trained})
             if self._kernels is not None and self._kernels.watches:
                 self._edits.start(placed)
