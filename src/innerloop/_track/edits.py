@@ -137,7 +137,7 @@ class Versions:
     def __init__(self, params: Params) -> None:
         self._placed = params
         self._versions = [torch_private.version(p) for p in params.values()]
-        self._nodes = [torch_private.recorded_by(p) for p in params.values()]
+        self._nodes = [None if torch_private.is_view(p) else p.grad_fn for p in params.values()]
 
     def check(self, now: Mapping[str, Tensor]) -> None:
         """Raise if one of the parameters was edited in place, and autograd did not see it."""
@@ -147,10 +147,17 @@ class Versions:
             if (
                 torch_private.version(p) != version
                 and now[name] is p
-                and torch_private.recorded_by(p) is node
+                and not _is_recorded(p, node)
                 and p.requires_grad
             ):
                 raise unseen_edit(name, "in place")
+
+
+def _is_recorded(p: Tensor, node: object) -> bool:
+    """True if autograd saw the edit of ``p``; ``node`` is what its ``grad_fn`` was before."""
+    if torch_private.is_view(p):
+        return type(torch_private.recorded_by(p)).__name__ == "CopySlices"
+    return p.grad_fn is not node
 
 
 def versions_of(params: Params) -> list[int]:
