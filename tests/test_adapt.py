@@ -738,3 +738,62 @@ def test_functions_of_math_that_mean_something_else_in_torch_are_refused():
 
         with pytest.raises(NotDifferentiableError, match="float"):
             adapt(a_class(step))
+
+
+def _by_storage(p: Tensor, new: Tensor) -> None:
+    p.untyped_storage().copy_(new.untyped_storage())
+
+
+def _by_typed_storage(p: Tensor, new: Tensor) -> None:
+    p.storage().copy_(new.storage())
+
+
+def _by_dlpack(p: Tensor, new: Tensor) -> None:
+    p.copy_(torch.from_dlpack(new.detach()))  # type: ignore[attr-defined]
+
+
+def _by_set(p: Tensor, new: Tensor) -> None:
+    p.set_(new)  # type: ignore[call-overload]
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_by_storage, r"test_adapt.py:\d+: `.*memory.*untyped_storage"),
+        (_by_typed_storage, r"test_adapt.py:\d+: `.*memory"),
+        (_by_dlpack, r"test_adapt.py:\d+: `.*memory.*dlpack"),
+        (_by_set, "set_"),
+    ],
+)
+def test_a_step_that_writes_memory_later_is_refused(write: Any, message: str) -> None:
+    """After the steps that are verified (six, four times over at most)."""
+    late = 9
+
+    class Writes(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, {"lr": lr})
+            self.taken = 0
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                new = p - 0.1 * p.grad
+                if self.taken < late:
+                    p.copy_(new)
+                else:
+                    write(p, new)
+            self.taken += 1
+
+    problem = innerloop.Problem(
+        lambda p, h, b: p["w"].square().sum() / 2, innerloop.optim.adapt(Writes)
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match=message):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            problem,
+            {"w": torch.ones(3)},
+            None,
+            steps=12,
+            wrt="params",
+        )

@@ -1745,3 +1745,274 @@ def test_a_leaf_inside_the_loss_where_torch_func_runs_is_refused_by_name(
             wrt="hyper",
             strategy=strategy,
         )
+
+
+# -- noise that the loss does not show -------------------------------------------------------------
+
+
+class _Counter(nn.Module):
+    """A weight, and a buffer that keeps a number of a generator that is not rewound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+        self.register_buffer("noise", torch.zeros(()))
+
+
+HIDDEN = ["aux", "buffer", "gradient", "offset"]
+REPLAYS = [
+    Checkpointed(slots=1),
+    Checkpointed(slots="all"),
+    Checkpointed(slots=1, product="mixed"),
+    Checkpointed(slots=2, offload="disk"),
+]
+
+
+@pytest.mark.parametrize("strategy", REPLAYS, ids=repr)
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("source", ["numpy", "generator"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_noise_that_the_loss_does_not_show_is_refused(
+    hidden: str, source: str, rule: str, strategy: Strategy, steps: int
+):
+    random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        return (
+            torch.from_numpy(random.random(4))
+            if source == "numpy"
+            else torch.rand(4, generator=generator)
+        )
+
+    def loss(module: Any, hyper: Any, batch: Any) -> Any:
+        w, mask = module.w, (drawn() > 0.5).to(module.w)
+        if hidden == "aux":
+            return w.square().sum() / 2, (w * drawn()).sum()
+        if hidden == "buffer":
+            module.noise = module.noise + drawn().sum()
+            return w.square().sum() / 2
+        if hidden == "offset":
+            return (w.square() * drawn()).sum() * 1e-3 + 1e12
+        return (mask * w.square() + (1 - mask) * w.square().detach()).sum() / 2
+
+    problem = innerloop.Problem.from_module(
+        _Counter(),
+        loss,
+        getattr(innerloop.optim, rule)(lr=0.1, **({"eps": 1e-2} if rule == "adam" else {})),
+    )
+    traj = innerloop.unroll(problem, None, None, steps=steps, strategy=strategy)
+    total = traj.params["w"].sum() + (traj.aux.sum() if hidden == "aux" else 0)
+    with pytest.raises(innerloop.InvalidInputError, match="not what it was in the forward pass"):
+        total.backward()
+
+
+# -- data that are filled again --------------------------------------------------------------------
+
+
+def _refilled(data: np.ndarray) -> Iterator[Any]:
+    buffer = np.empty_like(data[0])
+    for array in data:
+        buffer[:] = array
+        yield torch.from_numpy(buffer)
+
+
+def _refilled_pairs(data: np.ndarray) -> Iterator[Any]:
+    for x in _refilled(data):
+        yield {"x": x, "again": [x.numpy()]}
+
+
+class _Collate:
+    """A ``collate_fn`` that stacks into one array."""
+
+    def __init__(self, like: np.ndarray) -> None:
+        self.buffer = np.empty_like(like)
+
+    def __call__(self, rows: list[np.ndarray]) -> Tensor:
+        np.stack(rows, out=self.buffer)
+        return torch.from_numpy(self.buffer)
+
+
+def _loader(data: np.ndarray) -> Any:
+    rows = list(data.reshape(-1, data.shape[-1]))
+    return torch.utils.data.DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=data.shape[1],
+        collate_fn=_Collate(data[0]),
+    )
+
+
+def _function(data: np.ndarray) -> Any:
+    buffer = np.empty_like(data[0])
+
+    def batches(params: Any, hyper: Any, t: int) -> Tensor:
+        buffer[:] = data[t]
+        return torch.from_numpy(buffer)
+
+    return batches
+
+
+SOURCES: dict[str, Callable[[np.ndarray], Any]] = {
+    "generator": _refilled,
+    "generator of dicts": _refilled_pairs,
+    "collate_fn": _loader,
+    "function": _function,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "strategy",
+    [StoreAll(), Checkpointed(slots=1), innerloop.Truncated(4), Checkpointed(product="mixed")],
+    ids=repr,
+)
+def test_data_whose_memory_is_filled_again_are_copied(strategy: Strategy, source: str):
+    """Truth: the same loop over a list of copies."""
+    data = np.random.default_rng(0).normal(size=(4, 5, 3))
+
+    def loss(p: Any, h: Any, batch: Any) -> Tensor:
+        x = torch.as_tensor(batch["again"][0]) if isinstance(batch, dict) else batch
+        return ((x @ p["w"]).sin() - 0.3).square().mean()
+
+    def gradient(batches: Any, steps: int | None = None) -> Tensor:
+        problem = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.3))
+        w = torch.ones(3, requires_grad=True)
+        traj = innerloop.unroll(problem, {"w": w}, batches, steps=steps, strategy=strategy)
+        return torch.autograd.grad(traj.params["w"].sum(), w)[0]
+
+    found = gradient(SOURCES[source](data), 4)
+    torch.testing.assert_close(found, gradient(list(torch.from_numpy(data))), rtol=1e-12, atol=0)
+
+
+def test_one_array_for_all_steps_is_copied_once():
+    array, seen = torch.from_numpy(np.ones(3)), []
+
+    def loss(p: Any, h: Any, batch: Tensor) -> Tensor:
+        seen.append(batch.data_ptr())
+        return (p["w"] * batch).square().sum()
+
+    problem = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+    innerloop.unroll(problem, {"w": torch.ones(3)}, iter([array] * 4))
+    assert len(set(seen)) == 1
+
+
+def test_a_tensor_that_an_iterator_fills_again_is_named():
+    def batches() -> Iterator[Tensor]:
+        buffer = torch.empty(3)
+        for t in range(3):
+            yield buffer.fill_(float(t + 1))
+
+    problem = innerloop.Problem(
+        lambda p, h, b: (p["w"] * b).sin().sum(), innerloop.optim.sgd(lr=0.1)
+    )
+    with pytest.raises(innerloop.InnerLoopError, match=r"batch.clone\(\)"):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            problem,
+            {"w": torch.ones(3)},
+            batches(),
+            wrt="params",
+        )
+
+
+# -- states that are lost on the disk --------------------------------------------------------------
+
+
+def _overwritten(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(b"\0" * 64 + file.read_bytes()[64:])
+
+
+def _cut_short(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def _emptied(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.write_bytes(b"")
+
+
+def _removed(folder: Path) -> None:
+    for file in folder.rglob("*.pt"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("save", ["params", "gradients"])
+@pytest.mark.parametrize("damage", [_overwritten, _cut_short, _emptied, _removed])
+def test_a_state_that_is_lost_on_the_disk_is_named(
+    damage: Any, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    params, hyper = inputs()
+    strategy = Checkpointed(slots=3, offload="disk", save=save)
+    traj = innerloop.unroll(plain("adam"), params, None, hyper=hyper, steps=6, strategy=strategy)
+    damage(tmp_path)
+    with pytest.raises(innerloop.InnerLoopError, match=r"the file .*\.pt.* the disk .*offload"):
+        of_end(traj).backward()
+
+
+def test_a_state_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch, "save", full)
+    params, hyper = inputs()
+    strategy = Checkpointed(slots=3, offload="disk")
+    with pytest.raises(innerloop.InnerLoopError, match=r"No space left.*offload=None"):
+        innerloop.unroll(plain(), params, None, hyper=hyper, steps=6, strategy=strategy)
+
+
+# -- gradients with a graph, sparse gradients ------------------------------------------------------
+
+
+def test_kept_gradients_of_a_step_that_captures_a_tensor():
+    # The gradients require grad, and small ones are copied side by side.
+    outside = torch.ones(3, requires_grad=True)
+    problem = innerloop.Problem(
+        lambda p, h, b: ((p["a"] * outside).sum() + p["b"].sum()) ** 2,
+        innerloop.optim.chain(innerloop.optim.clip_by_global_norm(1.0), innerloop.optim.sgd()),
+    )
+    with pytest.raises(innerloop.CapturedTensorError):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["a"].sum(),
+            problem,
+            {"a": torch.ones(3), "b": torch.ones(2)},
+            None,
+            steps=3,
+            strategy=Checkpointed(slots=2, save="gradients"),
+            wrt="params",
+        )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Checkpointed(slots=2),
+        Checkpointed(slots=2, save="gradients"),
+        Checkpointed(slots=2, product="finite"),
+        innerloop.Auto("1GB"),
+        innerloop.Truncated(last=4),
+    ],
+    ids=repr,
+)
+def test_sparse_gradients_as_stored(strategy: Any):
+    rows = torch.tensor([[0, 1], [2, 1], [3, 0], [1, 1]])
+    problem = innerloop.Problem(
+        lambda p, h, b: (torch.nn.functional.embedding(b, p["e"], sparse=True) * h).sin().sum(),
+        innerloop.optim.sparse_adam(lr=0.1, eps=0.1),
+    )
+    found = [
+        innerloop.metagradient(
+            lambda traj, h: traj.params["e"].sin().sum(),
+            problem,
+            {"e": torch.linspace(0.1, 1.0, 10).reshape(5, 2)},
+            rows,
+            hyper=torch.tensor(0.7),
+            strategy=s,
+            wrt="hyper",
+        )[1]
+        for s in (StoreAll(), strategy)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9)

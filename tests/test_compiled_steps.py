@@ -190,13 +190,13 @@ class _Clipped(torch.autograd.Function):
 
 
 def _clipped(x: Tensor) -> Tensor:
-    return _Clipped.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _Clipped.apply(x)
 
 
 # Of torch's compiler, which makes an instance of the class.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "where, whole", [("loss", False), ("loss", True), ("update", True), ("outer", True)]
+    ("where", "whole"), [("loss", False), ("loss", True), ("update", True), ("outer", True)]
 )
 def test_a_backward_rule_of_the_users_is_refused(where: str, whole: bool):
     # The rule acts at the second step only: a comparison of numbers at the first sees nothing.

@@ -1028,3 +1028,106 @@ def test_a_loss_outside_of_the_module_has_all_derivatives() -> None:
     assert float(found.sum()) == pytest.approx(
         four_point(outer, 1e-4), rel=1e-6
     )  # torch rounds a sixth to 8 digits
+
+
+# -- habits of published programs ------------------------------------------------------------------
+
+
+def test_the_history_can_be_counted() -> None:
+    model = nn.Linear(2, 1)
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (
+        fmodel,
+        diffopt,
+    ):
+        for _ in range(3):
+            diffopt.step(fmodel(torch.ones(1, 2)).square().mean())
+    assert len(fmodel._fast_params) == 4
+    assert fmodel._fast_params[0] is not fmodel._fast_params[-1]
+    assert {"_parameters", "_forward_pre_hooks", "training"} <= set(higher.patch._internal_attrs)
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.Adagrad(p, lr=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+    ],
+)
+def test_parameters_are_cut_in_place(make: Any, used: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    base = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+
+    def loss(m: Any) -> Tensor:
+        found = (m["a"](x) - 1).square().mean()
+        return found + m["b"](x).square().mean() if used else found
+
+    model, plain = copy.deepcopy(base), copy.deepcopy(base)
+    with higher.innerloop_ctx(model, make(model.parameters())) as (fmodel, diffopt):
+        for t in range(3):
+            if t == 2:
+                for p in fmodel.fast_params:
+                    p.detach_().requires_grad_()
+            diffopt.step(loss(fmodel))
+        assert all(p.requires_grad for p in fmodel.fast_params)
+    optimizer = make(plain.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(plain).backward()
+        optimizer.step()
+    for p, q in zip(fmodel.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def _hooked(hook: Any) -> tuple[Any, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    model[2].register_full_backward_hook(hook)
+    shift = torch.tensor(0.1, requires_grad=True)
+    fmodel = higher.monkeypatch(model)
+    fmodel.update_params([p + shift for p in fmodel.parameters()])
+    return fmodel, x, shift
+
+
+def test_a_hook_may_make_a_note_at_a_parameter() -> None:
+    shapes: list[Any] = []
+
+    def note(module: Any, grad_input: Any, grad_output: Any) -> None:
+        module.weight.note = grad_output[0].detach()
+        shapes.append((module.weight.shape, module.weight.dtype, module.weight.size(1)))
+
+    fmodel, x, shift = _hooked(note)
+    found = torch.autograd.grad(fmodel(x).sum(), shift)[0]
+    params = {n: p.detach() for n, p in fmodel.named_parameters()}
+
+    def plain(step: float) -> float:
+        moved = {n: p.double() + step for n, p in params.items()}
+        h = (x.double() @ moved["0.weight"].T + moved["0.bias"]).tanh()
+        return float((h @ moved["2.weight"].T + moved["2.bias"]).sum())
+
+    assert abs(found.item() - (plain(1e-5) - plain(-1e-5)) / 2e-5) < 1e-4
+    assert torch.equal(fmodel[2].weight.note, torch.ones(4, 1))
+    assert shapes == [(torch.Size([1, 3]), x.dtype, 3)]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda w, g: g @ w,
+        lambda w, g: g * w.norm(),
+        lambda w, g: g + w.data.sum(),
+        lambda w, g: g + float(w.detach()[0, 0]),
+        lambda w, g: g + torch.stack([w, w]).sum(),
+        lambda w, g: w.grad,
+        lambda w, g: setattr(w, "data", g),
+        lambda w, g: g + torch.from_numpy(w.numpy()).sum(),
+    ],
+)
+def test_a_hook_may_not_compute_with_a_parameter(compute: Any) -> None:
+    fmodel, x, shift = _hooked(lambda module, _, given: compute(module.weight, given[0]))
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"'weight' was read during"):
+        torch.autograd.grad(fmodel(x).sum(), shift)

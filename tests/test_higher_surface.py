@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,3 +209,54 @@ def test_the_modules_are_modules() -> None:
     assert bridge.optim.DifferentiableSGD is DifferentiableSGD
     assert bridge.patch.monkeypatch is bridge.monkeypatch is monkeypatch
     assert bridge.utils.flatten is flatten
+
+
+PROGRAM = """
+import sys, warnings
+import neighbour, higher, higher.patch
+from higher import innerloop_ctx
+from higher.optim import DifferentiableOptimizer
+import torch
+
+assert __name__ == "__main__" and sys.argv[1:] == ["--steps", "2"], sys.argv
+model = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.ones_(model.weight)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+    for _ in range(int(sys.argv[2])):
+        diffopt.step(fmodel(torch.ones(1, 1)).square().sum() / 2)
+    fmodel(torch.ones(1, 1)).sum().backward()
+print(higher.__name__, round(model.weight.grad.item(), 4), neighbour.NAME)
+"""
+
+
+def _run_program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "innerloop.higher", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_unmodified_program_runs_on_the_bridge(tmp_path: Path) -> None:
+    place = tmp_path / "programs"
+    place.mkdir()
+    (place / "program.py").write_text(PROGRAM)
+    (place / "neighbour.py").write_text("NAME = 'beside it'")
+    for where, arguments in ((tmp_path, ["programs/program.py"]), (place, ["-m", "program"])):
+        done = _run_program(where, *arguments, "--steps", "2")
+        assert done.stdout == "innerloop.higher 0.81 beside it\n", done.stderr
+
+
+def test_which_program_must_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("innerloop.higher.__main__").main
+    for arguments, code, text in (
+        ([], 2, "usage: python -m innerloop.higher"),
+        (["--help"], 0, "usage: python -m innerloop.higher"),
+        (["missing.py"], 2, "there is no file missing.py"),
+    ):
+        assert main(arguments) == code
+        seen = capsys.readouterr()
+        assert text in (seen.err if code else seen.out)

@@ -26,6 +26,8 @@ EXERCISED = {
     "inside_reverse_transform",
     "switches_gradients",
     "no_saved_tensors_hooks",
+    "refusing_saved_tensors_hooks",
+    "inside_saved_tensors_hooks",
     "inside_dual_level",
     "jvp_levels",
     "storage_weakref",
@@ -39,6 +41,9 @@ EXERCISED = {
     "version",
     "gradient_hooks",
     "recorded_by",
+    "only_forward_mode",
+    "function_of",
+    "is_view",
     "step_hooks",
     "OwnStepHook",
     "post_accumulate_hooks",
@@ -58,6 +63,10 @@ EXERCISED = {
     "uncompiled_name",
     "forget_compiled_call",
     "is_once_differentiable",
+    "of_class",
+    "data_getter",
+    "backward_hooks",
+    "wrap_backward_hooks",
 }
 
 
@@ -327,6 +336,27 @@ def test_hooks_on_saved_tensors_are_taken_off_and_put_back():
         assert len(packed) == 1
 
 
+def test_hooks_on_saved_tensors_are_seen_and_refused_where_they_begin_inside():
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    assert not torch_private.inside_saved_tensors_hooks()
+    with hooks(lambda x: x, lambda x: x):
+        assert torch_private.inside_saved_tensors_hooks()
+        with torch_private.refusing_saved_tensors_hooks("not here"):
+            torch.ones(2, requires_grad=True).exp().sum().backward()
+            with pytest.raises(RuntimeError, match="not here"), hooks(lambda x: x, lambda x: x):
+                pass
+            with (
+                torch_private.refusing_saved_tensors_hooks("nor here"),
+                pytest.raises(RuntimeError, match="nor here"),
+                hooks(lambda x: x, lambda x: x),
+            ):
+                pass
+            with pytest.raises(RuntimeError, match="not here"), hooks(lambda x: x, lambda x: x):
+                pass
+    with hooks(lambda x: x, lambda x: x):
+        pass
+
+
 def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
     xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
     ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
@@ -537,6 +567,44 @@ def test_what_compile_leaves_in_a_module():
     assert module(torch.ones(1)).shape == (1,)
 
 
+def test_a_tensor_of_a_class_is_no_view():
+    class Own(Tensor):
+        pass
+
+    found = torch_private.of_class(Own, torch.ones(2))
+    assert type(found) is Own
+    assert not found._is_view()
+    assert torch_private.NO_TORCH_FUNCTION is torch.nn.Parameter.__torch_function__
+
+
+def test_a_mode_sees_the_data_of_a_tensor():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func == torch_private.data_getter())
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(1)
+    with Mode():
+        _ = x.data
+    assert seen == [True]
+
+
+def test_hooks_of_a_module_are_wrapped_at_each_call():
+    module, wrapped = torch.nn.Linear(1, 1), []
+    assert not torch_private.backward_hooks(module)
+    module.register_full_backward_hook(lambda module, inputs, outputs: None)
+    module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))  # type: ignore[index]
+    assert torch_private.backward_hooks(module)
+    torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)  # type: ignore[func-returns-value]
+    module(torch.ones(1, 1, requires_grad=True)).sum().backward()
+    module(torch.ones(1, 1, requires_grad=True)).sum().backward()
+    assert len(wrapped) == 4
+    assert module.bias.grad is not None
+    assert module.bias.grad.item() == 4
+
+
 def test_once_differentiable_is_seen_in_the_graph():
     class Marked(torch.autograd.Function):
         @staticmethod
@@ -551,3 +619,16 @@ def test_once_differentiable_is_seen_in_the_graph():
     x = torch.ones(1, requires_grad=True)
     nodes = (Marked.apply(x).grad_fn, x.clone().grad_fn)
     assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False]
+
+
+def test_views_and_functions_of_nodes_are_told_apart():
+    x = torch.ones(3, requires_grad=True)
+    assert torch_private.is_view(torch.ones(3)[1:])
+    assert not torch_private.is_view(torch.ones(3))
+    assert torch_private.function_of(x.sin().grad_fn) is None
+
+
+def test_forward_mode_in_one_thread_at_a_time():
+    with torch_private.only_forward_mode(), torch_private.only_forward_mode():
+        assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1
+    assert not torch_private.inside_transform()

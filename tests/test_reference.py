@@ -28,6 +28,8 @@ INTERNAL = """
     innerloop.Problem.check_compiles innerloop.Problem.computed_buffers innerloop.Problem.evaluate
     innerloop.Problem.gradient innerloop.Problem.new_params innerloop.Problem.overrides
     innerloop.Problem.residual innerloop.Problem.update innerloop.StoreAll.run
+    innerloop.Problem.original innerloop.Problem.for_one_run innerloop.Problem.with_targets
+    innerloop.Problem.parameter_hooks
     innerloop.optim.Rule.torch_class innerloop.optim.Packed.of innerloop.MissingExtraError.of
 """.split()
 """Members without an underscore that are there for the package itself."""

@@ -1187,9 +1187,9 @@ ROW_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.norm": lambda x: torch.norm(x, dim=1, keepdim=True),
     "Tensor.norm": lambda x: x.norm(2, -1),
     "whole": lambda x: x[1:2].norm(),
-    "F.normalize": lambda x: F.normalize(x, dim=-1),
-    "F.normalize(3)": lambda x: F.normalize(x, 3.0, -1),
-    "F.cosine_similarity": lambda x: F.cosine_similarity(x, torch.ones_like(x), dim=-1),
+    "F.normalize": lambda x: functional.normalize(x, dim=-1),
+    "F.normalize(3)": lambda x: functional.normalize(x, 3.0, -1),
+    "F.cosine_similarity": lambda x: functional.cosine_similarity(x, torch.ones_like(x), dim=-1),
     "nn.CosineSimilarity": lambda x: nn.CosineSimilarity()(x, torch.arange(3.0).to(x)),
 }
 
@@ -1285,3 +1285,38 @@ def test_an_index_that_is_shuffled_in_place_does_not_move_the_gradient(
         return torch.autograd.grad(end, x)[0]
 
     torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "strategy", [innerloop.Checkpointed(product="mixed"), innerloop.ForwardMode()], ids=repr
+)
+@pytest.mark.parametrize("name", ["attention", "dropout", "alpha_dropout"])
+def test_forward_mode_drops_the_entries_that_eager_code_drops(
+    name: str, strategy: innerloop.strategy.Strategy
+) -> None:
+    """Behind attention the input of dropout is a transposed view. Truth: `StoreAll`."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dtype=torch.float64)
+    if name != "attention":
+        layer = nn.Linear(4, 4, dtype=torch.float64)  # type: ignore[assignment]
+
+    def forward(model: nn.Module) -> Tensor:
+        out: Tensor = model(x)
+        if name != "attention":
+            out = getattr(functional, name)(out.transpose(0, 1), 0.4, True)
+        return out
+
+    def run(strategy: innerloop.strategy.Strategy) -> list[Tensor]:
+        torch.manual_seed(1)
+        scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        problem = innerloop.Problem.from_module(
+            layer, lambda m, h, b: (forward(m) * h - 1).square().mean(), innerloop.optim.sgd(lr=0.1)
+        )
+        params = {n: p.detach() for n, p in layer.named_parameters()}
+        traj = innerloop.unroll(problem, params, None, steps=2, hyper=scale, strategy=strategy)
+        end = sum(p.square().sum() for p in traj.params.values())
+        assert isinstance(end, Tensor)
+        return [traj.losses, *torch.autograd.grad(end, scale)]
+
+    torch.testing.assert_close(run(strategy), run(innerloop.StoreAll()), rtol=1e-10, atol=1e-14)

@@ -58,8 +58,8 @@ ROW = {name: depth for depth, row in enumerate(ROWS) for name in row}
 PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
-        cli doctor errors higher higher.optim higher.patch higher.utils inspect nn nn.functional
-        optim optim.helpers strategy walkthrough
+        cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
+        nn.functional optim optim.helpers strategy walkthrough
     """.split()
 }
 """Later: ``strategy.solvers``, and ``rl`` with ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter
@@ -156,6 +156,8 @@ REGISTRIES = {
     "higher/optim.py:_opt_mapping": "the bridge's optimizers, with those that a user registered",
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
     "strategy/_engine/schedule.py": "binomial schedules: functions of two integers",
+    "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
+    "_utils/torch_private.py:_forward_thread": "the thread that holds forward mode, emptied by it",
 }
 """What is kept at module level and is no cache: facts that nothing recomputes, or pure numbers."""
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
@@ -409,6 +412,281 @@ def test_activation_checkpointing_is_right_or_refused(reentrant: bool):
     assert_params(ours, truth, 1e-10)  # type: ignore[arg-type]
 
 
+class Behind(nn.Module):
+    """A checkpoint with ``use_reentrant=True`` behind a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.body, self.frozen(x).requires_grad_(), use_reentrant=True)
+        return self.head(hidden.tanh())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"first_order": True}, {"learn": "nothing"}], ids=str)
+def test_reentrant_checkpointing_is_refused_by_name(arguments: dict[str, Any]):
+    with (
+        loop_over(Behind(), **arguments) as loop,
+        pytest.raises(innerloop.NotDifferentiableError, match="use_reentrant=True"),
+    ):
+        loop.step(loop.model(torch.ones(2, 4)).square().mean())
+
+
+@pytest.mark.parametrize(
+    "strategy", [innerloop.StoreAll(), innerloop.FirstOrder(), innerloop.Checkpointed()], ids=str
+)
+def test_reentrant_checkpointing_is_refused_by_name_under_a_strategy(strategy: Any):
+    problem = innerloop.Problem.from_module(
+        Behind(),
+        lambda model, hyper, batch: model(torch.ones(2, 4)).square().mean(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    with pytest.raises(innerloop.NotDifferentiableError, match="use_reentrant=True"):
+        innerloop.unroll(problem, None, None, steps=2, strategy=strategy)
+
+
+def test_reentrant_checkpointing_is_refused_by_name_in_the_bridge():
+    model = Behind()
+    optimizer = torch.optim.SGD([*model.body.parameters(), *model.head.parameters()], lr=0.1)
+    with (
+        innerloop.higher.innerloop_ctx(model, optimizer) as (patched, steps),
+        pytest.raises(innerloop.NotDifferentiableError, match="use_reentrant=True"),
+    ):
+        steps.step(patched(torch.ones(2, 4)).square().mean())
+
+
+def test_an_outer_loss_may_be_checkpointed_after_the_last_step():
+    def outer_gradient(in_the_end: bool, **arguments: Any) -> dict[str, Tensor | None]:
+        model = Recomputing()
+        model.load_state_dict(network().state_dict())
+        with innerloop.track(model, sgd(model)) as loop:
+            for t in range(STEPS):
+                loop.step(F.mse_loss(loop.model(features(t)), target(t)))
+            loop.model.arguments = arguments
+            outer = F.mse_loss(loop.model(features(STEPS)), target(STEPS))
+            if not in_the_end:
+                loop.model.arguments = {}
+                loop.step(F.mse_loss(loop.model(features(0)), target(0)))
+        outer.backward()
+        return gradients(model)
+
+    truth = outer_gradient(True)
+    assert_params(outer_gradient(True, use_reentrant=False), truth, 1e-12)  # type: ignore[arg-type]
+    with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
+        outer_gradient(False, use_reentrant=False)
+
+
+def test_an_edit_between_a_checkpointed_outer_loss_and_its_backward_pass_is_refused():
+    model = Recomputing(use_reentrant=False)
+    with loop_over(model) as loop:
+        loop.model.arguments = {}
+        loop.step(F.mse_loss(loop.model(features(0)), target(0)))
+        loop.model.arguments = {"use_reentrant": False}
+        outer = loop.model(features(1)).square().mean()
+        with torch.no_grad():
+            loop.model.body.weight.mul_(2)
+    with pytest.raises(innerloop.NotDifferentiableError, match="checkpoint"):
+        outer.backward()
+
+
+# -- the user's module is not changed --------------------------------------------------------------
+
+
+class Recording(nn.Module):
+    """Plain attributes that a forward pass writes, one of them registered besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.mean, self.array = torch.zeros(3), np.zeros(2)
+        self.log: list[Any] = []
+        self.log.append(self.log)
+        self.nested = {"calls": [0], "tuple": ([],), "counted": Counter(a=1)}
+        self.register_buffer("total", torch.zeros(()))
+        self.also_total = self.total
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1)
+        self.array += 1
+        self.log[0].append(x)
+        self.nested["calls"][0] += 1  # type: ignore[index]
+        self.nested["tuple"][0].append(1)  # type: ignore[index]
+        self.nested["counted"]["a"] += 1  # type: ignore[index]
+        self.total += 1  # type: ignore[assignment, operator]
+        assert self.also_total is self.total
+        return self.layer(x - self.mean)
+
+
+def _unrolled(model: nn.Module, x: Tensor) -> None:
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: m(x).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    innerloop.unroll(problem, None, None, steps=2)
+
+
+def _tracked(model: nn.Module, x: Tensor) -> None:
+    with loop_over(model) as loop:
+        loop.step(loop.model(x).square().mean())
+        loop.step(loop.model(x).square().mean())
+
+
+def _called(model: nn.Module, x: Tensor) -> None:
+    call, params, _ = innerloop.functional(model)
+    call(params, x)
+
+
+def _bridged(model: nn.Module, x: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with innerloop.higher.innerloop_ctx(model, optimizer) as (patched, steps):
+        steps.step(patched(x).square().mean())
+
+
+@pytest.mark.parametrize("run", [_tracked, _unrolled, _called, _bridged])
+def test_plain_attributes_stay_as_they_are(run: Callable[[nn.Module, Tensor], None]):
+    model = Recording()
+    run(model, torch.ones(4, 3))
+    assert not model.mean.any()
+    assert not model.array.any()
+    assert len(model.log) == 1
+    assert model.nested == {"calls": [0], "tuple": ([],), "counted": Counter(a=1)}
+    assert not model.total
+
+
+def test_a_tensor_with_a_derivative_among_the_attributes_is_shared():
+    model = network()
+    scale = torch.tensor(2.0, requires_grad=True)
+    model.scales = [scale]  # type: ignore[assignment]
+    with loop_over(model, learn="outer") as loop:
+        loop.step((loop.model(features(0)) * loop.model.scales[0]).square().mean())
+        loop.model(features(0)).sum().backward()
+    assert scale.grad is not None
+
+
+class InPlaceBuffer(nn.Module):
+    """A buffer that is written in place and then used, in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1  # type: ignore[assignment, operator]
+        return self.layer(x) / self.calls
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("bridge", [False, True])
+def test_a_buffer_that_is_written_and_used_in_one_forward_pass(steps: int, bridge: bool):
+    """Each step is ``w -> (1 - lr / calls ** 2) w``, on a loss of ``(w / calls) ** 2 / 2``."""
+    model = InPlaceBuffer()
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.tensor([[2.0, 0.0]]))
+        model.layer.bias.zero_()
+    model.layer.bias.requires_grad_(False)
+    x = torch.tensor([[1.0, 0.0]])
+    optimizer = torch.optim.SGD([model.layer.weight], lr=0.5)
+    factor = 1.0
+    for calls in range(2, steps + 2):
+        factor *= 1 - 0.5 / calls**2
+    truth = (factor / (steps + 2)) ** 2 * 2
+    if bridge:
+        context = innerloop.higher.innerloop_ctx(model, optimizer, copy_initial_weights=False)
+        with context as (patched, opt):
+            for _ in range(steps):
+                opt.step(patched(x).square().sum() / 2)
+            (patched(x).square().sum() / 2).backward()
+    else:
+        with innerloop.track(model, optimizer) as loop:
+            for _ in range(steps):
+                loop.step(loop.model(x).square().sum() / 2)
+            seen = [float(loop.buffers(t)["calls"]) for t in range(steps)]
+            (loop.model(x).square().sum() / 2).backward()
+        assert seen == [float(t) for t in range(1, steps + 1)]
+    assert model.layer.weight.grad is not None
+    assert model.layer.weight.grad[0, 0].item() == pytest.approx(truth)
+    assert model.calls == 1
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_two_parameters_of_one_name_are_refused():
+    models = {"a": nn.ModuleDict({"b": nn.Linear(2, 1)}), "a.b": nn.Linear(2, 1)}
+    with pytest.raises(innerloop.InvalidInputError, match=r"called 'a\.b\.weight'"):
+        innerloop.track(models, innerloop.optim.sgd(lr=0.1))
+
+
+def test_two_buffers_of_one_name_are_refused():
+    def norm() -> nn.Module:
+        return nn.BatchNorm1d(2, affine=False)
+
+    models = {"layer": nn.Linear(2, 2), "a": nn.ModuleDict({"b": norm()}), "a.b": norm()}
+    with pytest.raises(innerloop.InvalidInputError, match=r"called 'a\.b\.running_mean'"):
+        innerloop.track(models, innerloop.optim.sgd(lr=0.1))
+
+
+class Fresh(nn.Module):
+    """An adapter that registers its frozen weight anew whenever its modules are listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.frozen = nn.Parameter(torch.full((2,), 3.0), requires_grad=False)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self.frozen.data
+        del self.frozen
+        self.register_parameter("frozen", nn.Parameter(weight, requires_grad=False))
+        return super().named_modules(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.frozen)
+
+
+def test_a_module_that_registers_its_parameters_anew():
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    model = nn.Sequential(Fresh(), nn.Tanh())
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain[0].layer.parameters(), lr=0.1)  # type: ignore[union-attr]
+    for _ in range(2):
+        optimizer.zero_grad()
+        plain(x).square().mean().backward()
+        optimizer.step()
+    truth = {f"0.layer.{name}": p.detach() for name, p in plain[0].layer.named_parameters()}  # type: ignore[union-attr]
+
+    def chosen(params: Any) -> dict[str, Tensor]:
+        return {name: params[name].detach() for name in truth}
+
+    optimizer = torch.optim.SGD(model[0].layer.parameters(), lr=0.1)  # type: ignore[union-attr]
+    with innerloop.track(model, optimizer) as loop:
+        for _ in range(2):
+            loop.step(loop.model(x).square().mean())
+    assert_params(chosen(loop.parameters()), truth, 1e-12)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: m(x).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    start = {f"0.layer.{name}": p for name, p in model[0].layer.named_parameters()}  # type: ignore[union-attr]
+    found = innerloop.unroll(problem, start, None, steps=2).params
+    assert_params(chosen(found), truth, 1e-12)
+    call, params, _ = innerloop.functional(model)
+    assert torch.equal(call(params, x), model(x))
+
+
+def test_inference_tensors_are_named():
+    with torch.inference_mode():
+        data, frozen = torch.tensor(2.0), network()
+    with (
+        pytest.raises(innerloop.NotDifferentiableError, match="inference_mode"),
+        loop_over(network()) as loop,
+    ):
+        loop.step((loop.model(features(0)) * data).square().mean())
+    with pytest.raises(innerloop.InvalidInputError, match="made under torch"):
+        innerloop.track(frozen, innerloop.optim.sgd(lr=0.1))
+
+
 class InAList(nn.Module):
     """A parameter that also stands in a plain list."""
 
@@ -465,3 +743,63 @@ def test_evaluation_between_training_forwards_of_a_batch_norm() -> None:
     for name, p in tracked.named_parameters():
         assert p.grad is not None
         assert torch.allclose(p.grad, params[name].grad, rtol=1e-10), name  # type: ignore[arg-type]
+
+
+# -- what is changed between steps -----------------------------------------------------------------
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+        lambda layer: nn.utils.spectral_norm(layer),
+        pruned,
+    ],
+    ids=["spectral norm", "weight norm", "orthogonal", "old spectral norm", "prune"],
+)
+def test_a_parametrization_applied_in_mid_loop_is_refused(apply: Callable[[nn.Module], Any]):
+    model = network()
+    with (  # noqa: PT012
+        pytest.raises(innerloop.InvalidInputError, match="apply them to the model before"),
+        loop_over(model) as loop,
+    ):
+        loop.step(loop.model(features(0)).square().mean())
+        apply(loop.model.body)
+    if apply is pruned:
+        return
+    with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
+        steps.step(patched(features(0)).square().mean())
+        with pytest.raises(innerloop.InvalidInputError, match="before"):
+            apply(patched.body)
+
+
+def test_a_frozen_parameter_taken_out_in_mid_loop_is_named():
+    model = network()
+    model.body.weight.requires_grad_(False)
+    with loop_over(model) as loop:
+        nn.utils.parametrizations.weight_norm(loop.model.body)
+        with pytest.raises(innerloop.InvalidInputError, match="parameter 'weight' is taken out"):
+            loop.step(loop.model(features(0)).square().mean())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"learn": "nothing"}], ids=str)
+def test_a_parameter_that_a_step_skips_may_be_edited_in_place(arguments: dict[str, Any]):
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    with loop_over(model, **arguments) as loop:
+        loop.step(loop.model.a**2)
+        with torch.no_grad():
+            loop.model.b.add_(1)
+        loop.step(loop.model.a**2 + loop.model.b**2)
+    assert loop.parameters(0)["b"].item() == 1
+    assert loop.parameters(2)["b"].item() == pytest.approx(1.6)
+    if not arguments:
+        loop.parameters(2)["b"].backward()
+        assert model.b.grad is not None
+        assert model.b.grad.item() == pytest.approx(0.8)

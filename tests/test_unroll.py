@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import re
 import weakref
 from collections.abc import Callable
@@ -863,7 +864,7 @@ def test_an_infinite_inner_gradient_is_named_with_its_step(
         lambda p, h, b: _sqrt_of_size(p["w"] - b), getattr(innerloop.optim, rule)(lr=0.1)
     )
     start = {"w": torch.tensor([0.0, 1.0], requires_grad=front == "unroll")}
-    with pytest.raises(innerloop.NonFiniteError, match=r"not finite") as raised:
+    with pytest.raises(innerloop.NonFiniteError, match=r"not finite") as raised:  # noqa: PT012
         if front == "unroll":
             innerloop.unroll(problem, start, [0.0], strategy=strategy)
         else:
@@ -936,3 +937,244 @@ def test_sums_that_overflow_are_not_taken_for_infinite_entries():
     huge = torch.full((4,), 1e38)
     problem = innerloop.Problem(lambda p, h, b: p["w"].mean(), innerloop.optim.sgd(lr=0.0))
     assert innerloop.unroll(problem, {"w": huge}, None, steps=0).params["w"].isfinite().all()
+
+
+# -- arguments that mean something else ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tensor", "pair", "dict"])
+def test_all_of_the_data_is_not_a_stack_of_steps(form: str):
+    x, y = torch.ones(32, 2), torch.ones(32)
+    data = {"tensor": x, "pair": (x, y), "dict": {"x": x, "y": y}}[form]
+    with pytest.raises(INVALID, match=r"steps=3, but .* stacked over 32 steps.*lambda params"):
+        innerloop.unroll(simple(), begin(), data, steps=3)
+    with pytest.raises(INVALID, match="32 steps"):
+        next(
+            innerloop.ForwardMode().online(
+                lambda p, h: p["w"].sum(), simple(), begin(), data, hyper=x[0], steps=3
+            )
+        )
+
+
+class _Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("hyper", "message"),
+    [
+        ({"net": _Pieces()}, r"a module, _Pieces.*named_parameters"),
+        ({"net": _Pieces(), "lr": torch.tensor(0.5)}, r"a module, _Pieces.*named_parameters"),
+        ([_Pieces().parameters()], "generator, which can be read only once"),
+        ({"lr": 0.5}, r"hyper\['lr'\] is the number 0.5; write torch.tensor\(0.5\)"),
+        ([None, 2], r"hyper\[1\] is the number 2; write torch.tensor\(2.0\)"),
+        ({"lr": torch.tensor(1)}, r"hyper\['lr'\] has dtype torch.int64; write hyper"),
+        ({"lr": "fast"}, r"hyper\['lr'\] is str"),
+    ],
+)
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
+def test_hyper_holds_tensors(hyper: Any, message: str, strategy: innerloop.strategy.Strategy):
+    with pytest.raises(INVALID, match=message):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            simple(),
+            begin(),
+            None,
+            steps=2,
+            hyper=hyper,
+            wrt="hyper",
+            strategy=strategy,
+        )
+
+
+# -- a carry in a file -----------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[], innerloop.optim.Optimizer]] = {
+    **{
+        name: partial(getattr(innerloop.optim, name), lr=0.05)
+        for name in (
+            "sgd",
+            "adam",
+            "adamw",
+            "adamax",
+            "nadam",
+            "radam",
+            "rmsprop",
+            "rprop",
+            "adagrad",
+            "adadelta",
+            "adafactor",
+            "asgd",
+        )
+    },
+    "momentum": lambda: innerloop.optim.sgd(lr=0.05, momentum=0.9),
+    "lbfgs": lambda: innerloop.optim.lbfgs(lr=0.5),
+    "chain": lambda: innerloop.optim.chain(
+        innerloop.optim.accumulate(2), innerloop.optim.adam(lr=0.05)
+    ),
+    "float32": lambda: innerloop.optim.in_float32(innerloop.optim.adam(lr=0.05)),
+    "from torch": lambda: innerloop.optim.from_torch(
+        torch.optim.Adam([nn.Parameter(torch.ones(2))], lr=0.05)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_carry_is_saved_and_loaded(name: str):
+    optimizer = OPTIMIZERS[name]()
+    x = smooth_noise(6, 3)
+    problem = innerloop.Problem(
+        lambda p, h, b: ((p["w"] * b).sum() - 1).square() + p["v"].square().sum(), optimizer
+    )
+    params = {"w": smooth_noise(3, phase=1.0), "v": smooth_noise(2, phase=2.0)}
+    if name == "from torch":
+        given = [nn.Parameter(p) for p in params.values()]
+        bound = innerloop.optim.from_torch(torch.optim.Adam(given, lr=0.05))
+        problem = innerloop.Problem(problem.loss, bound)
+    whole = innerloop.unroll(problem, params, list(x)).params
+    carry = innerloop.unroll(problem, params, list(x[:3])).at(-1).detach()
+    file = io.BytesIO()
+    torch.save(carry, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    assert isinstance(loaded, innerloop.Carry)
+    assert loaded.time == 3
+    found = innerloop.unroll(problem, loaded, list(x[3:])).params
+    for key, p in whole.items():
+        assert torch.equal(found[key], p), key
+
+
+# -- modules that write, and what they leave behind ------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """A forward pass that clips the module's own weight."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([2.0, -3.0, 0.3]))
+        self.calls, self.first = 0, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls >= self.first:
+            with torch.no_grad():
+                self.w.clamp_(-1, 1)
+        self.calls += 1
+        return x @ self.w
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        innerloop.StoreAll(),
+        innerloop.Checkpointed(),
+        innerloop.Checkpointed(product="mixed"),
+        innerloop.FirstOrder(),
+        innerloop.ForwardMode(),
+        innerloop.Truncated(last=1),
+    ],
+    ids=str,
+)
+def test_a_forward_pass_that_writes_its_weight_is_refused(strategy: Any, first: int):
+    model, x = Clamped(first), torch.ones(2, 3)
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: (m(x) - hyper).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+    hyper = torch.tensor(1.0, requires_grad=not isinstance(strategy, innerloop.FirstOrder))
+    start = dict(model.named_parameters())
+    with pytest.raises(INVALID, match="writes the parameter 'w' in place"):
+        innerloop.unroll(problem, start, None, steps=3, hyper=hyper, strategy=strategy)
+    assert model.w.tolist() == [2.0, -3.0, 0.3]
+
+
+def test_a_forward_pass_that_writes_its_weight_leaves_the_arguments_of_functional_alone():
+    call, params, _ = innerloop.functional(Clamped())
+    for _ in range(2):
+        assert call(params, torch.ones(1, 3)).item() == pytest.approx(0.3)
+        assert params["w"].tolist() == [2.0, -3.0, 0.3]
+    call, params, _ = innerloop.functional(Clamped(first=1))
+    call(params, torch.ones(1, 3))
+    with pytest.raises(INVALID, match="did not at its first call"):
+        call(params, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    "strategy", [innerloop.StoreAll(), innerloop.Checkpointed(), innerloop.ForwardMode()], ids=str
+)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d], ids=lambda n: n.__name__)
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_outer_loss_and_a_loop_that_goes_on_use_running_statistics(
+    strategy: Any, norm: Any, cut: bool
+):
+    """The norm comes first, so that its statistics are those of the data."""
+    x = smooth_noise(4, 5, 3, 2) if norm is nn.InstanceNorm1d else smooth_noise(4, 5, 3)
+    width = x.shape[-1]
+
+    def made() -> nn.Module:
+        arguments = {"affine": True, "track_running_stats": True}
+        model = nn.Sequential(norm(3, **arguments), nn.Linear(width, 1))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.linspace(-1, 1, width))  # type: ignore[operator]
+            model[1].bias.fill_(0.1)  # type: ignore[operator]
+        return model
+
+    def plain(c: float) -> float:
+        net = made()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for batch in x:
+            optimizer.zero_grad()
+            (net(batch) - 1 - c).square().mean().backward()
+            optimizer.step()
+        return net.eval()(x[0]).square().sum().item()
+
+    model, c = made(), torch.tensor(1.0, requires_grad=True)
+    start = {n: p.detach() for n, p in model.named_parameters()}
+    evaluated, _, _ = innerloop.functional(made().eval())
+    problem = innerloop.Problem.from_module(
+        model, lambda m, hyper, batch: (m(batch) - hyper).square().mean(), innerloop.optim.sgd(0.1)
+    )
+    first = x[:2] if cut else x
+    traj = innerloop.unroll(problem, start, first, hyper=c, strategy=strategy)
+    if cut:
+        traj = innerloop.unroll(problem, traj.at(-1), x[2:], hyper=c)
+    out, _ = evaluated(traj.params, x[0], buffers=traj.at(-1).buffers)
+    (ours,) = torch.autograd.grad(out.square().sum(), c)
+    assert_derivative(ours.item(), derivative(plain), f"{strategy}")
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=str)
+def test_inference_tensors_are_named(strategy: Any):
+    with torch.inference_mode():
+        made = torch.ones(2)
+    problem = simple(lambda params, hyper, batch: ((params["w"] * batch - hyper) ** 2).sum())
+    with pytest.raises(NOT_DIFFERENTIABLE, match="inference_mode"):
+        innerloop.unroll(
+            problem, begin(), [made], hyper=torch.ones(2, requires_grad=True), strategy=strategy
+        )
+    for run in (
+        innerloop.unroll,
+        partial(innerloop.metagradient, lambda t, h: t.params["w"].sum()),
+    ):
+        with pytest.raises(INVALID, match="made under torch"):
+            run(simple(), {"w": made}, None, steps=1, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=str)
+@pytest.mark.parametrize("around", ["checkpoint", "reentrant checkpoint", "save_on_cpu"])
+def test_hooks_on_saved_tensors_around_a_loop(strategy: Any, around: str):
+    def layer(w: Tensor) -> Tensor:
+        traj = innerloop.unroll(simple(lr=0.1), {"w": w}, None, steps=3, strategy=strategy)
+        return traj.params["w"]
+
+    w = torch.tensor(2.0, requires_grad=True)
+    if around == "save_on_cpu":
+        with torch.autograd.graph.save_on_cpu():
+            out = layer(w)
+    else:
+        out = checkpoint(layer, w, use_reentrant=around != "checkpoint")
+    out.backward()
+    assert w.grad is not None
+    assert w.grad.item() == pytest.approx(0.9**3)

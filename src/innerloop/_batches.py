@@ -8,10 +8,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from innerloop._types import HyperTree, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError
@@ -107,9 +110,10 @@ class BatchFunction(Batches):
     def __init__(self, function: Callable[..., object], steps: int) -> None:
         super().__init__(steps)
         self.function = function
+        self._own = _OwnMemory()
 
     def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
-        batch = tree.map_tensors(Tensor.detach, self.function(params, hyper, time))
+        batch = tree.map_tensors(Tensor.detach, self._own.of(self.function(params, hyper, time)))
         if self.keeping:
             found = Fingerprint.of(batch)
             if time not in self.kept:
@@ -124,6 +128,45 @@ class BatchFunction(Batches):
         return batch
 
 
+class _OwnMemory:
+    """Copies of data in the memory of another library, which may fill it again for the next step.
+
+    A loader that yields views of one NumPy buffer does so, and autograd does not see it: the graph
+    of an earlier step would hold the data of the last.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[object, object] = {}
+
+    def of(self, entry: object) -> object:
+        """Return ``entry`` with copies in place of such data; of unchanged data the last copy."""
+        if mode() is not Mode.EAGER:
+            return entry
+        leaves = tree.leaves(entry)
+        copies: dict[object, object] = {}
+        changed = False
+        for i, x in enumerate(leaves):
+            key: object
+            if isinstance(x, Tensor):
+                if (
+                    x.layout is not torch.strided
+                    or x.device.type != "cpu"
+                    or x.untyped_storage().resizable()
+                ):
+                    continue
+                key = (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
+                last = self._copies.get(key)
+                copy = last if isinstance(last, Tensor) and torch.equal(last, x) else x.clone()
+            elif isinstance(x, np.ndarray):
+                key, copy = i, x.copy()
+            else:
+                continue
+            copies[key] = leaves[i] = copy
+            changed = True
+        self._copies = copies
+        return tree.with_leaves(entry, leaves) if changed else entry
+
+
 class BatchIterator(Batches):
     """An iterator, drawn from once; if wanted, each entry is kept from then on."""
 
@@ -135,6 +178,7 @@ class BatchIterator(Batches):
         # Shared by the copies of this object, as the iterator is.
         self.position = [0]
         self._ahead: list[tuple[object, bool]] = []
+        self._own = _OwnMemory()
 
     def times(self) -> Iterable[int]:
         return (
@@ -180,6 +224,7 @@ class BatchIterator(Batches):
                 f"steps={self.steps}, but the iterator of batches ended after {t}"
             ) from None
         check_constant(entry, f"batch {t}")
+        entry = self._own.of(entry)
         self.position[0] += 1
         if self.keeping:
             self.kept[t] = entry, RandomState.now() if drew else None
@@ -226,10 +271,10 @@ def batches_of(given: object, steps: int | None) -> Batches:
     return BatchList(given, total) if isinstance(given, list) else StackedBatches(given, total)
 
 
-def check_constant(batches: object, name: str = "batches") -> None:
-    """Raise if a tensor requires grad."""
+def check_constant(batches: object, name: str = "batches", outside: bool = False) -> None:
+    """Raise if a tensor requires grad, with ``outside`` also where a transform hides it."""
     for path, t in tree.named_tensors(batches, name):
-        if t.requires_grad:
+        if torch_private.has_derivative(t) if outside else t.requires_grad:
             raise InvalidInputError(
                 f"{path} requires grad, but batches are constants of the derivative: put that "
                 "tensor into hyper, let batches be indices into it, or detach it"

@@ -44,6 +44,7 @@ class Carry(NamedTuple):
         )
         return Carry(params, state, buffers, self.random_state, self.time)
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([Carry])
 

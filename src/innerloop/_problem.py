@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
+    Hook,
     check_graph,
     finish,
     inner_gradient,
@@ -21,7 +23,12 @@ from innerloop._inner_gradient.gradient import (
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module import view as module
-from innerloop._module.checks import check_names, refusing_recomputation
+from innerloop._module.checks import (
+    check_names,
+    check_not_inference,
+    refusing_recomputation,
+    refusing_writes,
+)
 from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, may_call_autograd, mode
@@ -35,6 +42,13 @@ from innerloop.optim._groups import Groups
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
 OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any] | None]
+
+
+class _WithTargets(NamedTuple):
+    """A batch, and what ``targets`` made of it."""
+
+    batch: Any
+    targets: Any
 
 
 class Problem:
@@ -57,6 +71,10 @@ class Problem:
             ``optimizer_hyper(hyper, t) -> dict``, for example ``lambda hyper, t: {"lr":
             hyper["log_lr"][t].exp()}``. Default: the optimizer reads nothing; ``()`` says so, for
             an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
+        targets: ``targets(params, hyper, batch)`` computes what a step holds constant (TD targets,
+            a teacher) and is differentiated all the same: it is evaluated outside of the inner
+            derivative, and its result is passed on as ``loss(params, hyper, batch, targets)``. What
+            the loss itself detaches is constant in every derivative.
 
     Example:
         >>> import torch, innerloop
@@ -70,7 +88,12 @@ class Problem:
     """
 
     def __init__(
-        self, loss: Loss, optimizer: Optimizer, *, optimizer_hyper: OptimizerHyper | None = None
+        self,
+        loss: Loss,
+        optimizer: Optimizer,
+        *,
+        optimizer_hyper: OptimizerHyper | None = None,
+        targets: Callable[..., object] | None = None,
     ) -> None:
         if not callable(loss):
             raise InvalidInputError(
@@ -93,14 +116,25 @@ class Problem:
             if optimizer_hyper is None or callable(optimizer_hyper)
             else _ReadByName(optimizer_hyper, optimizer)
         )
+        if targets is not None and not callable(targets):
+            raise InvalidInputError(
+                "targets must be a function targets(params, hyper, batch), got "
+                f"{type(targets).__name__}"
+            )
+        self.targets = targets
         self.view: module.ModuleView | None = None
+        self.original: Problem | None = None
+        """The user's problem, of which this is the copy for one run."""
         self.computed_buffers: set[str] = set()
-        """Buffers that the module computes by differentiable operations.
+        """Buffers that may have a derivative in this run.
 
-        Running statistics are not among them: the norms write those without a graph.
+        They require grad at the start, or the module changes them. Running statistics are not
+        among them: the norms write those without a graph.
         """
+        self._first = False
+        """True until the first loss since `init` is evaluated, on copies of the parameters."""
         self._sparse: set[str] = set()
-        """Parameters whose inner gradient was sparse."""
+        """Parameters whose inner gradient was sparse in this run."""
 
     @classmethod
     def from_module(
@@ -110,20 +144,37 @@ class Problem:
         optimizer: Optimizer,
         *,
         optimizer_hyper: OptimizerHyper | None = None,
+        targets: Callable[..., object] | None = None,
     ) -> Problem:
         """Make a problem from ``loss(model, hyper, batch)``, written with the module itself.
 
         The module's buffers (running statistics) and the random state are threaded through the
         loop; the user's module is not changed. ``params`` of `unroll` is then
         None (all trainable parameters of the module), or a part of
-        ``dict(model.named_parameters())``; other parameters keep the module's values.
+        ``dict(model.named_parameters())``; other parameters keep the module's values. ``targets``
+        is here a function ``targets(model, hyper, batch)``.
         """
-        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper)
+        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper, targets=targets)
         problem.view = module.ModuleView(model)
         return problem
 
+    def for_one_run(self, start: Carry) -> Problem:
+        """Return a copy that notes what is found out in one run; it is forgotten afterwards."""
+        run = copy.copy(self)
+        run.original = self.original or self
+        run._sparse = set()  # noqa: SLF001
+        run.computed_buffers = set()
+        if self.view is not None:
+            run.computed_buffers |= {
+                name
+                for name in self.view.no_statistics
+                if name in start.buffers and torch_private.has_derivative(start.buffers[name])
+            }
+        return run
+
     def init(self, params: Params | Carry | None) -> Carry:
         """Return the carry before the first step; a carry is returned as it is."""
+        self._first = True
         if isinstance(params, Carry):
             return params
         if params is None:
@@ -144,11 +195,17 @@ class Problem:
                     f"params[{name!r}] has dtype {p.dtype}, which has no gradient: hand it in as "
                     "a batch or in hyper"
                 )
+            check_not_inference(f"params[{name!r}]", p)
         buffers: dict[str, Tensor] = {}
         if self.view is not None:
             check_names(params, self.view.source)
             buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
+
+    def first_since_init(self) -> bool:
+        """Return True at the first call since `init`: what is evaluated then may be the user's."""
+        first, self._first = self._first, False
+        return first
 
     def trainable_params(self) -> dict[str, Tensor]:
         """Return the trainable parameters of the module that was given to `from_module`."""
@@ -172,15 +229,21 @@ class Problem:
 
         If second derivatives will be taken, operations that lack them are replaced meanwhile.
         """
+        more: tuple[object, ...] = ()
+        if self.targets is not None:
+            given = batch
+            if not isinstance(given, _WithTargets):
+                given, buffers = self.with_targets(params, buffers, hyper, batch)
+            assert isinstance(given, _WithTargets)
+            batch, more = given.batch, (given.targets,)
         with replacing() if second_order else nullcontext():
             if self.view is None:
-                result, new_buffers = self.loss(params, hyper, batch), dict(buffers)
+                result, new_buffers = self.loss(params, hyper, batch, *more), dict(buffers)
             else:
+                loss_of = self._noting_buffers if self.view.no_statistics else self.loss
                 result, new_buffers = self.view.run(
-                    params, buffers, self.loss, self.view.module, hyper, batch
+                    params, buffers, loss_of, self.view.module, hyper, batch, *more
                 )
-        if self.view is not None and mode() is not Mode.COMPILING:
-            self.computed_buffers.update(n for n, b in new_buffers.items() if b.requires_grad)
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
             loss,
@@ -190,10 +253,48 @@ class Problem:
             new_buffers,
         )
 
+    def with_targets(
+        self, params: Named, buffers: Named, hyper: Any, batch: Any
+    ) -> tuple[Any, Named]:
+        """Return the batch with its targets, outside of the inner derivative, and the buffers."""
+        if self.targets is None:
+            return batch, buffers
+        with replacing():
+            if self.view is None:
+                return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
+            found, new = self.view.run(
+                params, buffers, self.targets, self.view.module, hyper, batch
+            )
+            return _WithTargets(batch, found), new
+
+    def _noting_buffers(self, *args: Any) -> Any:
+        """Evaluate the loss, and note which buffers it has changed.
+
+        A buffer that is computed from constants now may be computed from variables in a replay.
+        """
+        assert self.view is not None
+        if mode() is Mode.COMPILING:
+            return self.loss(*args)
+        before = self.view.read_buffers()
+        versions = {name: torch_private.version(before[name]) for name in self.view.no_statistics}
+        result = self.loss(*args)
+        # Inside a transform the count of changes is that of a wrapper.
+        transformed = mode() is Mode.TRANSFORMED
+        after = self.view.read_buffers()
+        self.computed_buffers.update(
+            name
+            for name, version in versions.items()
+            if transformed
+            or after[name] is not before[name]
+            or torch_private.version(after[name]) != version
+        )
+        return result
+
     def gradient(self, params: Named, buffers: Named, hyper: HyperTree, batch: object) -> Gradient:
         """Return ``(gradient with respect to params, loss, aux, new_buffers)``."""
         taken = self._by_autograd if may_call_autograd() else self._by_transform
         try:
+            batch, buffers = self.with_targets(params, buffers, hyper, batch)
             return taken(params, buffers, hyper, batch)
         except InnerLoopError:
             raise
@@ -215,9 +316,12 @@ class Problem:
 
         # Everything is an argument: a tensor in the closure could not be written in place (buffers)
         # and breaks vmap.
-        grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
-            dict(params), buffers, hyper, batch
-        )
+        first = mode() is not Mode.COMPILING and self.first_since_init()
+        given = {n: p.clone() if first else p for n, p in params.items()}
+        with refusing_writes(given):
+            grads, (loss, aux, new_buffers) = tree.grad_with_aux(objective)(
+                given, buffers, hyper, batch
+            )
         return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(
@@ -232,11 +336,16 @@ class Problem:
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was
             # computed from params.
+            # The first time copies: a loss that writes its parameters would write the user's.
+            first = self.first_since_init()
+            copied = Tensor.clone if first else _alias
             alias = {
-                n: _alias(p) if p.requires_grad else p.detach().requires_grad_()
+                n: copied(p)
+                if p.requires_grad
+                else (p.detach().clone() if first else p.detach()).requires_grad_()
                 for n, p in params.items()
             }
-            with refusing_recomputation():
+            with refusing_recomputation(), refusing_writes(alias):
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
             # Only a loop that something outside asks a derivative of is recorded; else the step is
             # plain training.
@@ -262,11 +371,38 @@ class Problem:
         """Return a gradient for each parameter: zero for those that the loss does not use."""
         if sparse := sparse_ones(found):
             self._sparse |= sparse
-        # Where none is sparse, `finish` need not look again.
-        finished = finish(found, takes_sparse=not sparse or self.optimizer.takes_sparse)
+        finished = finish(
+            found,
+            hooks=self.parameter_hooks(params),
+            # Where none is sparse, `finish` need not look again.
+            takes_sparse=not sparse or self.optimizer.takes_sparse,
+        )
         return {
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
+
+    def check_overrides(self, hyper: HyperTree, t: int) -> None:
+        """Raise, before the first step, if ``optimizer_hyper`` gives what the optimizer lacks."""
+        given = self.overrides(hyper, t)
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidInputError(
+                f"optimizer_hyper(hyper, t) returned {type(given).__name__}: write a dict by name, "
+                'lambda hyper, t: {"lr": hyper["lr"]}'
+            )
+        known = hyper_names(self.optimizer)
+        for name in given or ():
+            if known is not None and name not in known:
+                raise InvalidInputError(
+                    f"optimizer_hyper(hyper, t) gives {name!r}, but {self.optimizer!r} has "
+                    f"{', '.join(known)}"
+                )
+
+    def parameter_hooks(self, params: Named) -> list[tuple[str, Hook]]:
+        """Return the hooks of the module's own parameters, which training runs on gradients."""
+        if self.view is None:
+            return []
+        own = self.view.source
+        return [(n, hook) for n in params for hook in torch_private.gradient_hooks(own[n])]
 
     def overrides(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Return the optimizer's hyper-parameters at step t; None for its own."""

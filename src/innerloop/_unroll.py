@@ -43,7 +43,8 @@ def unroll(
             while lists and stacked tensors, ``save_at``, ``Trajectory.at`` and ``losses`` count
             from this call.
         batches: the data, constant for the derivative: a list (one entry per step); a pytree of
-            tensors (a tensor, tuple, dict, NamedTuple) stacked over steps; a pure function
+            tensors (a tensor, tuple, dict, NamedTuple) stacked over steps, whose first dimension is
+            T, not the size of a data set; a pure function
             ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a generator, a
             ``DataLoader``), whose length need not be known.
         hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``. The optimizer
@@ -103,6 +104,10 @@ def unroll(
     report = reporter(progress)
     with restored_on_error(), closing(report):
         start = problem.init(params)
+        if problem.optimizer_hyper is not None and data.steps != 0 and mode() is Mode.EAGER:
+            problem.check_overrides(hyper, start.time)
+        if mode() is not Mode.COMPILING:
+            problem = problem.for_one_run(start)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
         if eager and torch.is_grad_enabled():

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from tests.fuzz.losses import LOSSES
 from tests.fuzz.verdict import SILENT, Verdict
 
-
 KNOWN: dict[str, Callable[[Verdict], bool]] = {
     "hooks change the step's gradient": lambda v: LOSSES[v.case.loss].hooks,
     "mixed products with a padding row": lambda v: (
@@ -18,9 +17,6 @@ KNOWN: dict[str, Callable[[Verdict], bool]] = {
         and "product='mixed'" in repr(v.case.strategy)
         and v.case.family in ("embedding", "multi-head attention", "transformer", "lstm", "gru")
     ),
-    "attributes of the user's module": lambda v: v.reason == "changes the user's model: seen",
-    "buffers changed in place": lambda v: "inplace operation" in v.reason,
-    "buffers that require grad": lambda v: "running_mean" in v.reason,
     "a continued schedule restarts": lambda v: (
         v.case.options.get("pieces") == 2 and v.case.schedule != 1
     ),

@@ -18,6 +18,7 @@ from innerloop._inner_gradient.callback import call_back
 from innerloop._inner_gradient.graph import check_graph as check_graph
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
+from innerloop._utils.inner_pass import inner_pass
 from innerloop.errors import InnerLoopError
 from innerloop.optim._engine.grads import dense, is_sparse
 
@@ -57,9 +58,10 @@ def inner_gradient(
     if gate is not None:
         before, gate.closed = gate.closed, False
     try:
-        values = torch.autograd.grad(
-            loss, list(params.values()), create_graph=create_graph, allow_unused=True
-        )
+        with inner_pass():
+            values = torch.autograd.grad(
+                loss, list(params.values()), create_graph=create_graph, allow_unused=True
+            )
     except InnerLoopError:
         raise
     except RuntimeError as error:

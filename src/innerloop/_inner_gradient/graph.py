@@ -25,6 +25,13 @@ COMPILED = (
     "innerloop.metagradient(..., compile=True)"
 )
 
+_REENTRANT = (
+    "the loss was computed under activation checkpointing with use_reentrant=True "
+    "(torch.utils.checkpoint; gradient_checkpointing_enable() of older packages), which hides the "
+    "parameters inside of it: they would not be trained, without an error. Switch checkpointing "
+    "off inside the loop"
+)
+
 
 def check_graph(
     ends: Iterable[Tensor], params: Iterable[Tensor], *, second_order: bool
@@ -51,6 +58,8 @@ def check_graph(
         kind = type(node).__name__
         if kind == "AccumulateGrad":
             leaves.append(node.variable)
+        elif kind.startswith("CheckpointFunction"):
+            raise NotDifferentiableError(_REENTRANT)
         elif second_order and kind.startswith("CompiledFunction"):
             raise NotDifferentiableError(COMPILED)
         elif (

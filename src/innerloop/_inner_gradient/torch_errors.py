@@ -18,14 +18,20 @@ def explain(error: RuntimeError) -> RuntimeError:
         return error
     text = str(error)
     cures = {
+        "nference tensor": "a tensor was made under torch.inference_mode (data, a buffer, a weight "
+        "of the model): write tensor.clone() outside of that mode, or make it under torch.no_grad",
         "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the "
         "loss: switch it off",
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
         "b).square().mean() for mse_loss",
         "vmap: inplace": BATCHED,
+        "modified by an inplace operation": "a tensor that a step had used was written in place "
+        "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
         "Batch norm got a batched tensor": BATCHED,
         "saved tensor "
-        "hooks": "activation checkpointing (torch.utils.checkpoint) inside the loss: switch it off",
+        "hooks": "activation checkpointing (torch.utils.checkpoint) or other saved-tensor hooks, "
+        "inside the loss or around a loop that is differentiated by torch.func: switch it off (or "
+        "write use_reentrant=True around the loop)",
         "Cannot access data "
         "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
         "of vmap, or pad",

@@ -13,6 +13,7 @@ from innerloop._inner_gradient.graph import refuse_own_functions
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
 from innerloop._metagradient.unreached import Unreached
+from innerloop._module.checks import check_not_inference
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
@@ -101,6 +102,9 @@ def metagradient(
         params = problem.trainable_params()
     if not isinstance(params, (Mapping, Carry)):
         problem.init(params)  # raises, and says what params must be
+    for name, p in (params.params if isinstance(params, Carry) else params).items():
+        if isinstance(p, Tensor):
+            check_not_inference(f"params[{name!r}]", p)
 
     unreached = Unreached(problem, hyper if "hyper" in names else None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
 @contextmanager
 def refusing_recomputation() -> Iterator[None]:
-    """Refuse saved-tensor hooks.
+    """Refuse saved-tensor hooks that begin inside.
 
-    A checkpointed forward would be recomputed later, when a module has other weights.
+    A checkpointed forward would be recomputed later, when a module has other weights. Hooks around
+    the whole loop stay: checkpointing of a layer that has the loop inside repeats all of it.
     """
     message = "innerloop refuses saved tensor hooks here"
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(message):
+        with torch_private.refusing_saved_tensors_hooks(message):
             yield
     except RuntimeError as error:
         if message not in str(error):
@@ -30,9 +32,45 @@ def refusing_recomputation() -> Iterator[None]:
         raise NotDifferentiableError(
             "activation checkpointing (torch.utils.checkpoint) inside a function of parameters: "
             "it would be recomputed with other "
-            "weights, switch it off. (Other saved-tensor hooks, save_on_cpu for example, are "
-            "refused with it.)"
+            "weights, switch it off. (Other saved-tensor hooks that begin there are refused with "
+            "it; write save_on_cpu around the whole loop, or "
+            'strategy=innerloop.Checkpointed(offload="cpu").)'
         ) from error
+
+
+def versions_of(params: Mapping[str, Tensor]) -> list[int]:
+    """Count for each tensor how often it has been written in place."""
+    return [
+        0 if x.is_inference() else torch_private.version(x)
+        for x in map(torch_private.innermost, params.values())
+    ]
+
+
+@contextmanager
+def refusing_writes(params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Raise if one of ``params`` is written in place inside the block."""
+    if mode() is Mode.COMPILING:
+        yield
+        return
+    before = versions_of(params)
+    yield
+    for name, was, now in zip(params, before, versions_of(params), strict=True):
+        if was != now:
+            raise InvalidInputError(
+                f"the loss writes the parameter {name!r} in place (a forward pass that clips its "
+                "weight under no_grad or .data): that is not a function of the parameters, and "
+                "the derivative would take it for a constant added. Write it in the forward pass "
+                "out of place: torch.clamp(self.weight, -1, 1)"
+            )
+
+
+def check_not_inference(what: str, tensor: Tensor) -> None:
+    """Raise if a tensor was made under ``torch.inference_mode``."""
+    if mode() is not Mode.COMPILING and tensor.is_inference():
+        raise InvalidInputError(
+            f"{what} was made under torch.inference_mode, and has no gradient: write "
+            "tensor.clone() outside of that mode, or make it under torch.no_grad"
+        )
 
 
 def check_module(model: object) -> None:
@@ -111,3 +149,31 @@ def _named(
         for name, tensor in _named(module, listing):
             seen.setdefault(id(tensor), (f"{key}.{name}", tensor))
     return list(seen.values())
+
+
+def by_name(listed: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors by name; raise if two have the same one."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in listed:
+        if named.setdefault(name, tensor) is not tensor:
+            raise InvalidInputError(
+                f"two tensors of the model are called {name!r}, and one of them would never be "
+                "trained: give the modules other keys, without a dot"
+            )
+    return named
+
+
+def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """List the modules of a tree, each once, without a method that a user's class may override."""
+    top = {"": model} if isinstance(model, nn.Module) else model
+    seen: set[int] = set()
+    stack = [(f"{key}." if key else "", module) for key, module in reversed(list(top.items()))]
+    while stack:
+        prefix, found = stack.pop()
+        module = torch_private.uncompiled(found)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield prefix, module
+        children = torch_private.module_table(module).items()
+        stack.extend((f"{prefix}{k}.", m) for k, m in reversed(list(children)) if m is not None)

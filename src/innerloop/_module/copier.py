@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
-from collections import OrderedDict, deque
-from collections.abc import ItemsView
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import ItemsView, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from innerloop._module.checks import check_module, refuse_clipping
 from innerloop._utils import torch_private, tree
+from innerloop._utils.inner_pass import InnerHook, is_inner_pass
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
@@ -24,18 +26,35 @@ def plain(module: nn.Module) -> nn.Module:
     return torch_private.uncompiled(module)
 
 
-_PLAIN = (bool, int, float, str, type(None), torch.Tensor, torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_CONTAINERS = (
+    *(list, tuple, set, frozenset, dict),
+    *(OrderedDict, defaultdict, Counter, deque),
+)
+_ARRAYS = {("numpy", "ndarray"), ("builtins", "bytearray")}
 _TABLES = {key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))} - set(
     torch_private.TENSOR_TABLES
 )
 Place = tuple[Any, Any]  # a container and the key under which a tensor stands in it
 
 
-class Gate:
-    """Whether a backward pass may read the newest parameters."""
+GONE = (
+    "the parameter {0!r} is taken out of the module inside the loop, as weight_norm, "
+    "spectral_norm, other parametrizations and pruning do: apply them to the model before the loop "
+    "begins"
+)
 
-    def __init__(self) -> None:
+
+class Gate:
+    """Whether a backward pass may read the newest parameters.
+
+    Args:
+        snapshots: True if copies of the module hold parameters of their own.
+    """
+
+    def __init__(self, snapshots: bool = True) -> None:
         self.closed = False
+        self.snapshots = snapshots
         self.home = (
             torch_private.backward_pass()
         )  # a loop may run inside a backward pass, and is at home in that one
@@ -87,11 +106,57 @@ class _Unreadable(Tensor):
         setattr(vars(self)["_innerloop_parameter"], name, value)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [x for x in tree.leaves((args, kwargs or {})) if isinstance(x, cls)]
         raise refusal(vars(given[0])["_innerloop_name"] if given else "?")
+
+
+class _CopiedParameter(Tensor):
+    """A parameter in a copy of ``loop.model``; ``requires_grad_(False)`` cuts it off."""
+
+    _is_param = True
+    # As for nn.Parameter: operations give plain tensors.
+    __torch_function__ = torch_private.NO_TORCH_FUNCTION  # type: ignore[assignment]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """Detach from the loop, or leave the tensor as it is."""
+        return self if requires_grad else self.detach_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return another copy, connected as well."""
+        if id(self) not in memo:
+            memo[id(self)] = (
+                _Connect.apply(self)
+                if self.requires_grad
+                else nn.Parameter(self.detach().clone(), requires_grad=False)
+            )
+        copied: Tensor = memo[id(self)]
+        return copied
+
+
+class _Connect(torch.autograd.Function):
+    """A copy that is a constant of the inner gradient, as in PyTorch, and not of the outer one."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        copied = torch_private.of_class(_CopiedParameter, value.detach().clone())
+        # It shares the count of changes, and is no cycle.
+        ctx.copied = copied.detach()
+        ctx.version = torch_private.version(ctx.copied)
+        return copied
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor | None:
+        if is_inner_pass():
+            return None
+        if torch_private.version(ctx.copied) != ctx.version:
+            raise NotDifferentiableError(
+                "the outer loss uses a copy of loop.model (copy.deepcopy, AveragedModel) whose "
+                "parameters were changed in place after it was made, which no gradient follows: "
+                "use loop.model, or compute the averages from loop.parameters(time=t) and call "
+                "torch.func.functional_call(model, averages, x)"
+            )
+        return grads[0]
 
 
 class _Parameters(dict[str, Any]):
@@ -106,10 +171,23 @@ class _Parameters(dict[str, Any]):
     def __init__(self, table: dict[str, Any], gate: Gate) -> None:
         super().__init__(table)
         self.gate = gate
+        self.checkpointed: dict[str, tuple[object, int]] = {}
+        """What was read in checkpointed forward passes: the tensor and its version, None if two."""
 
     def __getitem__(self, name: str) -> Any:
         found = super().__getitem__(name)
-        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
+        if not self.gate.closed:
+            return found
+        if torch_private.inside_saved_tensors_hooks() and isinstance(found, Tensor):
+            now = (found, torch_private.version(found))
+            seen = self.checkpointed.get(name)
+            same = seen is not None and seen[0] is found and seen[1] == now[1]
+            if not self.gate.refuses():
+                self.checkpointed[name] = now if seen is None or same else (None, 0)
+            elif same:
+                # A repetition reads what the checkpointed forward pass has read.
+                return found
+        if self.gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
 
@@ -118,11 +196,25 @@ class _Parameters(dict[str, Any]):
         refuse_clipping()
         return super().items()
 
+    def __delitem__(self, name: str) -> None:
+        """Delete a frozen parameter, which adapters register anew; refuse a trained one."""
+        value = super().__getitem__(name)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise InvalidInputError(GONE.format(name))
+        super().__delitem__(name)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        """Return a snapshot of the values, as parameters, for a copy of the module."""
+        """Return a snapshot of the values, for a copy of the module.
+
+        What is trained stays connected to the loop for an outer loss; the rest are parameters.
+        """
         for p in self.values():
             if isinstance(p, Tensor) and id(p) not in memo:
-                memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                memo[id(p)] = (
+                    nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                    if self.gate.snapshots or not p.requires_grad
+                    else _Connect.apply(p)
+                )
         return {name: None if p is None else memo[id(p)] for name, p in self.items()}
 
 
@@ -135,13 +227,19 @@ def _is_empty(cell: types.CellType) -> bool:
 
 
 class _Copier:
-    """A copier of module trees that shares all tensors.
+    """A copier of module trees that shares parameters, buffers and tensors that require grad.
 
+    Other tensors, NumPy arrays and the usual containers are copied: a forward pass may write them.
     It remembers where each parameter and buffer stands in the copies.
+
+    Args:
+        gate: tells when a backward pass must not read the parameters.
+        registered: the parameters and buffers.
     """
 
-    def __init__(self, gate: Gate | None) -> None:
+    def __init__(self, gate: Gate | None, registered: Iterable[Tensor]) -> None:
         self.gate = gate
+        self.registered = {id(x) for x in registered}
         self.done: dict[int, Any] = {}
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
@@ -149,9 +247,13 @@ class _Copier:
         self.inside: set[int] = set()  # the modules of the model, for functions that capture them
 
     def copy(self, obj: object) -> Any:
-        """Copy modules and containers that hold modules or parameters; return all else as it is."""
+        """Copy modules, containers, arrays and constant tensors; return all else as it is."""
+        if type(obj) in _PLAIN:
+            return obj
         if id(obj) in self.done:
             return self.done[id(obj)]
+        if type(obj) is Tensor or (type(obj).__module__, type(obj).__name__) in _ARRAYS:
+            return self._constant(obj)
         if isinstance(obj, nn.Module):
             inner = plain(obj)
             return self._module(obj) if inner is obj else self.copy(inner)
@@ -164,9 +266,17 @@ class _Copier:
             return functools.partial(func, *args, **keywords) if changed else obj
         if isinstance(obj, types.FunctionType):
             return self._function(obj)
-        if type(obj) in (list, tuple, set, frozenset, dict, OrderedDict, deque):
+        if type(obj) in _CONTAINERS:
             return self._container(obj)
         return obj
+
+    def _constant(self, obj: Any) -> Any:
+        """Return a copy of a tensor or array, unless it is registered or has a derivative."""
+        if id(obj) in self.registered or (isinstance(obj, Tensor) and obj.requires_grad):
+            return obj
+        self.keep.append(obj)
+        new = self.done[id(obj)] = obj.clone() if isinstance(obj, Tensor) else obj.copy()
+        return new
 
     def places_of(self, name: str, tensor: Tensor) -> list[Place]:
         """Return the places at which ``tensor`` stands in the copies."""
@@ -198,6 +308,10 @@ class _Copier:
                 own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
+                if id(value) in self.registered:
+                    self.places.setdefault(id(value), []).append((own, key))
+        if torch_private.backward_hooks(new):
+            torch_private.wrap_backward_hooks(new, InnerHook)
         torch_private.forget_compiled_call(new)
         return new
 
@@ -227,8 +341,8 @@ class _Copier:
         self.keep.append(function)
         filled = [cell for cell in cells if not _is_empty(cell)]
         contents = {id(cell): self._captured(cell.cell_contents) for cell in filled}
-        defaults = self.copy(function.__defaults__)
-        keywords = self.copy(function.__kwdefaults__)
+        defaults = self._captured(function.__defaults__)
+        keywords = self._captured(function.__kwdefaults__)
         changed = {id(c) for c in filled if contents[id(c)] is not c.cell_contents}
         if (
             not changed
@@ -249,16 +363,37 @@ class _Copier:
         return new
 
     def _captured(self, content: Any) -> Any:
-        """Copy what a function has captured, unless that is a module outside of the model."""
-        inside = not isinstance(content, nn.Module) or id(content) in self.inside
-        return self.copy(content) if inside else content
+        """Copy what a function has captured if it holds modules of the model; else it is shared."""
+        return self.copy(content) if self._holds_modules(content, set()) else content
+
+    def _holds_modules(self, content: object, seen: set[int]) -> bool:
+        """True if ``content`` is a part of the model, or a container or function that holds one."""
+        if isinstance(content, nn.Module):
+            return id(content) in self.inside
+        if type(content) in _PLAIN or id(content) in seen:
+            return False
+        seen.add(id(content))
+        parts: list[object] = []
+        if type(content) in _CONTAINERS:
+            parts = list(content.values() if isinstance(content, dict) else content)  # type: ignore[call-overload]
+        elif isinstance(content, types.FunctionType):
+            cells = content.__closure__ or ()
+            parts = [cell.cell_contents for cell in cells if not _is_empty(cell)]
+            parts += [content.__defaults__, content.__kwdefaults__]
+        elif isinstance(content, types.MethodType):
+            parts = [content.__self__]
+        elif isinstance(content, functools.partial):
+            parts = [content.func, content.args, content.keywords]
+        return any(self._holds_modules(part, seen) for part in parts)
 
     def _container(self, obj: Any) -> Any:
         """Return a container with copied elements, or the container itself if none was copied."""
         if id(obj) in self.done:
             return self.done[id(obj)]
-        self.done[id(obj)] = obj  # a container that holds itself ends here
         self.keep.append(obj)
+        changeable = type(obj) not in (tuple, frozenset)
+        # A container that holds itself ends here.
+        self.done[id(obj)] = new = copy.copy(obj) if changeable else obj
         items = list(obj.items()) if isinstance(obj, dict) else list(enumerate(obj))
         copied = [(key, self.copy(value)) for key, value in items]
         # Inside loop.model, which may be copied for a loop inside a loop, parameters are plain
@@ -266,15 +401,19 @@ class _Copier:
         kept = [
             (key, value)
             for key, value in items
-            if isinstance(value, nn.Parameter) or id(value) in self.places
+            if isinstance(value, nn.Parameter) or id(value) in self.registered
         ]
-        has_parameter = bool(kept)
-        if not has_parameter and all(a[1] is b[1] for a, b in zip(items, copied, strict=True)):
-            return obj
-        new = (
-            type(obj)(copied) if isinstance(obj, dict) else type(obj)(value for _, value in copied)
-        )
-        self.done[id(obj)] = new
+        same = all(a[1] is b[1] for a, b in zip(items, copied, strict=True))
+        if not changeable:
+            if same and not kept:
+                return obj
+            self.done[id(obj)] = new = type(obj)(value for _, value in copied)
+        elif not same and isinstance(obj, set):
+            new.clear()
+            new.update(value for _, value in copied)
+        elif not same:
+            for key, value in copied:
+                new[key] = value
         for key, value in kept:
             self.places.setdefault(id(value), []).append((new, key))
         return new

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innerloop._module.checks import check_names, refusing_recomputation
+from innerloop._module.checks import check_names, refusing_recomputation, versions_of
 from innerloop._module.view import ModuleView
 from innerloop._utils.execution import Mode, mode
+from innerloop.errors import InvalidInputError
 from innerloop.nn._mode import replacing
 
 
@@ -34,6 +35,7 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         tensor([43.])
     """
     view = ModuleView(model)
+    pure: set[tuple[bool, ...]] = set()  # modes in which a call has left its parameters alone
 
     def call(
         params: Mapping[str, Tensor],
@@ -54,8 +56,20 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         kwargs: Mapping[str, object],
     ) -> Any:
         kept = view.source_buffers if buffers is None else buffers
+        modes = tuple(view.training)
+        compiling = mode() is Mode.COMPILING
+        copied = not compiling and modes not in pure
+        given = {n: p.clone() for n, p in params.items()} if copied else params
+        versions = [] if compiling else versions_of(given)
         with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():
-            output, new_buffers = view.run(params, kept, view.module, *args, **kwargs)
+            output, new_buffers = view.run(given, kept, view.module, *args, **kwargs)
+        if not compiling and versions_of(given) == versions:
+            pure.add(modes)
+        elif not copied and not compiling:
+            raise InvalidInputError(
+                "the module's forward pass writes its parameters in place, and did not at its "
+                "first call: write a clamp or a norm of the weight out of place"
+            )
         return output if buffers is None else (output, new_buffers)
 
     params = {name: p.detach().clone() for name, p in view.source.items()}

@@ -9,11 +9,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from innerloop._module.checks import check_module, named_buffers, named_parameters
-from innerloop._module.copier import Gate, _Copier, plain, refusal
-from innerloop._utils import torch_private
+from innerloop._module.checks import (
+    by_name,
+    check_module,
+    in_tables,
+    named_buffers,
+    named_parameters,
+)
+from innerloop._module.copier import GONE, Gate, _Copier, plain, refusal
+from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
+
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 class ModuleView:
@@ -31,6 +42,8 @@ class ModuleView:
     Attributes:
         module: the copy.
         source, source_buffers: the user's own parameters and buffers by name.
+        statistics: the names of the running statistics of batch and instance norms, which PyTorch
+            does not differentiate.
     """
 
     def __init__(
@@ -41,9 +54,12 @@ class ModuleView:
                 f"expected an nn.Module, or a dict of modules, got {type(model).__name__}"
             )
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
-        copier = _Copier(gate)
         for module in modules.values():
             check_module(module)
+        source = by_name(named_parameters(model))
+        source_buffers = by_name(named_buffers(model))
+        source, source_buffers = _as_they_stand(model, source, source_buffers)
+        copier = _Copier(gate, [*source.values(), *source_buffers.values()])
         copier.inside = {id(part) for module in modules.values() for part in module.modules()}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
@@ -51,14 +67,25 @@ class ModuleView:
         self._gate = gate
         self._training: list[bool] | None = None
         self._lock = threading.RLock()
-        self.source = dict(named_parameters(model))
-        self.source_buffers = dict(named_buffers(model))
+        self.source, self.source_buffers = source, source_buffers
         for name, p in self.source.items():
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise InvalidInputError(
                     f"parameter {name!r} is not initialised yet: call the (lazy) model once on an "
                     "example batch"
                 )
+        self.statistics = {
+            prefix + key
+            for prefix, module in in_tables(model)
+            if isinstance(module, _NORMS)
+            for key in torch_private.buffer_table(module)
+        }
+        self.no_statistics = [
+            name
+            for name, b in self.source_buffers.items()
+            if tree.differentiable(b) and name not in self.statistics
+        ]
+        """Buffers that may have a derivative: kernels write running statistics without one."""
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
@@ -97,7 +124,12 @@ class ModuleView:
         """Return the parameters as they are now (the user may have edited or replaced one)."""
         if self._gate is not None and self._gate.refuses():
             raise refusal(next(iter(self.parameters), ""))
-        return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        try:
+            return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+        except KeyError:
+            pass
+        gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])
+        raise InvalidInputError(GONE.format(gone.rpartition(".")[2]))
 
     def read_buffers(self) -> dict[str, Tensor]:
         """Return the buffers as they are now."""
@@ -114,6 +146,15 @@ class ModuleView:
         for name, tensor in tensors.items():
             for container, key in self.buffers[name]:
                 container[key] = tensor
+
+    def renew_written_buffers(self) -> dict[str, Tensor]:
+        """Put a copy in the place of each buffer that was written in place; return those.
+
+        The graph of a step may hold the tensor that was written; it stays as it is from now on.
+        """
+        written = {n: b for n, b in self.read_buffers().items() if torch_private.version(b)}
+        self.write_buffers({name: buffer.clone() for name, buffer in written.items()})
+        return written
 
     def run(
         self,
@@ -153,6 +194,28 @@ class ModuleView:
         finally:
             self.write({name: own[name] for name in params})
             self.write_buffers(own_buffers)
+
+
+def _as_they_stand(
+    model: nn.Module | Mapping[str, nn.Module],
+    params: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return parameters and buffers as listed, or as they stand in the modules' tables.
+
+    A module may register its parameters anew whenever its modules are listed (adapters do); what
+    was listed is then not in it any more.
+    """
+    kinds = (torch_private.parameter_table, torch_private.buffer_table)
+    tables: list[list[tuple[str, Tensor]]] = [[], []]
+    for prefix, module in in_tables(model):
+        for listed, table in zip(tables, kinds, strict=True):
+            listed.extend((prefix + k, t) for k, t in table(module).items() if t is not None)
+    standing = {id(t) for listed in tables for _, t in listed}
+    if all(id(t) in standing for t in (*params.values(), *buffers.values())):
+        return params, buffers
+    found = [by_name({id(t): (n, t) for n, t in reversed(x)}.values()) for x in tables]
+    return {n: found[0][n] for n in params}, {n: found[1][n] for n in buffers}
 
 
 def keep_running_statistics(view: ModuleView) -> None:

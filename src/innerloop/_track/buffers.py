@@ -16,15 +16,19 @@ class BufferSnapshots:
 
     Args:
         view: whose buffers are copied.
+        renew: put another tensor in the place of a buffer that was written in place, whose old
+            tensor the graph of a step may hold.
     """
 
-    def __init__(self, view: ModuleView) -> None:
+    def __init__(self, view: ModuleView, renew: bool) -> None:
         self._view = view
+        self._renew = renew
         self._seen: dict[str, tuple[Tensor, int, Tensor]] = {}
 
     def take(self) -> dict[str, Tensor]:
         """Return copies of the buffers as they are now."""
         taken = {}
+        written = self._view.renew_written_buffers() if self._renew else {}
         for name, buffer in self._view.read_buffers().items():
             seen = self._seen.get(name)
             # F.batch_norm writes running statistics without counting it in the version, so small
@@ -35,7 +39,9 @@ class BufferSnapshots:
                 and seen[1] == torch_private.version(buffer)
                 and buffer.numel() > _LARGE
             )
-            if seen is None or not unchanged:
+            if name in written:
+                seen = self._seen[name] = (buffer, 0, written[name])
+            elif seen is None or not unchanged:
                 seen = self._seen[name] = (buffer, torch_private.version(buffer), buffer.clone())
             taken[name] = seen[2]
         return taken

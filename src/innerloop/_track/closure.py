@@ -45,6 +45,8 @@ def evaluate_at(
         # An alias: the gradient is taken where a line search looks, not where the step started.
         alias = {n: _alias(p) for n, p in trial.items()}
         view.write(alias)
+        # A step evaluates several times, and the graph of each may hold the buffers it wrote.
+        view.renew_written_buffers()
         try:
             with refusing_backward(trial.values(), view.source.values()):
                 loss = check(closure())

@@ -24,8 +24,9 @@ from innerloop._inner_gradient.gradient import (
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._module.checks import check_names
-from innerloop._module.copier import Gate
+from innerloop._inner_gradient.torch_errors import explain
+from innerloop._module.checks import check_names, check_not_inference
+from innerloop._module.copier import GONE, Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
@@ -80,7 +81,7 @@ class TrackedLoop:
         self._second_order = learn != "nothing" and not first_order
         self._edits = EditWatch()
         self._kernels = replace.LoopMode(self._edits) if self._second_order else None
-        self._gate = Gate()
+        self._gate = Gate(snapshots=learn == "nothing")
         self._view = ModuleView(model, self._gate)
         if self._second_order:
             keep_running_statistics(self._view)
@@ -109,6 +110,9 @@ class TrackedLoop:
         )
         self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
+        for name, p in {**own, **given}.items():
+            if name not in self._frozen:
+                check_not_inference(f"the parameter {name!r}", p)
         self._cut = GraphCut(learn)
         with torch.enable_grad():
             start = time_zero(own, given, self._frozen, learn, self._cut)
@@ -121,7 +125,7 @@ class TrackedLoop:
             {name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()}
         )
         state = self._optimizer.init({name: own[name] for name in self._names})
-        self._buffers = BufferSnapshots(self._view)
+        self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._past: dict[int, list[int]] = {}
         self._steps = 0
@@ -164,6 +168,12 @@ class TrackedLoop:
                 raise refused from error
             if (clearer := explained(error, self._view.source)) is not None:
                 raise clearer from error
+        if isinstance(error, RuntimeError) and "nference tensor" in str(error):
+            raise explain(error) from error
+        # Pruning registers "weight_orig" before it takes the weight out.
+        if isinstance(error, TypeError) and "_orig' (torch.nn.Parameter" in str(error):
+            name = str(error).split("parameter '")[-1].split("_orig'")[0]
+            raise InvalidInputError(GONE.format(name)) from error
         if kind is None and self._second_order and not watched:
             self._placed.check(self._view.read())
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
@@ -244,6 +254,8 @@ class TrackedLoop:
                 )
             before = self._states[self._steps].optimizer_state
             updated, state = self._optimizer.update(grads, before, params, overrides, **more)
+            # One that was skipped may be edited in place later; the times before must not change.
+            updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
         if not self._cut.reached:
             self._cut.note_outside_leaves(updated.values(), current.values())
         # Clone: a fused loss shares storage with the whole batch's output.
@@ -502,7 +514,7 @@ class TrackedLoop:
         for name in self._trained:
             # A parameter that was taken away is None.
             if isinstance(current[name], Tensor) and not is_finite(current[name]):
-                raise NonFiniteError(self._not_finite(f"parameter {name!r} of loop.model"))
+                raise NonFiniteError(self.not_finite(f"parameter {name!r} of loop.model"))
 
     def _watch(self, params: Params) -> None:
         """Look once at the outer gradient, where it arrives at ``params``."""
@@ -513,14 +525,14 @@ class TrackedLoop:
             if not all_finite(g for g in grads if g is not None):
                 loop, what = this(), f"the outer gradient that arrives at {name!r}"
                 raise NonFiniteError(
-                    f"{what} is not finite" if loop is None else loop._not_finite(what)
+                    f"{what} is not finite" if loop is None else loop.not_finite(what)
                 )
 
         for name, p in params.items():
             if p.grad_fn is not None:
                 p.grad_fn.register_prehook(partial(look, name))
 
-    def _not_finite(self, what: str) -> str:
+    def not_finite(self, what: str) -> str:
         """Say which step was the first after which parameters are not finite."""
         first = next(
             (

@@ -41,6 +41,7 @@ class RandomState(NamedTuple):
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([RandomState])
 

@@ -100,9 +100,7 @@ def derivative_levels() -> int:
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = torch._C._functorch.TransformType
     levels = sum(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
-    return levels + (
-        _forward_level() and not any(level.key() == kinds.Jvp for level in stack)
-    )
+    return levels + (_forward_level() and not any(level.key() == kinds.Jvp for level in stack))
 
 
 def is_once_differentiable(node: object) -> bool:
@@ -175,6 +173,28 @@ def no_saved_tensors_hooks() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
+
+
+@contextmanager
+def refusing_saved_tensors_hooks(message: str) -> Iterator[None]:
+    """Raise a RuntimeError with ``message`` where hooks on saved tensors begin inside the block.
+
+    The public ``disable_saved_tensors_hooks`` refuses those that are there already, too.
+    """
+    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_disable(message, False)
+    try:
+        yield
+    finally:
+        if before is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(before, False)
+
+
+def inside_saved_tensors_hooks() -> bool:
+    """True if hooks on saved tensors are active, as in a checkpointed forward or its repetition."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -382,6 +402,40 @@ def forward_mode() -> bool:
     No public query exists.
     """
     return not torch.compiler.is_compiling() and _forward_level()
+
+
+NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a class of tensors that has none, like that of `nn.Parameter`."""
+
+
+def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
+    """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
+    return Tensor._make_subclass(cls, tensor)
+
+
+def data_getter() -> Any:
+    """Return the function under which a ``TorchFunctionMode`` sees ``tensor.data``."""
+    return vars(torch._C.TensorBase)["data"].__get__
+
+
+def backward_hooks(module: nn.Module) -> bool:
+    """True if a module has hooks that see gradients; they cannot be listed publicly."""
+    return bool(vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"))
+
+
+def wrap_backward_hooks(
+    module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Let each forward call of ``module`` register ``wrap(hook)`` in place of its hooks."""
+
+    def hooks() -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:
+        full, others = type(module)._get_backward_hooks(module)
+        return [wrap(h) for h in full], [wrap(h) for h in others]
+
+    def before() -> list[Callable[..., Any]]:
+        return [wrap(h) for h in type(module)._get_backward_pre_hooks(module)]
+
+    vars(module).update(_get_backward_hooks=hooks, _get_backward_pre_hooks=before)
 
 
 TENSOR_TABLES = ("_parameters", "_buffers")

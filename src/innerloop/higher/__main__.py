@@ -5,12 +5,11 @@ The program is not changed: its ``import higher`` finds `innerloop.higher`.
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from innerloop import higher
 
 _USAGE = """usage: python -m innerloop.higher script.py [arguments]
        python -m innerloop.higher -m module [arguments]
@@ -20,9 +19,8 @@ Runs a program written for the library higher, unchanged, with innerloop.higher 
 
 def stand_in() -> None:
     """Let ``import higher``, and imports of its submodules, find the bridge."""
-    sys.modules["higher"] = higher
-    for name in ("optim", "patch", "utils"):
-        sys.modules[f"higher.{name}"] = getattr(higher, name)
+    for name in ("", ".optim", ".patch", ".utils"):
+        sys.modules[f"higher{name}"] = importlib.import_module(f"innerloop.higher{name}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -128,6 +128,8 @@ class FastWeights:
         self._check(new)
         self._view.write(dict(zip(self._view.parameters, new, strict=True)))
         if self.history:
+            if self.track:
+                self._view.renew_written_buffers()
             self.reach.steps += 1
             self.reach.asked = False
             self.gate.closed = self.track

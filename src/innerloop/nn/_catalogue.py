@@ -29,6 +29,7 @@ from innerloop.nn._replacements import (
     cross_entropy,
     ctc_loss,
     distance,
+    dropout,
     elementary,
     embedding_bag,
     grid_sample,
@@ -43,6 +44,10 @@ from innerloop.nn._replacements import (
 
 NO_SECOND = "it has no second derivative"
 NO_FORWARD = "it has no forward-mode derivative, or none of its gradient"
+BY_LAYOUT = (
+    "in forward mode it drops other entries than in eager code where its input is a transposed "
+    "view, without an error"
+)
 NAN_AT_ZERO = "for a vector of zeros (a padded row) its second derivative is NaN"
 CONSTANT = """
     airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1
@@ -215,6 +220,20 @@ OPERATIONS: tuple[Operation, ...] = (
         else []
     ),
     Operation(
+        "F.dropout",
+        BY_LAYOUT,
+        {F.dropout: dropout.dropout, torch.dropout: dropout.torch_dropout},
+        when=dropout.by_layout,
+        silent=True,
+    ),
+    Operation(
+        "F.alpha_dropout",
+        BY_LAYOUT,
+        {F.alpha_dropout: dropout.alpha_dropout},
+        when=dropout.by_layout,
+        silent=True,
+    ),
+    Operation(
         "F.layer_norm",
         _WRONG_THIRD,
         {F.layer_norm: norm.layer_norm, torch.layer_norm: norm_positional.layer_norm},
@@ -361,6 +380,13 @@ OPERATIONS: tuple[Operation, ...] = (
         NO_FORWARD,
         {F.grid_sample: grid_sample.grid_sample},
         when=in_forward_mode,
+        autocast="float32",
+    ),
+    Operation(
+        "F.group_norm",
+        "on a tensor that is not contiguous (channels_last) it has no forward-mode derivative",
+        {F.group_norm: norm.group_norm, torch.group_norm: norm_positional.group_norm},
+        when=norm.is_strided,
         autocast="float32",
     ),
     Operation(

@@ -17,12 +17,14 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from innerloop._utils import caches, torch_private, tree
+from innerloop._utils import caches, inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
+from innerloop.nn._replacements.embedding_bag import padded_embedding, pads
 
 _log = logging.getLogger("innerloop")
 _announced: MutableMapping[str, str] = caches.cache("announced replacements")
@@ -51,13 +53,6 @@ def look_inside(function: Callable[..., object]) -> Callable[..., object]:
 
 def _no(*tensors: object) -> bool:
     return False
-
-
-# One table for both, because the mode looks every call of PyTorch up in it.
-_intercepted: Mapping[Callable[..., object], Operation | Callable[..., object]] = {
-    **CALLS,
-    **{function: look_inside(function) for function in LOOK_INSIDE},
-}
 
 
 def replaced() -> dict[str, str]:
@@ -140,12 +135,19 @@ class ReplacementMode(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(found, Operation):
             return self._run(found, func, args, kwargs or {})
+        if func is Tensor.register_hook:
+            self.met = True
+            return found(*args, **(kwargs or {}))
         with self:
             return found(*args, **(kwargs or {}))
 
     def _run(
         self, operation: Operation, func: Callable[..., object], args: Args, kwargs: Kwargs
     ) -> object:
+        if func is F.embedding and mode() is not Mode.COMPILING and pads(args, kwargs):
+            self.met = True
+            padded: Callable[..., object] = padded_embedding
+            return padded(*args, **kwargs)
         if (operation.when is not None and not operation.when(args, kwargs)) or (
             not operation.silent and (self.only_silent or _thread.kept)
         ):
@@ -156,6 +158,37 @@ class ReplacementMode(TorchFunctionMode):
             return replacement(*args, **kwargs)
         _announce(operation)
         return _under_autocast(operation, replacement, args, kwargs)
+
+
+class _InForwardMode(ReplacementMode):
+    """A mode in which tangents end at ``torch.no_grad`` and ``.data``, as they do at ``detach``.
+
+    PyTorch lets them pass there in forward mode, while in reverse mode gradients end.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
+        """Run ``func`` or its replacement, and drop tangents where gradients are off."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if func == _data or (not torch.is_grad_enabled() and not in_place and name != "__set__"):
+            return tree.map_tensors(lambda x: x.detach() if tree.differentiable(x) else x, result)
+        return result
+
+
+_data = torch_private.data_getter()
+
+
+def _register_inner_hook(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> object:
+    """Register a hook that acts in the inner backward pass, and not again in the outer one."""
+    inner_pass.check_symmetric("a tensor hook (register_hook)")
+    return tensor.register_hook(inner_pass.InnerHook(hook))
 
 
 def _under_autocast(
@@ -205,7 +238,9 @@ def replacing(only_silent: bool = False) -> AbstractContextManager[object]:
 
 @contextmanager
 def _replacing_in_loop() -> Iterator[None]:
-    with entering_loop(), ReplacementMode():
+    # Where gradients are off all around, nothing tells what the user holds constant.
+    pushing = torch_private.forward_mode() and torch.is_grad_enabled()
+    with entering_loop(), _InForwardMode() if pushing else ReplacementMode():
         yield
 
 
@@ -291,3 +326,11 @@ class LoopMode:
             yield
         finally:
             self._mode.__enter__()
+
+
+# One table for all, because the mode looks every call of PyTorch up in it.
+_intercepted: Mapping[Callable[..., object], Operation | Callable[..., object]] = {
+    **CALLS,
+    **{function: look_inside(function) for function in LOOK_INSIDE},
+    Tensor.register_hook: _register_inner_hook,
+}

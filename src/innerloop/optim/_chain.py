@@ -21,6 +21,7 @@ class ChainState(NamedTuple):
     transforms: tuple[Any, ...]
     rule: Any
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([ChainState])
 

@@ -21,6 +21,7 @@ class GroupsState(NamedTuple):
 
     members: tuple[Any, ...]
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([GroupsState])
 

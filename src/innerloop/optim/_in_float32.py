@@ -23,6 +23,7 @@ class InFloat32State(NamedTuple):
     master: dict[str, Tensor] | None
     rule: Any
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([InFloat32State])
 

@@ -24,6 +24,7 @@ from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import on_constants
 from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
+from innerloop.strategy._engine.replay_check import ReplayCheck
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
@@ -229,8 +230,9 @@ class _Replay(LoopFunction):
         self._draws = False
         compiles = strategy.compile and not self.transformed
         self._compiled = CompiledProblem(loop.problem, strategy.product) if compiles else None
-        self._checks_finite = strategy.finite_step is None and not self.transformed
+        self._checks_product = strategy.finite_step is None and not self.transformed
         self._slots = 1
+        self._check = ReplayCheck()
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -244,6 +246,7 @@ class _Replay(LoopFunction):
         randoms: dict[int, RandomState | None] = {}
         rows = StepOutputs(loop.start.params)
         carry = before = loop.start
+        checks = self.recorded and not self.transformed
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if self.recorded:
@@ -262,6 +265,8 @@ class _Replay(LoopFunction):
                 if self.recorded:
                     gradients[t] = (grads, carry.buffers, carry.random_state)
             rows.add(loss, aux)
+            if checks:
+                self._check.note_aux(t, aux)
             if t + 1 in loop.save_at and t + 1 != steps:
                 states[t + 1], randoms[t + 1] = (
                     tree.map_tensors(Tensor.clone, state_of(carry)),
@@ -269,6 +274,8 @@ class _Replay(LoopFunction):
                 )
             loop.report("forward", t + 1, steps)
         end = len(rows)
+        if checks and self._compiled is None:
+            self._check.note_last(carry)
         states[end], randoms[end] = state_of(carry), carry.random_state
         if self._compiled is not None:
             states = {
@@ -306,6 +313,7 @@ class _Replay(LoopFunction):
         reached: set[int] = set()
         to_check: list[tuple[Step, OutputCotangents, InputCotangents]] = []
         losses: list[Tensor] = []
+        later: Carry | None = None
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
             self._rewind(carry)
@@ -331,8 +339,11 @@ class _Replay(LoopFunction):
                 pulled = step_pullback.pull(self.strategy.product, step, given, gradient)
             else:
                 pulled = self._compiled.pull(step, given)
-            if self.strategy.product == "finite" and t in (0, steps - 1) and self._checks_finite:
+            if self._checks_product and t in self._checked_times(steps):
                 to_check.append((step, given, pulled))
+            if pulled.after is not None and not self.transformed:
+                self._check.compare(t, carry, pulled.after, later)
+            later = carry
             cotangent = pulled.state
             losses.append(pulled.loss)
             if t in saved:
@@ -348,9 +359,14 @@ class _Replay(LoopFunction):
             loop.report("backward", steps - t, steps)
         if losses:
             self.compare(torch.stack(losses[::-1]))
+        self._check.raise_if_different()
         for checked in to_check:
-            step_pullback.check_finite(*checked)
+            step_pullback.check_product(self.strategy.product, *checked)
         return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+
+    def _checked_times(self, steps: int) -> tuple[int, ...]:
+        """Return the steps at which a product that assumes symmetry is compared with reverse."""
+        return {"finite": (0, steps - 1), "mixed": (steps - 1,)}.get(self.strategy.product, ())
 
     def _state(self, loop: Loop, t: int, kept: _ReplayData) -> Carry:
         """Return the state before step t.

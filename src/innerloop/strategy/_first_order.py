@@ -12,7 +12,7 @@ from innerloop._carry import Carry
 from innerloop._inner_gradient.gradient import check_graph, inner_gradient
 from innerloop._inner_gradient.loss import INDEPENDENT
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._module.checks import refusing_recomputation
+from innerloop._module.checks import refusing_recomputation, refusing_writes
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
@@ -119,6 +119,10 @@ def _constant_gradient(
     It notes in ``in_loss`` the tensors of ``hyper`` (and captured ones) that it depends on.
     """
     params, buffers, _ = tree.map_tensors(Tensor.detach, (carry.params, carry.buffers, None))
+    batch, detached = tree.map_tensors(
+        Tensor.detach, problem.with_targets(params, buffers, hyper, batch)
+    )
+    buffers = dict(detached)
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
 
@@ -152,7 +156,11 @@ def _constant_gradient(
             return problem.for_the_rule(grads, params), loss, aux, new_buffers
         with torch.enable_grad(), refusing_recomputation():
             alias = {name: p.requires_grad_() for name, p in params.items()}
-            loss, (_, aux, new_buffers) = evaluate(alias, [x.requires_grad_() for x in constants])
+            if problem.first_since_init():
+                alias = {name: p.clone().detach().requires_grad_() for name, p in alias.items()}
+            with refusing_writes(alias):
+                values = [x.requires_grad_() for x in constants]
+                loss, (_, aux, new_buffers) = evaluate(alias, values)
         found = inner_gradient(
             loss, alias, create_graph=False, independent=NotDifferentiableError(INDEPENDENT)
         )

@@ -22,7 +22,7 @@ from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
-from innerloop.strategy._engine import loop_function
+from innerloop.strategy._engine import loop_function, step_pullback
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs
 from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
 from innerloop.strategy._engine.step_pullback import (
@@ -164,9 +164,8 @@ class ForwardMode(Strategy):
         """
         data = batches_of(batches, steps)
         owned = isinstance(params, Carry) and params.random_state is not None
-        loop = Loop(
-            problem, problem.init(params).detach(), tree.map_tensors(Tensor.detach, hyper), data
-        )
+        start = problem.init(params).detach()
+        loop = Loop(problem.for_one_run(start), start, tree.map_tensors(Tensor.detach, hyper), data)
         wanted = [tree.differentiable(x) for x in tree.leaves(hyper)]
         if not any(wanted):
             raise InvalidInputError(
@@ -411,6 +410,9 @@ class _ForwardModeLoop(LoopFunction):
             self.reached = push.influence(
                 tree.tensors(tuple(kept.values())), tree.tensors(self.kept[1:])
             )
+            if not all(self.reached[i] for i in push.places):
+                used = step_pullback.used_hyper(loop, self.wanted, end)
+                self.reached = [a or i in used for i, a in enumerate(self.reached)]
         return LoopOutputs(states, *rows.stacked(), end, randoms)
 
     def pull(

@@ -122,7 +122,7 @@ def _padded() -> Iterator[Case]:
         "torch.norm": lambda x: torch.norm(x, dim=1),
         "Tensor.norm": lambda x: x.norm(dim=1, keepdim=True),
         "F.normalize": F.normalize,
-        "F.cosine_similarity": lambda x: F.cosine_similarity(x, x.detach() + 1),
+        "F.cosine_similarity": lambda x: F.cosine_similarity(x, noise(3, 4, phase=1.0)),
     }
     for name, operation in operations.items():
         yield function(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -52,6 +53,12 @@ def _norms() -> Iterator[Case]:
         "nn.LayerNorm (no bias)", "norms", lambda: _moved(nn.LayerNorm(5, bias=False)), sequence
     )
     yield function("F.layer_norm", "norms", lambda x: F.layer_norm(x, (5,)), sequence)
+    yield function(
+        "F.group_norm (channels_last)",
+        "norms",
+        lambda x: F.group_norm(x.contiguous(memory_format=torch.channels_last), 2),
+        image,
+    )
     for kind in ("batch", "instance"):
         yield function(
             f"F.batch_norm or F.instance_norm ({kind})",

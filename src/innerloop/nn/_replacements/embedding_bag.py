@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from innerloop._utils import torch_private
+from innerloop._utils import inner_pass, torch_private
 from innerloop._utils.execution import Mode, may_read_values, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Args, Kwargs
@@ -124,6 +124,35 @@ def by_frequency_or_norm(args: Args, kwargs: Kwargs) -> bool:
     """True if ``F.embedding`` divides gradients by counts, or rescales its weight."""
     by_norm = kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
     return by_norm or bool(kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False))
+
+
+def pads(args: Args, kwargs: Kwargs) -> bool:
+    """True if ``F.embedding`` gives one row no gradient, and does nothing else besides."""
+    padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+    return padding is not None and not by_frequency_or_norm(args, kwargs)
+
+
+def padded_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Compute ``F.embedding`` with a row that a step of training gives no gradient.
+
+    The loss depends on that row all the same, so the outer derivative has to pass through it:
+    PyTorch's own drops that part without an error.
+    """
+    out = F.embedding(input, weight, sparse=sparse)
+    if not out.requires_grad or (mode() is Mode.TRANSFORMED and not torch_private.is_tracked(out)):
+        return F.embedding(input, weight, padding_idx, sparse=sparse)
+    inner_pass.check_symmetric(f"F.embedding with padding_idx={padding_idx}")
+    padded = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    out.register_hook(inner_pass.InnerHook(lambda g: g.masked_fill(padded, 0)))
+    return out
 
 
 def bag_of_constant_norm(args: Args, kwargs: Kwargs) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop.nn._derivative_order import Args, Kwargs
 from innerloop.nn._replacements.elementary import is_differentiated
 
@@ -17,6 +18,7 @@ def _is_foreign(index: object) -> bool:
     if isinstance(index, tuple | list):
         return any(map(_is_foreign, index))
     if isinstance(index, Tensor):
+        index = torch_private.innermost(index)
         return (
             index.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8)
             and index.layout is torch.strided

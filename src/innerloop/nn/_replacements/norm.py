@@ -8,13 +8,14 @@ loop inside a loop needs, is wrong without an error (torch 2.13).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 
 
@@ -62,6 +63,23 @@ def layer_norm(
     output = output if weight is None else output * weight
     output = output if bias is None else output + bias
     return output.to(input.dtype)
+
+
+def is_strided(args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+    """True if a forward-mode derivative of a tensor that is not contiguous is being taken."""
+    x = args[0] if args else kwargs.get("input")
+    return torch_private.forward_mode() and isinstance(x, Tensor) and not x.is_contiguous()
+
+
+def group_norm(
+    input: Float[Tensor, "batch channels *rest"],
+    num_groups: int,
+    weight: Float[Tensor, " channels"] | None = None,
+    bias: Float[Tensor, " channels"] | None = None,
+    eps: float = 1e-5,
+) -> Float[Tensor, "batch channels *rest"]:
+    """Compute ``F.group_norm`` of a contiguous copy: PyTorch's derivative views its input."""
+    return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
 
 
 def batch_norm(

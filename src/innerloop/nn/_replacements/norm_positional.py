@@ -25,6 +25,18 @@ def layer_norm(
     return norm.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def group_norm(
+    input: Float[Tensor, "batch channels *rest"],
+    num_groups: int,
+    weight: Float[Tensor, " channels"] | None = None,
+    bias: Float[Tensor, " channels"] | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Float[Tensor, "batch channels *rest"]:
+    """Compute ``torch.group_norm``."""
+    return norm.group_norm(input, num_groups, weight, bias, eps)
+
+
 def batch_norm(
     input: Float[Tensor, "batch channels *rest"],
     weight: Float[Tensor, " channels"] | None,

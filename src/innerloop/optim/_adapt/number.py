@@ -35,6 +35,12 @@ def leaves_the_graph(name: str) -> str:
         "__int__": "makes an integer from a tracked tensor",
         "__index__": "indexes by a tracked tensor",
         "tolist": "turns a tracked tensor into a list of numbers",
+        "untyped_storage": "takes the memory of a tracked tensor (untyped_storage)",
+        "storage": "takes the memory of a tracked tensor (storage)",
+        "_typed_storage": "takes the memory of a tracked tensor (storage)",
+        "__dlpack__": "hands the memory of a tracked tensor over (dlpack)",
+        "to_dlpack": "hands the memory of a tracked tensor over (dlpack)",
+        "set_": "gives a tracked tensor other memory (set_)",
     }.get(name, "turns a tracked tensor into a numpy array")
     return (
         f"{optimizer_line()}it {what}: the derivative ends there. Write it with functions of torch"

@@ -26,6 +26,12 @@ TO_NUMBER = {
     "__array__",
     "numpy",
     "tolist",
+    "untyped_storage",
+    "storage",
+    "_typed_storage",
+    "__dlpack__",
+    "to_dlpack",
+    "set_",
 }
 _FACTORIES = {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
 _FILLED = {"full", "full_like", "new_full"}

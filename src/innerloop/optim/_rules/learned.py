@@ -20,6 +20,7 @@ class LearnedState(NamedTuple):
 
     kept: dict[str, Any]
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([LearnedState])
 

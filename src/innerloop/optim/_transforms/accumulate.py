@@ -21,6 +21,7 @@ class AccumulateState(NamedTuple):
     total: dict[str, Tensor]
     seen: dict[str, bool]
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([AccumulateState])
 

@@ -35,6 +35,7 @@ class AddNoiseState(NamedTuple):
 
     count: Any
 
+
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([AddNoiseState])
 

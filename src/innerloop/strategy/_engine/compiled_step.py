@@ -46,9 +46,16 @@ class Core:
 
     def __init__(self, problem: Problem, product: str) -> None:
         # hyper is (the user's, the optimizer's): both are inputs, whatever the step.
-        core = Problem(_Loss(problem), problem.optimizer, optimizer_hyper=_second)
+        targets = None if problem.targets is None else _OfUsersHyper(problem.targets)
+        core = Problem(
+            _OfUsersHyper(problem.loss),
+            problem.optimizer,
+            optimizer_hyper=_second,
+            targets=targets,
+        )
         core.view = problem.view
-        core.computed_buffers = problem.computed_buffers
+        if core.view is not None:
+            core.computed_buffers = set(core.view.no_statistics)
 
         def advance(state: Any, hyper: Any, batch: object) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
@@ -171,14 +178,16 @@ def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:
     }
 
 
-class _Loss:
-    """The user's loss as a function of the first part of hyper."""
+class _OfUsersHyper:
+    """The user's loss, or targets, as a function of the first part of hyper."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.loss = problem.loss
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
 
-    def __call__(self, params: Params, hyper: tuple[Any, Any], batch: object) -> Any:
-        return self.loss(params, hyper[0], batch)
+    def __call__(
+        self, params: Params, hyper: tuple[Any, Any], batch: object, *targets: object
+    ) -> Any:
+        return self.function(params, hyper[0], batch, *targets)
 
 
 def _second(hyper: tuple[Any, Any], t: int) -> Any:
@@ -200,7 +209,7 @@ class CompiledProblem:
     def __init__(self, problem: Problem, product: str) -> None:
         problem.check_compiles()
         self.problem = problem
-        cores = _cores.setdefault(problem, {})
+        cores = _cores.setdefault(problem.original or problem, {})
         product = "reverse" if product == "auto" else product
         if product not in cores:
             cores[product] = Core(problem, product)

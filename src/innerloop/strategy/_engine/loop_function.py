@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._batches import check_constant
 from innerloop._carry import Carry
+from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
@@ -65,6 +67,9 @@ class LoopFunction(abc.ABC):
     """
 
     def __init__(self, loop: Loop) -> None:
+        if torch.is_grad_enabled() or mode() is Mode.TRANSFORMED:
+            # Inside vmap a tensor does not show that it requires grad outside.
+            check_constant(loop.batches.data, outside=True)
         self.tensors, self.inputs = tree.split(
             (state_of(loop.start), loop.hyper, loop.batches.data)
         )
@@ -86,6 +91,7 @@ class LoopFunction(abc.ABC):
         self.losses: Tensor | None = None
         self.steps = 0
         self.outputs: Any = None
+        self.constants: set[int] = set()
         self.random_states: dict[int, RandomState | None] = {}
         self.kept: Any = None
 
@@ -128,14 +134,19 @@ class LoopFunction(abc.ABC):
     def compare(self, losses: Tensor) -> None:
         """Raise unless the losses of a replay are those of the forward pass."""
         if self.losses is not None and not agree(losses, self.losses):
-            raise InvalidInputError(
-                "the loss of a replayed step is not what it was in the forward pass, so the "
-                "gradient would be wrong: the loss must be a "
-                "function of its arguments. Random numbers must be torch's own (which are "
-                "rewound), not NumPy's or a generator's; data "
-                "must not be written in place between the forward and the backward pass; state of "
-                "a module must be in its buffers"
-            )
+            raise differs("the loss of a replayed step is")
+
+
+def differs(what: str) -> InvalidInputError:
+    """Return the error for a replayed step with other results than in the forward pass."""
+    return InvalidInputError(
+        f"{what} not what it was in the forward pass, so the "
+        "gradient would be wrong: the loss must be a "
+        "function of its arguments. Random numbers must be torch's own (which are "
+        "rewound), not NumPy's or a generator's; data "
+        "must not be written in place between the forward and the backward pass; state of "
+        "a module must be in its buffers"
+    )
 
 
 def run(function: LoopFunction) -> Trajectory:
@@ -161,12 +172,22 @@ def run(function: LoopFunction) -> Trajectory:
     function.losses = ran.losses.detach().clone()
     function.steps, function.random_states = ran.steps, ran.random_states
     outputs, function.outputs = tree.split((ran.states, ran.losses, ran.aux))
+    function.constants = _statistics(function.loop.problem, ran.states, outputs)
     if function.recorded:
         outputs = _distinct(outputs, function.transformed)
         outputs = list(_LoopNode.apply(function, len(outputs), *outputs, *tensors))
     states, losses, aux = tree.join(function.outputs, outputs)
     carries = {t: carry_of(state, ran.random_states[t]) for t, state in states.items()}
     return Trajectory({**carries, 0: start}, losses, aux, function.steps)
+
+
+def _statistics(problem: Problem, states: dict[int, Any], outputs: list[Tensor]) -> set[int]:
+    """Return the places, among ``outputs``, of running statistics: they have no derivative."""
+    if problem.view is None:
+        return set()
+    names = problem.view.statistics - problem.computed_buffers
+    found = {id(b) for *_, buffers in states.values() for n, b in buffers.items() if n in names}
+    return {i for i, x in enumerate(outputs) if id(x) in found}
 
 
 def _distinct(outputs: list[Tensor], transformed: bool) -> list[Tensor]:
@@ -197,7 +218,10 @@ class _LoopNode(torch.autograd.Function):
         if not ctx.function.transformed:
             # The output is the input itself, not a view: it may be edited in place.
             ctx.mark_dirty(*tensors[: ctx.count])
-        ctx.mark_non_differentiable(*[x for x in output if not tree.differentiable(x)])
+        constants = ctx.function.constants
+        ctx.mark_non_differentiable(
+            *[x for i, x in enumerate(output) if i in constants or not tree.differentiable(x)]
+        )
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -235,7 +259,11 @@ class _LoopNode(torch.autograd.Function):
             return ctx.function.plain(tree.put(tensors, chosen, values))
 
         found = _pushed(outputs, tensors, tangents, chosen)
-        return tuple(v if tree.differentiable(v) else None for v in found)
+        constants = ctx.function.constants
+        return tuple(
+            v if tree.differentiable(v) and i not in constants else None
+            for i, v in enumerate(found)
+        )
 
 
 class _BackwardRequest:

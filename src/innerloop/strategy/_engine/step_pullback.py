@@ -40,8 +40,10 @@ from innerloop._types import HyperTree, Loss, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
-from innerloop._utils.random_state import RandomState
+from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
+from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.strategy._base import Loop
 
 Cotangents = list[Tensor | None]
 State = tuple[Params, Any, Params]
@@ -107,6 +109,10 @@ class OutputCotangents(NamedTuple):
         return self.aux or [None] * len(tree.leaves(aux))
 
 
+After = tuple[tuple[Params, Params], object]
+"""``((params, buffers), aux)`` after a step."""
+
+
 class InputCotangents(NamedTuple):
     """Cotangents of the inputs of a step, and the loss, evaluated once more.
 
@@ -114,11 +120,13 @@ class InputCotangents(NamedTuple):
         state: of the old (params, optimizer_state, buffers).
         hyper: of the hyper-parameters.
         loss: the value of the loss.
+        after: the new parameters and buffers, and aux, as they came out this time; None: not known.
     """
 
     state: Cotangents
     hyper: Cotangents
     loss: Tensor
+    after: After | None = None
 
 
 def state_of(carry: Carry) -> State:
@@ -177,7 +185,8 @@ def reverse(step: Step, given: OutputCotangents, gradient: Params | None = None)
         row = [next(found) if c else None for c in chosen]
     count = len(leaves) - len(step.wanted)
     step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    return InputCotangents(row[:count], row[count:], loss.detach())
+    after = tree.map_tensors(Tensor.detach, ((new.params, new.buffers), aux))
+    return InputCotangents(row[:count], row[count:], loss.detach(), after)
 
 
 def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
@@ -211,7 +220,9 @@ def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -
     def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
         return forward_over_reverse(gradients, values, along, before_each=step.rewind)
 
-    return _through_factors(step, given, gradient, product)
+    _check_factors(step, "mixed")
+    with assuming_symmetry("mixed"):
+        return _through_factors(step, given, gradient, product)
 
 
 def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
@@ -232,7 +243,19 @@ def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) 
             relative_step=step.finite_step,
         )
 
-    return _through_factors(step, given, gradient, product)
+    _check_factors(step, "finite")
+    with assuming_symmetry("finite"):
+        return _through_factors(step, given, gradient, product)
+
+
+def _check_factors(step: Step, product: str) -> None:
+    """Raise if hooks or targets make the gradient of a step another one than that of the loss."""
+    if step.problem.targets is not None:
+        with assuming_symmetry(product):
+            check_symmetric("Problem(targets=...), which is differentiated in the outer pass only,")
+    if step.problem.parameter_hooks(step.carry.params):
+        with assuming_symmetry(product):
+            check_symmetric("a gradient hook on a parameter (register_hook)")
 
 
 Product = Callable[[Gradients, list[Tensor], list[Tensor]], SecondProduct]
@@ -245,26 +268,41 @@ def _no_product(gradients: Gradients, values: list[Tensor], along: list[Tensor])
     return SecondProduct(zeros, zeros, values[0].new_zeros(()))
 
 
-def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
+def check_product(product: str, step: Step, given: OutputCotangents, ours: InputCotangents) -> None:
     """Raise if the pullback of one step is not that of reverse over reverse, where that exists.
 
-    A part of the loss that stops gradients (``detach``, ``no_grad``: spectral norm's power
-    iteration) moves with the displaced parameters, and no smaller step cures that.
+    Both products take the Jacobian of the inner gradient for symmetric. It is not where the
+    gradient is not that of the loss: custom autograd Functions, values that are held constant in a
+    way that a derivative does not see. A part of the loss that stops gradients (``detach``,
+    ``no_grad``: spectral norm's power iteration) moves with the parameters that a finite difference
+    displaces, and no smaller step cures that.
     """
     try:
         exact = reverse(step, given)
     except (InnerLoopError, RuntimeError):
         return
     direct = _through_factors(step, given, None, _no_product)
-    error = scale = 0.0
+    error = scale = total = 0.0
     rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
     for a, b, c in rows:
         if a is not None and b is not None:
             error += float((a - b).norm()) ** 2
+            total += float(b.norm()) ** 2
             scale += float((b if c is None else b - c).norm()) ** 2
-    error, scale = math.sqrt(error), math.sqrt(scale)
+    error, scale, total = math.sqrt(error), math.sqrt(scale), math.sqrt(total)
+    precision = max(
+        (torch.finfo(p.dtype).eps for p in step.carry.params.values()), default=2.0**-52
+    )
+    if product == "mixed":
+        if error > max(1e-4, 10 * math.sqrt(precision)) * scale + 100 * precision * total:
+            raise NotDifferentiableError(
+                f'product="mixed" is off by {error / max(scale, error):.0%} at step {step.t}: it '
+                "needs a symmetric Jacobian of the inner gradient, and the gradient of this step "
+                "is not that of the loss (a custom autograd Function, a hook, a value changed "
+                'without a graph). Write product="reverse"'
+            )
     # Where reverse over reverse sees nothing, there is nothing to compare with.
-    if scale and error > 0.05 * scale:
+    elif scale and error > 0.05 * scale:
         raise NotDifferentiableError(
             f'product="finite" is off by {error / scale:.0%} at step {step.t}: the loss stops a '
             "gradient (detach, no_grad), "
@@ -273,17 +311,61 @@ def check_finite(step: Step, given: OutputCotangents, ours: InputCotangents) -> 
         )
 
 
+def used_hyper(loop: Loop, wanted: Sequence[bool], steps: int) -> set[int]:
+    """Return which of the ``wanted`` leaves of hyper some step depends on, whatever the value.
+
+    The steps run once more, on constants, until all are found.
+    """
+    leaves = tree.leaves(loop.hyper)
+    missing = {i for i, w in enumerate(wanted) if w}
+    used: set[int] = set()
+    carry = loop.start
+    loop = loop._replace(batches=loop.batches.ending(steps))
+    with at_random_state(carry.random_state):
+        for t in range(steps):
+            places = sorted(missing - used)
+            if not places:
+                break
+            batch = loop.batch(carry, t)
+            box: list[Any] = []
+
+            def ends(
+                values: list[Tensor],
+                carry: Carry = carry,
+                batch: object = batch,
+                t: int = t,
+                places: list[int] = places,
+                box: list[Any] = box,
+            ) -> tuple[list[Tensor], list[Tensor]]:
+                hyper = tree.with_leaves(loop.hyper, tree.put(leaves, places, values))
+                new, loss, aux = loop.problem.step(carry, hyper, batch, loop.time(t))
+                ends = [x for x in tree.tensors((state_of(new), loss, aux)) if x.requires_grad]
+                found = {id(x) for x in graph.check_graph(ends, (), second_order=False)}
+                used.update(i for i, v in zip(places, values, strict=True) if id(v) in found)
+                tensors, template = tree.split(state_of(new))
+                box[:] = template, new.random_state
+                return [values[0] * 0], tensors
+
+            tensors = _vjp(ends, [leaves[i] for i in places], has_aux=True)[2]
+            carry = carry_of(tree.join(box[0], tensors), box[1])
+    return used
+
+
 def _through_factors(
     step: Step, given: OutputCotangents, gradient: Params | None, product: Product
 ) -> InputCotangents:
     """Pull through the update, through the gradient by ``product``, and through buffers and aux."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
+    after: After | None = None
     buffers_at = len(given.state) - sizes[2]
     if gradient is None:
         step.rewind()
-        gradient = step.problem.gradient(
+        gradient, _, aux, buffers = step.problem.gradient(
             step.carry.params, step.carry.buffers, step.hyper, step.batch
-        )[0]
+        )
+        if mode() is Mode.EAGER and product is not _no_product:
+            new = step.problem.update(step.carry, gradient, buffers, step.hyper, step.t)
+            after = (new.params, new.buffers), aux
     of_gradient, of_params, of_optimizer, of_hyper = _through_update(
         step, gradient, given.state[:buffers_at]
     )
@@ -292,14 +374,14 @@ def _through_factors(
     total, loss = _through_gradient(step, inputs, of_gradient, given.loss, product)
     more = _through_besides(step, inputs, given._replace(state=given.state[buffers_at:]))
     total = [add(a, b) for a, b in zip(total, more, strict=True)]
-    params, buffers, hyper = (
+    params, of_buffers, hyper = (
         total[: sizes[0]],
         total[sizes[0] : sizes[0] + sizes[2]],
         total[sizes[0] + sizes[2] :],
     )
     of_params = [add(a, b) for a, b in zip(of_params, params, strict=True)]
     of_hyper = [add(a, b) for a, b in zip(of_hyper, hyper, strict=True)]
-    return InputCotangents([*of_params, *of_optimizer, *buffers], of_hyper, loss.detach())
+    return InputCotangents([*of_params, *of_optimizer, *of_buffers], of_hyper, loss.detach(), after)
 
 
 def _through_update(step: Step, gradient: Params, given: Cotangents) -> list[Cotangents]:

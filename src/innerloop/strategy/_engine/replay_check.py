@@ -1,0 +1,90 @@
+"""Compare what comes out of a replayed step with what came out of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from innerloop._carry import Carry
+from innerloop._utils import tree
+from innerloop._utils.fingerprint import Fingerprint
+from innerloop.errors import InvalidInputError
+from innerloop.strategy._engine.loop_function import differs
+from innerloop.strategy._engine.step_pullback import After
+
+SHARE = 0.05
+"""How much of a step may differ by rounding, which Adam makes large where a gradient is zero."""
+
+
+class ReplayCheck:
+    """The results of the steps of one loop, as far as they show that a replay is another run.
+
+    The losses are compared elsewhere. Noise in the gradient alone, or in a buffer, is seen in the
+    next state, which the backward sweep has anyway; of the last state and of aux a fingerprint is
+    kept.
+    """
+
+    def __init__(self) -> None:
+        self._aux: dict[int, Fingerprint] = {}
+        self._last: Fingerprint | None = None
+        self._found: InvalidInputError | None = None
+
+    def note_aux(self, t: int, aux: object) -> None:
+        """Note the aux of step t in the forward pass."""
+        if aux is not None:
+            self._aux[t] = Fingerprint.of(aux)
+
+    def note_last(self, carry: Carry) -> None:
+        """Note the last state of the forward pass."""
+        self._last = Fingerprint.of((carry.params, carry.buffers))
+
+    def raise_if_different(self) -> None:
+        """Raise if `compare` has found a difference in this sweep."""
+        found, self._found = self._found, None
+        if found is not None:
+            raise found
+
+    def compare(self, t: int, before: Carry, after: After, later: Carry | None) -> None:
+        """Compare what a replayed step gave with what it gave in the forward pass.
+
+        Args:
+            t: the time of the step.
+            before: the state before it.
+            after: what came out.
+            later: the state at time t + 1; None after the last step.
+        """
+        (params, buffers), aux = after
+        if t in self._aux and not Fingerprint.of(aux).agrees(self._aux[t]):
+            self._found = differs(f"aux of step {t}, when the step was replayed, is")
+        if later is None:
+            same = self._last is None or Fingerprint.of((params, buffers)).agrees(self._last)
+        else:
+            same = _agree(params, later.params, before.params) and _agree(
+                buffers, later.buffers, before.buffers
+            )
+        if not same:
+            self._found = differs(
+                f"the gradient (or a buffer) of step {t}, when the step was replayed, is"
+            )
+
+
+def _agree(
+    found: Mapping[str, Tensor], seen: Mapping[str, Tensor], before: Mapping[str, Tensor]
+) -> bool:
+    """True if two results of one step are the same, up to rounding."""
+    if all(torch.equal(found[n], x) for n, x in seen.items() if n in found):
+        return True
+    error = step = size = 0.0
+    eps = 0.0
+    for name, x in seen.items():
+        if tree.differentiable(x) and name in found and found[name].shape == x.shape:
+            error += float((found[name] - x).double().norm()) ** 2
+            step += float((x - before[name]).double().norm()) ** 2
+            size += float(x.double().norm()) ** 2
+            eps = max(eps, torch.finfo(x.dtype).eps)
+        elif name in found and not torch.equal(found[name], x):
+            return False
+    limit: float = SHARE * step**0.5 + 100 * eps * size**0.5
+    return not error**0.5 > limit
