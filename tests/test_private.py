@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -39,7 +40,14 @@ EXERCISED = {
     "multiply_list",
     "version",
     "gradient_hooks",
+    "recorded_by",
+    "only_forward_mode",
+    "function_of",
+    "is_view",
     "step_hooks",
+    "OwnStepHook",
+    "post_accumulate_hooks",
+    "is_initialised",
     "mark_stepped",
     "backward_pass",
     "weight_norm",
@@ -188,6 +196,17 @@ def test_the_version_counts_writes_in_place():
     assert torch_private.version(x) == before + 2  # and .data does not count
 
 
+def test_what_records_an_edit_in_place():
+    x = torch.ones(2, 2, requires_grad=True) * 2
+    for y in (x, x.t()):
+        node = torch_private.recorded_by(y)
+        with torch.no_grad():
+            y.mul_(2)
+        assert torch_private.recorded_by(y) is node
+        y.mul_(2)
+        assert torch_private.recorded_by(y) is not node
+
+
 def test_the_hooks_of_a_tensor():
     x = torch.ones(2, requires_grad=True)
     assert torch_private.gradient_hooks(x) == []
@@ -207,9 +226,29 @@ def test_the_hooks_of_an_optimizer():
         optimizer.register_step_post_hook(lambda *_: None),
     ]
     assert torch_private.step_hooks(optimizer) == 2
+    handles.append(register_optimizer_step_pre_hook(lambda *_: None))
+    assert torch_private.step_hooks(optimizer) == 3
+    seen: list[object] = []
+    handles.append(optimizer.register_step_pre_hook(torch_private.OwnStepHook(seen.append)))
+    assert torch_private.step_hooks(optimizer) == 3
     for handle in handles:
         handle.remove()
     assert torch_private.step_hooks(optimizer) == 0
+
+
+def test_an_optimizer_and_a_wrapper_around_one():
+    optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+    assert torch_private.is_initialised(optimizer)
+    assert not torch_private.is_initialised(object.__new__(torch.optim.SGD))
+
+
+def test_the_hooks_after_accumulation():
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.post_accumulate_hooks(x) == 0
+    handle = x.register_post_accumulate_grad_hook(lambda _: None)
+    assert torch_private.post_accumulate_hooks(x) == 1
+    handle.remove()
+    assert torch_private.post_accumulate_hooks(x) == 0
 
 
 @pytest.mark.parametrize("mark", [True, False])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from innerloop._inner_gradient.callback import call_back
 from innerloop._inner_gradient.graph import check_graph as check_graph
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
@@ -25,6 +26,7 @@ K = TypeVar("K", str, int)
 """How a front end calls its parameters: by name, or by position."""
 Hook = Callable[[Tensor], Tensor | None]
 """What a user gave to ``Tensor.register_hook``."""
+_HOOK = "a hook (register_hook) on a parameter"
 
 
 def inner_gradient(
@@ -94,7 +96,7 @@ def finish(
     found = dict(grads) if takes_sparse else dense(grads)
     for key, hook in hooks:
         g = found.get(key)
-        if g is not None and (changed := hook(g)) is not None:
+        if g is not None and (changed := call_back(hook, g, _HOOK)) is not None:
             found[key] = changed
     return found
 

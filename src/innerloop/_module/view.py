@@ -60,6 +60,7 @@ class ModuleView:
         source_buffers = by_name(named_buffers(model))
         source, source_buffers = _as_they_stand(model, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
+        copier.inside = {id(part) for module in modules.values() for part in module.modules()}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
@@ -218,23 +219,22 @@ def _as_they_stand(
 
 
 def keep_running_statistics(view: ModuleView) -> None:
-    """Let batch and instance norms write copies of their running statistics.
+    """Let batch and instance norms hold copies of the running statistics that they computed with.
 
-    They write in place without saying so, and the graph of an earlier forward in evaluation mode
-    reads them in its backward pass.
+    The graph of a forward reads those in its backward pass, and norms write in place without saying
+    so; the user may reset or load the statistics too.
     """
     for module in view.modules:
         if (
             getattr(module, "track_running_stats", False)
             and torch_private.buffer_table(module).get("running_mean") is not None
         ):
-            module.register_forward_pre_hook(_copy_running_statistics)
+            module.register_forward_hook(_copy_running_statistics)
 
 
-def _copy_running_statistics(module: nn.Module, _: object) -> None:
-    if module.training:
-        table = torch_private.buffer_table(module)
-        for name in ("running_mean", "running_var"):
-            statistic = table[name]
-            assert statistic is not None
+def _copy_running_statistics(module: nn.Module, _: object, __: object) -> None:
+    table = torch_private.buffer_table(module)
+    for name in ("running_mean", "running_var"):
+        statistic = table[name]
+        if statistic is not None:
             table[name] = statistic.clone()

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from innerloop._carry import Carry, aliased
+from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient.callback import refuse_post_accumulate_hooks
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     check_graph,
@@ -24,12 +25,14 @@ from innerloop._inner_gradient.gradient import (
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._module.checks import check_not_inference
+from innerloop._module.checks import check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
+from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
+from innerloop._track.edits import EditWatch, Versions, check_past, versions_of
 from innerloop._track.start import (
     Learn,
     Model,
@@ -76,7 +79,8 @@ class TrackedLoop:
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
-        self._kernels = replace.LoopMode() if self._second_order else None
+        self._edits = EditWatch()
+        self._kernels = replace.LoopMode(self._edits) if self._second_order else None
         self._gate = Gate(snapshots=learn == "nothing")
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -101,6 +105,10 @@ class TrackedLoop:
             for hook in torch_private.gradient_hooks(own[name])
         ]
         self._own = {id(p): name for name, p in own.items()}
+        refuse_post_accumulate_hooks(
+            own, self._trained, "Change gradients with loop.step(loss, grad_callback=...)"
+        )
+        self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
         for name, p in {**own, **given}.items():
             if name not in self._frozen:
@@ -109,6 +117,8 @@ class TrackedLoop:
         with torch.enable_grad():
             start = time_zero(own, given, self._frozen, learn, self._cut)
             self._view.write(start)
+        self._facts = Facts(own, self._view.read(), self._optimizer)
+        self._place()
         if self._second_order and learn == "init":
             self._watch(start)
         self._view.write_buffers(
@@ -117,6 +127,7 @@ class TrackedLoop:
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
+        self._past: dict[int, list[int]] = {}
         self._steps = 0
         self._losses: list[Tensor] = []
         self._sparse: set[str] = set()
@@ -127,8 +138,14 @@ class TrackedLoop:
         return self._view.module
 
     def __enter__(self) -> TrackedLoop:
+        if not torch.is_grad_enabled() and self._grad_mode is None:
+            # A layer with a loop inside, under no_grad: the loop needs gradients all the same.
+            self._grad_mode = torch.enable_grad()
+            self._grad_mode.__enter__()
         if self._kernels is not None:
             self._kernels.enter()
+        self._facts.enter()
+        self._place()
         return self
 
     def __exit__(
@@ -137,14 +154,28 @@ class TrackedLoop:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        watched = self._kernels is None or self._kernels.watches
+        self._facts.leave()
         if self._kernels is not None:
             self._kernels.leave()
+        if self._grad_mode is not None:
+            self._grad_mode.__exit__(kind, error, traceback)
+            self._grad_mode = None
+        if error is not None:
+            refused = self._edits.refused
+            # load_state_dict makes an error of its own out of every one.
+            if refused is not None and "in loading state_dict" in str(error):
+                raise refused from error
+            if (clearer := explained(error, self._view.source)) is not None:
+                raise clearer from error
         if isinstance(error, RuntimeError) and "nference tensor" in str(error):
             raise explain(error) from error
         # Pruning registers "weight_orig" before it takes the weight out.
         if isinstance(error, TypeError) and "_orig' (torch.nn.Parameter" in str(error):
             name = str(error).split("parameter '")[-1].split("_orig'")[0]
             raise InvalidInputError(GONE.format(name)) from error
+        if kind is None and self._second_order and not watched:
+            self._placed.check(self._view.read())
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
         if kind is None and self._losses:
@@ -182,6 +213,8 @@ class TrackedLoop:
         """
         transform = self._transform_of(grad_callback)
         current = self._current()
+        self._facts.check(current)
+        self._check_edits(current)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
@@ -228,12 +261,53 @@ class TrackedLoop:
         # Clone: a fused loss shares storage with the whole batch's output.
         number = value.detach().clone()
         updated = with_dense_gradients(updated, self._sparse)
-        self._advance({**current, **updated}, state, value, number)
-        if self._kernels is not None and self._steps == 1:
-            self._kernels.after_first_step()
-            if self.learn == "outer":
-                self._watch(updated)
+        self._place(self._advance({**current, **updated}, state, value, number))
+        if self._kernels is not None:
+            if self._steps == 1:
+                self._kernels.after_first_step(keeps_watch=True)
+                if self.learn == "outer":
+                    self._watch(updated)
+            elif self._steps == 2 and not self._edits.seen:
+                self._kernels.stop_watching()
         return number
+
+    def assign(self, params: Params) -> None:
+        """Put tensors in the places of parameters of ``loop.model``, differentiably.
+
+        Args:
+            params: by name; what they were computed from, with gradients on, stays in the
+                derivative. A tensor that does not require grad is a constant of it.
+
+        Raises:
+            InvalidInputError: an unknown name, a wrong shape, or a value that is no tensor.
+
+        Example:
+            Weights that are halved after each of two steps: the gradient is (.5 * .5)² w₂ dw₂/dw₀.
+
+            >>> import torch, innerloop
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+            >>> with innerloop.track(model, innerloop.optim.sgd(lr=0.5)) as loop:
+            ...     for _ in range(2):
+            ...         _ = loop.step(loop.model.weight.square().sum() / 2)
+            ...         loop.assign({"weight": 0.5 * loop.model.weight})
+            >>> torch.autograd.grad(loop.model.weight.sum(), model.weight)
+            (tensor([[0.0625]]),)
+        """
+        check_names(params, self._view.source)
+        current, new = self._current(), {}
+        with torch.enable_grad():
+            for name, tensor in params.items():
+                if name in self._frozen and not tensor.requires_grad:
+                    new[name] = tensor.detach().clone()
+                elif self.learn == "nothing" or not tensor.requires_grad:
+                    new[name] = self._cut.cut(tensor.detach().clone())
+                else:
+                    new[name] = _alias(tensor)
+        if not self._cut.reached:
+            self._cut.note_outside_leaves(new.values(), current.values())
+        self._view.write(new)
+        self._place()
 
     def at(self, t: int) -> Carry:
         """Return the state after ``t`` steps, as `Trajectory.at` does: 0 is the start, -1 now.
@@ -246,7 +320,12 @@ class TrackedLoop:
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
         """Return the parameters after ``time`` steps, by name: 0 is the start, -1 the newest."""
-        return self._view.read() if time in (-1, self._steps) else self.trajectory.at(time).params
+        if time in (-1, self._steps):
+            return self._view.read()
+        found = self.trajectory.at(time).params
+        if time in self._past:
+            check_past(found, self._past[time], time)
+        return found
 
     def buffers(self, time: int = -1) -> dict[str, Tensor]:
         """Return the buffers after ``time`` steps, by name; -1 is now."""
@@ -276,8 +355,10 @@ class TrackedLoop:
                 }
             )
         self._states = {0: carry._replace(params=self._view.read())}
+        self._past = {}
         self._steps = 0
         self._losses = []
+        self._place()
 
     def commit(self) -> None:
         """Write weights, buffers and optimizer state into the user's model and torch optimizer."""
@@ -325,8 +406,8 @@ class TrackedLoop:
 
     def _advance(
         self, params: dict[str, Tensor], state: object, loss: Tensor, number: Tensor
-    ) -> None:
-        """Go on to the next time, at these parameters."""
+    ) -> Params:
+        """Go on to the next time, at these parameters; return them as they stand there."""
         if self.learn == "nothing":
             with torch.enable_grad():
                 params = {
@@ -339,6 +420,7 @@ class TrackedLoop:
         else:
             before = self._view.read()
             self._states[self._steps] = self._states[self._steps]._replace(params=before)
+            self._past[self._steps] = versions_of(before)
             params = aliased(params, before)
         self._view.write(params)
         self._steps += 1
@@ -347,6 +429,20 @@ class TrackedLoop:
         # Keep a number per step, not a tensor per step.
         if len(self._losses) == 256 and not self._second_order:
             self._losses = [self._stacked_losses()]
+        return params
+
+    def _place(self, placed: Params | None = None) -> None:
+        """Note the parameters as they are: later edits are found by comparison."""
+        if self.learn != "nothing":
+            placed = self._view.read() if placed is None else placed
+            self._placed = Versions({name: placed[name] for name in self._trained})
+            if self._kernels is not None and self._kernels.watches:
+                self._edits.start(placed)
+
+    def _check_edits(self, current: Params) -> None:
+        """Raise if a parameter was edited while nobody looked."""
+        if self._second_order and not (self._kernels is not None and self._kernels.watches):
+            self._placed.check(current)
 
     def _own_code(self) -> AbstractContextManager[object]:
         return nullcontext() if self._kernels is None else self._kernels.paused()
@@ -379,8 +475,9 @@ class TrackedLoop:
                 "(requires_grad=False)"
             )
         if not loss.requires_grad:
+            refuse_transform()
             why = (
-                "torch.no_grad() is on"
+                "torch.no_grad() is on: compute it in `with torch.enable_grad():`"
                 if not torch.is_grad_enabled()
                 else "it was detached, or computed without loop.model"
             )
@@ -473,6 +570,7 @@ class TrackedLoop:
             "loop.model (not with the model that was passed to track), and anew after each step"
         )
         if not wanted:
+            refuse_transform()
             raise independent
         with self._own_code():
             found = inner_gradient(

@@ -25,6 +25,11 @@ class FromTorch(Optimizer):
         self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str] | None
     ) -> None:
         self._optimizers = tuple(optimizers)
+        for opt in self._optimizers:
+            refuse_wrapper(opt)
+            refuse_hooks(opt)
+        stepped = [p for group in self._groups() for p in group["params"]]
+        self._stepped, self._stepped_ids = stepped, [id(p) for p in stepped]
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...]
@@ -59,7 +64,32 @@ class FromTorch(Optimizer):
         defaults = [opt.defaults for opt in self._optimizers for _ in opt.param_groups]
         self.members = tuple(map(_build, self._rules, self._settings, defaults))
 
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """Return the torch optimizers."""
+        return self._optimizers
+
+    def check_unchanged(self) -> None:
+        """Raise if a torch optimizer steps other parameters than at first, or has hooks now."""
+        now = [p for group in self._groups() for p in group["params"]]
+        groups = sum(len(opt.param_groups) for opt in self._optimizers)
+        if groups != len(self._rules):
+            raise InvalidInputError(
+                f"the torch optimizer has {groups} param group(s), it had {len(self._rules)} when "
+                "it was taken over: a group that comes later (add_param_group) is not followed. "
+                "Add it before track, or before from_torch, with lr=0 until it is to move"
+            )
+        if list(map(id, now)) != self._stepped_ids:
+            raise InvalidInputError(
+                "the parameters of a param group of the torch optimizer were replaced after it was "
+                "taken over, which is not followed: make the optimizer anew, and then track or "
+                "from_torch"
+            )
+        for opt in self._optimizers:
+            refuse_hooks(opt)
+
     def init(self, params: Params) -> GroupsState:
+        self.check_unchanged()
         names = self._resolved(params)
         members = []
         for rule, group, ns in zip(self.members, self._groups(), names, strict=True):
@@ -231,6 +261,30 @@ def from_torch(
             for p, name in zip(group["params"], group["param_names"], strict=True)
         }
     return FromTorch(optimizers, names)
+
+
+def refuse_wrapper(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if ``optimizer`` is a wrapper of a training framework around the real one."""
+    if not torch_private.is_initialised(optimizer):
+        inside = next(
+            (k for k, v in vars(optimizer).items() if isinstance(v, torch.optim.Optimizer)), None
+        )
+        instead = "the optimizer inside" if inside is None else f"the one inside, .{inside}"
+        raise InvalidInputError(
+            f"{type(optimizer).__name__} is a wrapper around an optimizer (it never called "
+            f"Optimizer.__init__): pass {instead}"
+        )
+
+
+def refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if hooks run at the optimizer's steps, which a differentiable step does not run."""
+    if torch_private.step_hooks(optimizer):
+        raise InvalidInputError(
+            "the optimizer has step hooks (register_step_pre_hook or _post_hook, or those of all "
+            "optimizers, register_optimizer_step_pre_hook), which a differentiable step does not "
+            "run: remove them, and change gradients with loop.step(loss, grad_callback=...) or "
+            "optim.chain(optim.grad_callback(...), rule)"
+        )
 
 
 def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
