@@ -4,6 +4,7 @@ followed rightly, or refused by an error that shows the line to write."""
 from __future__ import annotations
 
 import copy
+import io
 import re
 from collections.abc import Callable
 from typing import Any
@@ -333,24 +334,106 @@ def average_of_many(model: TwoLayers) -> None:
         torch._foreach_lerp_(list(model.parameters()), [torch.ones(())] * 4, 0.1)
 
 
+def through_numpy(model: TwoLayers) -> None:
+    values = model.body.bias.detach().numpy()
+    values *= 0.5
+
+
+def swap_rows(model: TwoLayers) -> None:
+    model.body.weight.data[[0, 1]] = model.body.weight.data[[1, 0]]
+
+
 HABITS = [
     halve, clamp, load, average, average_in_place, decay, set_an_element, initialise,
-    average_of_many,
+    average_of_many, through_numpy, swap_rows,
 ]  # fmt: skip
+OPTIMIZERS = {
+    "sgd": sgd,
+    "adam": adam,
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "groups": lambda model: torch.optim.Adam(
+        [{"params": part.parameters()} for part in (model.head, model.body)]
+    ),
+}
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("at", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("edit", HABITS)
-def test_an_edit_with_a_derivative(edit: Callable[[Any], None], at: int):
+def test_an_edit_with_a_derivative(
+    edit: Callable[[Any], None], at: int, optimizer: str, first_order: bool
+):
+    """At every step, and after the last one; nobody looks at operations from the third on."""
     model = network()
     with (
         refused(NOT_DIFFERENTIABLE, "was edited", "loop.assign"),
-        innerloop.track(model, sgd(model)) as loop,
+        innerloop.track(model, OPTIMIZERS[optimizer](model), first_order=first_order) as loop,
     ):
-        for t in range(STEPS):
+        for t in range(5):
             if t == at:
                 edit(loop.model)
-            loop.step(regression(loop.model, t))
+            loop.step(regression(loop.model, t % STEPS))
+        if at == 5:
+            edit(loop.model)
+
+
+def test_the_parameters_look_like_plain_tensors():
+    """They are of a class of their own, of which nothing shows."""
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(regression(loop.model, 0))
+        weight = loop.model.body.weight
+        assert repr(weight).startswith("tensor(")
+        assert type(weight * 2) is Tensor
+        assert type(weight.clone()) is Tensor
+        stored = io.BytesIO()
+        torch.save({n: p.detach() for n, p in loop.parameters().items()}, stored)
+        stored.seek(0)
+        loaded = torch.load(stored)
+        assert {type(p) for p in loaded.values()} == {Tensor}
+        stored = io.BytesIO()
+        torch.save(loop.parameters(), stored)
+        stored.seek(0)
+        assert torch.equal(torch.load(stored)["body.weight"], weight)
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(weight)
+        assert type(weight).__name__ == "Weight"
+        assert isinstance(weight, Tensor)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_edits_that_are_taken_back_or_recorded(optimizer: str):
+    """Weights swapped for an evaluation, and edits with gradients on; truth is plain PyTorch."""
+
+    def plain(h: float = 0.0) -> float:
+        model = network(h)
+        own = OPTIMIZERS[optimizer](model)
+        for t in range(4):
+            train(model, own, steps=[t % STEPS])
+            if t == 2:
+                with torch.no_grad():
+                    model.head.weight.mul_(0.5)
+        return outer_value(model)
+
+    model = network()
+    with innerloop.track(model, OPTIMIZERS[optimizer](model)) as loop:
+        for t in range(4):
+            loop.step(regression(loop.model, t % STEPS))
+            if t >= 2:
+                kept = loop.model.body.weight.detach().clone()
+                loop.model.body.weight.data.zero_()
+                loop.model.body.weight.data.copy_(kept)
+            if t == 2:
+                loop.model.head.weight.mul_(0.5)
+        outer = regression(loop.model, STEPS)
+    outer.backward()
+    assert_derivative(along(gradients(model), direction(model)), derivative(plain), "init")
+
+
+@pytest.mark.parametrize("edit", HABITS)
+def test_an_edit_where_nothing_is_learned(edit: Callable[[Any], None]):
+    model = network()
     with innerloop.track(model, sgd(model), learn="nothing") as loop:
         loop.step(regression(loop.model, 0))
         edit(loop.model)
@@ -441,19 +524,24 @@ def test_a_tensor_in_the_place_of_a_parameter():
 
 
 def test_the_past_of_a_parameter_that_no_step_moved():
-    model = network()
-    model.extra = nn.Parameter(torch.ones(2))
-    with innerloop.track(model, sgd(model)) as loop:
-        loop.step(regression(loop.model, 0))
-        with torch.no_grad():
-            loop.model.extra.add_(10.0)
-        with refused(NOT_DIFFERENTIABLE, "'extra'", "time 0", "loop.assign"):
-            loop.parameters(0)
-    with innerloop.track(model, sgd(model)) as loop:
-        loop.step(regression(loop.model, 0))
-        loop.assign({"extra": loop.model.extra + 10})
-        assert loop.parameters(0)["extra"].tolist() == [1.0, 1.0]
-        assert loop.parameters()["extra"].tolist() == [11.0, 11.0]
+    """Torch moves it by the edits alone; the times before keep their own values."""
+    for edit in ("add_", "assign"):
+        model = network()
+        model.extra = nn.Parameter(torch.ones(2))
+        with innerloop.track(model, sgd(model)) as loop:
+            loop.step(regression(loop.model, 0))
+            if edit == "assign":
+                loop.assign({"extra": loop.model.extra + 10})
+            else:
+                with torch.no_grad():
+                    loop.model.extra.add_(10.0)
+            assert loop.parameters(0)["extra"].tolist() == [1.0, 1.0]
+            loop.step(regression(loop.model, 1))
+        assert [loop.parameters(t)["extra"].tolist() for t in range(3)] == [
+            [1, 1],
+            [11, 11],
+            [11, 11],
+        ]
 
 
 # -- callbacks -------------------------------------------------------------------------------------

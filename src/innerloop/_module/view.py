@@ -60,7 +60,7 @@ class ModuleView:
         source_buffers = by_name(named_buffers(model))
         source, source_buffers = _as_they_stand(model, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
-        copier.inside = {id(part) for module in modules.values() for part in module.modules()}
+        copier.inside = {id(part) for _, part in in_tables(model)}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
@@ -125,7 +125,8 @@ class ModuleView:
         if self._gate is not None and self._gate.refuses():
             raise refusal(next(iter(self.parameters), ""))
         try:
-            return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+            # Not as a module reads them, which is noted: the first place is a module's table.
+            return {n: dict.__getitem__(*places[0]) for n, places in self.parameters.items()}
         except KeyError:
             pass
         gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])

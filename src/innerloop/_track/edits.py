@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
 
-from innerloop._module.checks import refuse_clipping
+from innerloop._module.checks import refuse_clipping, versions_of
 from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
+
+Result = TypeVar("Result")
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
@@ -27,7 +30,15 @@ _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 _INDEPENDENT = ("_like", "new_")
 
 _LOOKED_AT = frozenset({_GET_DATA, _SET_DATA, _GET_GRAD, *_DETACH})
-_ALIAS, _SHIFTED, _OTHER = "shares the memory of a weight", "weight plus constant", "any function"
+_WHOLE, _PIECE = "the memory of a weight", "a part of that memory, or in another order"
+_SHIFTED, _OTHER = "weight plus constant", "any other function of weights"
+
+
+class _Kind(NamedTuple):
+    """What a tensor is to a weight, the first one if it comes of several."""
+
+    what: str
+    weight: str
 
 
 class EditWatch:
@@ -35,22 +46,54 @@ class EditWatch:
 
     Adding a constant to a weight is right unrecorded. Everything else is refused: clamping,
     scaling, loading.
+
+    Attributes:
+        seen: True if a weight was ever edited.
+        written: True if one was edited since the newest ones were placed.
+        is_on: True while the user's code runs in the block.
+        handed_out: copies of those parameters whose memory was handed out since they were placed,
+            by identity.
+        refused: the error that was raised, if any.
     """
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen = self.written = False
         self.refused: NotDifferentiableError | None = None
+        self.is_on = False
+        self.handed_out: dict[int, Tensor] = {}
         self._params: dict[int, str] = {}
-        self._kinds: dict[int, tuple[Tensor, str]] = {}
+        self._kinds: dict[int, tuple[Tensor, _Kind]] = {}
+
+    def hand_out(self, p: Tensor) -> None:
+        """Keep a copy of a parameter whose memory can be written from now on."""
+        if self.is_on and id(p) not in self.handed_out:
+            self.is_on = False
+            with torch.no_grad():
+                self.handed_out[id(p)] = p.clone()
+            self.is_on = True
+
+    def stop(self) -> dict[int, Tensor]:
+        """Look at nothing any more, and keep nothing; return what was handed out."""
+        self.is_on = False
+        handed_out, self.handed_out = self.handed_out, {}
+        self.forget()
+        return handed_out
+
+    def forget(self) -> None:
+        """Let go of the tensors that were seen."""
+        self._kinds.clear()
 
     def start(self, params: Params) -> None:
         """Look at these parameters from now on."""
         self._params = {id(p): name for name, p in params.items() if p.requires_grad}
         self._kinds.clear()
+        self.written = False
 
     def wants(self, func: Callable[..., object]) -> bool:
         """True unless autograd records the operation, and it works on weights themselves."""
-        return not torch.is_grad_enabled() or bool(self._kinds) or func in _LOOKED_AT
+        return self.is_on and (
+            not torch.is_grad_enabled() or bool(self._kinds) or func in _LOOKED_AT
+        )
 
     def __call__(
         self, func: Callable[..., object], args: tuple[object, ...], result: Callable[[], object]
@@ -65,7 +108,7 @@ class EditWatch:
                 if func == _GET_GRAD:
                     refuse_clipping()
                 if func == _SET_DATA:
-                    self._write("data", first, args[1:])
+                    self._write("data", _Kind(_WHOLE, self._params[id(first)]), args)
                     return result()
                 if func != _GET_DATA and func not in _DETACH:
                     return result()
@@ -73,84 +116,169 @@ class EditWatch:
                 return result()
         kind = self._kind(first)
         name = "data" if func == _SET_DATA else getattr(func, "__name__", "")
-        if kind == _ALIAS and (
+        is_alias = kind is not None and kind.what in (_WHOLE, _PIECE)
+        if is_alias and (
             name == "data" or name in _WRITE or (name[-1:] == "_" and name[-2:] != "__")
             or name in _ADD_IN_PLACE
         ):  # fmt: skip
+            assert kind is not None
             if name not in _HARMLESS:
-                self._write(name, first, args[1:])
+                self._write(name, kind, args)
             found = result()
-            self._note(found, _ALIAS)
+            self._note(found, kind)
             return found
         if func == _GET_GRAD:
             refuse_clipping()
         others = [self._kind(x) for x in args[1:]]
         found = result()
-        if kind is None and not any(others):
+        known = kind or next(filter(None, others), None)
+        if known is None or any(word in name for word in _INDEPENDENT):
             return found
-        if any(word in name for word in _INDEPENDENT):
-            return found
-        if kind == _ALIAS and (func == _GET_DATA or name in _VIEW):
-            self._note(found, _ALIAS)
+        what = _OTHER
+        if is_alias and (func == _GET_DATA or func in _DETACH):
+            what = known.what
+        elif is_alias and name in _VIEW:
+            what = _PIECE
         elif name in _ADD and [kind, *others].count(None) == len(others):
-            known = kind or next(filter(None, others))
-            self._note(found, _OTHER if known == _OTHER else _SHIFTED)
-        else:
-            self._note(found, _OTHER)
+            what = _SHIFTED if known.what in (_WHOLE, _SHIFTED) else _OTHER
+        self._note(found, _Kind(what, known.weight))
         return found
 
-    def _write(self, name: str, target: object, values: Iterable[object]) -> None:
-        self.seen = True
-        kinds = [self._kind(x) for x in values]
+    def _write(self, name: str, target: _Kind, args: tuple[object, ...]) -> None:
+        self.seen = self.written = True
+        kinds = [self._kind(x) for x in args[1:]]
         if name in _ADD_IN_PLACE:
             allowed = not any(kinds)
         elif name in ("copy_", "data", "__setitem__"):
-            allowed = kinds[-1:] in ([_ALIAS], [_SHIFTED])
+            value = kinds[-1] if kinds else None
+            allowed = _is_itself(args) or (
+                name != "__setitem__"
+                and value is not None
+                and value.weight == target.weight
+                and (target.what, value.what) in ((_WHOLE, _WHOLE), (_WHOLE, _SHIFTED))
+            )
         else:
             allowed = False
         if not allowed:
             how = "by load_state_dict or copy_" if name == "copy_" else f"by {name.strip('_')}_"
             how = "by .data = ..." if name == "data" else how
-            self.refused = unseen_edit(self._name_of(target), how)
+            self.refused = unseen_edit(target.weight, how)
             raise self.refused
 
-    def _kind(self, x: object) -> str | None:
+    def _kind(self, x: object) -> _Kind | None:
         if isinstance(x, (list, tuple)):
             kinds = [self._kind(part) for part in x]
             return next(filter(None, kinds), None)
         if id(x) in self._params:
-            return _ALIAS
+            return _Kind(_WHOLE, self._params[id(x)])
         return self._kinds[id(x)][1] if id(x) in self._kinds else None
 
-    def _note(self, found: object, kind: str) -> None:
+    def _note(self, found: object, kind: _Kind) -> None:
         for x in found if isinstance(found, (list, tuple)) else (found,):
             if isinstance(x, Tensor) and id(x) not in self._params:
                 self._kinds[id(x)] = (x, kind)
 
-    def _name_of(self, target: object) -> str:
-        return self._params.get(id(target), next(iter(self._params.values()), "weight"))
+
+def _is_itself(args: tuple[object, ...]) -> bool:
+    """True if ``w[index] = value`` writes what stands there already, as after ``w[index] += 1``."""
+    if len(args) != 3 or not isinstance(args[0], Tensor) or not isinstance(args[2], Tensor):
+        return False
+    place = args[0][args[1]]  # type: ignore[index]
+    value = args[2]
+    return (place.data_ptr(), place.shape, place.stride()) == (
+        value.data_ptr(), value.shape, value.stride()
+    )  # fmt: skip
 
 
-class Versions:
-    """The parameters as a step placed them, to tell later whether one was edited unrecorded."""
+class Placed:
+    """The parameters as a step placed them, to tell later whether one was edited unrecorded.
 
-    def __init__(self, params: Params) -> None:
-        self._placed = params
-        self._versions = [torch_private.version(p) for p in params.values()]
+    PyTorch counts edits under ``torch.no_grad``. Those through ``.data``, and through an array that
+    shares memory, leave no trace but other numbers: a parameter whose memory was handed out is
+    compared with a copy.
+    """
+
+    def __init__(self, params: Params, watch: EditWatch) -> None:
+        self._params = params
+        self._versions = versions_of(params)
         self._nodes = [None if torch_private.is_view(p) else p.grad_fn for p in params.values()]
+        for p in params.values():
+            if type(p) is Tensor:
+                p.__class__ = Weight
+                p._watch = watch  # type: ignore[attr-defined]  # noqa: SLF001
 
-    def check(self, now: Mapping[str, Tensor]) -> None:
-        """Raise if one of the parameters was edited in place, and autograd did not see it."""
-        for (name, p), version, node in zip(
-            self._placed.items(), self._versions, self._nodes, strict=True
+    def check(self, now: Mapping[str, Tensor], handed_out: Mapping[int, Tensor]) -> None:
+        """Raise if one of the parameters was edited, and autograd did not see it.
+
+        Args:
+            now: the parameters as they are now.
+            handed_out: copies of those whose memory was handed out, by identity.
+        """
+        versions = versions_of(self._params)
+        if versions == self._versions and not handed_out:
+            return
+        for (name, p), node, was, is_now in zip(
+            self._params.items(), self._nodes, self._versions, versions, strict=True
         ):
-            if (
-                torch_private.version(p) != version
-                and now[name] is p
-                and not _is_recorded(p, node)
-                and p.requires_grad
-            ):
-                raise unseen_edit(name, "in place")
+            if now[name] is p and not _is_recorded(p, node):
+                if was != is_now:
+                    raise unseen_edit(name, "in place")
+                copied = handed_out.get(id(p))
+                if copied is not None and not _equal(copied, p):
+                    raise unseen_edit(name, "in place")
+
+
+class Weight(Tensor):
+    """A parameter of ``loop.model``, which tells when its memory is handed out.
+
+    Operations see a plain tensor, as they do for `torch.nn.Parameter`.
+    """
+
+    __torch_function__ = torch_private.NO_TORCH_FUNCTION  # type: ignore[assignment]
+    _watch: EditWatch
+
+    @property  # type: ignore[misc]
+    def data(self) -> Tensor:
+        """Return the tensor without its history; edits of it are found later."""
+        self._watch.hand_out(self)
+        found: Tensor = _GET_DATA(self)
+        return found
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._watch.hand_out(self)
+        _SET_DATA(self, value)
+
+    def detach(self) -> Tensor:
+        """Return the tensor without its history; edits of it are found later."""
+        self._watch.hand_out(self)
+        return super().detach()
+
+    def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
+        return self._as_plain(repr)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tensor:
+        """Copy the tensor, where PyTorch can."""
+        return self._as_plain(lambda plain: plain.__deepcopy__(memo))
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        """Be pickled as a plain tensor."""
+        return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
+
+    def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
+        watch = vars(self).pop("_watch")
+        self.__class__ = Tensor
+        try:
+            return function(self)
+        finally:
+            self.__class__ = Weight
+            self._watch = watch
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    b = b.detach()
+    same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _is_recorded(p: Tensor, node: object) -> bool:
@@ -158,23 +286,6 @@ def _is_recorded(p: Tensor, node: object) -> bool:
     if torch_private.is_view(p):
         return type(torch_private.recorded_by(p)).__name__ == "CopySlices"
     return p.grad_fn is not node
-
-
-def versions_of(params: Params) -> list[int]:
-    """Return how often each parameter has been written in place."""
-    return [torch_private.version(p) for p in params.values()]
-
-
-def check_past(params: Params, versions: Iterable[int], time: int) -> None:
-    """Raise if a parameter of the past was overwritten by an edit that came later."""
-    for (name, p), version in zip(params.items(), versions, strict=True):
-        if torch_private.version(p) != version:
-            raise NotDifferentiableError(
-                f"the parameter {name!r} of time {time} is gone: no step had moved it when it was "
-                "edited in place, so that the past was edited with it. Write "
-                f'loop.assign({{"{name}": loop.parameters()["{name}"] + change}}) in place of '
-                "the edit"
-            )
 
 
 def unseen_edit(name: str, how: str) -> NotDifferentiableError:

@@ -32,7 +32,7 @@ from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
-from innerloop._track.edits import EditWatch, Versions, check_past, versions_of
+from innerloop._track.edits import EditWatch, Placed
 from innerloop._track.start import (
     Learn,
     Model,
@@ -80,7 +80,11 @@ class TrackedLoop:
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
         self._edits = EditWatch()
-        self._kernels = replace.LoopMode(self._edits) if self._second_order else None
+        self._kernels = (
+            None
+            if learn == "nothing"
+            else replace.LoopMode(self._edits, replaces=self._second_order)
+        )
         self._gate = Gate(snapshots=learn == "nothing")
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -127,7 +131,6 @@ class TrackedLoop:
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
-        self._past: dict[int, list[int]] = {}
         self._steps = 0
         self._losses: list[Tensor] = []
         self._sparse: set[str] = set()
@@ -146,6 +149,7 @@ class TrackedLoop:
             self._kernels.enter()
         self._facts.enter()
         self._place()
+        self._edits.is_on = True
         return self
 
     def __exit__(
@@ -154,10 +158,10 @@ class TrackedLoop:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        watched = self._kernels is None or self._kernels.watches
         self._facts.leave()
         if self._kernels is not None:
             self._kernels.leave()
+        handed_out = self._edits.stop()
         if self._grad_mode is not None:
             self._grad_mode.__exit__(kind, error, traceback)
             self._grad_mode = None
@@ -174,8 +178,8 @@ class TrackedLoop:
         if isinstance(error, TypeError) and "_orig' (torch.nn.Parameter" in str(error):
             name = str(error).split("parameter '")[-1].split("_orig'")[0]
             raise InvalidInputError(GONE.format(name)) from error
-        if kind is None and self._second_order and not watched:
-            self._placed.check(self._view.read())
+        if kind is None and self._losses:
+            self._check_edits(self._view.read(), handed_out)
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
         if kind is None and self._losses:
@@ -214,7 +218,7 @@ class TrackedLoop:
         transform = self._transform_of(grad_callback)
         current = self._current()
         self._facts.check(current)
-        self._check_edits(current)
+        self._check_edits(current, self._edits.handed_out)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
@@ -239,29 +243,33 @@ class TrackedLoop:
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
         overrides = {**self.hyper, **(hyper or {})}
-        with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
-            params = {name: current[name] for name in self._names}
-            more: dict[str, Any] = {}
-            if closure is not None and self._optimizer.needs_closure:
+        self._edits.is_on = False
+        try:
+            with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
+                params = {name: current[name] for name in self._names}
+                more: dict[str, Any] = {}
+                if closure is not None and self._optimizer.needs_closure:
 
-                def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                    with self._users_code():
-                        found, grads = evaluate({**current, **trial}, self._as_loss)
-                    return self._as_seen(found), grads
+                    def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+                        with self._users_code():
+                            found, grads = evaluate({**current, **trial}, self._as_loss)
+                        return self._as_seen(found), grads
 
-                more["value_and_grad"] = CachedFirstEvaluation(
-                    at_trial, params, self._as_seen(value), grads
-                )
-            before = self._states[self._steps].optimizer_state
-            updated, state = self._optimizer.update(grads, before, params, overrides, **more)
-            # One that was skipped may be edited in place later; the times before must not change.
-            updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
-        if not self._cut.reached:
-            self._cut.note_outside_leaves(updated.values(), current.values())
-        # Clone: a fused loss shares storage with the whole batch's output.
-        number = value.detach().clone()
-        updated = with_dense_gradients(updated, self._sparse)
-        self._place(self._advance({**current, **updated}, state, value, number))
+                    more["value_and_grad"] = CachedFirstEvaluation(
+                        at_trial, params, self._as_seen(value), grads
+                    )
+                before = self._states[self._steps].optimizer_state
+                updated, state = self._optimizer.update(grads, before, params, overrides, **more)
+                # One that was skipped may be edited later; the times before must not change.
+                updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
+            if not self._cut.reached:
+                self._cut.note_outside_leaves(updated.values(), current.values())
+            # Clone: a fused loss shares storage with the whole batch's output.
+            number = value.detach().clone()
+            updated = with_dense_gradients(updated, self._sparse)
+            self._place(self._advance(current, updated, state, value, number))
+        finally:
+            self._edits.is_on = True
         if self._kernels is not None:
             if self._steps == 1:
                 self._kernels.after_first_step(keeps_watch=True)
@@ -269,6 +277,7 @@ class TrackedLoop:
                     self._watch(updated)
             elif self._steps == 2 and not self._edits.seen:
                 self._kernels.stop_watching()
+                self._edits.forget()
         return number
 
     def assign(self, params: Params) -> None:
@@ -322,10 +331,7 @@ class TrackedLoop:
         """Return the parameters after ``time`` steps, by name: 0 is the start, -1 the newest."""
         if time in (-1, self._steps):
             return self._view.read()
-        found = self.trajectory.at(time).params
-        if time in self._past:
-            check_past(found, self._past[time], time)
-        return found
+        return self.trajectory.at(time).params
 
     def buffers(self, time: int = -1) -> dict[str, Tensor]:
         """Return the buffers after ``time`` steps, by name; -1 is now."""
@@ -355,7 +361,6 @@ class TrackedLoop:
                 }
             )
         self._states = {0: carry._replace(params=self._view.read())}
-        self._past = {}
         self._steps = 0
         self._losses = []
         self._place()
@@ -405,9 +410,15 @@ class TrackedLoop:
         return grad_callback
 
     def _advance(
-        self, params: dict[str, Tensor], state: object, loss: Tensor, number: Tensor
+        self,
+        current: dict[str, Tensor],
+        updated: Params,
+        state: object,
+        loss: Tensor,
+        number: Tensor,
     ) -> Params:
-        """Go on to the next time, at these parameters; return them as they stand there."""
+        """Go on to the next time, at updated parameters; return all as they stand there."""
+        params = {**current, **updated}
         if self.learn == "nothing":
             with torch.enable_grad():
                 params = {
@@ -418,10 +429,8 @@ class TrackedLoop:
             if self._steps:
                 del self._states[self._steps]
         else:
-            before = self._view.read()
-            self._states[self._steps] = self._states[self._steps]._replace(params=before)
-            self._past[self._steps] = versions_of(before)
-            params = aliased(params, before)
+            self._states[self._steps] = self._states[self._steps]._replace(params=current)
+            params = aliased(params, current)
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -433,16 +442,17 @@ class TrackedLoop:
 
     def _place(self, placed: Params | None = None) -> None:
         """Note the parameters as they are: later edits are found by comparison."""
-        if self.learn != "nothing":
+        if self._kernels is not None:
             placed = self._view.read() if placed is None else placed
-            self._placed = Versions({name: placed[name] for name in self._trained})
-            if self._kernels is not None and self._kernels.watches:
+            self._placed = Placed({name: placed[name] for name in self._trained}, self._edits)
+            self._edits.handed_out.clear()
+            if self._kernels.watches:
                 self._edits.start(placed)
 
-    def _check_edits(self, current: Params) -> None:
+    def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
         """Raise if a parameter was edited while nobody looked."""
-        if self._second_order and not (self._kernels is not None and self._kernels.watches):
-            self._placed.check(current)
+        if self._kernels is not None and not self._edits.written:
+            self._placed.check(current, handed_out)
 
     def _own_code(self) -> AbstractContextManager[object]:
         return nullcontext() if self._kernels is None else self._kernels.paused()

@@ -253,11 +253,13 @@ class LoopMode:
 
     Args:
         watch: looks at every operation of the user's code until the second step begins.
+        replaces: False if the mode is there for the watch only.
     """
 
-    def __init__(self, watch: Watch | None = None) -> None:
+    def __init__(self, watch: Watch | None = None, *, replaces: bool = True) -> None:
         self._mode = ReplacementMode()
         self._mode.watch = watch
+        self._mode.replaces = self._counts = replaces
         self._is_on = False
         self._is_entered = False
         self._levels_around = 0  # `_thread.transform_levels` outside the loop
@@ -266,16 +268,18 @@ class LoopMode:
         """Switch the mode on and count this loop; a second call does nothing."""
         if not self._is_entered:
             self._mode.on = self._is_on = self._is_entered = True
-            self._levels_around = _thread.transform_levels
-            _thread.loops += 1
-            _thread.transform_levels = torch_private.derivative_levels()
+            if self._counts:
+                self._levels_around = _thread.transform_levels
+                _thread.loops += 1
+                _thread.transform_levels = torch_private.derivative_levels()
             self._mode.__enter__()
 
     def leave(self) -> None:
         """Switch the mode off and stop counting this loop."""
         if self._is_entered:
             self._is_entered = False
-            _thread.loops, _thread.transform_levels = _thread.loops - 1, self._levels_around
+            if self._counts:
+                _thread.loops, _thread.transform_levels = _thread.loops - 1, self._levels_around
             self._switch_off()
 
     def _switch_off(self) -> None:
