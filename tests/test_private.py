@@ -41,6 +41,9 @@ EXERCISED = {
     "version",
     "gradient_hooks",
     "recorded_by",
+    "versions",
+    "nodes_so_far",
+    "is_newer",
     "only_forward_mode",
     "function_of",
     "is_view",
@@ -191,6 +194,20 @@ def test_the_version_counts_writes_in_place():
     )  # a view counts with its base
     x.data.add_(1)
     assert torch_private.version(x) == before + 2  # and .data does not count
+
+
+def test_what_was_recorded_since():
+    x = torch.ones(2, 2, requires_grad=True) * 2
+    assert torch_private.versions([x, x.t()]) == [0, 0]
+    count = torch_private.nodes_so_far()
+    assert not torch_private.is_newer(x.grad_fn, count)
+    with torch.no_grad():
+        x.mul_(2)
+    assert not torch_private.is_newer(x.grad_fn, count)
+    x.mul_(2)
+    assert torch_private.is_newer(x.grad_fn, count)
+    assert torch_private.versions([x]) == [2]
+    assert not torch_private.is_newer(None, count)
 
 
 def test_what_records_an_edit_in_place():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
 
-from innerloop._module.checks import refuse_clipping, versions_of
+from innerloop._module.checks import refuse_clipping
 from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
@@ -51,6 +52,7 @@ class EditWatch:
         seen: True if a weight was ever edited.
         written: True if one was edited since the newest ones were placed.
         is_on: True while the user's code runs in the block.
+        placed: the newest parameters.
         handed_out: copies of those parameters whose memory was handed out since they were placed,
             by identity.
         refused: the error that was raised, if any.
@@ -60,21 +62,29 @@ class EditWatch:
         self.seen = self.written = False
         self.refused: NotDifferentiableError | None = None
         self.is_on = False
+        self.placed: Params = {}
         self.handed_out: dict[int, Tensor] = {}
         self._params: dict[int, str] = {}
         self._kinds: dict[int, tuple[Tensor, _Kind]] = {}
 
     def hand_out(self, p: Tensor) -> None:
         """Keep a copy of a parameter whose memory can be written from now on."""
-        if self.is_on and id(p) not in self.handed_out:
+        if id(p) not in self.handed_out:
             self.is_on = False
             with torch.no_grad():
                 self.handed_out[id(p)] = p.clone()
             self.is_on = True
 
+    def enter(self) -> None:
+        """Look at the user's code from now on."""
+        self.is_on = True
+        _watching.append(weakref.ref(self))
+
     def stop(self) -> dict[int, Tensor]:
         """Look at nothing any more, and keep nothing; return what was handed out."""
         self.is_on = False
+        self.placed = {}
+        _watching[:] = [other for other in _watching if other() not in (None, self)]
         handed_out, self.handed_out = self.handed_out, {}
         self.forget()
         return handed_out
@@ -85,7 +95,7 @@ class EditWatch:
 
     def start(self, params: Params) -> None:
         """Look at these parameters from now on."""
-        self._params = {id(p): name for name, p in params.items() if p.requires_grad}
+        self._params = {id(p): name for name, p in params.items()}
         self._kinds.clear()
         self.written = False
 
@@ -200,32 +210,39 @@ class Placed:
 
     def __init__(self, params: Params, watch: EditWatch) -> None:
         self._params = params
-        self._versions = versions_of(params)
-        self._nodes = [None if torch_private.is_view(p) else p.grad_fn for p in params.values()]
+        self._versions = torch_private.versions(params.values())
+        self._nodes_so_far = torch_private.nodes_so_far()
+        watch.placed = params
         for p in params.values():
             if type(p) is Tensor:
                 p.__class__ = Weight
-                p._watch = watch  # type: ignore[attr-defined]  # noqa: SLF001
 
     def check(self, now: Mapping[str, Tensor], handed_out: Mapping[int, Tensor]) -> None:
         """Raise if one of the parameters was edited, and autograd did not see it.
 
         Args:
             now: the parameters as they are now.
-            handed_out: copies of those whose memory was handed out, by identity.
+            placed: the newest parameters.
+        handed_out: copies of those whose memory was handed out, by identity.
         """
-        versions = versions_of(self._params)
+        versions = torch_private.versions(self._params.values())
         if versions == self._versions and not handed_out:
             return
-        for (name, p), node, was, is_now in zip(
-            self._params.items(), self._nodes, self._versions, versions, strict=True
+        for (name, p), was, is_now in zip(
+            self._params.items(), self._versions, versions, strict=True
         ):
-            if now[name] is p and not _is_recorded(p, node):
+            if now[name] is p and not self._is_recorded(p):
                 if was != is_now:
                     raise unseen_edit(name, "in place")
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
                     raise unseen_edit(name, "in place")
+
+    def _is_recorded(self, p: Tensor) -> bool:
+        """True if autograd has recorded an edit of ``p`` since it was placed."""
+        if torch_private.is_view(p):
+            return type(torch_private.recorded_by(p)).__name__ == "CopySlices"
+        return torch_private.is_newer(p.grad_fn, self._nodes_so_far)
 
 
 class Weight(Tensor):
@@ -235,23 +252,22 @@ class Weight(Tensor):
     """
 
     __torch_function__ = torch_private.NO_TORCH_FUNCTION  # type: ignore[assignment]
-    _watch: EditWatch
 
     @property  # type: ignore[misc]
     def data(self) -> Tensor:
         """Return the tensor without its history; edits of it are found later."""
-        self._watch.hand_out(self)
+        _hand_out(self)
         found: Tensor = _GET_DATA(self)
         return found
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._watch.hand_out(self)
+        _hand_out(self)
         _SET_DATA(self, value)
 
     def detach(self) -> Tensor:
         """Return the tensor without its history; edits of it are found later."""
-        self._watch.hand_out(self)
+        _hand_out(self)
         return super().detach()
 
     def __repr__(self, *, tensor_contents: str | None = None) -> str:  # type: ignore[override]
@@ -266,26 +282,28 @@ class Weight(Tensor):
         return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
 
     def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
-        watch = vars(self).pop("_watch")
         self.__class__ = Tensor
         try:
             return function(self)
         finally:
             self.__class__ = Weight
-            self._watch = watch
+
+
+_watching: list[weakref.ref[EditWatch]] = []
+
+
+def _hand_out(p: Tensor) -> None:
+    """Tell the loop whose newest parameter ``p`` is that its memory can be written from now on."""
+    for reference in tuple(_watching):
+        watch = reference()
+        if watch is not None and watch.is_on and any(q is p for q in watch.placed.values()):
+            watch.hand_out(p)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     b = b.detach()
     same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _is_recorded(p: Tensor, node: object) -> bool:
-    """True if autograd saw the edit of ``p``; ``node`` is what its ``grad_fn`` was before."""
-    if torch_private.is_view(p):
-        return type(torch_private.recorded_by(p)).__name__ == "CopySlices"
-    return p.grad_fn is not node
 
 
 def unseen_edit(name: str, how: str) -> NotDifferentiableError:

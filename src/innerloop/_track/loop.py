@@ -148,8 +148,9 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.enter()
         self._facts.enter()
-        self._place()
-        self._edits.is_on = True
+        with self._own_code():
+            self._place()
+        self._edits.enter()
         return self
 
     def __exit__(
@@ -216,9 +217,10 @@ class TrackedLoop:
                 derivative.
         """
         transform = self._transform_of(grad_callback)
-        current = self._current()
-        self._facts.check(current)
-        self._check_edits(current, self._edits.handed_out)
+        with self._own_code():
+            current = self._current()
+            self._facts.check(current)
+            self._check_edits(current, self._edits.handed_out)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
@@ -237,7 +239,8 @@ class TrackedLoop:
                 "loop.step(lambda: loss_fn(loop.model(x), y))"
             )
         else:
-            value = self._checked(loss)
+            with self._own_code():
+                value = self._checked(loss)
             grads = gradient_of(value, current)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
@@ -245,29 +248,32 @@ class TrackedLoop:
         overrides = {**self.hyper, **(hyper or {})}
         self._edits.is_on = False
         try:
-            with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
-                params = {name: current[name] for name in self._names}
-                more: dict[str, Any] = {}
-                if closure is not None and self._optimizer.needs_closure:
+            with self._own_code():
+                with torch.set_grad_enabled(self.learn != "nothing"):
+                    params = {name: current[name] for name in self._names}
+                    more: dict[str, Any] = {}
+                    if closure is not None and self._optimizer.needs_closure:
 
-                    def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                        with self._users_code():
-                            found, grads = evaluate({**current, **trial}, self._as_loss)
-                        return self._as_seen(found), grads
+                        def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+                            with self._users_code():
+                                found, grads = evaluate({**current, **trial}, self._as_loss)
+                            return self._as_seen(found), grads
 
-                    more["value_and_grad"] = CachedFirstEvaluation(
-                        at_trial, params, self._as_seen(value), grads
+                        more["value_and_grad"] = CachedFirstEvaluation(
+                            at_trial, params, self._as_seen(value), grads
+                        )
+                    before = self._states[self._steps].optimizer_state
+                    updated, state = self._optimizer.update(
+                        grads, before, params, overrides, **more
                     )
-                before = self._states[self._steps].optimizer_state
-                updated, state = self._optimizer.update(grads, before, params, overrides, **more)
-                # One that was skipped may be edited later; the times before must not change.
-                updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
-            if not self._cut.reached:
-                self._cut.note_outside_leaves(updated.values(), current.values())
-            # Clone: a fused loss shares storage with the whole batch's output.
-            number = value.detach().clone()
-            updated = with_dense_gradients(updated, self._sparse)
-            self._place(self._advance(current, updated, state, value, number))
+                    # One that was skipped may be edited later; the times before must not change.
+                    updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
+                if not self._cut.reached:
+                    self._cut.note_outside_leaves(updated.values(), current.values())
+                # Clone: a fused loss shares storage with the whole batch's output.
+                number = value.detach().clone()
+                updated = with_dense_gradients(updated, self._sparse)
+                self._place(self._advance(current, updated, state, value, number))
         finally:
             self._edits.is_on = True
         if self._kernels is not None:
@@ -444,10 +450,11 @@ class TrackedLoop:
         """Note the parameters as they are: later edits are found by comparison."""
         if self._kernels is not None:
             placed = self._view.read() if placed is None else placed
-            self._placed = Placed({name: placed[name] for name in self._trained}, self._edits)
+            trained = {name: placed[name] for name in self._trained}
+            self._placed = Placed(trained, self._edits)
             self._edits.handed_out.clear()
             if self._kernels.watches:
-                self._edits.start(placed)
+                self._edits.start(trained)
 
     def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
         """Raise if a parameter was edited while nobody looked."""
@@ -572,17 +579,17 @@ class TrackedLoop:
 
     def _gradient_of(self, loss: Tensor, current: Params, transform: Transform | None) -> Gradients:
         """Compute the gradients, as ``backward()`` and the user's hooks and callback would."""
-        leaves = check_graph([loss], current.values(), second_order=self._second_order)
-        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        independent = InvalidInputError(
-            f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
-            "trains, as they are now: compute it with "
-            "loop.model (not with the model that was passed to track), and anew after each step"
-        )
-        if not wanted:
-            refuse_transform()
-            raise independent
         with self._own_code():
+            leaves = check_graph([loss], current.values(), second_order=self._second_order)
+            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+            independent = InvalidInputError(
+                f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
+                "trains, as they are now: compute it with loop.model (not with the model that was "
+                "passed to track), and anew after each step"
+            )
+            if not wanted:
+                refuse_transform()
+                raise independent
             found = inner_gradient(
                 loss,
                 wanted,
@@ -590,10 +597,10 @@ class TrackedLoop:
                 independent=independent,
                 gate=self._gate,
             )
-        self._gate.closed = self._second_order
-        self._check_origin(found, leaves)
-        if sparse := sparse_ones(found):
-            self._sparse |= sparse
+            self._gate.closed = self._second_order
+            self._check_origin(found, leaves)
+            if sparse := sparse_ones(found):
+                self._sparse |= sparse
         # Where none is sparse, `finish` need not look again.
         as_they_are = not sparse or self._optimizer.takes_sparse
         grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)

@@ -7,7 +7,7 @@ by a test and mended here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -257,6 +257,21 @@ def version(tensor: Tensor) -> int:
     So a buffer is known to have changed without comparing its values.
     """
     return tensor._version
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Count for each tensor how often it has been written in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def nodes_so_far() -> int:
+    """Count the nodes that this thread has recorded so far."""
+    return torch.autograd._get_sequence_nr()
+
+
+def is_newer(node: Any, count: int) -> bool:
+    """True if a node was recorded after `nodes_so_far` gave ``count``."""
+    return node is not None and node._sequence_nr() >= count
 
 
 def recorded_by(tensor: Tensor) -> object:
