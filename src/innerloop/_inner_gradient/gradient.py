@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from innerloop._inner_gradient.callback import call_back
 from innerloop._inner_gradient.graph import check_graph as check_graph
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._utils.inner_pass import inner_pass
 from innerloop.errors import InnerLoopError
+from innerloop.optim._engine.callback import call_back
 from innerloop.optim._engine.grads import dense, is_sparse
 
 K = TypeVar("K", str, int)

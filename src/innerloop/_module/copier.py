@@ -190,7 +190,7 @@ class _Parameters(dict[str, Any]):
             return _Unreadable.of(found, name)
         return found
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """Return the items, which every listing of a module's parameters goes through."""
         refuse_clipping()
         return super().items()

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from innerloop._types import Params
 from innerloop._utils import torch_private
+from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer
 from innerloop.optim._from_torch.from_torch import FromTorch
@@ -129,7 +130,7 @@ def refuse_transform() -> None:
 
     Asked once that is known; the parameters of a model that was made inside have one.
     """
-    if torch_private.inside_transform():
+    if mode() is Mode.TRANSFORMED:
         raise InvalidInputError(
             "the loop runs inside a transform of torch.func (grad, vjp, jvp, jacrev, ...), and its "
             "model was made outside of it: there is no gradient by parameters from outside. Make "

@@ -17,7 +17,7 @@ from innerloop.errors import NotDifferentiableError
 Result = TypeVar("Result")
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
+_GET_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _DETACH = (torch.Tensor.detach, torch.detach)
 _ADD_IN_PLACE = {"add_", "sub_", "__iadd__", "__isub__", "_foreach_add_", "_foreach_sub_"}
@@ -245,7 +245,17 @@ class Placed:
         return torch_private.is_newer(p.grad_fn, self._nodes_so_far)
 
 
-class Weight(Tensor):
+class _TensorClass(type(Tensor)):  # type: ignore[misc]
+    """The class of `Weight`, of which every tensor is said to be an instance.
+
+    `torch.testing.assert_close` compares tensors of related classes only.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, Tensor)
+
+
+class Weight(Tensor, metaclass=_TensorClass):
     """A parameter of ``loop.model``, which tells when its memory is handed out.
 
     Operations see a plain tensor, as they do for `torch.nn.Parameter`.
@@ -253,7 +263,7 @@ class Weight(Tensor):
 
     __torch_function__ = torch_private.NO_TORCH_FUNCTION  # type: ignore[assignment]
 
-    @property  # type: ignore[misc]
+    @property
     def data(self) -> Tensor:
         """Return the tensor without its history; edits of it are found later."""
         _hand_out(self)
@@ -282,7 +292,7 @@ class Weight(Tensor):
         return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
 
     def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
-        self.__class__ = Tensor
+        self.__class__ = Tensor  # type: ignore[assignment]
         try:
             return function(self)
         finally:
@@ -306,13 +316,13 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def unseen_edit(name: str, how: str) -> NotDifferentiableError:
+def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
     """Return the error for an edit of a weight of which the derivative would know nothing."""
     return NotDifferentiableError(
-        f"the weight {name!r} of loop.model was edited {how} under torch.no_grad or through .data "
+        f"the weight {weight!r} of loop.model was edited {how} under torch.no_grad or through .data "
         "(clamp_, mul_, load_state_dict, an average of weights): the derivative would pass as if "
         "the edit had not happened. Write "
-        f'loop.assign({{"{name}": 0.5 * loop.parameters()["{name}"]}}), with gradients on, which '
+        f'loop.assign({{"{weight}": 0.5 * loop.parameters()["{weight}"]}}), with gradients on, which '
         "is differentiated (a detached tensor is a constant, and cuts there). Adding a constant in "
         "place is right as it stands if the loop does it from its first step on; "
         'with learn="nothing" everything is'

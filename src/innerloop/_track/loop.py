@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from innerloop._carry import Carry, _alias, aliased
-from innerloop._inner_gradient.callback import refuse_post_accumulate_hooks
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     check_graph,
@@ -51,6 +50,7 @@ from innerloop._utils.finite import all_finite, is_finite
 from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.nn import _mode as replace
 from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.callback import refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform

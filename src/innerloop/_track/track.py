@@ -57,7 +57,7 @@ def track(
 
     Note:
         A weight of ``loop.model`` is edited by ``loop.assign``, with its derivative. Adding a
-        constant in place, under ``torch.no_grad``, is right too if it is done from the first steps
+        constant in place, under ``torch.no_grad``, is right too if it is done from the first step
         on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
         Assigning a new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with
         ``model``, not copied: do not edit those in place. Buffers (running statistics) are

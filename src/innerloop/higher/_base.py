@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._carry import aliased
-from innerloop._inner_gradient.callback import call_back, refuse_post_accumulate_hooks
 from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
@@ -25,6 +24,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule
+from innerloop.optim._engine.callback import call_back, refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import refuse_hooks, refuse_wrapper
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from innerloop._inner_gradient.callback import call_back
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
+from innerloop.optim._engine.callback import call_back
 from innerloop.optim._transforms.base import Transform
 
 
