@@ -87,6 +87,10 @@ class Problem(Generic[Batch, Aux]):
             derivative, and its result is passed on as ``loss(params, hyper, batch, targets)``. What
             the loss itself detaches is constant in every derivative.
 
+    Note:
+        For a type checker this is ``Problem[Batch, Aux]``: what the loss takes as a batch, and what
+        it returns besides the scalar. A bare ``Problem`` leaves both open.
+
     Example:
         >>> import torch, innerloop
         >>> problem = innerloop.Problem(
