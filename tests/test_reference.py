@@ -30,7 +30,7 @@ INTERNAL = """
     innerloop.Problem.residual innerloop.Problem.update innerloop.StoreAll.run
     innerloop.Problem.original innerloop.Problem.for_one_run innerloop.Problem.with_targets
     innerloop.Problem.parameter_hooks
-    innerloop.optim.Rule.torch_class innerloop.optim.Packed.of innerloop.MissingExtraError.of
+    innerloop.optim.Rule.torch_layout innerloop.optim.Packed.of innerloop.MissingExtraError.of
 """.split()
 """Members without an underscore that are there for the package itself."""
 

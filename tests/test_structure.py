@@ -19,11 +19,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import innerloop
+from innerloop import Problem, Trajectory
 from innerloop.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -782,6 +786,56 @@ def test_types_are_real() -> None:
     said = f"Any: plain {plain:.1%}, nested {nested:.1%} of {total.all} annotations"
     assert plain < PLAIN_ANY, f"{said}\n{table_of_any(counts)}"
     assert nested < NESTED_ANY, f"{said}\n{table_of_any(counts)}"
+
+
+def test_batch_and_aux_are_type_variables_that_a_problem_carries() -> None:
+    from innerloop import _types
+
+    variables = (_types.Batch, _types.Aux)
+    assert all(isinstance(variable, TypeVar) for variable in variables)
+    assert variables == Problem.__parameters__  # type: ignore[attr-defined]
+    assert (_types.Aux,) == Trajectory.__parameters__  # type: ignore[attr-defined]
+    names = {"Batch", "Aux"}
+    assert names <= names_in(inspect.signature(Problem.step))
+    assert names <= names_in(inspect.signature(Problem.__init__))
+    assert names <= names_in(inspect.signature(innerloop.unroll))
+    assert {*names, "Result"} <= names_in(inspect.signature(innerloop.metagradient))
+
+
+def names_in(signature: inspect.Signature) -> set[str]:
+    """Words in the annotations of a signature, which are strings."""
+    values = [p.annotation for p in signature.parameters.values()]
+    return set(re.findall(r"\w+", f"{values} {signature.return_annotation}"))
+
+
+def test_a_type_checker_infers_batch_aux_and_result() -> None:
+    """``make types`` checks what stands here; a line that is wrong on purpose is marked, and an
+    idle mark is an error there."""
+
+    def loss(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> tuple[Tensor, int]:
+        return (params["w"] - hyper * batch).square().sum() / 2, 3
+
+    def of_module(model: nn.Linear, hyper: object, batch: Tensor, targets: Tensor) -> Tensor:
+        return (model(batch) - targets).square().sum()
+
+    def outer(traj: Trajectory[int], hyper: Tensor) -> tuple[Tensor, int]:
+        return traj.params["w"], traj.steps
+
+    sgd = innerloop.optim.sgd(lr=0.5)
+    problem = Problem(loss, sgd)
+    assert_type(problem, Problem[Tensor, int])
+    assert_type(Problem.from_module(nn.Linear(1, 1), of_module, sgd), Problem[Tensor, Any])
+    one = torch.tensor(1.0)
+    traj = innerloop.unroll(problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(traj, Trajectory[int])
+    result, _ = innerloop.metagradient(outer, problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(result, tuple[Tensor, int])
+    assert result == (1.5, 1)  # type: ignore[comparison-overlap]
+
+    def wrong(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> float:
+        return 0.0
+
+    Problem(wrong, sgd)  # type: ignore[arg-type]
 
 
 # -- docstrings ------------------------------------------------------------------------------------

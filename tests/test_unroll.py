@@ -85,11 +85,12 @@ def test_value_and_grads_are_detached_and_inputs_untouched():
 
 
 def test_the_outer_loss_may_return_more():
+    def outer(traj: innerloop.Trajectory, hyper: object) -> tuple[torch.Tensor, dict[str, Any]]:
+        more = {"steps": traj.steps, "end": traj.params["w"], "text": "kept", "none": None}
+        return last(traj, hyper), more
+
     (value, extra), grads = innerloop.metagradient(
-        lambda traj, hyper: (
-            last(traj, hyper),
-            {"steps": traj.steps, "end": traj.params["w"], "text": "kept", "none": None},
-        ),
+        outer,
         simple(),
         begin(),
         None,
@@ -527,7 +528,7 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["'w'", "body.weight"],
     ),
     "from_module of no module": (
-        lambda: innerloop.Problem.from_module(half_square, half_square, innerloop.optim.sgd()),  # type: ignore[arg-type]
+        lambda: innerloop.Problem.from_module(half_square, half_square, innerloop.optim.sgd()),  # type: ignore[type-var]
         ["nn.Module", "function"],
     ),
     "wrt": (

@@ -11,7 +11,7 @@ from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._types import HyperTree, Params
+from innerloop._types import Aux, Batch, HyperTree, Params
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report, closing, reporter
@@ -23,7 +23,7 @@ from innerloop.strategy._store_all import StoreAll
 
 
 def unroll(
-    problem: Problem,
+    problem: Problem[Batch, Aux],
     params: Params | Carry | None,
     batches: object,
     *,
@@ -32,7 +32,7 @@ def unroll(
     steps: int | None = None,
     save_at: Sequence[int] = (),
     progress: bool | Report = False,
-) -> Trajectory:
+) -> Trajectory[Aux]:
     r"""Run T steps of ``problem``; gradients flow from the trajectory to ``params`` and ``hyper``.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._types import HyperTree, Params
+from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
@@ -27,13 +27,13 @@ class Inputs(NamedTuple):
     hyper: HyperTree
 
 
-Objective = Callable[[Inputs], tuple[Tensor, Any]]
+Objective = Callable[[Inputs], tuple[Tensor, Result]]
 """Runs the loop and the outer loss: ``(loss, what the outer loss returned)``."""
 
 
 def outer_gradient(
-    objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
-) -> tuple[Any, dict[str, Any]]:
+    objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
+) -> tuple[Result, dict[str, Any]]:
     """Evaluate ``objective`` and differentiate it: `Strategy.value_and_grad`."""
     chosen = {name: getattr(inputs, name) for name in wrt}
     leaves = tree.leaves(chosen)
@@ -48,7 +48,7 @@ def outer_gradient(
     running = mode()
     reached = True
 
-    def of_leaves(values: list[Tensor]) -> tuple[Tensor, Any]:
+    def of_leaves(values: list[Tensor]) -> tuple[Tensor, Result]:
         nonlocal reached
         filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
         loss, result = objective(inputs._replace(**filled))
@@ -110,8 +110,8 @@ def _what_to_write(chosen: Mapping[str, object]) -> str:
 
 
 def _by_autograd(
-    of_leaves: Callable[[list[Tensor]], tuple[Tensor, Any]], values: list[Tensor]
-) -> tuple[Any, Sequence[Tensor | None]]:
+    of_leaves: Callable[[list[Tensor]], tuple[Tensor, Result]], values: list[Tensor]
+) -> tuple[Result, Sequence[Tensor | None]]:
     with torch.enable_grad():
         values = [value.detach().requires_grad_() for value in values]
         loss, result = of_leaves(values)

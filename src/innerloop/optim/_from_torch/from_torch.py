@@ -138,7 +138,7 @@ class FromTorch(Optimizer):
             ).items():
                 exported = (
                     _export_shared(rule, member)
-                    if rule.torch_shares_state
+                    if rule.torch_layout.shared
                     else _export(rule, member, name, group)
                 )
                 if exported:
@@ -196,7 +196,7 @@ class FromTorch(Optimizer):
         if not any(saved.values()) or not tensors:
             return state
         part = {name: params[name] for name in tensors}
-        keys = {field: rule.torch_state[field] for field in rule.slots()}
+        keys = {field: rule.torch_layout.state[field] for field in rule.slots()}
         values: dict[str, Any] = {}
         for field, key in keys.items():
             if any(s.get(key) is not None for s in saved.values()):
@@ -339,7 +339,7 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
 
 def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
     names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
-    shared = {k: defaults[k] for k in rule.torch_from_constructor if k in defaults}
+    shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
     return rule(**{k: v for k, v in (dict(group) | shared).items() if k in names})
 
 
@@ -364,7 +364,7 @@ def _has_tensor(value: object) -> bool:
 
 def _holding(rule: Rule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters with which torch keeps the state of this rule."""
-    return dict(list(tensors.items())[: 1 if rule.torch_shares_state else None])
+    return dict(list(tensors.items())[: 1 if rule.torch_layout.shared else None])
 
 
 def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int:
@@ -372,8 +372,8 @@ def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int
 
     A rule whose torch form keeps none has taken one as soon as it has any state.
     """
-    if rule.torch_counts:
-        return int(saved.get(rule.torch_count, 0))
+    if rule.torch_layout.count is not None:
+        return int(saved.get(rule.torch_layout.count, 0))
     return int(any(saved.get(key) is not None for key in keys.values()))
 
 
@@ -382,6 +382,7 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
     count = state.count[name] if isinstance(state.count, Mapping) else state.count
     if not count:
         return {}
+    layout = rule.torch_layout
     exported: dict[str, Any] = {}
     on_device = group.get("capturable") or group.get("fused")
     device = group["params"][0].device if on_device else "cpu"
@@ -389,23 +390,22 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
         held = getattr(state, field)
         value = None if held is None else held.get(name)
         if isinstance(value, Tensor):
-            exported[rule.torch_state[field]] = value.detach().clone()
+            exported[layout.state[field]] = value.detach().clone()
         elif value is not None:
-            exported[rule.torch_state[field]] = _scalar(value, device)
-    if rule.torch_counts:
-        exported[rule.torch_count] = (
-            int(count) if rule.torch_step is int else _scalar(count, device)
-        )
+            exported[layout.state[field]] = _scalar(value, device)
+    if layout.count is not None:
+        exported[layout.count] = int(count) if layout.count_type is int else _scalar(count, device)
     return exported
 
 
 def _export_shared(rule: Rule, state: Any) -> dict[str, Any]:
     """Return what torch keeps in ``state[p]`` of the first parameter."""
-    exported = {rule.torch_count: state.count}
+    layout = rule.torch_layout
+    exported = {} if layout.count is None else {layout.count: state.count}
     for field in rule.slots():
         held = tree.map_tensors(lambda x: x.detach().clone(), getattr(state, field))
         if held is not None:
-            exported[rule.torch_state[field]] = list(held) if isinstance(held, tuple) else held
+            exported[layout.state[field]] = list(held) if isinstance(held, tuple) else held
     return exported
 
 
