@@ -157,9 +157,9 @@ class Wrapper(torch.optim.Optimizer):
     def __init__(self, inside: torch.optim.Optimizer) -> None:
         self.inside = inside
 
-    param_groups = property(lambda self: self.inside.param_groups)  # type: ignore[assignment]
-    state = property(lambda self: self.inside.state)  # type: ignore[assignment]
-    defaults = property(lambda self: self.inside.defaults)  # type: ignore[assignment]
+    param_groups = property(lambda self: self.inside.param_groups)
+    state = property(lambda self: self.inside.state)
+    defaults = property(lambda self: self.inside.defaults)
 
 
 def test_an_optimizer_behind_a_wrapper():
@@ -352,7 +352,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adam": adam,
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "groups": lambda model: torch.optim.Adam(
-        [{"params": part.parameters()} for part in (model.head, model.body)]
+        [{"params": part.parameters()} for part in (model.head, model.body)]  # type: ignore[union-attr]
     ),
 }
 
@@ -508,7 +508,7 @@ def test_an_assigned_constant_and_a_tensor_from_outside():
         loop.step(regression(loop.model, 0))
         loop.assign({"head.weight": torch.full((1, 4), 0.3)})
     head = loop.parameters()["head.weight"].sum()
-    assert torch.autograd.grad(head, model.head.weight, allow_unused=True) == (None,)
+    assert torch.autograd.grad(head, model.head.weight, allow_unused=True) == (None,)  # type: ignore[comparison-overlap]
     with refused(INVALID, "nothing"):
         loop.assign({"nothing": other})
     with refused(INVALID, "shape"):
@@ -673,9 +673,9 @@ def test_running_statistics_that_are_rewritten(reset: bool, evaluated: bool, fro
 
     def plain(h: float) -> float:
         model = copy.deepcopy(first)
-        model[1].weight.data[1] += h
-        train(model, sgd(model), loss, steps=range(2))  # type: ignore[arg-type]
-        return model[0].weight.square().sum().item()
+        model[1].weight.data[1] += h  # type: ignore[index, operator]
+        train(model, sgd(model), loss, steps=range(2))
+        return model[0].weight.square().sum().item()  # type: ignore[operator]
 
     model = copy.deepcopy(first)
     if front_end == "track":
@@ -688,7 +688,7 @@ def test_running_statistics_that_are_rewritten(reset: bool, evaluated: bool, fro
             for t in range(2):
                 opt.step(loss(fmodel, t))
             weight = fmodel[0].weight
-    (found,) = torch.autograd.grad(weight.square().sum(), model[1].weight)
+    (found,) = torch.autograd.grad(weight.square().sum(), model[1].weight)  # type: ignore[arg-type]
     assert_derivative(found[1].item(), derivative(plain), "scale")
 
 
@@ -710,7 +710,7 @@ class ByFunction(TwoLayers):
             self.hidden = lambda x: inner(x).tanh()
         else:
             forward = self.body.forward
-            self.body.forward = lambda x: forward(x).tanh()  # type: ignore[method-assign]
+            self.body.forward = lambda x: forward(x).tanh()  # type: ignore[assignment, method-assign]
             self.hidden = self.body
         self.counting: Any = counter()
 

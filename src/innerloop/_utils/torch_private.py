@@ -266,7 +266,7 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
 
 def nodes_so_far() -> int:
     """Count the nodes that this thread has recorded so far."""
-    return torch.autograd._get_sequence_nr()
+    return torch._C._autograd._get_sequence_nr()
 
 
 def is_newer(node: Any, count: int) -> bool:
@@ -298,7 +298,7 @@ def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
 
 def post_accumulate_hooks(tensor: Tensor) -> int:
     """Count the hooks of ``tensor.register_post_accumulate_grad_hook``."""
-    return len(tensor._post_accumulate_grad_hooks or {})  # type: ignore[attr-defined]
+    return len(tensor._post_accumulate_grad_hooks or {})
 
 
 class OwnStepHook:
