@@ -35,6 +35,7 @@ EXERCISED = {
     "observing_operations",
     "has_derivative",
     "innermost",
+    "plain_form",
     "is_tracked",
     "add_lists",
     "multiply_list",
@@ -422,6 +423,25 @@ def test_a_derivative_is_seen_at_any_level():
     )
     torch.func.jvp(lambda x: inner(x, x), (torch.tensor(1.0),), (torch.tensor(1.0),))
     assert seen == [[False, True, True, False, False, False]] * 3
+
+
+def test_the_plain_form_has_the_tasks_first():
+    """Of tasks along the last dimension, within a gradient, and of two vmaps."""
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    seen = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(torch_private.plain_form(x))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(note), in_dims=2)(x)
+    torch.func.vmap(torch.func.vmap(note, in_dims=1), in_dims=1)(x)
+    note(x)
+    assert torch.equal(seen[0], x.permute(2, 0, 1))
+    assert seen[1].shape == (3, 4, 2)
+    assert torch.equal(seen[1], x.permute(1, 2, 0))
+    assert torch.equal(seen[2], x)
+    assert not any(s.requires_grad for s in seen)
 
 
 def test_the_innermost_tensor_is_plain():

@@ -417,6 +417,30 @@ class Problem(Generic[Batch, Aux]):
                     f"hyper-parameter {name!r}; it has {', '.join(known)}"
                 )
 
+    def unread_names(self, hyper: HyperTree) -> list[str]:
+        """Return the entries of ``hyper`` that look as if the optimizer read them, but it does not.
+
+        The loss may read them.
+        """
+        if self.optimizer_hyper is not None or not isinstance(hyper, Mapping):
+            return []
+        known = hyper_names(self.optimizer) or ()
+        return [
+            name
+            for name, value in hyper.items()
+            if name in known and any(map(tree.differentiable, tree.leaves(value)))
+        ]
+
+    def unread(self, name: str) -> str:
+        """Say, for an error, that neither the optimizer nor the loss reads ``hyper[name]``."""
+        kind = repr(self.optimizer).partition("(")[0]
+        return (
+            f"no gradient arrives at hyper[{name!r}]. {kind} has a hyper-parameter of that name, "
+            "but reads it only if you say so: write "
+            f"Problem(loss, optimizer, optimizer_hyper=({name!r},)), or optimizer_hyper=() if the "
+            "name means something else"
+        )
+
     def parameter_hooks(self, params: Named) -> list[tuple[str, Hook]]:
         """Return the hooks of the module's own parameters, which training runs on gradients."""
         if self.view is None:

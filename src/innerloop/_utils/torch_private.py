@@ -238,6 +238,19 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def plain_form(tensor: Tensor) -> Tensor:
+    """Return the numbers of ``tensor`` as a constant, in one form whatever transforms run.
+
+    The dimensions of ``vmap`` come first.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        place = torch._C._functorch.maybe_get_bdim(tensor)
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        if place > 0:
+            tensor = tensor.movedim(place, 0)
+    return tensor.detach()
+
+
 def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
     """Compute ``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each.
 
