@@ -480,7 +480,8 @@ class Weight(nn.Module):
         self.w = nn.Parameter(tensor([1.0, 2.0]))
 
 
-def problem_with_targets(from_module: bool, rule: optim.Optimizer = optim.sgd(lr=0.1)) -> Problem:
+def problem_with_targets(from_module: bool, rule: optim.Optimizer | None = None) -> Problem:
+    rule = rule or optim.sgd(lr=0.1)
     if not from_module:
         return Problem(towards, rule, targets=targets)
     return Problem.from_module(
