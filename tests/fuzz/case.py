@@ -26,6 +26,9 @@ STRATEGIES: tuple[Strategy, ...] = (
     innerloop.FirstOrder(),
     innerloop.Auto(memory="1GB"),
 )
+FINITE = innerloop.Checkpointed(slots=2, product="finite")
+"""Drawn in place of some of the others, from a generator of its own: the cases that were drawn
+before it was enrolled stay what they were."""
 FORMS = ("list", "stacked", "function", "iterator")
 OUTERS = ("output", "params", "middle", "losses")
 TRANSFORMS = ("none",) * 4 + ("clip norm", "clip each", "clip value", "scale", "decay")
@@ -102,6 +105,8 @@ def draw(seed: int, number: int) -> Case:
     strategy: Strategy = innerloop.StoreAll()
     if front in ("unroll", "metagradient"):
         strategy = rng.choice(STRATEGIES)
+        if random.Random(f"finite-{seed}-{number}").random() < 0.06:
+            strategy = FINITE
     settings = rules.draw(rng, rule)
     if rng.random() < 0.03 and "eps" in settings and not isinstance(settings["eps"], tuple):
         settings["eps"] = 1e-8

@@ -20,7 +20,7 @@ import innerloop
 from innerloop.strategy import Strategy
 from tests.fuzz import losses, models, rules
 from tests.fuzz.answers import Answer, answer
-from tests.fuzz.case import FRONT_ENDS, STRATEGIES, Case, draw
+from tests.fuzz.case import FINITE, FRONT_ENDS, STRATEGIES, Case, draw
 from tests.fuzz.truth import Truth, World, truth, world
 
 RIGHT, REFUSED, UNDECIDED, SILENT, BARE = "right", "refused", "undecided", "SILENT", "BARE"
@@ -169,7 +169,7 @@ def by(front: str, strategy: Strategy) -> str:
 
 def enrolled() -> set[str]:
     """List all that can be drawn, under the names by which `Tally.right` counts."""
-    fronts = {by(front, strategy) for front in FRONT_ENDS for strategy in STRATEGIES}
+    fronts = {by(front, strategy) for front in FRONT_ENDS for strategy in (*STRATEGIES, FINITE)}
     return {*models.FAMILIES, *losses.LOSSES, *rules.RULES, *fronts}
 
 
