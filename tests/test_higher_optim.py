@@ -340,6 +340,41 @@ def test_a_buffer_written_between_the_evaluations_of_a_closure() -> None:
     assert model.layer.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-4), rel=1e-6)
 
 
+def test_a_hook_registered_in_the_closure_of_a_line_search() -> None:
+    """It acts in each inner backward pass, and not in the outer one, which passes the values that
+    the search compares."""
+    model, x = seeded(0, lambda: nn.Linear(3, 2)), torch.randn(4, 3)
+    make = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2, line_search_fn="strong_wolfe")
+
+    def loss_of_output(output: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda grad: 0.5 * grad + grad.square())
+        return (output - 1).square().mean() + output.sin().mean()
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.weight.add_(h)
+        optimizer = make(moved.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of_output(moved(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(moved.weight.detach().sin().sum())
+
+    with higher.innerloop_ctx(model, make(model.parameters()), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        diffopt.step(lambda: loss_of_output(fmodel(x)))
+        fmodel.weight.sin().sum().backward()
+    assert model.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-5), rel=1e-6)
+
+
 def test_settings_may_be_changed_between_steps() -> None:
     """By hand in the groups of the diffopt, by a scheduler in those of the torch optimizer; an
     override goes before both."""
