@@ -798,6 +798,29 @@ def test_a_sparse_embedding_equals_finite_differences_of_torch(strategy: Any, ru
     assert_derivative(float((found.to_dense() * along).sum()), derivative(of_torch), repr(rule))
 
 
+def test_finite_products_take_a_sparse_gradient_of_the_outer_loss():
+    rule = innerloop.optim.adagrad(lr=0.1, eps=0.1)
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    w = (0.5 * smooth_noise(5, 2)).requires_grad_()
+    found = []
+    for strategy in (innerloop.Checkpointed(product="finite"), innerloop.StoreAll()):
+        traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+        found += torch.autograd.grad(looked_up(traj.params["w"], 1), w)
+    assert (found[0].to_dense() - found[1].to_dense()).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("save", ["params", "gradients"])
+def test_mixed_products_of_a_sparse_embedding_are_refused_by_name(save: Any):
+    """The outer loss sends back a sparse gradient, which the rule must not stumble over first."""
+    rule = innerloop.optim.adagrad(lr=0.1)
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    w = (0.5 * smooth_noise(5, 2)).requires_grad_()
+    strategy = innerloop.Checkpointed(product="mixed", save=save)
+    traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+    with pytest.raises(innerloop.NotDifferentiableError, match='"mixed" needs forward-mode'):
+        looked_up(traj.params["w"], 1).backward()
+
+
 def test_groups_make_gradients_dense_for_the_rules_that_need_it():
     """`sparse_adam` takes its gradient sparse, its neighbour dense."""
     optimizer = innerloop.optim.groups(

@@ -84,8 +84,8 @@ class Problem(Generic[Batch, Aux]):
             an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
         targets: ``targets(params, hyper, batch)`` computes what a step holds constant (TD targets,
             a teacher) and is differentiated all the same: it is evaluated outside of the inner
-            derivative, and its result is passed on as ``loss(params, hyper, batch, targets)``. What
-            the loss itself detaches is constant in every derivative.
+            derivative, once in a step, and its result is passed on as ``loss(params, hyper, batch,
+            targets)``. What the loss itself detaches is constant in every derivative.
 
     Note:
         For a type checker this is ``Problem[Batch, Aux]``: what the loss takes as a batch, and what
@@ -274,16 +274,24 @@ class Problem(Generic[Batch, Aux]):
     def with_targets(
         self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
     ) -> tuple[Batch | _WithTargets, Named]:
-        """Return the batch with its targets, outside of the inner derivative, and the buffers."""
+        """Return the batch with its targets, outside of the inner derivative, and the buffers.
+
+        A batch that has its targets already keeps them.
+        """
         if self.targets is None or isinstance(batch, _WithTargets):
             return batch, buffers
-        with replacing():
-            if self.view is None:
-                return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
-            found, new = self.view.run(
-                params, buffers, self.targets, self.view.module, hyper, batch
-            )
-            return _WithTargets(batch, found), new
+        try:
+            with replacing():
+                if self.view is None:
+                    return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
+                found, new = self.view.run(
+                    params, buffers, self.targets, self.view.module, hyper, batch
+                )
+                return _WithTargets(batch, found), new
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            raise explain(error) from error
 
     def _noting_buffers(self, *args: Any) -> Any:
         """Evaluate the loss, and note which buffers it has changed.
@@ -501,7 +509,11 @@ class Problem(Generic[Batch, Aux]):
         self, carry: Carry, hyper: HyperTree, batch: Batch, t: int
     ) -> tuple[Carry, Float[Tensor, ""], Aux]:
         """Take one step of training: ``(new_carry, loss, aux)``."""
-        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        start: Named = carry.buffers
+        if self.optimizer.needs_closure:
+            # The targets are those of the step, however often the rule evaluates the loss.
+            batch, start = self.with_targets(carry.params, start, hyper, batch)
+        grads, loss, aux, buffers = self.gradient(carry.params, start, hyper, batch)
         held = dict(buffers)
 
         def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from innerloop._inner_gradient.gradient import (
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._utils import torch_private, tree
-from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule
@@ -288,15 +288,8 @@ class DifferentiableOptimizer(abc.ABC):
         )
         self._note(leaves, params)
         self._look_for_captured(loss, leaves)
-        sparse = sparse_ones(found)
+        self._sparse |= sparse_ones(found)
         takes_sparse = isinstance(self._other, torch.optim.SparseAdam)
-        if sparse and takes_sparse and self._track_higher_grads:
-            raise NotDifferentiableError(
-                "SparseAdam needs sparse gradients, which have no second derivative: "
-                "build nn.Embedding with sparse=False and use "
-                "Adam, or write track_higher_grads=False"
-            )
-        self._sparse |= sparse
         finished = finish(found, hooks=self._hooks, takes_sparse=takes_sparse)
         grads = [finished.get(i) for i in range(len(params))]
         return grads if callback is None else self._called_back(callback, grads)

@@ -302,7 +302,9 @@ class DifferentiableRule(DifferentiableOptimizer):
             with torch.enable_grad():
                 at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
                 with fast.at(at):
-                    value = scalar(loss())
+                    # The loop's own block is left while a rule runs.
+                    with fast.kernels():
+                        value = scalar(loss())
                     grads = self._gradients(value, at, callback)
             return value if self._track_higher_grads else value.detach(), {
                 name: grads[int(name)] for name in trial

@@ -243,7 +243,10 @@ class _LoopNode(torch.autograd.Function):
             n and tree.differentiable(x)
             for n, x in zip(ctx.needs_input_grad[2 + ctx.count :], tensors, strict=True)
         ]
-        given = [c is not None for c in cotangents]
+        # An outer loss sends a sparse one through nn.Embedding(sparse=True), and few operations of
+        # an update rule have a derivative for that.
+        dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
+        given = [c is not None for c in dense]
         row: list[Tensor | None] = [None] * (2 + ctx.count + len(tensors))
         if any(given):
             # Where transforms run, all that the pullback uses has to pass through its node.
@@ -254,7 +257,7 @@ class _LoopNode(torch.autograd.Function):
             )
             request = _BackwardRequest(function, wanted, given, template)
             pulled = _LoopBackward.apply(
-                request, *tensors, *[c for c in cotangents if c is not None], *kept
+                request, *tensors, *[c for c in dense if c is not None], *kept
             )
             for i, value in zip(request.reached, pulled, strict=True):
                 row[2 + ctx.count + i] = value
