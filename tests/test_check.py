@@ -483,6 +483,6 @@ def test_a_wrong_gradient_is_not_excused_by_a_detached_value():
         lambda x: sum(wrong(x).sin().sum() for _ in range(1 + int(x.detach()[0] > 0.3))),
     ):
         with pytest.raises(innerloop.MetaGradientError) as caught:
-            innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))
+            innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))  # type: ignore[arg-type]
         assert "They agree" not in str(caught.value)
         assert "constant" not in str(caught.value)
