@@ -510,14 +510,15 @@ class Problem(Generic[Batch, Aux]):
     ) -> tuple[Carry, Float[Tensor, ""], Aux]:
         """Take one step of training: ``(new_carry, loss, aux)``."""
         start: Named = carry.buffers
+        given: Batch | _WithTargets = batch
         if self.optimizer.needs_closure:
             # The targets are those of the step, however often the rule evaluates the loss.
-            batch, start = self.with_targets(carry.params, start, hyper, batch)
-        grads, loss, aux, buffers = self.gradient(carry.params, start, hyper, batch)
+            given, start = self.with_targets(carry.params, start, hyper, batch)
+        grads, loss, aux, buffers = self.gradient(carry.params, start, hyper, given)
         held = dict(buffers)
 
         def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
-            grads, loss, _, buffers = self.gradient(params, held, hyper, batch)
+            grads, loss, _, buffers = self.gradient(params, held, hyper, given)
             held.update(buffers)
             return loss, grads
 
