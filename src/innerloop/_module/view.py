@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -58,9 +58,11 @@ class ModuleView:
             check_module(module)
         source = by_name(named_parameters(model))
         source_buffers = by_name(named_buffers(model))
-        source, source_buffers = _as_they_stand(model, source, source_buffers)
+        # Listing may have registered parameters anew, so the tables are walked after it.
+        tables = list(in_tables(model))
+        source, source_buffers = _as_they_stand(tables, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
-        copier.inside = {id(part) for _, part in in_tables(model)}
+        copier.inside = {id(part) for _, part in tables}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
@@ -76,7 +78,7 @@ class ModuleView:
                 )
         self.statistics = {
             prefix + key
-            for prefix, module in in_tables(model)
+            for prefix, module in tables
             if isinstance(module, _NORMS)
             for key in torch_private.buffer_table(module)
         }
@@ -198,7 +200,7 @@ class ModuleView:
 
 
 def _as_they_stand(
-    model: nn.Module | Mapping[str, nn.Module],
+    modules: Iterable[tuple[str, nn.Module]],
     params: dict[str, Tensor],
     buffers: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -209,7 +211,7 @@ def _as_they_stand(
     """
     kinds = (torch_private.parameter_table, torch_private.buffer_table)
     tables: list[list[tuple[str, Tensor]]] = [[], []]
-    for prefix, module in in_tables(model):
+    for prefix, module in modules:
         for listed, table in zip(tables, kinds, strict=True):
             listed.extend((prefix + k, t) for k, t in table(module).items() if t is not None)
     standing = {id(t) for listed in tables for _, t in listed}
