@@ -30,6 +30,8 @@ class Minibatch(NamedTuple):
         mask: False for steps that do not count; None if all do.
         advantages: if they were given to `Rollout.minibatches`.
         returns: likewise.
+        rollout: the whole rollout, for a loss that computes the advantages itself; None unless
+            `Rollout.minibatches` was asked for it.
     """
 
     observations: Observations
@@ -40,12 +42,13 @@ class Minibatch(NamedTuple):
     mask: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    rollout: Rollout | None = None
 
     def pick(self, x: Tensor) -> Tensor:
         """Return the entries of ``x``, ``[T, N, ...]``, that belong to this minibatch.
 
-        Use it for advantages that depend on what is learned (γ, λ): a batch holds constants only,
-        so they come by way of ``hyper``.
+        Use it for advantages that depend on what is learned (γ, λ). A batch holds constants only,
+        so they are computed once and passed in ``hyper``, or at every step from ``rollout``.
         """
         return x.flatten(0, 1)[self.indices]
 
@@ -217,6 +220,7 @@ class Rollout(NamedTuple):
         order: Tensor | None = None,
         advantages: Tensor | None = None,
         returns: Tensor | None = None,
+        with_rollout: bool = False,
     ) -> list[Minibatch]:
         """Shuffle all T · N steps once for each epoch, and cut them into minibatches.
 
@@ -232,6 +236,8 @@ class Rollout(NamedTuple):
             advantages: constant advantages, ``[T, N]``. Those with a gradient go to the loss by way
                 of ``hyper``, and `Minibatch.pick` takes the part that belongs to a minibatch.
             returns: likewise.
+            with_rollout: True to put the whole rollout into every minibatch (not copied), so that
+                the loss can compute ``batch.rollout.gae(gamma=hyper["gamma"], ...)``.
 
         Returns:
             ``epochs * ceil(T * N / size)`` minibatches.
@@ -275,6 +281,7 @@ class Rollout(NamedTuple):
         return [
             Minibatch(
                 indices=indices,
+                rollout=self if with_rollout else None,
                 **{  # type: ignore[arg-type]
                     name: _map(lambda x, indices=indices: x.flatten(0, 1)[indices], x)  # type: ignore[misc]
                     for name, x in flat.items()
