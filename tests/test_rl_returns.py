@@ -122,7 +122,7 @@ def test_derivatives_equal_finite_differences_in_every_argument(function: Any, f
 def test_derivatives_exist_at_the_ends_of_the_range(gamma: float):
     d = data()
     where = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (gamma, 1 - gamma)]
-    torch.autograd.gradcheck(lambda g, l: gae(**d, gamma=g, lam=l), where)
+    torch.autograd.gradcheck(lambda a, b: gae(**d, gamma=a, lam=b), where)
 
 
 def test_one_value_per_step_counts_at_that_step():
@@ -217,8 +217,8 @@ def both_ways(function: Any, ours: Any, d: dict[str, Any]) -> list[list[Any]]:
     """Result and gradients by γ and λ, of TorchRL and of ours."""
     found = []
     for call in (
-        lambda g, l: function(g, l, **torchrl_arguments(d, ours is gae)),
-        lambda g, l: ours(**d, gamma=g, lam=l),
+        lambda a, b: function(a, b, **torchrl_arguments(d, ours is gae)),
+        lambda a, b: ours(**d, gamma=a, lam=b),
     ):
         at = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.9, 0.8)]
         result = call(*at)

@@ -110,14 +110,10 @@ def surrogate(
     check_shape("mask", mask, log_probs, "log_probs", flag=True)
     _check_options(kind, lam, per_step_ratio, baseline, reduction)
     if objective is not None:
-        check_objective(
-            objective,
-            kind=kind,
-            score_term=with_score_term,
-            steps=log_probs.shape[0],
-            lam=lam,
-            per_step_ratio=per_step_ratio,
-        )
+        steps = log_probs.shape[0]
+        bias = _bias(objective, kind, with_score_term, steps, lam, per_step_ratio)
+        if bias:
+            warnings.warn(bias, BiasedSurrogateWarning, stacklevel=2)
     if mask is not None:
         zero = torch.zeros_like(log_probs)
         log_probs = torch.where(mask, log_probs, zero)
@@ -230,29 +226,10 @@ def check_objective(
         >>> check_objective("sampled", kind="reinforce", score_term=True)
         True
     """
-    _check_choice("objective", objective, Objective)
-    _check_choice("kind", kind, Kind)
-    higher_order = (
-        kind == "dice"
-        or (kind == "loaded_dice" and (lam == 1 or steps == 1))
-        or (kind == "ratio" and (not per_step_ratio or steps == 1))
-    )
-    if objective == "expected":
-        if higher_order and not score_term:
-            return True
-        instead = 'kind="loaded_dice" with lam=1, without score_term'
-    else:
-        if kind == "reinforce" and score_term:
-            return True
-        instead = 'kind="reinforce" with score_term added to the outer value'
-    what = {"loaded_dice": f"loaded_dice with lam={lam:g}"}.get(kind, kind)
-    warnings.warn(
-        f"the surrogate {what} {'with' if score_term else 'without'} score_term is biased for the "
-        f"objective {objective!r}{_why(kind, score_term, objective)}: write {instead}",
-        BiasedSurrogateWarning,
-        stacklevel=2,
-    )
-    return False
+    bias = _bias(objective, kind, score_term, steps, lam, per_step_ratio)
+    if bias:
+        warnings.warn(bias, BiasedSurrogateWarning, stacklevel=2)
+    return not bias
 
 
 def check_log_probs(log_probs: Tensor, like: Tensor, of: str) -> None:
@@ -366,14 +343,40 @@ def _check_choice(name: str, value: object, choices: object) -> None:
         raise InvalidInputError(f"{name}={value!r} is not known: write one of {list(known)}")
 
 
-def _why(kind: str, score_term: bool, objective: str) -> str:
+def _bias(
+    objective: str, kind: str, score_term: bool, steps: int, lam: float, per_step_ratio: bool
+) -> str:
+    """Return what is wrong with a surrogate for an objective, and one that is right, or nothing."""
+    _check_choice("objective", objective, Objective)
+    _check_choice("kind", kind, Kind)
+    every_order = (
+        kind == "dice"
+        or (kind == "loaded_dice" and (lam == 1 or steps == 1))
+        or (kind == "ratio" and (not per_step_ratio or steps == 1))
+    )
+    if objective == "expected":
+        right = every_order and not score_term
+        instead = 'kind="loaded_dice" with lam=1, without score_term'
+    else:
+        right = kind == "reinforce" and score_term
+        instead = 'kind="reinforce" with score_term added to the outer value'
+    if right:
+        return ""
+    what = f"loaded_dice with lam={lam:g}" if kind == "loaded_dice" else kind
+    return (
+        f"the surrogate {what} {'with' if score_term else 'without'} score_term is biased for the "
+        f"objective {objective!r} ({_why(objective, kind, score_term)}): write {instead}"
+    )
+
+
+def _why(objective: str, kind: str, score_term: bool) -> str:
     """Say where the bias comes from."""
     if kind != "reinforce" and score_term:
-        return " (it counts the effect of sampling twice)"
+        return "it counts the effect of sampling twice"
     if kind == "reinforce" and not score_term:
-        return " (log π · A has no right second derivative, and the effect of sampling is missing)"
+        return "the second derivative of log π · A leaves out the effect of sampling"
     if objective == "sampled":
-        return " (by O(1/N) for N samples)"
+        return "by O(1/N) for N samples"
     if kind == "reinforce":
-        return " (by O(1/N) for N samples; it is right for 'sampled')"
-    return " (it forgets how earlier actions led to a state)"
+        return "by O(1/N) for N samples; it is right for 'sampled'"
+    return "it forgets how earlier actions led to a state"
