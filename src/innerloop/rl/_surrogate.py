@@ -111,9 +111,10 @@ def surrogate(
     _check_options(kind, lam, per_step_ratio, baseline, reduction)
     if objective is not None:
         steps = log_probs.shape[0]
-        bias = _bias(objective, kind, with_score_term, steps, lam, per_step_ratio)
-        if bias:
-            warnings.warn(bias, BiasedSurrogateWarning, stacklevel=2)
+        if not _is_right(objective, kind, with_score_term, steps, lam, per_step_ratio):
+            warnings.warn(
+                _bias(objective, kind, with_score_term, lam), BiasedSurrogateWarning, stacklevel=2
+            )
     if mask is not None:
         zero = torch.zeros_like(log_probs)
         log_probs = torch.where(mask, log_probs, zero)
@@ -226,10 +227,10 @@ def check_objective(
         >>> check_objective("sampled", kind="reinforce", score_term=True)
         True
     """
-    bias = _bias(objective, kind, score_term, steps, lam, per_step_ratio)
-    if bias:
-        warnings.warn(bias, BiasedSurrogateWarning, stacklevel=2)
-    return not bias
+    right = _is_right(objective, kind, score_term, steps, lam, per_step_ratio)
+    if not right:
+        warnings.warn(_bias(objective, kind, score_term, lam), BiasedSurrogateWarning, stacklevel=2)
+    return right
 
 
 def check_log_probs(log_probs: Tensor, like: Tensor, of: str) -> None:
@@ -343,25 +344,29 @@ def _check_choice(name: str, value: object, choices: object) -> None:
         raise InvalidInputError(f"{name}={value!r} is not known: write one of {list(known)}")
 
 
-def _bias(
+def _is_right(
     objective: str, kind: str, score_term: bool, steps: int, lam: float, per_step_ratio: bool
-) -> str:
-    """Return what is wrong with a surrogate for an objective, and one that is right, or nothing."""
+) -> bool:
+    """Return True if a surrogate is right for an objective, up to O(1/N) for "expected"."""
     _check_choice("objective", objective, Objective)
     _check_choice("kind", kind, Kind)
+    if objective == "sampled":
+        return kind == "reinforce" and score_term
     every_order = (
         kind == "dice"
         or (kind == "loaded_dice" and (lam == 1 or steps == 1))
         or (kind == "ratio" and (not per_step_ratio or steps == 1))
     )
-    if objective == "expected":
-        right = every_order and not score_term
-        instead = 'kind="loaded_dice" with lam=1, without score_term'
-    else:
-        right = kind == "reinforce" and score_term
-        instead = 'kind="reinforce" with score_term added to the outer value'
-    if right:
-        return ""
+    return every_order and not score_term
+
+
+def _bias(objective: str, kind: str, score_term: bool, lam: float) -> str:
+    """Return what is wrong with a surrogate for an objective, and one that is right."""
+    instead = (
+        'kind="loaded_dice" with lam=1, without score_term'
+        if objective == "expected"
+        else 'kind="reinforce" with score_term added to the outer value'
+    )
     what = f"loaded_dice with lam={lam:g}" if kind == "loaded_dice" else kind
     return (
         f"the surrogate {what} {'with' if score_term else 'without'} score_term is biased for the "
