@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import BiasedSurrogateWarning, InvalidInputError
-from innerloop.rl._scan import Number, check_shape, check_time_first, per_step, scan, where_not
+from innerloop.rl._scan import (
+    Number,
+    check_shape,
+    check_time_first,
+    number_where_not,
+    per_step,
+    scan,
+    where_not,
+)
 
 Kind = Literal["loaded_dice", "dice", "ratio", "reinforce"]
 """The surrogates among which `surrogate` chooses."""
@@ -116,10 +124,8 @@ def surrogate(
                 _bias(objective, kind, with_score_term, lam), BiasedSurrogateWarning, stacklevel=2
             )
     if mask is not None:
-        zero = torch.zeros_like(log_probs)
-        log_probs = torch.where(mask, log_probs, zero)
-        advantages = torch.where(mask, advantages, zero)
-        baseline = None if baseline is None else torch.where(mask, baseline, zero)
+        log_probs, advantages = where_not(~mask, log_probs), where_not(~mask, advantages)
+        baseline = None if baseline is None else where_not(~mask, baseline)
     starts = None if ends is None else _starts(ends)
     terms = _terms(log_probs, advantages, kind, lam, per_step_ratio, baseline, starts)
     terms = _weighted(terms, discount, starts)
@@ -178,7 +184,7 @@ def score_term(
         )
     check_shape("mask", mask, log_probs, "log_probs", flag=True)
     if mask is not None:
-        log_probs = torch.where(mask, log_probs, torch.zeros_like(log_probs))
+        log_probs = where_not(~mask, log_probs)
     return (outer_value - baseline) * (_box(log_probs.sum()) - 1)
 
 
@@ -286,7 +292,7 @@ def _sum_so_far(x: Tensor, lam: float, starts: Tensor | None) -> Tensor:
     """Sum an episode's entries up to each step, older ones weighted by powers of λ."""
     if lam == 1 and starts is None:
         return x.cumsum(0)
-    return scan(x, where_not(starts, lam, x), torch.zeros_like(x[0]))
+    return scan(x, number_where_not(starts, lam, x), torch.zeros_like(x[0]))
 
 
 def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
@@ -294,7 +300,7 @@ def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
     if starts is None:
         return x.sum(0, keepdim=True).expand(x.shape)
     ends = torch.cat([starts[1:], torch.ones_like(starts[:1])])
-    until_end = scan(x, where_not(ends, 1.0, x), torch.zeros_like(x[0]), reverse=True)
+    until_end = scan(x, number_where_not(ends, 1.0, x), torch.zeros_like(x[0]), reverse=True)
     return until_end + _sum_so_far(x, 1.0, starts) - x
 
 
@@ -309,7 +315,9 @@ def _weighted(terms: Tensor, discount: Number, starts: Tensor | None) -> Tensor:
     if starts is None:
         starts = torch.zeros_like(terms, dtype=torch.bool)
         starts = torch.cat([~starts[:1], starts[1:]])
-    weights = scan(starts.to(terms), where_not(starts, gamma, terms), torch.zeros_like(terms[0]))
+    weights = scan(
+        starts.to(terms), number_where_not(starts, gamma, terms), torch.zeros_like(terms[0])
+    )
     return weights * terms
 
 
