@@ -19,6 +19,7 @@ from tests import rl_beds as beds
 CHAIN = beds.chain()
 REPEATS = {64: 64, 256: 20, 1024: 8, 4096: 5}
 LOADED = {64: 0.87, 256: 0.97, 1024: 0.993, 4096: 0.998}
+BATCHES = sorted(REPEATS)
 RATIO = {64: 0.95, 256: 0.95, 1024: 0.96, 4096: 0.95}
 
 

@@ -275,7 +275,7 @@ def test_a_fully_clipped_minibatch_between_two_others(name: str):
     call, _, _ = innerloop.functional(model)
     fractions: list[Tensor] = []
 
-    def outer(traj: innerloop.Trajectory[Any], hyper: Any) -> Tensor:
+    def outer(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
         fractions.append(traj.aux)
         return plain.outer(call(traj.params, plain.other(d)), traj.losses)
 

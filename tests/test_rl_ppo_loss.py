@@ -17,7 +17,7 @@ from tests.oracles import smooth_noise
 N = 24
 
 
-def arguments() -> dict[str, Tensor]:
+def arguments() -> dict[str, Any]:
     old = smooth_noise(N) - 1
     return {
         "log_probs": old + 0.4 * smooth_noise(N, phase=1.0),
@@ -54,7 +54,8 @@ def by_hand(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("value_clip", [None, 0.1])
 def test_equals_the_loss_written_by_hand(value_clip: float | None, normalize: bool):
-    found, expected = [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for make, results in ((by_hand, expected), (None, found)):
         d = arguments()
         learned = [d[name].requires_grad_() for name in d if not name.startswith("old")]
@@ -84,14 +85,15 @@ def test_the_parts_make_up_the_loss():
 @pytest.mark.parametrize("value_clip", [False, True])
 def test_derivatives_equal_finite_differences_in_every_argument(value_clip: bool, masked: bool):
     d = arguments()
-    old = {name: d.pop(name) for name in ("old_log_probs", "old_values")}
+    old: dict[str, Any] = {name: d.pop(name) for name in ("old_log_probs", "old_values")}
     numbers = ["clip", "value_coef", "entropy_coef", *(["value_clip"] if value_clip else [])]
     tensors = {name: torch.tensor(0.23 + i / 10).double() for i, name in enumerate(numbers)}
     d |= tensors
     mask = smooth_noise(N, phase=7.0) > -0.6 if masked else None
 
     def call(*args: Tensor) -> Tensor:
-        return ppo_loss(**dict(zip(d, args, strict=True)), **old, mask=mask).loss
+        given: dict[str, Any] = dict(zip(d, args, strict=True))
+        return ppo_loss(**given, **old, mask=mask).loss
 
     inputs = tuple(x.clone().requires_grad_() for x in d.values())
     torch.autograd.gradcheck(call, inputs)
@@ -195,7 +197,7 @@ def test_explained_variance_of_a_perfect_and_of_no_critic():
 
 def test_under_vmap():
     d = arguments()
-    batched = {name: torch.stack([x, x.flip(0) / 2]) for name, x in d.items()}
+    batched: dict[str, Any] = {name: torch.stack([x, x.flip(0) / 2]) for name, x in d.items()}
     found = torch.func.vmap(lambda d: ppo_loss(**d, value_clip=0.1, entropy_coef=0.1))(batched)
     for i in range(2):
         one = ppo_loss(

@@ -84,11 +84,16 @@ def test_returns_are_those_of_the_definition(gamma: float, lam: float):
 def test_nothing_follows_a_termination_and_the_last_value_follows_a_truncation():
     ends = {"terminated": torch.tensor([False, True]), "truncated": torch.tensor([False, False])}
     flipped = {"terminated": ends["truncated"], "truncated": ends["terminated"]}
-    numbers = {"gamma": 0.5, "lam": 1.0, "final_values": torch.tensor([100.0, 8.0])}
-    args = (torch.ones(2), torch.zeros(2), torch.tensor(1000.0))
-    assert gae(*args, **ends, **numbers).returns.tolist() == [1.5, 1.0]
-    assert gae(*args, **flipped, **numbers).returns.tolist() == [3.5, 5.0]
-    assert discounted_returns(args[0], gamma=0.5).tolist() == [1.5, 1.0]
+    numbers: dict[str, Any] = {"gamma": 0.5, "lam": 1.0, "final_values": torch.tensor([100.0, 8.0])}
+    rewards = torch.ones(2)
+    numbers |= {
+        "rewards": rewards,
+        "values": torch.zeros(2),
+        "last_value": torch.tensor(1000.0),
+    }
+    assert gae(**ends, **numbers).returns.tolist() == [1.5, 1.0]
+    assert gae(**flipped, **numbers).returns.tolist() == [3.5, 5.0]
+    assert discounted_returns(rewards, gamma=0.5).tolist() == [1.5, 1.0]
 
 
 def forms(value: float) -> dict[str, Tensor]:

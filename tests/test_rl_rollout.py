@@ -17,7 +17,7 @@ from tests.oracles import smooth_noise
 T, N = 5, 4
 
 
-def rollout(**changes: Any) -> Rollout:
+def rollout(**changes: Any) -> Any:
     fields: dict[str, Any] = {
         "observations": smooth_noise(T, N, 3),
         "actions": smooth_noise(T, N, 2, phase=1.0),
@@ -65,7 +65,7 @@ def rows(r: Rollout) -> list[dict[str, Any]]:
 
 def test_steps_are_stacked():
     r = rollout()
-    found = Rollout.stack(rows(r), last_value=r.last_value)
+    found: Any = Rollout.stack(rows(r), last_value=r.last_value)
     for one, other in zip(found, r, strict=True):
         assert torch.equal(one, other)
 
@@ -76,7 +76,7 @@ def test_named_observations_are_stacked_and_cut():
         {**row, "observations": {name: x[t] for name, x in pixels.items()}}
         for t, row in enumerate(rows(rollout()))
     ]
-    found = Rollout.stack(steps, last_value=torch.zeros(N).double())
+    found: Any = Rollout.stack(steps, last_value=torch.zeros(N).double())
     assert all(torch.equal(found.observations[name], x) for name, x in pixels.items())
     batch = found.minibatches(1, 7)[0]
     at = batch.indices
@@ -160,7 +160,7 @@ def test_rollouts_are_cut_inside_of_vmap_with_an_order_from_outside():
     stacked = Rollout(*(torch.stack([x, 2 * x if x.is_floating_point() else x]) for x in rollout()))
     order = minibatch_order(1, T * N)
 
-    def first(r: Rollout) -> Minibatch:
+    def first(r: Rollout) -> Any:
         return r.minibatches(1, 6, order=order)[0]
 
     found = torch.func.vmap(lambda r: tuple(first(r)[:4]))(stacked)

@@ -34,7 +34,7 @@ def adapted_return(theta: Tensor, arms: Tensor, kind: Any, with_score: bool) -> 
 
     def inner(t: Tensor) -> Tensor:
         log_probs = beds.pull_log_probs(t, arms).unsqueeze(0)
-        chosen = "reinforce" if kind == FIRST_ORDER else kind
+        chosen: Any = "reinforce" if kind == FIRST_ORDER else kind
         return surrogate(log_probs, beds.ARMS[arms].unsqueeze(0), kind=chosen)
 
     step = grad(inner)(theta)
@@ -274,8 +274,9 @@ def written_out(
             if mask is not None and not mask[t, n] and not whole and kind != "dice":
                 continue
             counts = [k for k in range(T) if mask is None or mask[k, n]]
-            a = SIGNAL[t, n] * discount ** (t - begin) if t in counts else torch.zeros(())
-            b = VALUE[t, n] * discount ** (t - begin) if t in counts else torch.zeros(())
+            time = len([k for k in counts if begin <= k < t])
+            a = SIGNAL[t, n] * discount**time if t in counts else torch.zeros(())
+            b = VALUE[t, n] * discount**time if t in counts else torch.zeros(())
 
             def exponential(weights: dict[int, float], n: int = n) -> tuple[Tensor, Tensor]:
                 """Gradient and Hessian of exp(Σ w_k l_k - the same, detached)."""
@@ -283,9 +284,11 @@ def written_out(
                 h = sum((w * curve[k, n] for k, w in weights.items()), torch.zeros(D, D).double())
                 return g, h + torch.outer(g, g)
 
-            def powers(last: int, lam: float = lam, begin: int = begin, t: int = t, n: int = n):
-                ks = [k for k in range(begin, last + 1) if mask is None or mask[k, n]]
-                return {k: lam ** (t - k) for k in ks}
+            def powers(
+                last: int, begin: int = begin, t: int = t, counts: list[int] = counts
+            ) -> dict[int, float]:
+                age = {k: len([j for j in counts if k < j <= t]) for k in counts}
+                return {k: lam ** age[k] for k in counts if begin <= k <= last}
 
             if kind == "reinforce":
                 parts = [(a, (slope[t, n], curve[t, n]))]
@@ -473,6 +476,20 @@ def test_bad_input_is_refused_by_name(change: dict[str, Any], message: str):
 def test_unknown_choices_are_refused_by_name(change: dict[str, Any], message: str):
     with pytest.raises(InvalidInputError, match=message):
         surrogate(torch.zeros(T, N), torch.zeros(T, N), **change)
+
+
+def test_a_score_term_of_stored_log_probabilities_is_refused():
+    """It would be zero without a word."""
+    constant, value = torch.zeros(3), torch.tensor(2.0)
+    with pytest.raises(InvalidInputError, match=r"policy.log_prob\(rollout.actions\)"):
+        score_term(constant, value)
+    with torch.no_grad():
+        assert score_term(constant, value) == 0
+    at = torch.ones(2, 3)
+    mean = lambda x: vmap(lambda y: score_term(2 * y, value))(x).mean()  # noqa: E731
+    assert (grad(mean)(at) == 2).all()
+    assert torch.func.jvp(lambda x: score_term(x, value), (at,), (at,))[1] == 12
+    assert (vmap(grad(lambda x: score_term(x, value)))(at) == 2).all()
 
 
 def test_a_score_term_has_one_outer_value():

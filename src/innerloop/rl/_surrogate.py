@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from innerloop.errors import BiasedSurrogateWarning, InvalidInputError
 from innerloop.rl._scan import (
@@ -84,7 +85,7 @@ def surrogate(
         baseline: :math:`b_t` of ``"dice"``, a function of the state, ``[T, ...]``; elsewhere it is
             part of the advantage.
         ends: True for the last step of each episode (terminated or truncated), ``[T, ...]``.
-        mask: False for steps that do not count, ``[T, ...]``.
+        mask: False for rows that are no steps, ``[T, ...]``: time stands still there.
         reduction: ``"episodes"``: sum over time, mean over the other dimensions; ``"steps"``: mean
             over all steps that count; ``"none"``: the terms, ``[T, ...]``.
         objective: if given, a kind that is biased for it warns, see `check_objective`.
@@ -127,8 +128,8 @@ def surrogate(
         log_probs, advantages = where_not(~mask, log_probs), where_not(~mask, advantages)
         baseline = None if baseline is None else where_not(~mask, baseline)
     starts = None if ends is None else _starts(ends)
-    terms = _terms(log_probs, advantages, kind, lam, per_step_ratio, baseline, starts)
-    terms = _weighted(terms, discount, starts)
+    terms = _terms(log_probs, advantages, kind, lam, per_step_ratio, baseline, starts, mask)
+    terms = _weighted(terms, discount, starts, mask)
     if reduction == "none":
         return terms
     if reduction == "steps":
@@ -183,6 +184,12 @@ def score_term(
             "is weighted by one number; call score_term for each task, or under torch.func.vmap"
         )
     check_shape("mask", mask, log_probs, "log_probs", flag=True)
+    if _is_constant(log_probs):
+        raise InvalidInputError(
+            "log_probs have no derivative, so the term would be 0 and add nothing: the ones that a "
+            "rollout stores are constants. Compute them anew, "
+            "policy.log_prob(rollout.actions), with the parameters at the start of the inner loop"
+        )
     if mask is not None:
         log_probs = where_not(~mask, log_probs)
     return (outer_value - baseline) * (_box(log_probs.sum()) - 1)
@@ -260,6 +267,7 @@ def _terms(
     per_step_ratio: bool,
     baseline: Tensor | None,
     starts: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return the summands of `surrogate`, without their discount."""
     if kind == "reinforce":
@@ -268,7 +276,7 @@ def _terms(
         return _box(log_probs) * advantages
     if kind == "ratio":
         return _box(_of_whole_episode(log_probs, starts)) * advantages
-    up_to_here = _sum_so_far(log_probs, lam, starts)
+    up_to_here = _sum_so_far(log_probs, lam, starts, mask)
     before = up_to_here - log_probs
     if kind == "loaded_dice":
         return (_box(up_to_here) - _box(before) + 1) * advantages
@@ -283,16 +291,31 @@ def _box(x: Tensor) -> Tensor:
     return (x - x.detach()).exp()
 
 
+def _is_constant(x: Tensor) -> bool:
+    """Return True if a tensor is known to have no derivative where one could be recorded."""
+    if x.requires_grad or not torch.is_grad_enabled():
+        return False
+    try:
+        bool((x == 0).all())
+    except RuntimeError:
+        # Under torch.func.vmap a tensor has no single value, and hides its derivative.
+        return False
+    return forward_ad.unpack_dual(x).tangent is None
+
+
 def _starts(ends: Tensor) -> Tensor:
     """Return True for the first step of each episode."""
     return torch.cat([torch.ones_like(ends[:1]), ends[:-1]])
 
 
-def _sum_so_far(x: Tensor, lam: float, starts: Tensor | None) -> Tensor:
+def _sum_so_far(x: Tensor, lam: float, starts: Tensor | None, mask: Tensor | None) -> Tensor:
     """Sum an episode's entries up to each step, older ones weighted by powers of λ."""
     if lam == 1 and starts is None:
         return x.cumsum(0)
-    return scan(x, number_where_not(starts, lam, x), torch.zeros_like(x[0]))
+    decay: Number = lam
+    if mask is not None and lam != 1:
+        decay = torch.where(mask, x.new_full((), lam), x.new_ones(()))
+    return scan(x, number_where_not(starts, decay, x), torch.zeros_like(x[0]))
 
 
 def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
@@ -301,23 +324,27 @@ def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
         return x.sum(0, keepdim=True).expand(x.shape)
     ends = torch.cat([starts[1:], torch.ones_like(starts[:1])])
     until_end = scan(x, number_where_not(ends, 1.0, x), torch.zeros_like(x[0]), reverse=True)
-    return until_end + _sum_so_far(x, 1.0, starts) - x
+    return until_end + _sum_so_far(x, 1.0, starts, None) - x
 
 
-def _weighted(terms: Tensor, discount: Number, starts: Tensor | None) -> Tensor:
+def _weighted(
+    terms: Tensor, discount: Number, starts: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """Return the terms times γ to the power of their time in the episode."""
     gamma = per_step("discount", discount, terms)
-    if not isinstance(gamma, Tensor) and gamma == 1:
-        return terms
-    if isinstance(gamma, Tensor) and gamma.ndim and gamma.shape[0] > 1:
-        # γ of step t discounts what follows it, so it acts on the weight of step t + 1.
-        gamma = torch.cat([gamma[:1], gamma[:-1]])
+    if not isinstance(gamma, Tensor):
+        if gamma == 1:
+            return terms
+        gamma = terms.new_full((), gamma)
+    gamma = gamma.expand(terms.shape)
+    if mask is not None:
+        gamma = torch.where(mask, gamma, torch.ones_like(gamma))
+    # γ of step t discounts what follows it, so it acts on the weight of step t + 1.
+    gamma = torch.cat([gamma[:1], gamma[:-1]])
     if starts is None:
         starts = torch.zeros_like(terms, dtype=torch.bool)
         starts = torch.cat([~starts[:1], starts[1:]])
-    weights = scan(
-        starts.to(terms), number_where_not(starts, gamma, terms), torch.zeros_like(terms[0])
-    )
+    weights = scan(starts.to(terms), where_not(starts, gamma), torch.zeros_like(terms[0]))
     return weights * terms
 
 
