@@ -37,8 +37,8 @@ def surrogate(
 ) -> Tensor:
     r"""Return a scalar whose gradient by the policy is the policy gradient. Maximise it.
 
-    The first derivative is the same for every kind. The second is not, and a meta-gradient through
-    a policy-gradient step needs it. With :math:`\ell_t = \log \pi(a_t | s_t)`, and
+    The mean of the first derivative is the same for every kind. That of the second is not, and a
+    meta-gradient through a policy-gradient step needs it. With :math:`\ell_t = \log \pi(a_t | s_t)`, and
     :math:`\square(x) = \exp(x - \mathrm{detach}(x))`, which is 1 and whose derivative is that of x:
 
     .. math::
@@ -154,7 +154,8 @@ def score_term(
         log_probs: of *all* actions of the inner data, under the policy that took them, with their
             graph; any shape. They are summed, not averaged: one adapted policy follows from all.
         outer_value: :math:`J(\theta')`, or an outer loss, a scalar.
-        baseline: subtracted from ``outer_value`` here: less variance, the same mean.
+        baseline: subtracted from ``outer_value`` here: less variance, and the same mean if it does
+            not depend on these actions (the mean over the *other* tasks, say, not over all).
         mask: False for actions that were not used, the shape of ``log_probs``.
 
     Returns:
