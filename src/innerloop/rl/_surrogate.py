@@ -38,7 +38,8 @@ def surrogate(
     r"""Return a scalar whose gradient by the policy is the policy gradient. Maximise it.
 
     The mean of the first derivative is the same for every kind. That of the second is not, and a
-    meta-gradient through a policy-gradient step needs it. With :math:`\ell_t = \log \pi(a_t | s_t)`, and
+    meta-gradient through a policy-gradient step needs it. With
+    :math:`\ell_t = \log \pi(a_t | s_t)`, and
     :math:`\square(x) = \exp(x - \mathrm{detach}(x))`, which is 1 and whose derivative is that of x:
 
     .. math::
