@@ -14,16 +14,30 @@ from innerloop._unroll import unroll
 from innerloop.errors import (
     CapturedParameterWarning,
     CapturedTensorError,
+    IndefiniteSystemError,
     InnerLoopError,
     InvalidInputError,
     MetaGradientError,
     MissingExtraError,
     NonFiniteError,
+    NotConvergedWarning,
     NotDifferentiableError,
     PrecisionWarning,
+    SingularSystemError,
+    SolverError,
+    SolverNotConvergedError,
     UnreachedGradientWarning,
 )
-from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
+from innerloop.strategy import (
+    Auto,
+    Checkpointed,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    StoreAll,
+    Truncated,
+)
+from innerloop.strategy._implicit import implicit_root
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -34,15 +48,21 @@ __all__ = [
     "Checkpointed",
     "FirstOrder",
     "ForwardMode",
+    "Implicit",
+    "IndefiniteSystemError",
     "InnerLoopError",
     "InvalidInputError",
     "MetaGradientError",
     "MissingExtraError",
     "NonFiniteError",
+    "NotConvergedWarning",
     "NotDifferentiableError",
     "Plan",
     "PrecisionWarning",
     "Problem",
+    "SingularSystemError",
+    "SolverError",
+    "SolverNotConvergedError",
     "StoreAll",
     "TrackedLoop",
     "Trajectory",
@@ -51,6 +71,7 @@ __all__ = [
     "check_metagradient",
     "functional",
     "higher",
+    "implicit_root",
     "inspect",
     "metagradient",
     "nn",

@@ -18,8 +18,15 @@ from innerloop.errors import CapturedTensorError, NotDifferentiableError
 T = TypeVar("T")
 
 
-def on_constants(step: int, run: Callable[[], T]) -> T:
+def on_constants(
+    step: int, run: Callable[[], T], error: Callable[[], CapturedTensorError] | None = None
+) -> T:
     """Run a step whose inputs are constants, and return its results without a graph.
+
+    Args:
+        step: its number, for the error.
+        run: runs it.
+        error: makes the error for what is no step of training.
 
     Raises:
         CapturedTensorError: the step uses a tensor that was not passed in and requires grad, so
@@ -33,7 +40,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
     if not with_graph:
         return found
     if mode() is not Mode.EAGER:
-        raise _captured(step)
+        raise error() if error else _captured(step)
     leaves = [TensorWeakRef(x) for x in graph.check_graph(with_graph, (), second_order=False)]
     with_graph.clear()
     found = tree.map_tensors(Tensor.detach, found)
@@ -41,7 +48,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
         # A cycle of Python objects may hold the graph for a while.
         gc.collect()
         if any(_is_alive(leaf) for leaf in leaves):
-            raise _captured(step)
+            raise error() if error else _captured(step)
     return found
 
 
