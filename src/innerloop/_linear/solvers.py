@@ -59,18 +59,19 @@ class _Measured(Matrix):
     def _apply(self, v: Tensor) -> Tensor:
         product = self._matrix.apply(v)
         before, after = torch.linalg.vector_norm(v), torch.linalg.vector_norm(product)
+        _check_finite(after)
         ratio = _divided(after, before, before > 0)
         self.size = torch.maximum(ratio, torch.as_tensor(self.size, dtype=ratio.dtype))
         return product
 
 
 class Solved(NamedTuple):
-    """What a solver returns, and what ``report`` is told.
+    r"""What a solver returns, and what ``report`` is told.
 
     Attributes:
         value: the solution, a pytree like the right-hand side; None in a report.
         iterations: products with the matrix that the solution took, a 0-dim tensor.
-        residual: :math:`\\lVert b - Ax \\rVert / \\lVert b \\rVert`, a 0-dim tensor.
+        residual: :math:`\lVert b - Ax \rVert / \lVert b \rVert`, a 0-dim tensor.
 
     Under ``torch.func.vmap`` there is one number for each task.
     """
@@ -190,6 +191,7 @@ class Solver(abc.ABC):
         eps = torch.finfo(vector.dtype).eps
         tolerance = eps**0.7 if self.tolerance is None else self.tolerance
         goal, left = size * tolerance, self.limit(len(vector))
+        _check_finite(size)
         matrix = _Measured(matrix)
         x, rest = torch.zeros_like(vector), vector
         iterations = torch.zeros_like(size, dtype=torch.int64)
@@ -213,13 +215,9 @@ class Solver(abc.ABC):
         residual = torch.where(size == 0, torch.zeros_like(size), norm(rest) / size)
         solved = Solved(x, iterations, residual)
         if self.report is not None:
-            self.report(solved._replace(value=None))
-        if not everywhere(residual.isfinite()):
-            raise SolverError(
-                "the linear system of implicit differentiation has entries that are NaN or "
-                "infinite: look at the derivative of the residual at the solution, and at the "
-                "gradient that comes in"
-            )
+            innermost = torch_private.innermost
+            self.report(Solved(None, innermost(iterations), innermost(residual)))
+        _check_finite(residual)
         if self.must_converge and not everywhere(norm(rest) <= goal):
             raise self.not_converged(solved, tolerance, len(vector))
         return solved
@@ -286,7 +284,8 @@ class Flat:
         for x, real in zip(self.like, self.real, strict=True):
             part = vector[begin : begin + real.numel()].reshape(real.shape)
             part = part.to(x.device, real.dtype)
-            found.append(torch.view_as_complex(part) if x.is_complex() else part)
+            # Not view_as_complex, for which a part would have to begin at an even place.
+            found.append(torch.complex(part[..., 0], part[..., 1]) if x.is_complex() else part)
             begin += real.numel()
         return found
 
@@ -319,6 +318,16 @@ def holds(condition: Tensor) -> bool:
 def everywhere(condition: Tensor) -> bool:
     """True if a condition holds for every task."""
     return bool(torch_private.innermost(condition).all())
+
+
+def _check_finite(size: Tensor) -> None:
+    """Raise if the length of a vector is NaN or infinite."""
+    if not everywhere(size.isfinite()):
+        raise SolverError(
+            "the linear system of implicit differentiation has entries that are NaN or infinite: "
+            "look at the derivative of the residual at the solution, and at the gradient that "
+            "comes in"
+        )
 
 
 def _divided(above: Tensor, below: Tensor, where: Tensor) -> Tensor:
@@ -515,11 +524,7 @@ class GMRES(Solver):
 
     def advice(self) -> str:
         """Say what to write where the tolerance was not reached."""
-        return (
-            f"raise restart (now {self.restart}) or max_iterations, or use solvers.NormalCG(). If "
-            "the residual stays where it is, the matrix is singular: add a term to the inner loss "
-            "that decides, hyper['l2'] * p.square().sum()"
-        )
+        return f"raise restart (now {self.restart}) or max_iterations, or use solvers.NormalCG()"
 
     def _cycle(self, matrix: Matrix, r: Tensor, goal: Tensor, length: int) -> tuple[Tensor, int]:
         """Minimise the residual over a Krylov space; return the step and its number of products."""
@@ -543,6 +548,13 @@ class GMRES(Solver):
                 _divided(w, height.expand(w.shape), goes_on.expand(w.shape))
             )  # zero where the space is exhausted
             weights, left = _least_squares(columns, size)
+            if holds(~goes_on & (left > goal) & (left > eps**0.5 * size)):
+                raise SingularSystemError(
+                    "GMRES exhausted the space of the right-hand side without a solution: the "
+                    "matrix is singular, so the solution of the inner problem is not unique, or "
+                    "does not move smoothly. Add a term to the inner loss that decides, "
+                    "hyper['l2'] * p.square().sum()"
+                )
             if not holds((left > goal) & goes_on):
                 break
         return sum(

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -146,7 +146,9 @@ class Implicit(Strategy):
         states: dict[int, Carry] = {}
         rows = StepOutputs(loop.start.params)
         batch: object = None
+        before = carry
         for t in loop.batches.times():
+            before = carry._replace(random_state=carry.random_state or RandomState.now())
             batch = constants.batch(carry, t)
             carry, loss, aux = on_constants(t, partial(constants.step, carry, batch, t))
             carry = carry.detach()
@@ -163,36 +165,38 @@ class Implicit(Strategy):
             )
         inputs = [*tree.tensors(state_of(loop.start)), *tree.tensors(loop.hyper)]
         for t, state in states.items():
-            states[t] = refuse_outputs(state, inputs, _PATH.format(what=f"the state at time {t}"))
-        states[steps] = refuse_outputs(
+            states[t] = _refused(state, inputs, _PATH.format(what=f"the state at time {t}"))
+        states[steps] = _refused(
             carry, inputs, _PATH.format(what="the optimizer's state, or a buffer,")
-        )._replace(params=self._solution(loop, constants, carry, batch, steps))
-        stacked = refuse_outputs(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
+        )._replace(params=self._solution(loop, before, carry.params, batch, steps))
+        stacked = _refused(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
         return Trajectory({**states, 0: loop.start}, *stacked, steps)
 
     def _solution(
-        self, loop: Loop, constants: Loop, end: Carry, batch: object, steps: int
+        self, loop: Loop, before: Carry, params: dict[str, Tensor], batch: object, steps: int
     ) -> dict[str, Tensor]:
-        """Return the last parameters, as a function of hyper."""
+        """Return the last parameters as a function of hyper.
+
+        The equation is that of the last step: its batch, its buffers and its random numbers, so
+        that dropout draws the same masks at every evaluation.
+        """
         own = self.residual is not None or self.fixed_point is not None
         condition = self._own if own else partial(_inner_gradient, loop.problem)
-        # What the loss draws, dropout for example, it draws alike at every evaluation.
-        state = end.random_state or RandomState.now()
 
         def residual(
             params: Params, hyper: HyperTree, batch: object, buffers: Params
         ) -> Mapping[str, Tensor]:
-            with at_random_state(state):
+            with at_random_state(before.random_state):
                 return condition(params, hyper, batch, buffers)
 
         found = _root(
             residual,
-            end.params,
-            (loop.hyper, batch, end.buffers),
+            params,
+            (loop.hyper, batch, before.buffers),
             self._solver(),
             self.tolerance,
-            start=constants.start.params,
-            symmetric=not own and _is_gradient(loop.problem, end.params),
+            start=loop.start.detach().params,
+            symmetric=not own and _is_gradient(loop.problem, params),
         )
         found = refuse_inputs(found, tree.tensors(state_of(loop.start)), _START)
         read = [loop.problem.overrides(loop.hyper, loop.time(t)) for t in sorted({0, steps - 1})]
@@ -231,7 +235,7 @@ def implicit_root(
     solver: Solver | None = None,
     tolerance: float = TOLERANCE,
 ) -> T:
-    r"""Return ``solution`` as the function of ``args`` that ``residual(solution, *args) = 0`` defines.
+    r"""Return ``solution`` as the function of ``args`` that ``residual(solution, *args)`` defines.
 
     Found by whatever means, a solution is differentiated by the implicit function theorem: with
     :math:`A = \partial F / \partial x`,
@@ -295,6 +299,38 @@ def implicit_root(
     constants = tree.map_tensors(Tensor.detach, solution)
     found = _root(replaced, constants, args, solver or GMRES(), tolerance, symmetric=False)
     return refuse_inputs(found, tree.tensors(solution), _SEARCH)
+
+
+def _refused(values: T, inputs: list[Tensor], message: str) -> T:
+    """Return constants whose gradient raises; under ``torch.func.jvp``, whose use raises.
+
+    A tangent comes with the value, so that nobody knows whether it will be asked for.
+    """
+    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
+        return refuse_outputs(values, inputs, message)
+    return tree.map_tensors(
+        lambda x: _Unusable.of(message) if tree.differentiable(x) else x, values
+    )
+
+
+class _Unusable(Tensor):
+    """A tensor that raises when anything is computed from it."""
+
+    message: str
+
+    @classmethod
+    def of(cls, message: str) -> _Unusable:
+        """Return one with this message."""
+        found = torch.zeros(0).as_subclass(cls)
+        vars(found)["message"] = message
+        return found
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[Any, ...] = (), kwargs: object = None
+    ) -> NoReturn:
+        found = (x for x in tree.leaves(args) if isinstance(x, cls))
+        raise NotDifferentiableError(vars(next(found))["message"])
 
 
 def _root(
