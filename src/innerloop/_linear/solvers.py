@@ -274,7 +274,8 @@ class Flat:
                     f"a product with the matrix has a part of shape {shape}, where the vector has "
                     f"{tuple(x.shape)}: the matrix must be square"
                 )
-        real = [torch.view_as_real(p.resolve_conj()) if p.is_complex() else p for p in parts]
+        # The factor gives the gradient memory of its own: a complex view must begin at an even place.
+        real = [torch.view_as_real(p.resolve_conj()) * 1 if p.is_complex() else p for p in parts]
         device = self.real[0].device
         return torch.cat([p.to(device, self.dtype).reshape(-1) for p in real])
 
