@@ -59,11 +59,11 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers strategy walkthrough
+        nn.functional optim optim.helpers strategy strategy.solvers walkthrough
     """.split()
 }
-"""Later: ``strategy.solvers``, and ``rl`` with ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter
-the list with the features that they belong to."""
+"""Later: ``rl`` with ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list with the features
+that they belong to."""
 
 OPTIONAL = (
     "gymnasium",
@@ -94,10 +94,10 @@ PUBLIC = """
 
 EXPORTED = {
     "": """
-        Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode InnerLoopError
+        Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode Implicit InnerLoopError
         InvalidInputError MetaGradientError MissingExtraError NotDifferentiableError Plan
         PrecisionWarning Problem StoreAll Trajectory Truncated check_metagradient functional higher
-        inspect metagradient nn optim plan strategy track unroll
+        implicit_root inspect metagradient nn optim plan strategy track unroll
     """,
     "optim": """
         ASGD LBFGS SGD ASGDState AccumulateState Adadelta AdadeltaState Adafactor AdafactorState
@@ -110,7 +110,10 @@ EXPORTED = {
         clip_per_parameter from_torch grad_callback groups in_float32 lbfgs learned muon nadam
         radam rmsprop rprop scale sgd sparse_adam supported
     """,
-    "strategy": "Auto Checkpointed FirstOrder ForwardMode Loop StoreAll Strategy Truncated",
+    "strategy": """
+        Auto Checkpointed FirstOrder ForwardMode Implicit Loop StoreAll Strategy Truncated solvers
+    """,
+    "strategy.solvers": "CG Dense FixedPoint GMRES Neumann NormalCG",
     "nn.functional": """
         batch_norm cdist cholesky_inverse cross_entropy ctc_loss embedding_bag grid_sample
         hardsigmoid huber_loss instance_norm layer_norm mse_loss multi_margin_loss

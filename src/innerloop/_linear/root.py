@@ -25,8 +25,9 @@ from torch import Tensor
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.solvers import Flat, Matrix, Product, Solver
 from innerloop._utils import tree
-from innerloop._utils.execution import may_call_autograd
-from innerloop.errors import InnerLoopError
+from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.finite import have_values
+from innerloop.errors import InnerLoopError, NotDifferentiableError
 
 Values = list[Tensor]
 Function = Callable[[Values], Values]
@@ -34,8 +35,12 @@ Function = Callable[[Values], Values]
 _vjp: Any = torch.func.vjp
 
 
-def pullback(function: Function, at: Values, *, record: bool) -> Function:
+def pullback(
+    function: Function, at: Values, *, record: bool
+) -> Callable[[Values], list[Tensor | None]]:
     """Return the transposed derivative of ``function``, a linear function of cotangents.
+
+    In eager code its result has None for what the function does not depend on.
 
     Args:
         function: of a list of tensors, to a list of tensors.
@@ -49,11 +54,7 @@ def pullback(function: Function, at: Values, *, record: bool) -> Function:
         ends = _ends(at, record)
         found = function(ends)
 
-    def pull(cotangents: Values) -> Values:
-        pulled = _pulled(found, ends, cotangents, record)
-        return [torch.zeros_like(x) if p is None else p for p, x in zip(pulled, at, strict=True)]
-
-    return pull
+    return lambda cotangents: list(_pulled(found, ends, cotangents, record))
 
 
 def pushforward(function: Function, at: Values, *, record: bool) -> Function:
@@ -176,8 +177,15 @@ class Residual(Equation):
         return self._through(x, a, transposed, record=True)(u)
 
     def _through(self, x: Values, a: Values, transposed: bool, *, record: bool) -> Function:
-        through = pullback if transposed or self.symmetric else pushforward
-        return through(lambda x: self.function(x, a), x, record=record)
+        def residual(x: Values) -> Values:
+            return self.function(x, a)
+
+        if not transposed and not self.symmetric:
+            return pushforward(residual, x, record=record)
+        pull = pullback(residual, x, record=record)
+        return lambda v: [
+            torch.zeros_like(y) if p is None else p for p, y in zip(pull(v), x, strict=True)
+        ]
 
 
 class Linear(Equation):
@@ -224,7 +232,7 @@ class Linear(Equation):
 
 def solved(equation: Equation, x: Values, a: Values, v: Values, *, transposed: bool) -> Values:
     """Solve a system with the derivative of an equation, on constants."""
-    x, a, v = ([t.detach() for t in values] for values in (x, a, v))
+    x, a = ([t.detach() for t in values] for values in (x, a))
     flat = Flat(v)
 
     def product(transposed: bool) -> Product:
@@ -283,6 +291,12 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         equation, n = ctx.equation, ctx.count
+        if mode() is Mode.EAGER and not have_values(cotangents):
+            raise NotDifferentiableError(
+                "torch.autograd.grad(is_grads_batched=True) does not reach through an implicit "
+                "solution, whose solver looks at its numbers: write torch.func.jacrev or "
+                "torch.func.vmap, or one row after the other"
+            )
         record = torch.is_grad_enabled()
         # What comes in has a graph even where none is recorded.
         x, a = _parted(ctx.saved_tensors, n, record)
@@ -297,8 +311,7 @@ class _Node(torch.autograd.Function):
             with _explained():
                 u = node(Linear(equation, n, transposed=True), [*x, *a, *cotangents])
                 pull = pullback(_of(equation, x, a, wanted), [a[i] for i in wanted], record=record)
-                for i, value in zip(wanted, pull([-y for y in u]), strict=True):
-                    row[first + i] = value
+                row = tree.put(row, [first + i for i in wanted], pull([-y for y in u]))
         return tuple(row)
 
     @staticmethod

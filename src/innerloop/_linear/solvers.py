@@ -39,30 +39,28 @@ class Matrix:
     """A square matrix on flat vectors.
 
     Args:
-        apply: A times a vector.
-        apply_transposed: the transpose of A times a vector.
+        product: A times a vector.
+        transposed: the transpose of A times a vector.
     """
 
-    def __init__(self, apply: Product, apply_transposed: Product) -> None:
-        self.apply = apply
-        self.apply_transposed = apply_transposed
-
-
-class _Measured(Matrix):
-    """A matrix, and the largest factor by which a product has stretched a vector."""
-
-    def __init__(self, matrix: Matrix) -> None:
-        super().__init__(self._apply, matrix.apply_transposed)
-        self._matrix = matrix
+    def __init__(self, product: Product, transposed: Product) -> None:
+        self._product = product
+        self._transposed = transposed
         self.size: Tensor | float = 0.0
+        """The largest factor by which a product has stretched a vector."""
 
-    def _apply(self, v: Tensor) -> Tensor:
-        product = self._matrix.apply(v)
-        before, after = torch.linalg.vector_norm(v), torch.linalg.vector_norm(product)
+    def apply(self, vector: Tensor) -> Tensor:
+        """Return A times a vector."""
+        product = self._product(vector)
+        before, after = torch.linalg.vector_norm(vector), torch.linalg.vector_norm(product)
         _check_finite(after)
         ratio = _divided(after, before, before > 0)
         self.size = torch.maximum(ratio, torch.as_tensor(self.size, dtype=ratio.dtype))
         return product
+
+    def apply_transposed(self, vector: Tensor) -> Tensor:
+        """Return the transpose of A times a vector."""
+        return self._transposed(vector)
 
 
 class Solved(NamedTuple):
@@ -192,7 +190,6 @@ class Solver(abc.ABC):
         tolerance = eps**0.7 if self.tolerance is None else self.tolerance
         goal, left = size * tolerance, self.limit(len(vector))
         _check_finite(size)
-        matrix = _Measured(matrix)
         x, rest = torch.zeros_like(vector), vector
         iterations = torch.zeros_like(size, dtype=torch.int64)
         for _ in range(_REFINEMENTS):
@@ -274,7 +271,7 @@ class Flat:
                     f"a product with the matrix has a part of shape {shape}, where the vector has "
                     f"{tuple(x.shape)}: the matrix must be square"
                 )
-        # The factor gives the gradient memory of its own: a complex view must begin at an even place.
+        # The factor gives the gradient memory of its own: a complex view begins at an even place.
         real = [torch.view_as_real(p.resolve_conj()) * 1 if p.is_complex() else p for p in parts]
         device = self.real[0].device
         return torch.cat([p.to(device, self.dtype).reshape(-1) for p in real])

@@ -169,8 +169,9 @@ class Implicit(Strategy):
         states[steps] = _refused(
             carry, inputs, _PATH.format(what="the optimizer's state, or a buffer,")
         )._replace(params=self._solution(loop, before, carry.params, batch, steps))
-        stacked = _refused(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
-        return Trajectory({**states, 0: loop.start}, *stacked, steps)
+        losses, aux = _refused(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
+        later = isinstance(losses, _Unusable)
+        return Trajectory({**states, 0: loop.start}, losses.refuse if later else losses, aux, steps)
 
     def _solution(
         self, loop: Loop, before: Carry, params: dict[str, Tensor], batch: object, steps: int
@@ -325,12 +326,16 @@ class _Unusable(Tensor):
         vars(found)["message"] = message
         return found
 
+    def refuse(self) -> NoReturn:
+        """Raise."""
+        raise NotDifferentiableError(self.message)
+
     @classmethod
     def __torch_function__(
         cls, func: object, types: object, args: tuple[Any, ...] = (), kwargs: object = None
     ) -> NoReturn:
-        found = (x for x in tree.leaves(args) if isinstance(x, cls))
-        raise NotDifferentiableError(vars(next(found))["message"])
+        next(x for x in tree.leaves(args) if isinstance(x, cls)).refuse()
+        raise AssertionError
 
 
 def _root(
