@@ -19,9 +19,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 PUBLIC_MODULES = (
     "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy "
-    "innerloop.strategy.solvers innerloop.nn innerloop.nn.functional innerloop.inspect innerloop.higher "
-    "innerloop.higher.optim innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
-    "innerloop.walkthrough innerloop.cli"
+    "innerloop.strategy.solvers innerloop.nn innerloop.nn.functional innerloop.inspect "
+    "innerloop.higher innerloop.higher.optim innerloop.higher.patch innerloop.higher.utils "
+    "innerloop.errors innerloop.doctor innerloop.walkthrough innerloop.cli"
 ).split()
 
 INTERNAL = """

@@ -52,7 +52,7 @@ class Matrix:
     def apply(self, vector: Tensor) -> Tensor:
         """Return A times a vector."""
         product = self._product(vector)
-        before, after = torch.linalg.vector_norm(vector), torch.linalg.vector_norm(product)
+        before, after = length(vector), length(product)
         _check_finite(after)
         ratio = _divided(after, before, before > 0)
         self.size = torch.maximum(ratio, torch.as_tensor(self.size, dtype=ratio.dtype))
@@ -186,36 +186,39 @@ class Solver(abc.ABC):
         decomposition loses digits.
         """
         size = norm(vector)
+        _check_finite(size)
+        # Of length 1, so that no square of what follows is too small to be a number.
+        vector = vector / torch.where(size > 0, size, torch.ones_like(size))
+        begin = length(vector)
         eps = torch.finfo(vector.dtype).eps
         tolerance = eps**0.7 if self.tolerance is None else self.tolerance
-        goal, left = size * tolerance, self.limit(len(vector))
-        _check_finite(size)
+        goal, left = begin * tolerance, self.limit(len(vector))
         x, rest = torch.zeros_like(vector), vector
         iterations = torch.zeros_like(size, dtype=torch.int64)
-        for _ in range(_REFINEMENTS):
-            before = norm(rest)
+        for k in range(_REFINEMENTS):
+            before = length(rest)
             step, count = self.run(matrix, rest, goal, left)
             candidate = x + step
             remaining = vector - matrix.apply(candidate)
-            # A task for which it did not help keeps what it had.
-            better = norm(remaining) < before
+            # A task for which a refinement did not help keeps what it had.
+            better = (length(remaining) < before) | (k == 0)
             x, rest = torch.where(better, candidate, x), torch.where(better, remaining, rest)
             iterations = iterations + count
             left -= int(torch_private.innermost(count).max())
-            after = norm(rest)
+            after = length(rest)
             if self.tolerance is None:
                 # Rounding alone leaves so much; where it is more than that, digits are lost.
-                floor = 32 * eps * matrix.size * norm(x)
-                goal = torch.maximum(goal, torch.minimum(floor, eps**0.5 * size))
+                floor = 32 * eps * matrix.size * length(x)
+                goal = torch.maximum(goal, torch.minimum(floor, eps**0.5 * begin))
             if left < 1 or not holds((after > goal) & (after < before / 2)):
                 break
-        residual = torch.where(size == 0, torch.zeros_like(size), norm(rest) / size)
+        residual, x = length(rest), x * size
         solved = Solved(x, iterations, residual)
         if self.report is not None:
             innermost = torch_private.innermost
             self.report(Solved(None, innermost(iterations), innermost(residual)))
         _check_finite(residual)
-        if self.must_converge and not everywhere(norm(rest) <= goal):
+        if self.must_converge and not everywhere(residual <= goal):
             raise self.not_converged(solved, tolerance, len(vector))
         return solved
 
@@ -301,8 +304,11 @@ def transposed(apply: Product, flat: Flat) -> Product:
     return apply_transposed
 
 
+length = torch.linalg.vector_norm
+
+
 def norm(v: Tensor) -> Tensor:
-    """Return the length of a vector, without overflow of its square."""
+    """Return the length of a vector, without overflow or underflow of its square."""
     largest = v.abs().max() if v.numel() else v.new_zeros(())
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     return scale * (v / scale).square().sum().sqrt()
@@ -444,8 +450,8 @@ class NormalCG(Solver):
         count = torch.zeros_like(square, dtype=torch.int64)
         eps = torch.finfo(vector.dtype).eps
         for _ in range(limit):
-            active = norm(r) > goal
-            stalled = square.sqrt() <= 8 * eps * len(vector) ** 0.5 * largest * norm(r)
+            active = length(r) > goal
+            stalled = square.sqrt() <= 8 * eps * len(vector) ** 0.5 * largest * length(r)
             if holds(active & stalled):
                 raise SingularSystemError(
                     "NormalCG found the closest x, and it does not solve the system: the matrix is "
@@ -507,7 +513,7 @@ class GMRES(Solver):
         count = torch.zeros_like(goal, dtype=torch.int64)
         done = 0
         while done < limit:
-            before = norm(r)
+            before = length(r)
             active = before > goal
             if not holds(active):
                 break
@@ -515,7 +521,7 @@ class GMRES(Solver):
             x = torch.where(active, x + step, x)
             count, done = count + used * active, done + used
             r = vector - matrix.apply(x)
-            after = norm(r)
+            after = length(r)
             if not holds((after > goal) & (after < 0.999 * before)):
                 break
         return x, count
@@ -524,22 +530,22 @@ class GMRES(Solver):
         """Say what to write where the tolerance was not reached."""
         return f"raise restart (now {self.restart}) or max_iterations, or use solvers.NormalCG()"
 
-    def _cycle(self, matrix: Matrix, r: Tensor, goal: Tensor, length: int) -> tuple[Tensor, int]:
+    def _cycle(self, matrix: Matrix, r: Tensor, goal: Tensor, dimension: int) -> tuple[Tensor, int]:
         """Minimise the residual over a Krylov space; return the step and its number of products."""
-        size = norm(r)
+        size = length(r)
         basis = [_divided(r, size.expand(r.shape), (size > 0).expand(r.shape))]
         columns: list[list[Tensor]] = []
         eps = torch.finfo(r.dtype).eps
         weights = size.new_zeros(0)
-        for k in range(length):
+        for k in range(dimension):
             w = matrix.apply(basis[-1])
-            before, column = norm(w), [torch.zeros_like(size)] * (k + 1)
+            before, column = length(w), [torch.zeros_like(size)] * (k + 1)
             # Twice is enough: one sweep leaves rounding errors of the size of what it removes.
             for _ in range(2):
                 for j, q in enumerate(basis):
                     part = q.dot(w)
                     w, column[j] = w - part * q, column[j] + part
-            height = norm(w)
+            height = length(w)
             goes_on = height > 8 * eps * before
             columns.append([*column, torch.where(goes_on, height, 0.0)])
             basis.append(
@@ -569,7 +575,7 @@ def _least_squares(columns: list[list[Tensor]], size: Tensor) -> tuple[Tensor, T
     )
     target = torch.stack([size, *[zero] * (height - 1)])
     weights = torch.linalg.pinv(table) @ target
-    return weights, norm(target - table @ weights)
+    return weights, length(target - table @ weights)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -615,10 +621,10 @@ class Neumann(Solver):
     ) -> tuple[Tensor, Tensor]:
         """Add terms until they are small enough."""
         x, r = torch.zeros_like(vector), vector
-        begin = norm(vector)
+        begin = length(vector)
         count = torch.zeros_like(goal, dtype=torch.int64)
         for k in range(limit):
-            size = norm(r)
+            size = length(r)
             active = size > goal
             _check_growth(self, begin, size, active, k)
             if not holds(active):
@@ -684,12 +690,12 @@ class FixedPoint(Solver):
     ) -> tuple[Tensor, Tensor]:
         """Iterate until the residual is small enough."""
         x, r = torch.zeros_like(vector), vector
-        begin = norm(vector)
+        begin = length(vector)
         moves: list[Tensor] = []
         changes: list[Tensor] = []
         count = torch.zeros_like(goal, dtype=torch.int64)
         for k in range(limit):
-            size = norm(r)
+            size = length(r)
             active = size > goal
             _check_growth(self, begin, size, active, k)
             if not holds(active):

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from innerloop.errors import (
 )
 from innerloop.nn._mode import replacing
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
-from innerloop.strategy._engine.guards import on_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._engine.guards import Unusable, on_constants, refuse_inputs, refuse_use
 from innerloop.strategy._engine.step_pullback import state_of
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._outer_gradient import check_kinds
@@ -165,12 +165,12 @@ class Implicit(Strategy):
             )
         inputs = [*tree.tensors(state_of(loop.start)), *tree.tensors(loop.hyper)]
         for t, state in states.items():
-            states[t] = _refused(state, inputs, _PATH.format(what=f"the state at time {t}"))
-        states[steps] = _refused(
+            states[t] = refuse_use(state, inputs, _PATH.format(what=f"the state at time {t}"))
+        states[steps] = refuse_use(
             carry, inputs, _PATH.format(what="the optimizer's state, or a buffer,")
         )._replace(params=self._solution(loop, before, carry.params, batch, steps))
-        losses, aux = _refused(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
-        later = isinstance(losses, _Unusable)
+        losses, aux = refuse_use(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
+        later = isinstance(losses, Unusable)
         return Trajectory({**states, 0: loop.start}, losses.refuse if later else losses, aux, steps)
 
     def _solution(
@@ -300,42 +300,6 @@ def implicit_root(
     constants = tree.map_tensors(Tensor.detach, solution)
     found = _root(replaced, constants, args, solver or GMRES(), tolerance, symmetric=False)
     return refuse_inputs(found, tree.tensors(solution), _SEARCH)
-
-
-def _refused(values: T, inputs: list[Tensor], message: str) -> T:
-    """Return constants whose gradient raises; under ``torch.func.jvp``, whose use raises.
-
-    A tangent comes with the value, so that nobody knows whether it will be asked for.
-    """
-    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
-        return refuse_outputs(values, inputs, message)
-    return tree.map_tensors(
-        lambda x: _Unusable.of(message) if tree.differentiable(x) else x, values
-    )
-
-
-class _Unusable(Tensor):
-    """A tensor that raises when anything is computed from it."""
-
-    message: str
-
-    @classmethod
-    def of(cls, message: str) -> _Unusable:
-        """Return one with this message."""
-        found = torch.zeros(0).as_subclass(cls)
-        vars(found)["message"] = message
-        return found
-
-    def refuse(self) -> NoReturn:
-        """Raise."""
-        raise NotDifferentiableError(self.message)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: object, types: object, args: tuple[Any, ...] = (), kwargs: object = None
-    ) -> NoReturn:
-        next(x for x in tree.leaves(args) if isinstance(x, cls)).refuse()
-        raise AssertionError
 
 
 def _root(

@@ -105,6 +105,41 @@ def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
     )
 
 
+def refuse_use(values: T, inputs: Iterable[Tensor], message: str) -> T:
+    """Return `refuse_outputs`; under ``torch.func.jvp``, values that raise when they are used.
+
+    A tangent comes with its value, so that nobody knows whether it will be asked for.
+    """
+    inputs = list(inputs)
+    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
+        return refuse_outputs(values, inputs, message)
+    return tree.map_tensors(lambda x: Unusable.of(message) if tree.differentiable(x) else x, values)
+
+
+class Unusable(Tensor):
+    """A tensor that raises when anything is computed from it."""
+
+    message: str
+
+    @classmethod
+    def of(cls, message: str) -> Unusable:
+        """Return one with this message."""
+        found = torch.zeros(0).as_subclass(cls)
+        vars(found)["message"] = message
+        return found
+
+    def refuse(self) -> NoReturn:
+        """Raise."""
+        raise NotDifferentiableError(self.message)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> NoReturn:
+        next(x for x in tree.leaves(args) if isinstance(x, cls)).refuse()
+        raise AssertionError
+
+
 def _differentiated(inputs: Iterable[Tensor]) -> list[Tensor]:
     """Return those of ``inputs`` that something asks a derivative of."""
     if not torch.is_grad_enabled():
