@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,7 +65,9 @@ each_kind = pytest.mark.parametrize(
 
 
 def assert_near(ours: Tensor, truth: Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance * truth.abs().max())
+    torch.testing.assert_close(
+        ours, truth, rtol=tolerance, atol=tolerance * truth.abs().max().item()
+    )
 
 
 # -- right -----------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ def test_each_task_of_vmap_is_solved_as_if_it_were_alone(solver: solvers.Solver)
     together = torch.func.vmap(lambda m, b: solver(lambda v: m @ v, b))(matrices, vectors)
     for i in range(3):
         assert_near(together.value[i], torch.linalg.solve(matrices[i], vectors[i]))
-        alone = solver(lambda v, i=i: matrices[i] @ v, vectors[i])
+        alone = solver(partial(torch.mv, matrices[i]), vectors[i])
         assert abs(int(together.iterations[i]) - int(alone.iterations)) <= 2
     if "Dense" not in repr(solver):
         assert together.iterations[1] == 0
@@ -227,7 +230,8 @@ def test_the_transpose_may_be_given() -> None:
 
 
 def test_a_solver_reports() -> None:
-    matrix, reports = symmetric(), []
+    matrix = symmetric()
+    reports: list[solvers.Solved] = []
     solved = solvers.CG(report=reports.append)(lambda v: matrix @ v, smooth_noise(N))
     (report,) = reports
     assert report.value is None
@@ -318,7 +322,7 @@ def test_numbers_that_are_not_finite_are_named(solver: solvers.Solver, value: fl
     broken[0, 1] = value
     for m, b in ((matrix, torch.full((N,), value)), (broken, smooth_noise(N))):
         with pytest.raises(SolverError):
-            solver(lambda v, m=m: m @ v, b)
+            solver(partial(torch.mv, m), b)
 
 
 def test_a_tolerance_is_that_of_the_true_residual() -> None:

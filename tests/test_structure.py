@@ -96,8 +96,8 @@ EXPORTED = {
     "": """
         Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode Implicit InnerLoopError
         InvalidInputError MetaGradientError MissingExtraError NotDifferentiableError Plan
-        PrecisionWarning Problem StoreAll Trajectory Truncated check_metagradient functional higher
-        implicit_root inspect metagradient nn optim plan strategy track unroll
+        PrecisionWarning Problem StoreAll Trajectory Truncated assign check_metagradient functional
+        higher implicit_root inspect metagradient nn optim plan strategy track unroll
     """,
     "optim": """
         ASGD LBFGS SGD ASGDState AccumulateState Adadelta AdadeltaState Adafactor AdafactorState

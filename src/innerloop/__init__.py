@@ -11,6 +11,7 @@ from innerloop._track.loop import TrackedLoop
 from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
+from innerloop._utils.tree import assign
 from innerloop.errors import (
     CapturedParameterWarning,
     CapturedTensorError,
@@ -68,6 +69,7 @@ __all__ = [
     "Trajectory",
     "Truncated",
     "UnreachedGradientWarning",
+    "assign",
     "check_metagradient",
     "functional",
     "higher",

@@ -170,8 +170,8 @@ class Implicit(Strategy):
             carry, inputs, _PATH.format(what="the optimizer's state, or a buffer,")
         )._replace(params=self._solution(loop, before, carry.params, batch, steps))
         losses, aux = refuse_use(rows.stacked(), inputs, _PATH.format(what="traj.losses or aux"))
-        later = isinstance(losses, Unusable)
-        return Trajectory({**states, 0: loop.start}, losses.refuse if later else losses, aux, steps)
+        told = losses.refuse if isinstance(losses, Unusable) else losses
+        return Trajectory({**states, 0: loop.start}, told, aux, steps)
 
     def _solution(
         self, loop: Loop, before: Carry, params: dict[str, Tensor], batch: object, steps: int
