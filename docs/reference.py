@@ -61,6 +61,7 @@ MEMBERS = {
     "StoreAll": (),
     "Truncated": (),
     "FirstOrder": (),
+    "Evolution": (),
     "Implicit": (),
     "Solver": ("run", "limit"),
     "CG": (),

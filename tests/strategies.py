@@ -81,6 +81,7 @@ STRATEGIES = (
     Enrolled(innerloop.Truncated(2), REPLAY | {"params"}),
     Enrolled(innerloop.FirstOrder(), REPLAY),
     Enrolled(innerloop.Implicit(), REPLAY | {"params"}),
+    Enrolled(innerloop.Evolution(), REPLAY | {"params"}),
     Enrolled(HandWritten(), REPLAY),
 )
 

@@ -94,7 +94,8 @@ PUBLIC = """
 
 EXPORTED = {
     "": """
-        Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode Implicit InnerLoopError
+        Auto CapturedTensorError Carry Checkpointed Evolution FirstOrder ForwardMode Implicit
+        InnerLoopError
         InvalidInputError MetaGradientError MissingExtraError NotDifferentiableError Plan
         PrecisionWarning Problem StoreAll Trajectory Truncated assign check_metagradient functional
         higher implicit_root inspect metagradient nn optim plan strategy track unroll
@@ -111,7 +112,8 @@ EXPORTED = {
         radam rmsprop rprop scale sgd sparse_adam supported
     """,
     "strategy": """
-        Auto Checkpointed FirstOrder ForwardMode Implicit Loop StoreAll Strategy Truncated solvers
+        Auto Checkpointed Evolution FirstOrder ForwardMode Implicit Loop StoreAll Strategy Truncated
+        solvers
     """,
     "strategy.solvers": "CG Dense FixedPoint GMRES Neumann NormalCG",
     "nn.functional": """

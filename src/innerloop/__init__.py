@@ -32,6 +32,7 @@ from innerloop.errors import (
 from innerloop.strategy import (
     Auto,
     Checkpointed,
+    Evolution,
     FirstOrder,
     ForwardMode,
     Implicit,
@@ -47,6 +48,7 @@ __all__ = [
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
+    "Evolution",
     "FirstOrder",
     "ForwardMode",
     "Implicit",

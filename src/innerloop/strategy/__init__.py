@@ -4,6 +4,7 @@ from innerloop.strategy import solvers
 from innerloop.strategy._auto import Auto
 from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed
+from innerloop.strategy._evolution import Estimate, Evolution
 from innerloop.strategy._first_order import FirstOrder
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._forward_mode import ForwardMode
@@ -15,6 +16,8 @@ from innerloop.strategy._truncated import Truncated
 __all__ = [
     "Auto",
     "Checkpointed",
+    "Estimate",
+    "Evolution",
     "FirstOrder",
     "Forecast",
     "ForwardMode",
