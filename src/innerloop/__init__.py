@@ -14,6 +14,7 @@ from innerloop._unroll import unroll
 from innerloop.errors import (
     CapturedParameterWarning,
     CapturedTensorError,
+    CostWarning,
     InnerLoopError,
     InvalidInputError,
     MetaGradientError,
@@ -32,6 +33,7 @@ __all__ = [
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
+    "CostWarning",
     "FirstOrder",
     "ForwardMode",
     "InnerLoopError",

@@ -19,6 +19,10 @@ class Trajectory:
         losses: tensor ``[T]``, the inner loss before each step.
         aux: what the loss returned besides the scalar, stacked over steps; None if nothing.
         steps: T.
+        hypers: the outer variables as each step saw them, where the graph of the loop is kept.
+        record: what is needed to run the loop again, for `innerloop.inspect`; None where that is
+            not known (`track`, code under ``torch.func``).
+        function: what pulls the whole loop back, where it is one node of the graph; else None.
 
     Args:
         states: time -> carry, times counted from the start of this loop. Each carry gets its
@@ -43,6 +47,9 @@ class Trajectory:
         self.aux = aux
         self.steps = steps
         self._missing = missing
+        self.hypers: Sequence[object] = ()
+        self.record: Any = None
+        self.function: Any = None
 
     @property
     def params(self) -> dict[str, Tensor]:

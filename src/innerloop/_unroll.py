@@ -14,11 +14,12 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
-from innerloop._utils.progress import Report, closing, reporter
-from innerloop._utils.random_state import at_random_state, restored_on_error
+from innerloop._utils.progress import Report, closing, reporter, silent
+from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop, Strategy
 from innerloop.strategy._engine import non_finite
+from innerloop.strategy._engine.replay_context import Record, ReplayContext
 from innerloop.strategy._store_all import StoreAll
 
 
@@ -110,6 +111,7 @@ def unroll(
             problem = problem.for_one_run(start)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
+        record = _record(loop, strategy) if eager else None
         if eager and torch.is_grad_enabled():
             loop = non_finite.watched(loop)
         if not isinstance(params, Carry) or params.random_state is None:
@@ -117,6 +119,7 @@ def unroll(
         else:
             with at_random_state(params.random_state):
                 traj = strategy.run(loop)
+        traj.record = record
         if eager and traj.steps:
             _check_finite(loop, traj)
     late = [t for t in times if t > traj.steps]
@@ -125,6 +128,15 @@ def unroll(
             f"save_at has {late}, but the iterator ended after {traj.steps} steps"
         )
     return traj
+
+
+def _record(loop: Loop, strategy: Strategy) -> Record:
+    """Return what is needed to run the loop again."""
+    start = loop.start
+    if start.random_state is None:
+        start = start._replace(random_state=RandomState.now())
+    exact = bool(strategy.exact) and strategy.differentiates == {"params", "hyper"}
+    return Record(loop._replace(start=start, report=silent), ReplayContext(loop), exact)
 
 
 def _check_finite(loop: Loop, traj: Trajectory) -> None:

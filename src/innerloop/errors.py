@@ -39,6 +39,10 @@ class CapturedParameterWarning(UserWarning):
     """An inner loss uses a parameter of the user's model that the inner loop does not update."""
 
 
+class CostWarning(UserWarning):
+    """What was asked for will take long; it says how long, and what would be cheaper."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 
