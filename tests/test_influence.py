@@ -131,7 +131,7 @@ def test_influence_of_a_quadratic(rule: str, how: str) -> None:
 @pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=2)])
 def test_influence_of_hyper_in_each_step(strategy: innerloop.strategy.Strategy) -> None:
     """Step t adds -a_{t+1}' A x_t to dL/dlr; L also depends on lr directly."""
-    hyper = {"lr": torch.tensor(LR, requires_grad=True), "text": "kept"}
+    hyper: Any = {"lr": torch.tensor(LR, requires_grad=True), "text": "kept"}
     problem = innerloop.Problem(quadratic, innerloop.optim.sgd(), optimizer_hyper=("lr",))
     start = {"a": START[0].clone().requires_grad_(), "b": START[1:].clone().requires_grad_()}
     traj = innerloop.unroll(problem, start, None, steps=T, hyper=hyper, strategy=strategy)
@@ -372,7 +372,7 @@ def test_gains_that_are_not_done_say_so() -> None:
     assert float(found.residuals.max()) > 1e-10
     for wrong in ({"k": 0}, {"which": "middle"}):
         with pytest.raises(innerloop.InvalidInputError, match="write"):
-            inspect.gains(traj, **wrong)  # type: ignore[arg-type]
+            inspect.gains(traj, **wrong)
 
 
 # -- exponents -------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def test_a_chaotic_learning_rate_on_a_quartic() -> None:
         lambda p, h, b: p["w"] ** 4 / 4 - p["w"] ** 2 / 2, innerloop.optim.sgd(lr=1.4)
     )
     start = {"w": torch.tensor(0.3, requires_grad=True)}
-    steps = 200
+    steps = 100
     traj = innerloop.unroll(problem, start, None, steps=steps)
     logs = []
     for t in range(steps):
@@ -424,8 +424,8 @@ def test_a_chaotic_learning_rate_on_a_quartic() -> None:
     close(found.exponents[0], torch.tensor(sum(logs) / steps))
     assert float(found.exponents[0]) > 0.1
     assert "grows e-fold" in repr(found)
-    twin = inspect.lyapunov(traj, start=50, end=150, skip=20)
-    close(twin.exponents[0], torch.tensor(sum(logs[70:150]) / 80))
+    twin = inspect.lyapunov(traj, start=50, end=100, skip=20)
+    close(twin.exponents[0], torch.tensor(sum(logs[70:100]) / 30))
 
 
 # -- curvature -------------------------------------------------------------------------------------
@@ -548,8 +548,8 @@ def test_dropout_is_the_same_in_every_product(strategy: innerloop.strategy.Strat
     after = torch.get_rng_state()
     pushed = inspect.jvp(traj, -1, 0, direction)
     ours = sum(float((cotangent[n] * x).sum()) for n, x in pushed.items())
-    truth = sum(float((g * direction[n]).sum()) for n, g in zip(params, exact, strict=True))
-    assert ours == pytest.approx(truth, rel=1e-12)
+    theirs = sum(float((g * direction[n]).sum()) for n, g in zip(params, exact, strict=True))
+    assert ours == pytest.approx(theirs, rel=1e-12)
     later = inspect.vjp(traj, 4, 2, {"3.bias": torch.ones(1)})
     assert torch.equal(torch.get_rng_state(), after)
     assert not torch.equal(before, after)
@@ -586,7 +586,7 @@ def test_the_graph_is_still_there_afterwards() -> None:
 def test_plots() -> None:
     pytest.importorskip("matplotlib")
     loop = run("momentum", "StoreAll")
-    results = [
+    results: list[Any] = [
         inspect.influence(loop, outer, probes=2),
         inspect.gains(loop, k=2),
         inspect.lyapunov(loop, k=2),

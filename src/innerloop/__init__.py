@@ -24,16 +24,20 @@ from innerloop.errors import (
     PrecisionWarning,
     UnreachedGradientWarning,
 )
+from innerloop.inspect._attribution import Attribution, attribute
+from innerloop.inspect._diagnose import Diagnosis, diagnose
 from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Attribution",
     "Auto",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
     "CostWarning",
+    "Diagnosis",
     "FirstOrder",
     "ForwardMode",
     "InnerLoopError",
@@ -50,7 +54,9 @@ __all__ = [
     "Trajectory",
     "Truncated",
     "UnreachedGradientWarning",
+    "attribute",
     "check_metagradient",
+    "diagnose",
     "functional",
     "higher",
     "inspect",

@@ -225,7 +225,7 @@ class _Evaluation:
         try:
             if self._random is not None:
                 self._random.restore()
-            with torch.enable_grad(), _PromoteToFloat64():
+            with torch.enable_grad(), PromoteToFloat64():
                 return check_loss(
                     self._outer_fn(self._with(values)), "what outer_fn(inputs) returns"
                 )
@@ -260,7 +260,7 @@ def _with_parameters(
     return module
 
 
-class _PromoteToFloat64(TorchFunctionMode):
+class PromoteToFloat64(TorchFunctionMode):
     """A mode in which float32 tensors are promoted where they meet float64 ones.
 
     Captured float32 data then do not stop the check.

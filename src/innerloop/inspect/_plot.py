@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ def figure_of(what: str, size: tuple[float, float]) -> Figure:
 
 def figure_with(ax: Axes) -> Figure:
     """Return the figure that ``ax`` stands in."""
-    figure: Figure = ax.figure
-    return figure
+    return cast("Figure", ax.figure)
 
 
 def tidy(ax: Axes, *, x: str, y: str, title: str = "") -> None:

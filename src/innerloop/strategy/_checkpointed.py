@@ -342,6 +342,8 @@ class _Replay(LoopFunction):
                 here,
                 self.strategy.finite_step,
             )
+            if watcher is not None:
+                step = watcher.prepare(t, step)
             loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
             given = OutputCotangents(
                 cotangent, loss_cotangent, [None if a is None else a[t] for a in aux]

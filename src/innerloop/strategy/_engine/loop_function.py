@@ -29,7 +29,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop
 from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.replay_context import Repeatable, ReplayContext
-from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
+from innerloop.strategy._engine.step_pullback import Cotangents, Step, carry_of, state_of
 
 _vjp: Any = torch.func.vjp
 _jvp: Any = torch.func.jvp
@@ -63,6 +63,10 @@ class Watcher:
     """
 
     many: Cotangents | None = None
+
+    def prepare(self, t: int, step: Step) -> Step:
+        """Return step t as it is to be pulled back."""
+        return step
 
     def on_step(
         self, t: int, adjoint: Cotangents, of_hyper: Cotangents, many: PulledMany | None
