@@ -361,12 +361,12 @@ class _Gather(NamedTuple):
     Attributes:
         problem: the problem whose loss takes ``[B]`` weights.
         weights: their name in hyper.
-        index: the examples of a batch.
+        examples: their indices, given a batch.
     """
 
     problem: Problem
     weights: str
-    index: Callable[[Any], Tensor]
+    examples: Callable[[Any], Tensor]
 
 
 class _Scores(Watcher):
@@ -386,8 +386,8 @@ class _Scores(Watcher):
         if self.gather is None:
             return step
         # The derivative by the weights of all examples would be a dense [Q, N] at every step.
-        problem, name, index = self.gather
-        self._chosen = index(step.batch)
+        problem, name, examples = self.gather
+        self._chosen = examples(step.batch)
         assert isinstance(step.hyper, dict)
         hyper = {**step.hyper, name: step.hyper[name][self._chosen]}
         return step._replace(problem=problem, hyper=hyper)

@@ -131,6 +131,7 @@ class Diagnosis(NamedTuple):
         line = [min(ends), max(ends)]
         ax.plot(line, line, color="#767676", linewidth=0.8)
         ax.plot(self.promised, self.kept, "o", color=COLOURS[0 if self.trusted else 1])
+        ax.locator_params(axis="x", nbins=4)
         verdict = "trusted" if self.trusted else "not trusted"
         tidy(ax, x="promised change", y="kept change", title=f"size {self.size:g}: {verdict}")
         return figure_with(ax)

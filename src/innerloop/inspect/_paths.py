@@ -97,7 +97,8 @@ class Paths(NamedTuple):
             heights = [float(row[name].detach().double().norm()) for row in rows.values()]
             ax.bar(places, heights, width, color=COLOURS[j % len(COLOURS)], label=f"d/d {name}")
         ax.set_xticks([i + 0.4 - width / 2 for i in range(len(rows))])
-        ax.set_xticklabels(list(rows), rotation=30, ha="right", fontsize=8)
+        labels = [n.removeprefix("optimizer_state.").removesuffix("<0>") for n in rows]
+        ax.set_xticklabels(labels, rotation=30, ha="right", fontsize=8)
         tidy(ax, x="", y="norm", title=f"the outer gradient by what it passes at step {self.time}")
         ax.legend(frameon=False, fontsize=8)
         return figure_with(ax)
