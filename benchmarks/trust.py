@@ -153,9 +153,8 @@ def main() -> None:
     print(f"| wrong among the trusted | {wrong} of {sum(trusted)} |")
     print(f"| good ones not trusted | {missed} of {sum(good)} |")
     costs = sorted(r["cost"] for r in rows)
-    print(
-        f"| cost in meta-gradients, median and largest | {costs[len(costs) // 2]:.1f}, {costs[-1]:.1f} |"
-    )
+    middle, most = costs[len(costs) // 2], costs[-1]
+    print(f"| cost in meta-gradients, median and largest | {middle:.1f}, {most:.1f} |")
 
 
 if __name__ == "__main__":
