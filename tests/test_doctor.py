@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import innerloop
 from innerloop import cli, doctor
 from innerloop.doctor import _probe as probe
 from innerloop.doctor._cases.case import Applied, Case, noise
@@ -135,3 +137,87 @@ def test_the_command_prints_a_table_and_fails_only_if_something_passes(
     )
     assert cli.main(["doctor"]) == cli.DISAGREES
     assert "SILENT" in capsys.readouterr().out
+
+
+# -- a model of the user's own ---------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """An encoder with attention, of which PyTorch's fused kernel has no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return self.norm(self.attend(h, h, h, need_weights=False)[0])
+
+
+def test_a_model_whose_operations_are_replaced() -> None:
+    model = Reader()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    report = doctor.examine(model, torch.randn(2, 3, 4))
+    assert report.ok
+    assert report.steps == (len(list(model.parameters())),) * 2
+    names = [op.operation for op in report.operations]
+    assert any("attention" in name for name in names), names
+    assert all(op.action == "replaced" for op in report.operations)
+    where = next(op.modules for op in report.operations if "attention" in op.operation)
+    assert where == ("attend",)
+    assert "can be differentiated" in str(report)
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert not model.body._forward_pre_hooks
+
+
+def test_a_model_with_an_operation_that_is_refused() -> None:
+    """once_differentiable: there is no second derivative to be had, and nothing replaces it."""
+    from tests.small_problems import Once
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(self.w * x)
+
+    report = doctor.examine(Model(), torch.ones(3))
+    assert not report.ok
+    assert "once_differentiable" in report.error
+    assert "CANNOT" in str(report)
+
+
+def test_a_model_is_called_as_its_example_says() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.unused = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return self.w * x * scale
+
+    for example in ((torch.ones(3), torch.ones(3)), {"x": torch.ones(3), "scale": torch.ones(3)}):
+        report = doctor.examine(Two(), example)
+        assert report.ok
+        assert report.steps == (1, 2)
+        assert "1 of 2 parameters have no gradient" in str(report)
+
+
+def test_what_cannot_be_examined() -> None:
+    with pytest.raises(innerloop.InvalidInputError, match="no parameters"):
+        doctor.examine(nn.ReLU(), torch.ones(2))
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.w.detach()
+
+    with pytest.raises(innerloop.InvalidInputError, match="does not depend on its parameters"):
+        doctor.examine(Constant(), torch.ones(3))

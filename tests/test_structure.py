@@ -154,7 +154,7 @@ CALLS_AUTOGRAD = {
     "_linear/": "second derivatives: it differentiates a gradient, not a loss",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
-    "inspect/_jacobian.py": "derivatives between two times of a finished loop",
+    "inspect/": "derivatives between two times of a finished loop",
     "optim/_adapt/verify.py": "a foreign step against finite differences of itself",
     "strategy/_base.py": "the outer gradient",
     "strategy/_engine/": "the pullback of one step",

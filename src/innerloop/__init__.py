@@ -16,6 +16,7 @@ from innerloop.errors import (
     BiasedSurrogateWarning,
     CapturedParameterWarning,
     CapturedTensorError,
+    CostWarning,
     IndefiniteSystemError,
     InnerLoopError,
     InvalidInputError,
@@ -30,6 +31,8 @@ from innerloop.errors import (
     SolverNotConvergedError,
     UnreachedGradientWarning,
 )
+from innerloop.inspect._attribution import Attribution, attribute
+from innerloop.inspect._diagnose import Diagnosis, diagnose
 from innerloop.strategy import (
     Auto,
     Checkpointed,
@@ -44,12 +47,15 @@ from innerloop.strategy._implicit import implicit_root
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Attribution",
     "Auto",
     "BiasedSurrogateWarning",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
+    "CostWarning",
+    "Diagnosis",
     "Evolution",
     "FirstOrder",
     "ForwardMode",
@@ -74,7 +80,9 @@ __all__ = [
     "Truncated",
     "UnreachedGradientWarning",
     "assign",
+    "attribute",
     "check_metagradient",
+    "diagnose",
     "functional",
     "higher",
     "implicit_root",

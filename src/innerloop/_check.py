@@ -270,7 +270,7 @@ class _Evaluation:
             if self._random is not None:
                 self._random.restore()
             given = self._with(values)
-            with torch.enable_grad(), _PromoteToFloat64(), around or nullcontext():
+            with torch.enable_grad(), PromoteToFloat64(), around or nullcontext():
                 return check_loss(self._outer_fn(given), "what outer_fn(inputs) returns")
         finally:
             if after is not None:
@@ -390,7 +390,7 @@ def _called_by_user() -> bool:
     return False
 
 
-class _PromoteToFloat64(TorchFunctionMode):
+class PromoteToFloat64(TorchFunctionMode):
     """A mode in which float32 tensors are promoted where they meet float64 ones.
 
     Captured float32 data then do not stop the check.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic
+from typing import Any, Generic
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +20,10 @@ class Trajectory(Generic[Aux]):
         losses: tensor ``[T]``, the inner loss before each step.
         aux: what the loss returned besides the scalar, stacked over steps; None if nothing.
         steps: T.
+        hypers: the outer variables as each step saw them, where the graph of the loop is kept.
+        record: what is needed to run the loop again, for `innerloop.inspect`; None where that is
+            not known (`track`, code under ``torch.func``).
+        function: what pulls the whole loop back, where it is one node of the graph; else None.
 
     Args:
         states: time -> carry, times counted from the start of this loop. Each carry gets its
@@ -44,6 +48,9 @@ class Trajectory(Generic[Aux]):
         self.aux: Aux = aux
         self.steps = steps
         self._missing = missing
+        self.hypers: Sequence[object] = ()
+        self.record: Any = None
+        self.function: Any = None
 
     @property
     def params(self) -> dict[str, Tensor]:

@@ -16,12 +16,13 @@ from innerloop._types import Aux, Batch, HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
-from innerloop._utils.progress import Report, closing, reporter
-from innerloop._utils.random_state import at_random_state, restored_on_error
+from innerloop._utils.progress import Report, closing, reporter, silent
+from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop, Strategy
 from innerloop.strategy._engine import non_finite
 from innerloop.strategy._engine.guards import connected, refusing_unused
+from innerloop.strategy._engine.replay_context import Record, ReplayContext
 from innerloop.strategy._store_all import StoreAll
 
 
@@ -115,6 +116,7 @@ def unroll(
         hyper, tokens = _noticing_unread(problem, hyper)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
+        record = _record(loop, strategy) if eager else None
         if eager and torch.is_grad_enabled():
             loop = non_finite.watched(loop)
         if not isinstance(params, Carry) or params.random_state is None:
@@ -122,6 +124,7 @@ def unroll(
         else:
             with at_random_state(params.random_state):
                 traj = strategy.run(loop)
+        traj.record = record
         if eager and traj.steps:
             _check_finite(loop, traj)
     late = [t for t in times if t > traj.steps]
@@ -160,7 +163,18 @@ def _with_tokens(traj: Trajectory, tokens: Sequence[Tensor]) -> Trajectory:
     if traj.steps:
         last = states[traj.steps]
         states[traj.steps] = last._replace(params=connected(last.params, tokens))
-    return Trajectory(states, *connected((traj.losses, traj.aux), tokens), traj.steps)
+    found = Trajectory(states, *connected((traj.losses, traj.aux), tokens), traj.steps)
+    found.hypers, found.record, found.function = traj.hypers, traj.record, traj.function
+    return found
+
+
+def _record(loop: Loop, strategy: Strategy) -> Record:
+    """Return what is needed to run the loop again."""
+    start = loop.start
+    if start.random_state is None:
+        start = start._replace(random_state=RandomState.now())
+    exact = bool(strategy.exact) and strategy.differentiates == {"params", "hyper"}
+    return Record(loop._replace(start=start, report=silent), ReplayContext(loop), exact)
 
 
 def _check_finite(loop: Loop, traj: Trajectory) -> None:

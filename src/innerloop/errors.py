@@ -63,6 +63,10 @@ class BiasedSurrogateWarning(UserWarning):
     """A surrogate of reinforcement learning is biased for the objective that was stated."""
 
 
+class CostWarning(UserWarning):
+    """What was asked for will take long; it says how long, and what would be cheaper."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

@@ -140,7 +140,7 @@ class Evolution(Strategy):
         return Trajectory({0: loop.start, **states}, told, aux, steps)
 
     def value_and_grad(
-        self, objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
+        self, objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
     ) -> tuple[Any, dict[str, Any]]:
         """Evaluate ``objective`` at perturbed inputs, and weight the perturbations by it."""
         if mode() is not Mode.EAGER:

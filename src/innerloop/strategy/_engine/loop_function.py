@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop
 from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.replay_context import Repeatable, ReplayContext
-from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
+from innerloop.strategy._engine.step_pullback import Cotangents, Step, carry_of, state_of
 
 _vjp: Any = torch.func.vjp
 _jvp: Any = torch.func.jvp
@@ -55,6 +55,40 @@ class LoopOutputs(NamedTuple):
     random_states: dict[int, RandomState | None]
 
 
+class Watcher:
+    """Looks on while a loop is pulled back step by step, from the last to the first.
+
+    Attributes:
+        many: cotangents of the last state that are pulled back in the same replay, each
+            ``[Q, *shape]`` and aligned with the leaves of a state; None: none.
+    """
+
+    many: Cotangents | None = None
+
+    def prepare(self, t: int, step: Step) -> Step:
+        """Return step t as it is to be pulled back."""
+        return step
+
+    def on_step(
+        self, t: int, adjoint: Cotangents, of_hyper: Cotangents, many: PulledMany | None
+    ) -> None:
+        """Be told that step t has been pulled back.
+
+        Args:
+            t: the step, counted from the start of the loop.
+            adjoint: the cotangents of the state before the step.
+            of_hyper: what this step alone adds to the cotangents of hyper.
+            many: the same two for the cotangents ``many``.
+        """
+
+
+class PulledMany(NamedTuple):
+    """Many cotangents behind one step: of the state before it, and of hyper by this step alone."""
+
+    state: Cotangents
+    hyper: Cotangents
+
+
 class LoopFunction(abc.ABC):
     """The forward run and the pullback of one loop.
 
@@ -65,7 +99,12 @@ class LoopFunction(abc.ABC):
 
     Attributes:
         kept: a pytree of tensors for the pullback, besides the inputs.
+        watcher: looks on at the next pullbacks; None: nobody.
+        watched: True if `pull` tells the watcher about each step.
     """
+
+    watcher: Watcher | None = None
+    watched: ClassVar[bool] = False
 
     def __init__(self, loop: Loop) -> None:
         if torch.is_grad_enabled() or mode() is Mode.TRANSFORMED:
@@ -190,7 +229,9 @@ def run(function: LoopFunction) -> Trajectory:
         outputs = list(_LoopNode.apply(function, len(outputs), *outputs, *tensors))
     states, losses, aux = tree.join(function.outputs, outputs)
     carries = {t: carry_of(state, ran.random_states[t]) for t, state in states.items()}
-    return Trajectory({**carries, 0: start}, losses, aux, function.steps)
+    traj = Trajectory({**carries, 0: start}, losses, aux, function.steps)
+    traj.function = function
+    return traj
 
 
 def _statistics(problem: Problem, states: dict[int, Any], outputs: list[Tensor]) -> set[int]:

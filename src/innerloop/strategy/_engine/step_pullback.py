@@ -172,39 +172,154 @@ def takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> li
 
 def reverse(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
     """Pull back by reverse over reverse: record the step, and run it backwards."""
-    step.rewind()
     if not may_call_autograd():
+        step.rewind()
         return _reverse_by_transform(step, given)
-    parts = (*state_of(step.carry), step.hyper)
-    chosen = takes_part(step, parts, 2)
-    leaves = [
-        x.detach().requires_grad_() if c else x
-        for x, c in zip(tree.leaves(parts), chosen, strict=True)
-    ]
-    with torch.enable_grad():
-        *state, hyper = tree.with_leaves(parts, leaves)
-        new, loss, aux = step.problem.step(
-            carry_of(state, step.carry.random_state), hyper, step.batch, step.t
-        )
-        ends = [*tree.leaves(state_of(new)), loss, *tree.leaves(aux)]
-    pairs = [
-        (y, c)
-        for y, c in zip(ends, [*given.state, given.loss, *given.of_aux(aux)], strict=True)
-        if c is not None and y.requires_grad
-    ]
-    row: Cotangents = [None] * len(leaves)
-    if pairs:
-        inputs = [x for x, c in zip(leaves, chosen, strict=True) if c]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True
+    return RecordedStep(step).pull(given)
+
+
+class RecordedStep:
+    """A step whose graph is at hand: it can be pulled back any number of times. Eager code only.
+
+    Args:
+        step: the step.
+
+    Attributes:
+        loss: the value of the loss.
+        after: the new state, with its graph.
+    """
+
+    def __init__(self, step: Step) -> None:
+        step.rewind()
+        self._step = step
+        parts = (*state_of(step.carry), step.hyper)
+        self._chosen = takes_part(step, parts, 2)
+        self._leaves = [
+            x.detach().requires_grad_() if c else x
+            for x, c in zip(tree.leaves(parts), self._chosen, strict=True)
+        ]
+        with torch.enable_grad():
+            *state, hyper = tree.with_leaves(parts, self._leaves)
+            new, loss, aux = step.problem.step(
+                carry_of(state, step.carry.random_state), hyper, step.batch, step.t
             )
-        )
-        row = [next(found) if c else None for c in chosen]
-    count = len(leaves) - len(step.wanted)
-    step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    after = After(*tree.map_tensors(Tensor.detach, (new.params, new.buffers, aux)))
-    return InputCotangents(row[:count], row[count:], loss.detach(), after)
+        self._state, self._loss, self._aux = tree.leaves(state_of(new)), loss, tree.leaves(aux)
+        self._after = After(*tree.map_tensors(Tensor.detach, (new.params, new.buffers, aux)))
+        self.loss = loss.detach()
+        self.after = new._replace(time=step.carry.time + 1)
+
+    def pull(self, given: OutputCotangents, *, keep: bool = False) -> InputCotangents:
+        """Pull ``given`` back; with ``keep`` the graph is kept for another pullback."""
+        ends = [*self._state, self._loss, *self._aux]
+        cotangents = [*given.state, given.loss, *(given.aux or [None] * len(self._aux))]
+        of_state, of_hyper = self._pulled(ends, cotangents, keep=keep)
+        return InputCotangents(of_state, of_hyper, self.loss, self._after)
+
+    def pull_many(self, given: Cotangents) -> tuple[Cotangents, Cotangents]:
+        """Pull back many cotangents of the new state at once; the graph is kept.
+
+        Args:
+            given: for each leaf of the new state a tensor ``[Q, *shape]``, or None for zeros.
+
+        Returns:
+            Those of the old state and of hyper, each ``[Q, *shape]`` or None.
+        """
+        try:
+            # Only the pull is batched: what was recorded outside may have drawn random numbers.
+            return self._pulled(self._state, given, batched=True, keep=True)
+        except RuntimeError as error:
+            if isinstance(error, InnerLoopError) or not _lacks_batching(error):
+                raise
+        count = next(len(c) for c in given if c is not None)
+        rows = [
+            self._pulled(self._state, [None if c is None else c[q] for c in given], keep=True)
+            for q in range(count)
+        ]
+        return _stacked([row[0] for row in rows]), _stacked([row[1] for row in rows])
+
+    def push(self, tangents: Sequence[Cotangents]) -> list[Cotangents]:
+        r"""Push tangents of the old state and of hyper forward, by two pullbacks.
+
+        The derivative of :math:`u \mapsto u^T J` along :math:`v` is :math:`J v`: no operation
+        needs a forward mode.
+        """
+        ends = [(i, y) for i, y in enumerate(self._state) if tree.differentiable(y)]
+        ends = [(i, y) for i, y in ends if y.requires_grad]
+        starts = [(i, x) for i, x in enumerate(self._leaves) if self._chosen[i]]
+        with torch.enable_grad():
+            weights = [torch.zeros_like(y).requires_grad_() for _, y in ends]
+            linear = torch.autograd.grad(
+                [y for _, y in ends],
+                [x for _, x in starts],
+                weights,
+                create_graph=True,
+                allow_unused=True,
+            )
+        kept = [
+            (i, g)
+            for (i, _), g in zip(starts, linear, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        found: list[Cotangents] = []
+        for row in tangents:
+            pairs = [(g, v) for i, g in kept if (v := row[i]) is not None]
+            pushed: Sequence[Tensor | None] = [None] * len(weights)
+            if pairs:
+                pushed = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    weights,
+                    [v for _, v in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            found.append(tree.put([None] * len(self._state), [i for i, _ in ends], list(pushed)))
+        return found
+
+    def _pulled(
+        self,
+        ends: Sequence[Any],
+        cotangents: Cotangents,
+        *,
+        batched: bool = False,
+        keep: bool = False,
+    ) -> tuple[Cotangents, Cotangents]:
+        pairs = [
+            (y, c)
+            for y, c in zip(ends, cotangents, strict=True)
+            if c is not None and y.requires_grad
+        ]
+        row: Cotangents = [None] * len(self._leaves)
+        if pairs:
+            inputs = [x for x, c in zip(self._leaves, self._chosen, strict=True) if c]
+            found = iter(
+                torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    inputs,
+                    [c for _, c in pairs],
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                    retain_graph=keep,
+                )
+            )
+            row = [next(found) if c else None for c in self._chosen]
+        count = len(self._leaves) - len(self._step.wanted)
+        self._step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
+        return row[:count], row[count:]
+
+
+def _lacks_batching(error: RuntimeError) -> bool:
+    """True if torch complains that an operation cannot be run on a batch of cotangents."""
+    return any(word in str(error) for word in ("vmap", "batching rule", "functorch", "Batched"))
+
+
+def _stacked(rows: list[Cotangents]) -> Cotangents:
+    """Stack the cotangents of many pullbacks; None where all are."""
+    return [
+        None
+        if all(c is None for c in column)
+        else torch.stack([c for c in column if c is not None])
+        for column in zip(*rows, strict=True)
+    ]
 
 
 def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
