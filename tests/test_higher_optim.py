@@ -305,6 +305,7 @@ def test_a_buffer_written_between_the_evaluations_of_a_closure() -> None:
             super().__init__()
             self.layer = nn.Linear(3, 2)
             self.register_buffer("calls", torch.zeros(()))
+            self.calls: Tensor
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1  # type: ignore[assignment, operator]
