@@ -763,7 +763,7 @@ def _by_old_dlpack(p: Tensor, new: Tensor) -> None:
 
 
 def _by_imported_dlpack(p: Tensor, new: Tensor) -> None:
-    p.copy_(dlpack.from_dlpack(to_dlpack(new)))  # type: ignore[attr-defined]
+    p.copy_(dlpack.from_dlpack(to_dlpack(new)))
 
 
 def _by_pickle(p: Tensor, new: Tensor) -> None:
@@ -835,7 +835,7 @@ def test_dlpack_is_as_ever_outside_of_a_step():
 
     def step(self: Any, params: Any) -> None:
         for p in params:
-            handed.append(dlpack.from_dlpack(to_dlpack(torch.ones(2))))  # type: ignore[attr-defined]
+            handed.append(dlpack.from_dlpack(to_dlpack(torch.ones(2))))
             p.sub_(0.1 * p.grad)
 
     adapt(a_class(step))

@@ -450,7 +450,7 @@ def _through_update(
     problem = step.problem
     parts = (gradient, step.carry.params, step.carry.optimizer_state, step.hyper)
     inputs = _Inputs(step, parts)
-    new_params: Params = {}
+    new_params: dict[str, Tensor] = {}
 
     def update(values: list[Tensor]) -> list[Tensor]:
         grads, params, state, hyper = inputs.filled(values)
