@@ -483,6 +483,6 @@ def test_a_wrong_gradient_is_not_excused_by_a_detached_value():
         lambda x: wrong(x).sin().sum() * (1 + int(x.detach()[0] > 0.3)),
     ):
         with pytest.raises(innerloop.MetaGradientError) as caught:
-            innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))  # type: ignore[arg-type]
+            innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))
         assert "They agree" not in str(caught.value)
         assert "constant" not in str(caught.value)
