@@ -12,6 +12,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
+from innerloop._types import Result
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
@@ -141,7 +142,7 @@ class Evolution(Strategy):
 
     def value_and_grad(
         self, objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Result, dict[str, Any]]:
         """Evaluate ``objective`` at perturbed inputs, and weight the perturbations by it."""
         if mode() is not Mode.EAGER:
             raise InvalidInputError(
