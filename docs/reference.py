@@ -61,7 +61,7 @@ MEMBERS = {
     "StoreAll": (),
     "Truncated": (),
     "FirstOrder": (),
-    "Evolution": (),
+    "Evolution": ("online",),
     "Implicit": (),
     "Solver": ("run", "limit"),
     "CG": (),
