@@ -23,6 +23,7 @@ WARNINGS = (
     "PrecisionWarning",
     "UnreachedGradientWarning",
     "CapturedParameterWarning",
+    "BiasedSurrogateWarning",
     "NotConvergedWarning",
 )
 
@@ -138,6 +139,13 @@ KINDS = (
         "number of "
         "steps cannot be read from them.",
         "innerloop.unroll(problem, params, [batch_0, batch_1])  # or: batches=fn, steps=T",
+    ),
+    Kind(
+        "Reinforcement learning",
+        r" rl/",
+        "Something about a rollout, a surrogate or a normaliser would make a gradient wrong, or a "
+        "surrogate is biased for the objective that was stated.",
+        "innerloop.rl.surrogate(log_probs, advantages)  # Loaded DiCE, right for every derivative",
     ),
     Kind(
         "Transforms, threads and compiled code",

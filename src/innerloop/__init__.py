@@ -13,6 +13,7 @@ from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
 from innerloop._utils.tree import assign
 from innerloop.errors import (
+    BiasedSurrogateWarning,
     CapturedParameterWarning,
     CapturedTensorError,
     IndefiniteSystemError,
@@ -44,6 +45,7 @@ from innerloop.strategy._implicit import implicit_root
 __version__ = "0.1.0.dev0"
 __all__ = [
     "Auto",
+    "BiasedSurrogateWarning",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",
