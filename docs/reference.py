@@ -62,7 +62,7 @@ MEMBERS = {
     "StoreAll": (),
     "Truncated": (),
     "FirstOrder": (),
-    "Evolution": (),
+    "Evolution": ("online",),
     "Implicit": (),
     "Solver": ("run", "limit"),
     "CG": (),
