@@ -1,12 +1,14 @@
 # Two commands do everything on a machine that has Python 3.11, pip, make and git:
 #
-#     make walkthrough     the derivative of parameters with respect to their earlier version, three ways
+#     make walkthrough     d parameters / d their earlier version, computed in three ways
 #     make test            formatter, linter, type checker, tests, doctests
 #
-# Both create `.venv` first if it is missing, and bring it up to date when pyproject.toml or constraints.txt changed.
+# Both create `.venv` first if it is missing, and bring it up to date when pyproject.toml or
+# constraints.txt changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Where torch comes from, if not from pip's own configuration; for instance TORCH_PIP_ARGS="--index-url ...".
+# Where torch comes from, if not from pip's own configuration; for instance
+# TORCH_PIP_ARGS="--index-url ...".
 TORCH_PIP_ARGS ?=
 # One process per core; torch then gets one thread in each.
 WORKERS ?= 2
@@ -16,10 +18,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Build isolation is off below, so that the build backend is pinned like everything else.
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# Peers that the benchmarks, the bridge's tests and the migration pages compare with. Without their dependencies: they must
-# not move torch.
+# Peers that the benchmarks, the bridge's tests and the migration pages compare with. Without their
+# dependencies: they must not move torch.
 PEERS := higher jaxopt torchopt
-# pip 24.1 and later refuses the metadata of this one; its migration page is skipped where it is missing.
+# pip 24.1 and later refuses the metadata of this one; its migration page is skipped where it is
+# missing.
 OLD_PEERS := betty-ml
 RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev

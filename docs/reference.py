@@ -32,6 +32,7 @@ MODULES = (
     "innerloop.nn",
     "innerloop.nn.functional",
     "innerloop.inspect",
+    "innerloop.rl",
     "innerloop.errors",
     "innerloop.doctor",
     "innerloop.walkthrough",
@@ -67,7 +68,7 @@ MEMBERS = {
 }
 """Which members users call, where a class has further ones for the package's own use."""
 
-NEVER = ("torch_class", "torch_layout", "state_type")
+NEVER = ("torch_layout", "state_type")
 """Members that no description shows."""
 
 

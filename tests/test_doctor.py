@@ -4,6 +4,9 @@ so by its exit code."""
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,37 @@ def test_an_operation_that_lacks_nothing_is_left_alone():
     assert finding.action == ""
     assert set(finding.torch.values()) == {"right"}
     assert finding.supported
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "doctor.md"
+RENEW = "docs/doctor.md is out of date: paste what `innerloop doctor --markdown` prints"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_page_was_made_from_the_cases_that_there_are():
+    names = [case.name for case in doctor.all_cases()]
+    operations = Counter(name.partition("(")[0].strip() for name in names)
+    text = PAGE.read_text().partition("## The table")[2]
+    assert f": {len(names)} cases of {len(operations)} operations\n" in text, RENEW
+    for title, *_ in rows_of(text):
+        several = re.fullmatch(r"(.*) \((\d+) cases\)", title)
+        known = operations[several[1]] >= int(several[2]) if several else title in names
+        assert known, f"{RENEW} ({title})"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the page names its PyTorch")
+def test_the_page_is_what_the_command_prints():
+    found = doctor.to_markdown(tuple(doctor.examine_all()))
+    text = PAGE.read_text().partition("## The table")[2]
+    assert rows_of(text) == rows_of(found), RENEW
+    assert text.partition("First:")[2] == found.partition("First:")[2], RENEW
 
 
 def test_names_are_unique():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -258,7 +258,7 @@ def test_an_override_may_be_any_list_of_values() -> None:
         assert_close(found[1], found[0], 1e-13)
 
 
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim.Adagrad itself
 def test_sparse_gradients(cls: Any) -> None:
     """Against central differences of a plain run, in which PyTorch makes the same sparse
@@ -295,8 +295,84 @@ def test_sparse_gradients(cls: Any) -> None:
     assert model.table.weight.grad.to_dense().sum().item() == pytest.approx(
         four_point(after, 1e-4), rel=1e-6
     )
-    with pytest.raises(innerloop.NotDifferentiableError, match="SparseAdam needs"):
-        higher.create_diff_optim(torch.optim.SparseAdam, fmodel=fmodel).step(loss_of(fmodel()))
+
+
+def test_a_buffer_written_between_the_evaluations_of_a_closure() -> None:
+    """LBFGS evaluates twice in a step, and the graph of each holds the counter that it wrote."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1  # type: ignore[assignment, operator]
+            return (self.layer(x) / self.calls).tanh()
+
+    model, x = seeded(0, Counting), torch.randn(4, 3)
+    make = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+
+    def outer(params: Iterable[Tensor]) -> Tensor:
+        return torch.stack([p.sin().sum() for p in params]).sum()
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.layer.weight.add_(h)
+        optimizer = make(moved.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = moved(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(outer(moved.parameters()).detach())
+
+    with higher.innerloop_ctx(model, make(model.parameters()), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        diffopt.step(lambda: fmodel(x).square().mean())
+        outer(fmodel.parameters()).backward()
+    assert model.layer.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-4), rel=1e-6)
+
+
+def test_a_hook_registered_in_the_closure_of_a_line_search() -> None:
+    """It acts in each inner backward pass, and not in the outer one, which passes the values that
+    the search compares."""
+    model, x = seeded(0, lambda: nn.Linear(3, 2)), torch.randn(4, 3)
+    make = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2, line_search_fn="strong_wolfe")
+
+    def loss_of_output(output: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda grad: 0.5 * grad + grad.square())
+        return (output - 1).square().mean() + output.sin().mean()
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.weight.add_(h)
+        optimizer = make(moved.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of_output(moved(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(moved.weight.detach().sin().sum())
+
+    with higher.innerloop_ctx(model, make(model.parameters()), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        diffopt.step(lambda: loss_of_output(fmodel(x)))
+        fmodel.weight.sin().sum().backward()
+    assert model.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-5), rel=1e-6)
 
 
 def test_settings_may_be_changed_between_steps() -> None:

@@ -21,7 +21,7 @@ PUBLIC_MODULES = (
     "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy innerloop.nn "
     "innerloop.nn.functional innerloop.inspect innerloop.higher innerloop.higher.optim "
     "innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
-    "innerloop.walkthrough innerloop.cli"
+    "innerloop.walkthrough innerloop.cli innerloop.rl"
 ).split()
 
 INTERNAL = """
@@ -30,7 +30,7 @@ INTERNAL = """
     innerloop.Problem.residual innerloop.Problem.update innerloop.StoreAll.run
     innerloop.Problem.original innerloop.Problem.for_one_run innerloop.Problem.with_targets
     innerloop.Problem.parameter_hooks
-    innerloop.optim.Rule.torch_class innerloop.optim.Packed.of innerloop.MissingExtraError.of
+    innerloop.optim.Rule.torch_layout innerloop.optim.Packed.of innerloop.MissingExtraError.of
 """.split()
 """Members without an underscore that are there for the package itself."""
 

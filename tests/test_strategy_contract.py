@@ -564,7 +564,7 @@ def test_a_strategy_may_sample_the_outer_loss():
         wrt="hyper",
         strategy=Sampled(),
     )
-    assert value == (1.0, 3)
+    assert value == (1.0, 3)  # type: ignore[comparison-overlap]
     assert grads["lr"].item() == pytest.approx(-6 - 8e-4, rel=1e-9)
     (row,) = innerloop.plan(decay, start, None, steps=3, hyper=hyper, strategies=[Sampled()]).rows
     assert 0 < row.seconds < 10

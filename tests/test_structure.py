@@ -19,11 +19,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import innerloop
+from innerloop import Problem, Trajectory
 from innerloop.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -59,11 +63,11 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers strategy walkthrough
+        nn.functional optim optim.helpers rl strategy walkthrough
     """.split()
 }
-"""Later: ``strategy.solvers``, and ``rl`` with ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter
-the list with the features that they belong to."""
+"""Later: ``strategy.solvers``, and ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list
+with the features that they belong to."""
 
 OPTIONAL = (
     "gymnasium",
@@ -117,6 +121,11 @@ EXPORTED = {
         multilabel_margin_loss pdist scaled_dot_product_attention soft_margin_loss weight_norm
     """,
     "inspect": "Paths jacobian paths",
+    "rl": """
+        Advantages Categorical Gaussian Minibatch ObservationNormalizer PPOLoss RewardNormalizer
+        Rollout check_objective check_separate discounted_returns gae lambda_returns
+        minibatch_order next_values ppo_loss score_term surrogate
+    """,
     "higher": """
         DifferentiableOptimizer PatchedModule create_diff_optim get_diff_optim innerloop_ctx
         monkeypatch optim patch register_optim utils
@@ -157,6 +166,7 @@ REGISTRIES = {
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
     "strategy/_engine/schedule.py": "binomial schedules: functions of two integers",
     "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
+    "_track/edits.py:_watching": "the loops whose block is running, emptied by their ends",
     "_utils/torch_private.py:_forward_thread": "the thread that holds forward mode, emptied by it",
 }
 """What is kept at module level and is no cache: facts that nothing recomputes, or pure numbers."""
@@ -340,15 +350,22 @@ def test_imports_name_the_file_that_defines_a_thing() -> None:
     assert not through_an_init(dependences())
 
 
+def private_outside(names: set[str], room: str) -> set[str]:
+    """Private names of the package that do not lie in this room of it."""
+    return {
+        name
+        for name in names
+        if name.startswith("innerloop") and is_hidden(name) and not name.startswith(f"{room}.")
+    }
+
+
 def test_reinforcement_learning_knows_public_names_alone() -> None:
-    """There is no ``rl`` yet: the rule waits for it."""
-    assert not [
-        f"{inside(path)} imports {name}"
-        for path in SOURCES
-        if room(module_name(path)) == "rl"
-        for name in imports_of(path)
-        if name.startswith("innerloop") and is_hidden(name)
-    ]
+    assert private_outside({"innerloop._unroll.unroll"}, "innerloop.rl")
+    assert not private_outside({"innerloop.unroll", "innerloop.rl._scan.scan"}, "innerloop.rl")
+    files = [path for path in SOURCES if room(module_name(path)) == "rl"]
+    assert files
+    found = {inside(path): private_outside(imports_of(path), "innerloop.rl") for path in files}
+    assert not {name: sorted(names) for name, names in found.items() if names}
 
 
 def test_the_package_knows_neither_its_tests_nor_its_examples_nor_its_benchmarks() -> None:
@@ -781,6 +798,56 @@ def test_types_are_real() -> None:
     said = f"Any: plain {plain:.1%}, nested {nested:.1%} of {total.all} annotations"
     assert plain < PLAIN_ANY, f"{said}\n{table_of_any(counts)}"
     assert nested < NESTED_ANY, f"{said}\n{table_of_any(counts)}"
+
+
+def test_batch_and_aux_are_type_variables_that_a_problem_carries() -> None:
+    from innerloop import _types
+
+    variables = (_types.Batch, _types.Aux)
+    assert all(isinstance(variable, TypeVar) for variable in variables)
+    assert variables == Problem.__parameters__  # type: ignore[attr-defined]
+    assert (_types.Aux,) == Trajectory.__parameters__  # type: ignore[attr-defined]
+    names = {"Batch", "Aux"}
+    assert names <= names_in(inspect.signature(Problem.step))
+    assert names <= names_in(inspect.signature(Problem.__init__))
+    assert names <= names_in(inspect.signature(innerloop.unroll))
+    assert {*names, "Result"} <= names_in(inspect.signature(innerloop.metagradient))
+
+
+def names_in(signature: inspect.Signature) -> set[str]:
+    """Words in the annotations of a signature, which are strings."""
+    values = [p.annotation for p in signature.parameters.values()]
+    return set(re.findall(r"\w+", f"{values} {signature.return_annotation}"))
+
+
+def test_a_type_checker_infers_batch_aux_and_result() -> None:
+    """``make types`` checks what stands here; a line that is wrong on purpose is marked, and an
+    idle mark is an error there."""
+
+    def loss(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> tuple[Tensor, int]:
+        return (params["w"] - hyper * batch).square().sum() / 2, 3
+
+    def of_module(model: nn.Linear, hyper: object, batch: Tensor, targets: Tensor) -> Tensor:
+        return (model(batch) - targets).square().sum()
+
+    def outer(traj: Trajectory[int], hyper: Tensor) -> tuple[Tensor, int]:
+        return traj.params["w"], traj.steps
+
+    sgd = innerloop.optim.sgd(lr=0.5)
+    problem = Problem(loss, sgd)
+    assert_type(problem, Problem[Tensor, int])
+    assert_type(Problem.from_module(nn.Linear(1, 1), of_module, sgd), Problem[Tensor, Any])
+    one = torch.tensor(1.0)
+    traj = innerloop.unroll(problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(traj, Trajectory[int])
+    result, _ = innerloop.metagradient(outer, problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(result, tuple[Tensor, int])
+    assert result == (1.5, 1)  # type: ignore[comparison-overlap]
+
+    def wrong(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> float:
+        return 0.0
+
+    Problem(wrong, sgd)  # type: ignore[arg-type]
 
 
 # -- docstrings ------------------------------------------------------------------------------------

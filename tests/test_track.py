@@ -870,6 +870,33 @@ def test_at_returns_the_carry_of_each_time():
     assert torch.equal(loop.at(-1).params["head.bias"], loop.trajectory.at(2).params["head.bias"])
 
 
+def test_a_carry_of_a_tracked_loop_knows_its_time_and_goes_on_from_there():
+    """On w²/2 every step multiplies w by 1 - rate: four rates in one piece, or the first two
+    again."""
+    rates, rule = (0.5, 0.5, 0.2, 0.3), innerloop.optim.sgd()
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor(4.0))
+    with innerloop.track(model, rule, hyper={"lr": 0.5}) as loop:
+        for _ in range(2):
+            loop.step(loop.model.w**2 / 2)
+        assert [loop.at(t).time for t in (0, 1, 2, -1)] == [0, 1, 2, 2]
+        carry = loop.at(2)
+    assert carry.params["w"].item() == 1.0
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["w"] ** 2 / 2,
+        rule,
+        optimizer_hyper=lambda hyper, t: {"lr": rates[t]},
+    )
+    onward = innerloop.unroll(problem, carry, None, steps=2)
+    assert [onward.at(t).time for t in range(3)] == [2, 3, 4]
+    assert onward.params["w"].item() == pytest.approx(0.8 * 0.7, rel=1e-14)
+    again = innerloop.unroll(problem, carry._replace(time=0), None, steps=2)
+    assert [again.at(t).time for t in range(3)] == [0, 1, 2]
+    assert again.params["w"].item() == pytest.approx(0.5 * 0.5, rel=1e-14)
+    (slope,) = torch.autograd.grad(onward.params["w"], model.w)
+    assert slope.item() == pytest.approx(0.5 * 0.5 * 0.8 * 0.7, rel=1e-14)
+
+
 @pytest.mark.parametrize(
     "transform",
     [innerloop.optim.clip_by_global_norm(0.1), innerloop.optim.scale(0.5)],

@@ -12,6 +12,7 @@ from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
 from innerloop.errors import (
+    BiasedSurrogateWarning,
     CapturedParameterWarning,
     CapturedTensorError,
     CostWarning,
@@ -32,6 +33,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Attribution",
     "Auto",
+    "BiasedSurrogateWarning",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",

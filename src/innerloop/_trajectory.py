@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Generic
 
 from jaxtyping import Float
 from torch import Tensor
 
 from innerloop._carry import Carry
+from innerloop._types import Aux
 from innerloop.errors import InvalidInputError
 
 
-class Trajectory:
+class Trajectory(Generic[Aux]):
     """The states, losses and auxiliary outputs of an inner loop of T steps.
 
     Attributes:
@@ -37,14 +38,14 @@ class Trajectory:
         self,
         states: Mapping[int, Carry],
         losses: Float[Tensor, " steps"] | Callable[[], Tensor],
-        aux: Any,
+        aux: Aux,
         steps: int,
         missing: str = "",
     ) -> None:
         begin = states[0].time if 0 in states else 0
         self._states = {t: carry._replace(time=begin + t) for t, carry in states.items()}
         self._losses = losses
-        self.aux = aux
+        self.aux: Aux = aux
         self.steps = steps
         self._missing = missing
         self.hypers: Sequence[object] = ()

@@ -43,6 +43,10 @@ class CostWarning(UserWarning):
     """What was asked for will take long; it says how long, and what would be cheaper."""
 
 
+class BiasedSurrogateWarning(UserWarning):
+    """A surrogate of reinforcement learning is biased for the objective that was stated."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,6 +88,27 @@ def check_module(model: object) -> None:
             "does not run: pass model.module, "
             "and average the outer gradients yourself"
         )
+
+
+_CLIPPING = "torch.nn.utils.clip_grad"
+
+
+def refuse_clipping() -> None:
+    """Raise if ``torch.nn.utils.clip_grad_norm_`` or its kind is at work on what is asked for."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    for _ in range(12):
+        name = frame.f_code.co_name
+        if name.startswith("clip_grad") and frame.f_globals.get("__name__") == _CLIPPING:
+            raise InvalidInputError(
+                f"torch.nn.utils.{name} was given parameters of a differentiable "
+                "loop, which have no .grad: it would clip nothing. Clip in the step: "
+                "loop.step(loss, grad_callback=innerloop.optim.clip_by_global_norm(1.0)) "
+                "(clip_by_value for clip_grad_value_; innerloop.higher: diffopt.step(loss, "
+                "grad_callback=...))"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
 
 
 def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

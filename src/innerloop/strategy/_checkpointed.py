@@ -256,7 +256,7 @@ class _Replay(LoopFunction):
         randoms: dict[int, RandomState | None] = {}
         rows = StepOutputs(loop.start.params)
         carry = before = loop.start
-        checks = self.recorded and not self.transformed
+        checks = self.recorded
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if self.recorded:
@@ -362,8 +362,8 @@ class _Replay(LoopFunction):
                 pulled = self._compiled.pull(step, given)
             if self._checks_product and t in self._checked_times(steps):
                 to_check.append((step, given, pulled))
-            if pulled.after is not None and not self.transformed:
-                self._check.compare(t, carry, pulled.after, later)
+            if pulled.after is not None:
+                self._check.compare(t, carry, pulled.after, later, gradient)
             later = carry
             cotangent = pulled.state
             losses.append(pulled.loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -77,12 +77,26 @@ def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
 
     All other gradients of them are as before.
     """
-    tokens = [_Token.apply(x, message) for x in _differentiated(inputs)]
+    return connected(values, [_Token.apply(x, message) for x in _differentiated(inputs)])
+
+
+def connected(values: T, tokens: Sequence[Tensor]) -> T:
+    """Return ``values`` whose backward pass reaches each of ``tokens``, with the gradient zero."""
     return (
         tree.map_tensors(lambda x: _With.apply(x, *tokens) if tree.differentiable(x) else x, values)
         if tokens
         else values
     )
+
+
+def refusing_unused(x: Tensor, message: str) -> tuple[Tensor, Tensor]:
+    """Return ``x`` for a loop, and a token for its results.
+
+    A backward pass that reaches the token raises if the loop has no gradient for ``x``. Forward
+    mode goes through unchanged: it does not tell zero from nothing.
+    """
+    alias, token = _Unused.apply(x, message)
+    return alias, token
 
 
 def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
@@ -128,6 +142,31 @@ class _Token(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: object) -> NoReturn:
         raise NotDifferentiableError(ctx.message)
+
+
+class _Unused(torch.autograd.Function):
+    """The identity and a token, whose backward raises where only the token is reached."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, message: str) -> tuple[Tensor, Tensor]:
+        return value.view_as(value), value.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.message = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, token: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None and token is not None:
+            raise NotDifferentiableError(ctx.message)
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return tangent.view_as(tangent), tangent.new_zeros(())
 
 
 class _With(torch.autograd.Function):

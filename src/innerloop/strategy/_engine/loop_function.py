@@ -20,9 +20,10 @@ from innerloop._batches import check_constant
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop._utils.fingerprint import agree
+from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.progress import closing, silent
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
@@ -128,6 +129,7 @@ class LoopFunction(abc.ABC):
         self.loop.batches.keeping = self.recorded
         self.context = ReplayContext(loop)
         self.losses: Tensor | None = None
+        self.besides: Fingerprint | None = None
         self.steps = 0
         self.outputs: Any = None
         self.constants: set[int] = set()
@@ -167,6 +169,9 @@ class LoopFunction(abc.ABC):
         with at_random_state(loop.start.random_state), self.context.restored(loop.problem):
             traj = plain_run(loop)
         self.compare(traj.losses)
+        end = traj.at(-1)
+        if self.besides is not None and not _besides(end.buffers, traj.aux).agrees(self.besides):
+            raise differs("aux (or a buffer), when the loop was run again, is")
         found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
         return list(tree.tensors(found))
 
@@ -174,6 +179,11 @@ class LoopFunction(abc.ABC):
         """Raise unless the losses of a replay are those of the forward pass."""
         if self.losses is not None and not agree(losses, self.losses):
             raise differs("the loss of a replayed step is")
+
+
+def _besides(buffers: Params, aux: object) -> Fingerprint:
+    """Compute the fingerprint of what a loop gives besides parameters and losses."""
+    return Fingerprint.of(tree.map_tensors(torch_private.plain_form, (buffers, aux)))
 
 
 def differs(what: str) -> InvalidInputError:
@@ -209,6 +219,8 @@ def run(function: LoopFunction) -> Trajectory:
     with function.context.restored(function.loop.problem):
         ran = function.forward(function.filled([x.detach() for x in tensors]))
     function.losses = ran.losses.detach().clone()
+    if function.transformed:
+        function.besides = _besides(ran.states[ran.steps][2], ran.aux)
     function.steps, function.random_states = ran.steps, ran.random_states
     outputs, function.outputs = tree.split((ran.states, ran.losses, ran.aux))
     function.constants = _statistics(function.loop.problem, ran.states, outputs)
@@ -272,7 +284,10 @@ class _LoopNode(torch.autograd.Function):
             n and tree.differentiable(x)
             for n, x in zip(ctx.needs_input_grad[2 + ctx.count :], tensors, strict=True)
         ]
-        given = [c is not None for c in cotangents]
+        # An outer loss sends a sparse one through nn.Embedding(sparse=True), and few operations of
+        # an update rule have a derivative for that.
+        dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
+        given = [c is not None for c in dense]
         row: list[Tensor | None] = [None] * (2 + ctx.count + len(tensors))
         if any(given):
             # Where transforms run, all that the pullback uses has to pass through its node.
@@ -283,7 +298,7 @@ class _LoopNode(torch.autograd.Function):
             )
             request = _BackwardRequest(function, wanted, given, template)
             pulled = _LoopBackward.apply(
-                request, *tensors, *[c for c in cotangents if c is not None], *kept
+                request, *tensors, *[c for c in dense if c is not None], *kept
             )
             for i, value in zip(request.reached, pulled, strict=True):
                 row[2 + ctx.count + i] = value
