@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ RULES = {
 def network(middle: nn.Module) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(D, 6), nn.Tanh(), middle, nn.Linear(6, 2))
+        parts = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), copy.deepcopy(middle), nn.Linear(6, 2))
+        return parts.double()
 
 
 def weighted(m: Any, hyper: Any, i: Tensor) -> Tensor:

@@ -152,6 +152,7 @@ CALLS_AUTOGRAD = {
     "_inner_gradient/gradient.py": "the gradient of the inner loss",
     "_check.py": "the outer gradient of a checked loop",
     "_linear/": "second derivatives: it differentiates a gradient, not a loss",
+    "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
     "inspect/": "derivatives between two times of a finished loop",

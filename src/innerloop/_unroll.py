@@ -113,10 +113,11 @@ def unroll(
             problem.check_overrides(hyper, start.time)
         if mode() is not Mode.COMPILING:
             problem = problem.for_one_run(start)
+        given = hyper
         hyper, tokens = _noticing_unread(problem, hyper)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
-        record = _record(loop, strategy) if eager else None
+        record = _record(loop._replace(hyper=given), strategy) if eager else None
         if eager and torch.is_grad_enabled():
             loop = non_finite.watched(loop)
         if not isinstance(params, Carry) or params.random_state is None:

@@ -560,6 +560,9 @@ class _Case:
             self.findings.append(Finding("not finite", _step_in(text), _sentence(text)))
         elif isinstance(error, CapturedTensorError):
             self.findings.append(Finding("captured", _place_of(self.problem.loss), _sentence(text)))
+        elif text.startswith("no gradient arrives at "):
+            place = text.split(".")[0].removeprefix("no gradient arrives at ")
+            self.findings.append(Finding("unused", place, _sentence(text)))
         elif ("dtype" in text and "same dtype" in text) or "expected scalar type" in text:
             self.findings.append(Finding("dtype", "", self._dtypes(text)))
         elif "gave other data" in text or "not what it was" in text or "gave other values" in text:
