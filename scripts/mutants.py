@@ -44,7 +44,12 @@ READING_SOURCE = {
 """Tests that read the text of the package or run others: what they notice is no behaviour."""
 STAGES = ((6, 6.0), (40, 30.0), (400, 120.0))
 """``(tests, seconds)``: how many of the tests that reach a line are run in each stage."""
-GRACE = 60.0
+UNCHECKED = ("-m", "compiled or not compiled")
+"""Without the checking of types at run time, which takes most of a short test's time: what fails
+without it fails with it. Survivors are tried once more with it."""
+CHECKED_TESTS = 100
+"""How many tests are run again for that."""
+GRACE = 120.0
 """Seconds that a stage may take beyond ten times what its tests took without a mutation."""
 WARM = (
     *("numpy", "torch", "torch.func", "torch._dynamo", "jaxtyping", "beartype", "hypothesis"),
@@ -158,6 +163,12 @@ class Plugin:
     def result(self) -> dict[str, Any]:
         return {"failed": self.failed, "passed": self.passed}
 
+    def pytest_collection(self) -> None:
+        # Here, and not by the first test, which would seem slow, nor by pytest, which runs a module
+        # with doctests a second time unless its package is there. What fails will fail again.
+        with contextlib.suppress(Exception):
+            importlib.import_module("innerloop.higher")
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         seconds = self.seconds.get(report.nodeid, 0.0)
         self.seconds[report.nodeid] = seconds + report.duration
@@ -174,7 +185,7 @@ class Plugin:
 def _how(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     message = crash.message if crash is not None else str(report.longrepr)
-    first = re.match(r"[\w.]+", message.strip())
+    first = re.match(r"[A-Za-z_.]+", message.strip())
     return first.group().rpartition(".")[2] if first else "Error"
 
 
@@ -197,9 +208,6 @@ class Mapper(Plugin):
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items.sort(key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
-
-    def pytest_collection_finish(self) -> None:
-        importlib.import_module("innerloop.higher")  # or the first test would seem slow
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._hits.clear()
@@ -326,7 +334,7 @@ def measure(copy: Copy, files: Iterable[str], limit: float) -> Map:
     marks = {}
     for key, group in groups.items():
         known = folder / (key.replace("/", "-") + ".json")
-        marks[known] = [source, _hash([ROOT / name for name in group])]
+        marks[known] = [source, _hash(ROOT / name for name in sorted(group))]
         found = json.loads(known.read_text()) if known.exists() else {}
         enough = found.get("complete") or found.get("limit", 0.0) >= limit
         if found.get("mark") == marks[known] and enough:
@@ -390,13 +398,14 @@ def stages(tests: Sequence[Test]) -> Iterator[list[Test]]:
     for count, seconds in STAGES:
         portion: list[Test] = []
         spent = 0.0
-        for test in list(left):
-            if len(portion) < count and (spent + test.seconds <= seconds):
+        for test in left:
+            if len(portion) < count and spent + test.seconds <= seconds:
                 portion.append(test)
                 spent += test.seconds
-                left.remove(test)
         if portion:
             yield portion
+        chosen = set(portion)
+        left = [test for test in left if test not in chosen]
 
 
 def try_one(
@@ -407,10 +416,15 @@ def try_one(
     copy.write(mutant.path, mutant.applied(source))
     began, caught, by, how = time.monotonic(), "", "", ""
     skipped = set(without)
+    asked = [test for test in tests if test.name not in skipped]
+    runs: list[tuple[tuple[str, ...], list[Test]]] = [
+        (UNCHECKED, portion) for portion in stages(asked)
+    ]
+    runs += [((), asked[:CHECKED_TESTS])] if asked else []
     try:
-        for portion in stages([test for test in tests if test.name not in skipped]):
+        for mode, portion in runs:
             limit = GRACE + 10 * sum(test.seconds for test in portion)
-            ran = copy.pytest(["-x", *(test.name for test in portion)], Plugin(), limit)
+            ran = copy.pytest([*mode, "-x", *(test.name for test in portion)], Plugin(), limit)
             if ran.code is None:
                 caught, by, how = "time", portion[0].name, f"{limit:.0f} s"
                 break
@@ -535,7 +549,7 @@ def confirmed(
     names = sorted({outcome.by for outcome in outcomes if outcome.caught and "::" in outcome.by})
     failing: set[str] = set()
     if names:
-        ran = copy.pytest(names, Plugin(), 3600)
+        ran = copy.pytest([*UNCHECKED, *names], Plugin(), 3600)
         failing = set(names) - set(ran.result.get("passed", ()))
     if failing:
         print("these tests fail without a mutation, too:", *sorted(failing), sep="\n  ")

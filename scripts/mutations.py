@@ -63,13 +63,15 @@ SUBJECTS = (
 
 NOT_COMPUTING = re.compile(
     r"^_?(check|validate|accept|require|refuse|warn|raise|lacks|forecast|slots_for|takes_|in_chunks"
-    r"|slot_count|not_finite|__post_init__|__repr__|__format__|__eq__)"
+    r"|slot_count|not_finite|in_bytes|compare|numbered|padding|zeros|edits|__post_init__|__repr__|__format__|__eq__)"
 )
 """Functions that judge what was passed or foresee what it costs, and compute nothing."""
 
 NUMBERS = re.compile(
-    r"\b(int|float|len|max|min|abs|set|dict|numel|prod|sizes?|itemsize|detach|ceil)\(|\bmath\.|\.shape\b"
-    r"|\.(eps|tiny|ndim|active|every|dropout_p)\b|^(count|eps|n|steps|infinity)$"
+    r"\b(int|float|len|max|min|abs|set|dict|numel|prod|sizes?|itemsize|detach|ceil|floor)\("
+    r"|\bmath\.|\.shape\b|\bsizes\b|\.(eps|tiny|ndim|active|every|dropout_p|count|steps)\b"
+    r"|^(count|n|t|steps|keys|flat|flips|evaluated|rows|low|ALPHA|self\.scale)$"
+    r"|\b(advances|replays)\(|dtype=torch\.(bool|long)"
 )
 """What is never a tensor with a derivative: to detach it changes nothing."""
 
@@ -215,11 +217,12 @@ class _Finder(ast.NodeVisitor):
     # what is changed
 
     def visit_Return(self, node: ast.Return) -> None:
-        if node.value is not None and self._returns_tensor():
-            value = self._text(node.value)
+        value = "" if node.value is None else self._text(node.value)
+        if node.value is not None and self._returns_tensor() and "zeros" not in value:
             self._add("factor", node.value, f"2 * ({value})", node)
             self._add("sign", node.value, f"-({value})", node)
-            self._add("detach", node.value, f"({value}).detach()", node)
+            if not NUMBERS.search(value):
+                self._add("detach", node.value, f"({value}).detach()", node)
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
@@ -363,9 +366,16 @@ class _Finder(ast.NodeVisitor):
                 return True
             if isinstance(side, ast.Name) and self._annotation(side.id) == "int":
                 return True
-            if isinstance(side, ast.Name) and side.id in names - {"t", "n"}:
+            if isinstance(side, ast.Name) and side.id in names:
                 return True
-        return False
+        text = self._text(node)
+        return (
+            "set(" in text
+            or ".keys()" in text
+            or "statistics" in text
+            or "numel() *" in text
+            or "* p.numel()" in text
+        )
 
 
 class _Span(ast.AST):
