@@ -409,9 +409,14 @@ def stages(tests: Sequence[Test]) -> Iterator[list[Test]]:
 
 
 def try_one(
-    copy: Copy, mutant: Mutant, tests: Sequence[Test], without: Iterable[str] = ()
+    copy: Copy,
+    mutant: Mutant,
+    tests: Sequence[Test],
+    without: Iterable[str] = (),
+    *,
+    quick: bool = False,
 ) -> Outcome:
-    """Run the tests that reach the mutant until one fails."""
+    """Run the tests that reach the mutant until one fails; ``quick``: but for the last stages."""
     source = (mutations.PACKAGE / mutant.path).read_text()
     copy.write(mutant.path, mutant.applied(source))
     began, caught, by, how = time.monotonic(), "", "", ""
@@ -420,7 +425,7 @@ def try_one(
     runs: list[tuple[tuple[str, ...], list[Test]]] = [
         (UNCHECKED, portion) for portion in stages(asked)
     ]
-    runs += [((), asked[:CHECKED_TESTS])] if asked else []
+    runs = runs[:2] if quick else [*runs, ((), asked[:CHECKED_TESTS])]
     try:
         for mode, portion in runs:
             limit = GRACE + 10 * sum(test.seconds for test in portion)
@@ -500,6 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--map-limit", type=float, default=600.0, help="seconds to map one file of tests (600)"
     )
     parser.add_argument("--resume", action="store_true", help="only those not caught so far")
+    parser.add_argument("--quick", action="store_true", help="leave out the wider lists of tests")
     options = parser.parse_args(arguments)
     wanted = [
         mutant
@@ -527,8 +533,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     for i, mutant in enumerate(wanted):
         outcome = known.get(mutant.key)
-        if outcome is None or not outcome.caught:
-            outcome = try_one(copy, mutant, reached.tests_of(mutant))
+        if outcome is None or not (outcome.caught or options.quick):
+            outcome = try_one(copy, mutant, reached.tests_of(mutant), quick=options.quick)
             with results.open("a") as file:
                 file.write(json.dumps(outcome) + "\n")
             word = f"{outcome.how} in {outcome.by}" if outcome.caught else "NOT CAUGHT"

@@ -75,6 +75,13 @@ NUMBERS = re.compile(
 )
 """What is never a tensor with a derivative: to detach it changes nothing."""
 
+CONSTANT = {
+    "nn/_replacements/cross_entropy.py": ("smooth",),
+    "nn/_replacements/dropout.py": ("kept", "scale"),
+    "nn/_replacements/grid_sample.py": ("upper", "span"),
+}
+"""Names of numbers, and of what is drawn at random, where no annotation says so."""
+
 DETACHED = "(lambda x: x.detach() if hasattr(x, 'detach') else x)"
 """Detach what is a tensor, and leave a number: so that the mutant is a number, not an error."""
 
@@ -94,6 +101,7 @@ class Mutant(NamedTuple):
         start: where the replaced text begins in the file, in characters.
         end: where it ends.
         text: what it is replaced by.
+        idle: True if it evidently changes nothing.
     """
 
     path: str
@@ -107,6 +115,7 @@ class Mutant(NamedTuple):
     start: int
     end: int
     text: str
+    idle: bool
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -126,6 +135,7 @@ class Change(NamedTuple):
     node: ast.AST
     text: str
     shown: ast.AST
+    idle: bool
 
 
 # -- what can be changed --------------------------------------------------------------------------
@@ -162,15 +172,17 @@ ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.MatMult, ast.Pow)
 class _Finder(ast.NodeVisitor):
     """Collects the changes that are possible in one file, with the functions they are in."""
 
-    def __init__(self, text: Callable[[ast.AST], str]) -> None:
-        self._text = text
+    def __init__(self, path: str, text: Callable[[ast.AST], str]) -> None:
+        self._path, self._text = path, text
         self._functions: list[ast.FunctionDef] = []
         self._names: list[str] = []
+        self._bases: list[str] = []
         self._statements = [0]
         self.found: list[tuple[str, int, Change]] = []
 
     def _add(self, kind: str, node: ast.AST, text: str, shown: ast.AST | None = None) -> None:
-        change = Change(kind, node, text, node if shown is None else shown)
+        idle = kind == "detach" and (self._records_nothing() or self._is_number(node))
+        change = Change(kind, node, text, node if shown is None else shown, idle)
         self.found.append((".".join(self._names), self._statements[-1], change))
 
     # where changes are looked for
@@ -187,9 +199,11 @@ class _Finder(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self._names.append(node.name)
+        self._bases.append(" ".join(map(ast.unparse, node.bases)))
         for statement in node.body:
             if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
                 self.visit(statement)
+        self._bases.pop()
         self._names.pop()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -340,6 +354,49 @@ class _Finder(ast.NodeVisitor):
         known = isinstance(node, (ast.Name, ast.Call, ast.Attribute, ast.Subscript))
         return known and not NUMBERS.search(self._text(node))
 
+    def _records_nothing(self) -> bool:
+        """True in what autograd calls while it records nothing: there is nothing to detach."""
+        base, name = self._bases[-1] if self._bases else "", self._names[-1]
+        if base.endswith("TwiceDifferentiable"):
+            return name in ("forward", "vjp", "jvp", "vjp_of_jvp", "_output", "_pushed", "_weights")
+        return base.endswith("autograd.Function") and name == "forward"
+
+    def _is_number(self, node: ast.AST) -> bool:
+        """True if the annotations say that ``node`` is a number."""
+        if isinstance(node, ast.Constant):
+            return True
+        if isinstance(node, ast.BinOp):
+            return self._is_number(node.left) and self._is_number(node.right)
+        if isinstance(node, ast.Call):
+            function = node.func
+            return isinstance(function, ast.Name) and (
+                function.id in ("float", "int", "len")
+                or self._annotation(function.id).endswith(", float]")
+            )
+        if not isinstance(node, ast.Name):
+            return False
+        if node.id in CONSTANT.get(self._path, ()):
+            return True
+        if self._annotation(node.id):
+            return self._annotation(node.id) in ("int", "float", "bool")
+        assigned = [
+            statement.value
+            for statement in ast.walk(self._functions[-1])
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == node.id
+        ]
+        return bool(assigned) and all(
+            isinstance(value, (ast.Constant, ast.BinOp)) and self._numbers_only(value)
+            for value in assigned
+        )
+
+    def _numbers_only(self, value: ast.expr) -> bool:
+        """True for arithmetic of arguments that are numbers, and of sizes."""
+        names = [node for node in ast.walk(value) if isinstance(node, ast.Name)]
+        sized = ".shape" in self._text(value)
+        return not any(isinstance(node, ast.Call) for node in ast.walk(value)) and all(
+            self._annotation(name.id) in ("int", "float", "bool") or sized for name in names
+        )
+
     def _counts(self, node: ast.BinOp) -> bool:
         """True if whole numbers that place or count something are added."""
         names = {
@@ -428,7 +485,7 @@ def mutants_of(path: Path, package: Path = PACKAGE) -> list[Mutant]:
         start, end = bounds(node)
         return source[start:end]
 
-    finder = _Finder(text)
+    finder = _Finder(str(path.relative_to(package)), text)
     finder.visit(ast.parse(source))
     found: list[Mutant] = []
     seen: dict[tuple[str, str, str], int] = {}
@@ -451,6 +508,7 @@ def mutants_of(path: Path, package: Path = PACKAGE) -> list[Mutant]:
             start,
             end,
             change.text,
+            change.idle,
         )
         if old != new and _compiles(mutant.applied(source)):
             found.append(mutant)
@@ -475,7 +533,10 @@ def all_mutants() -> list[Mutant]:
 
 
 def chosen(count: int, seed: int, among: Iterable[Mutant] | None = None) -> list[Mutant]:
-    """Draw ``count`` mutants: one of each file first, the rest with equal chances."""
+    """Draw ``count`` mutants, and leave out those of them that evidently change nothing.
+
+    One of each file comes first, the rest has equal chances.
+    """
     draw = random.Random(seed)
     pool = list(all_mutants() if among is None else among)
     draw.shuffle(pool)
@@ -484,7 +545,8 @@ def chosen(count: int, seed: int, among: Iterable[Mutant] | None = None) -> list
         first.setdefault(mutant.path, mutant)
     ones = list(first.values())
     rest = [mutant for mutant in pool if first[mutant.path] is not mutant]
-    return sorted((ones + rest)[:count], key=lambda mutant: (mutant.path, mutant.start))
+    drawn = [mutant for mutant in (ones + rest)[:count] if not mutant.idle]
+    return sorted(drawn, key=lambda mutant: (mutant.path, mutant.start))
 
 
 def by_file(mutants: Iterable[Mutant]) -> Iterator[tuple[str, list[Mutant]]]:
