@@ -82,6 +82,14 @@ CONSTANT = {
 }
 """Names of numbers, and of what is drawn at random, where no annotation says so."""
 
+UNRECORDED = {
+    "nn/_replacements/softmax_loss.py": ("_factor", "_at"),
+    "strategy/_engine/step_pullback.py": ("add",),
+    "strategy/_forward_mode.py": ("contract",),
+}
+"""Functions that are called in the forward of an autograd Function only, where nothing is recorded:
+pullbacks, whose derivatives are those of another run."""
+
 DETACHED = "(lambda x: x.detach() if hasattr(x, 'detach') else x)"
 """Detach what is a tensor, and leave a number: so that the mutant is a number, not an error."""
 
@@ -357,6 +365,8 @@ class _Finder(ast.NodeVisitor):
     def _records_nothing(self) -> bool:
         """True in what autograd calls while it records nothing: there is nothing to detach."""
         base, name = self._bases[-1] if self._bases else "", self._names[-1]
+        if name in UNRECORDED.get(self._path, ()):
+            return True
         if base.endswith("TwiceDifferentiable"):
             return name in ("forward", "vjp", "jvp", "vjp_of_jvp", "_output", "_pushed", "_weights")
         return base.endswith("autograd.Function") and name == "forward"
@@ -375,7 +385,7 @@ class _Finder(ast.NodeVisitor):
             )
         if not isinstance(node, ast.Name):
             return False
-        if node.id in CONSTANT.get(self._path, ()):
+        if node.id in CONSTANT.get(self._path, ()) or self._was_tensor(node):
             return True
         if self._annotation(node.id):
             return self._annotation(node.id) in ("int", "float", "bool")
@@ -387,6 +397,16 @@ class _Finder(ast.NodeVisitor):
         return bool(assigned) and all(
             isinstance(value, (ast.Constant, ast.BinOp)) and self._numbers_only(value)
             for value in assigned
+        )
+
+    def _was_tensor(self, node: ast.Name) -> bool:
+        """True below ``if isinstance(node, Tensor): return ...``."""
+        return any(
+            isinstance(statement, ast.If)
+            and ast.unparse(statement.test) == f"isinstance({node.id}, Tensor)"
+            and isinstance(statement.body[-1], ast.Return)
+            and statement.body[-1].lineno < node.lineno
+            for statement in self._functions[-1].body
         )
 
     def _numbers_only(self, value: ast.expr) -> bool:
