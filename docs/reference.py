@@ -54,6 +54,7 @@ MEMBERS = {
     "Adapted": ("init", "update"),
     "Transform": ("init", "apply", "validate", "resolve"),
     "Loop": ("batch",),
+    "OuterState": ("save", "load"),
     "Auto": (),
     "Checkpointed": ("slots_for",),
     "ForwardMode": ("online",),

@@ -41,6 +41,7 @@ ROWS = (
     ("_inner_gradient",),
     ("_problem", "_trajectory"),
     ("_check",),
+    ("_outer_state",),
     ("higher",),
     ("doctor",),
     ("_linear",),
