@@ -32,6 +32,7 @@ MODULES = (
     "innerloop.nn",
     "innerloop.nn.functional",
     "innerloop.inspect",
+    "innerloop.rl",
     "innerloop.errors",
     "innerloop.doctor",
     "innerloop.walkthrough",

@@ -19,7 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "innerloop"
 PAGE = ROOT / "docs" / "errors.md"
 HOLE = "…"
-WARNINGS = ("PrecisionWarning", "UnreachedGradientWarning", "CapturedParameterWarning")
+WARNINGS = (
+    "PrecisionWarning",
+    "UnreachedGradientWarning",
+    "CapturedParameterWarning",
+    "BiasedSurrogateWarning",
+)
 
 
 PASSED_ON = {
@@ -137,6 +142,13 @@ KINDS = (
         "number of "
         "steps cannot be read from them.",
         "innerloop.unroll(problem, params, [batch_0, batch_1])  # or: batches=fn, steps=T",
+    ),
+    Kind(
+        "Reinforcement learning",
+        r" rl/",
+        "Something about a rollout, a surrogate or a normaliser would make a gradient wrong, or a "
+        "surrogate is biased for the objective that was stated.",
+        "innerloop.rl.surrogate(log_probs, advantages)  # Loaded DiCE, right for every derivative",
     ),
     Kind(
         "Transforms, threads and compiled code",

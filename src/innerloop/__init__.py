@@ -13,6 +13,7 @@ from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
 from innerloop.errors import (
+    BiasedSurrogateWarning,
     CapturedParameterWarning,
     CapturedTensorError,
     InnerLoopError,
@@ -29,6 +30,7 @@ from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, Stor
 __version__ = "0.1.0.dev0"
 __all__ = [
     "Auto",
+    "BiasedSurrogateWarning",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",

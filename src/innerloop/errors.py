@@ -39,6 +39,10 @@ class CapturedParameterWarning(UserWarning):
     """An inner loss uses a parameter of the user's model that the inner loop does not update."""
 
 
+class BiasedSurrogateWarning(UserWarning):
+    """A surrogate of reinforcement learning is biased for the objective that was stated."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 
