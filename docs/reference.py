@@ -33,6 +33,7 @@ MODULES = (
     "innerloop.nn.functional",
     "innerloop.inspect",
     "innerloop.rl",
+    "innerloop.rl.envs",
     "innerloop.errors",
     "innerloop.doctor",
     "innerloop.walkthrough",

@@ -91,12 +91,6 @@ KINDS = (
         "innerloop.OuterState(model=model, optimizer=optimizer).load(path)  # as it was saved",
     ),
     Kind(
-        "Reinforcement learning",
-        r" rl/",
-        "A rollout, an environment or a setting of a trainer does not fit the others.",
-        "innerloop.rl.ppo.PPO(innerloop.rl.ppo.PPOConfig(env='CartPole-v1'))",
-    ),
-    Kind(
         "The loss does not depend on the parameters",
         r"does not depend on|independent of|INDEPENDENT|no gradient arrives|uses none of",
         "No gradient leads from the loss to what is trained: the loss was computed from other "

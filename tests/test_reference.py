@@ -21,7 +21,8 @@ PUBLIC_MODULES = (
     "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy innerloop.nn "
     "innerloop.nn.functional innerloop.inspect innerloop.higher innerloop.higher.optim "
     "innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
-    "innerloop.walkthrough innerloop.cli innerloop.rl"
+    "innerloop.walkthrough innerloop.cli innerloop.rl "
+    "innerloop.rl.envs"
 ).split()
 
 INTERNAL = """

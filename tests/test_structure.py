@@ -60,11 +60,10 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl strategy walkthrough
+        nn.functional optim optim.helpers rl rl.envs strategy walkthrough
     """.split()
 }
-"""Later: ``strategy.solvers``, and ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list
-with the features that they belong to."""
+"""Later: ``strategy.solvers``. It enters the list with the feature that it belongs to."""
 
 OPTIONAL = (
     "gymnasium",
