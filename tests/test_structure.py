@@ -60,7 +60,8 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl rl.envs strategy walkthrough
+        nn.functional optim optim.helpers rl rl.envs rl.ppo strategy
+        walkthrough
     """.split()
 }
 """Later: ``strategy.solvers``. It enters the list with the feature that it belongs to."""
