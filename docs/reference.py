@@ -35,6 +35,7 @@ MODULES = (
     "innerloop.rl",
     "innerloop.rl.envs",
     "innerloop.rl.ppo",
+    "innerloop.rl.meta",
     "innerloop.errors",
     "innerloop.doctor",
     "innerloop.walkthrough",

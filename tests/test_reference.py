@@ -22,7 +22,7 @@ PUBLIC_MODULES = (
     "innerloop.nn.functional innerloop.inspect innerloop.higher innerloop.higher.optim "
     "innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
     "innerloop.walkthrough innerloop.cli innerloop.rl "
-    "innerloop.rl.envs innerloop.rl.ppo"
+    "innerloop.rl.envs innerloop.rl.ppo innerloop.rl.meta"
 ).split()
 
 INTERNAL = """

@@ -60,7 +60,7 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl rl.envs rl.ppo strategy
+        nn.functional optim optim.helpers rl rl.envs rl.meta rl.ppo strategy
         walkthrough
     """.split()
 }

@@ -1,4 +1,4 @@
-"""The command line: ``innerloop walkthrough``, ``doctor``, ``rl ppo``, ``--version``."""
+"""The command line: ``innerloop walkthrough``, ``doctor``, ``rl``, ``--version``."""
 
 from __future__ import annotations
 
@@ -94,9 +94,12 @@ def reinforcement_learning(options: argparse.Namespace) -> int:
 
 def _learners() -> dict[str, tuple[Any, Any]]:
     """Return trainer and settings of each command behind ``innerloop rl``."""
-    from innerloop.rl import ppo
+    from innerloop.rl import meta, ppo
 
-    return {"ppo": (ppo.PPO, ppo.PPOConfig)}
+    return {
+        "ppo": (ppo.PPO, ppo.PPOConfig),
+        "meta": (meta.MetaLearner, meta.MetaConfig),
+    }
 
 
 def _add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
@@ -167,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--markdown", action="store_true", help="print the table for a page")
     command = commands.add_parser(
         "rl",
-        help="train by reinforcement learning: ppo",
+        help="train by reinforcement learning: ppo, meta",
         description="Train a policy. Every option is a field of the settings that the reference "
         "describes.",
     )

@@ -1,6 +1,6 @@
 """Reinforcement learning: building blocks whose derivatives are right, for learners of learners."""
 
-from innerloop.rl import envs, ppo
+from innerloop.rl import envs, meta, ppo
 from innerloop.rl._distributions import Categorical, Gaussian
 from innerloop.rl._loss import PPOLoss, ppo_loss
 from innerloop.rl._normalize import ObservationNormalizer, RewardNormalizer
@@ -31,6 +31,7 @@ __all__ = [
     "envs",
     "gae",
     "lambda_returns",
+    "meta",
     "minibatch_order",
     "next_values",
     "ppo",
