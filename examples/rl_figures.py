@@ -1,14 +1,13 @@
 """Figures of reinforcement learning whose right values are known: learners that look ahead at each
-other, learned discounts, tabular MDPs, navigation, CartPole.
+other, tabular MDPs, navigation, CartPole.
 
     python examples/rl_figures.py lola          # exact iterated prisoner's dilemma, two settings
     python examples/rl_figures.py lola-dice     # the same game from samples
-    python examples/rl_figures.py discount      # meta-gradient: a discount for each state
-    python examples/rl_figures.py mdp           # MAML with learned rates on tabular MDPs
-    python examples/rl_figures.py navigation    # MAML on two-dimensional navigation
+    python examples/rl_figures.py mdp           # Meta-SGD on tabular MDPs
+    python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
     python examples/rl_figures.py cartpole      # plain PPO
 
-Each prints what it reached, with the spread over seeds; docs/rl-results.md has the numbers.
+Each prints what it reached, for each seed; docs/rl-results.md has the numbers.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def sampled_objective(
 def lola_sampled(kind: str, seed: int, iterations: int = 100, n: int = 1024) -> float:
     """Return the exact mean reward of two learners from samples, one step ahead.
 
-    Foerster et al., "DiCE", 2018: batch 1024, 150 rounds, inner lr .3, outer lr .2 with Adam.
+    Foerster et al., "DiCE", 2018: batch 1024, 150 rounds, inner lr .3; outer Adam with lr .1.
     """
     torch.manual_seed(seed)
     players = [torch.zeros(5, requires_grad=True) for _ in range(2)]
@@ -186,7 +185,7 @@ def mdp(seeds: int = 1, iterations: int = 500) -> None:
             iterations=iterations,
             tasks=20,
             episodes=20,
-            inner_lr=10.0,
+            inner_lr=300.0,
             outer_lr=0.05,
             outer_epochs=1,
             gamma=1.0,
@@ -198,8 +197,8 @@ def mdp(seeds: int = 1, iterations: int = 500) -> None:
         print(f"seed {seed}: {learner.summary()}", flush=True)
 
 
-def navigation(seeds: int = 1, iterations: int = 38) -> None:
-    """Figure 2: MAML on two-dimensional navigation, at 1.5 million steps."""
+def navigation(seeds: int = 1, iterations: int = 40) -> None:
+    """Figure 2: ProMP on two-dimensional navigation, at 1.5 million steps."""
     for seed in range(seeds):
         learner = MetaLearner(MetaConfig(iterations=iterations, seed=seed))
         print(f"seed {seed}, untrained: {learner.summary()}", flush=True)

@@ -78,8 +78,7 @@ class MetaConfig:
         tasks: in each iteration.
         episodes: of each task, before and after each adaptation step.
         adaptation_steps: rollouts that the inner loop learns from, one after the other.
-        inner_lr: learning rate of the first adaptation step; with ``"meta-sgd"`` where the learned
-            rates begin.
+        inner_lr: learning rate of the first adaptation step; ``"meta-sgd"`` learns factors on it.
         later_lr: factor on it from the second adaptation step on.
         inner_epochs: of a PPO inner loop.
         inner_minibatches: in each of its epochs.
@@ -97,9 +96,9 @@ class MetaConfig:
     """
 
     env: str = "navigation"
-    algorithm: str = "maml"
+    algorithm: str = "promp"
     inner: str = "pg"
-    iterations: int = 37
+    iterations: int = 40
     tasks: int = 20
     episodes: int = 10
     adaptation_steps: int = 1
@@ -108,15 +107,15 @@ class MetaConfig:
     inner_epochs: int = 2
     inner_minibatches: int = 4
     inner_adam: bool = False
-    outer_lr: float = 0.01
-    outer_epochs: int = 5
+    outer_lr: float = 0.005
+    outer_epochs: int = 8
     outer_clip: float = 0.3
     clip: float = 0.2
     gamma: float = 0.99
     lam: float = 1.0
     objective: str | None = None
     hidden: tuple[int, ...] = (64, 64)
-    log_std: float = 0.0
+    log_std: float = -0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -213,8 +212,7 @@ class MetaLearner:
         self.rates: dict[str, Tensor] = {}
         if self.algorithm.learns_rates:
             self.rates = {
-                name: torch.full_like(p, config.inner_lr, requires_grad=True)
-                for name, p in self.params.items()
+                name: torch.ones_like(p, requires_grad=True) for name, p in self.params.items()
             }
         learned = [*self.params.values(), *self.rates.values()]
         self.optimizer: torch.optim.Optimizer = (
@@ -429,7 +427,10 @@ class MetaLearner:
         later = hyper["step"] + t // per_rollout > 0
         factor = torch.where(later, config.later_lr, 1.0)
         rates = {
-            name: factor * hyper.get(f"rate.{name}", config.inner_lr) * (name not in self._frozen)
+            name: factor
+            * config.inner_lr
+            * hyper.get(f"rate.{name}", 1.0)
+            * (name not in self._frozen)
             for name in self.params
         }
         return {"lr": rates}
