@@ -9,7 +9,7 @@ from torch import Tensor
 
 from innerloop.errors import InvalidInputError
 from innerloop.optim.helpers import safe_sqrt
-from innerloop.rl._scan import Number, check_shape
+from innerloop.rl._scan import Number, check_shape, where_not
 from innerloop.rl._surrogate import check_log_probs
 
 
@@ -130,6 +130,15 @@ def ppo_loss(
             "value_clip needs old_values, the values that the rollout stored: pass them, or "
             "value_clip=None"
         )
+    if mask is not None:
+        # Zeros where nothing counts: there may be NaN, which a product with 0 would keep.
+        log_probs, old_log_probs, advantages = (
+            where_not(~mask, x) for x in (log_probs, old_log_probs, advantages)
+        )
+        values, returns, old_values, entropy = (
+            None if x is None else where_not(~mask, x)
+            for x in (values, returns, old_values, entropy)
+        )
     if normalize:
         advantages = normalized(advantages, mask)
     policy, approx_kl, clip_fraction = _policy(log_probs - old_log_probs, advantages, clip, mask)
@@ -161,8 +170,7 @@ def normalized(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         variance = centred.square().sum() / (advantages.numel() - 1)
     else:
-        counted = torch.where(mask, centred, torch.zeros_like(centred))
-        variance = counted.square().sum() / (mask.sum() - 1).clamp_min(1)
+        variance = where_not(~mask, centred).square().sum() / (mask.sum() - 1).clamp_min(1)
     return centred / (safe_sqrt(variance) + 1e-8)
 
 
@@ -180,9 +188,6 @@ def _policy(
     log_ratio: Tensor, advantages: Tensor, clip: Number, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the policy's loss, the approximate KL divergence and the fraction clipped."""
-    if mask is not None:
-        log_ratio = torch.where(mask, log_ratio, torch.zeros_like(log_ratio))
-        advantages = torch.where(mask, advantages, torch.zeros_like(advantages))
     with torch.no_grad():
         now = log_ratio.detach().exp()
         above, below = now > 1 + clip, now < 1 - clip
@@ -230,4 +235,4 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Return the mean of what counts; 0 where nothing does."""
     if mask is None:
         return x.mean()
-    return torch.where(mask, x, torch.zeros_like(x)).sum() / mask.sum().clamp_min(1)
+    return where_not(~mask, x).sum() / mask.sum().clamp_min(1)

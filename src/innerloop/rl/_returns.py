@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.rl._scan import Number, check_shape, check_time_first, per_step, scan, where_not
+from innerloop.rl._scan import (
+    Number,
+    check_shape,
+    check_time_first,
+    number_where_not,
+    per_step,
+    scan,
+    where_not,
+)
 
 
 class Advantages(NamedTuple):
@@ -90,7 +98,7 @@ def gae(
     )
     after = _value_after(values, last_value, terminated, truncated, final_values)
     delta = rewards + gamma * after - values
-    decay = where_not(ended, gamma * lam, rewards)
+    decay = number_where_not(ended, gamma * lam, rewards)
     advantages = scan(delta, decay, torch.zeros_like(last_value), reverse=True)
     return Advantages(advantages, advantages + values)
 
@@ -145,8 +153,8 @@ def lambda_returns(
     )
     after = gamma * _value_after(values, last_value, terminated, truncated, final_values)
     # Where an episode ends there is no later return to mix in: the whole weight is on the value.
-    inputs = rewards + after * (1 - where_not(ended, lam, rewards))
-    return scan(inputs, where_not(ended, gamma * lam, rewards), last_value, reverse=True)
+    inputs = rewards + after * (1 - number_where_not(ended, lam, rewards))
+    return scan(inputs, number_where_not(ended, gamma * lam, rewards), last_value, reverse=True)
 
 
 def discounted_returns(
@@ -188,8 +196,8 @@ def discounted_returns(
     inputs = rewards
     if truncated is not None and final_values is not None:
         bootstraps = truncated if terminated is None else truncated & ~terminated
-        inputs = rewards + where_not(~bootstraps, gamma * final_values, rewards)
-    return scan(inputs, where_not(ended, gamma, rewards), last, reverse=True)
+        inputs = rewards + number_where_not(~bootstraps, gamma * final_values, rewards)
+    return scan(inputs, number_where_not(ended, gamma, rewards), last, reverse=True)
 
 
 def next_values(values: Tensor, last_value: Tensor) -> Tensor:
@@ -265,5 +273,5 @@ def _value_after(
     if truncated is not None and final_values is not None:
         after = torch.where(truncated, final_values, after)
     if terminated is not None:
-        after = torch.where(terminated, torch.zeros_like(after), after)
+        after = where_not(terminated, after)
     return after

@@ -30,6 +30,8 @@ class Minibatch(NamedTuple):
         mask: False for steps that do not count; None if all do.
         advantages: if they were given to `Rollout.minibatches`.
         returns: likewise.
+        rollout: the whole rollout, for a loss that computes the advantages itself; None unless
+            `Rollout.minibatches` was asked for it.
     """
 
     observations: Observations
@@ -40,12 +42,13 @@ class Minibatch(NamedTuple):
     mask: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    rollout: Rollout | None = None
 
     def pick(self, x: Tensor) -> Tensor:
         """Return the entries of ``x``, ``[T, N, ...]``, that belong to this minibatch.
 
-        Use it for advantages that depend on what is learned (γ, λ): a batch holds constants only,
-        so they come by way of ``hyper``.
+        Use it for advantages that depend on what is learned (γ, λ). A batch holds constants only,
+        so they are computed once and passed in ``hyper``, or at every step from ``rollout``.
         """
         return x.flatten(0, 1)[self.indices]
 
@@ -208,6 +211,46 @@ class Rollout(NamedTuple):
             ends = ends if flags is None else ends | flags
         return torch.cat([ends[:-1], torch.ones_like(ends[-1:])])
 
+    def check_log_probs(self, log_probs: Tensor, *, tolerance: float = 1e-4) -> None:
+        """Raise unless log-probabilities that were computed anew equal the stored ones.
+
+        Before the first update the ratio of probabilities is 1 for every action. Where it is not,
+        the stored log-probabilities are those of other inputs or of another density, and the update
+        is clipped by an error instead of by a change of the policy.
+
+        Args:
+            log_probs: of the stored actions in the stored observations, under the policy that took
+                them, ``[T, N]``.
+            tolerance: allowed difference, absolute for small numbers and relative for large ones.
+
+        Raises:
+            InvalidInputError: they differ; the message says so if one is the mean over the
+                dimensions of the action and the other the sum.
+        """
+        check_shape("log_probs", log_probs, self.rewards, "rewards")
+        new, old = log_probs.detach(), self.log_probs.detach()
+        wrong = ~torch.isclose(new, old, rtol=tolerance, atol=tolerance)
+        wrong = wrong if self.mask is None else wrong & self.mask
+        if not bool(wrong.any()):
+            return
+        size = self.actions[0, 0].numel()
+        pairs = (("stored", old, new), ("new", new, old))
+        for which, averaged, summed in pairs if size > 1 else ():
+            if torch.allclose(averaged * size, summed, rtol=tolerance, atol=tolerance):
+                raise InvalidInputError(
+                    f"the {which} log-probabilities are the means over the {size} dimensions of "
+                    "the action: the log-density of a vector is the sum. With the mean, ratios are "
+                    "raised to the power of one over that number, and the clip range is another "
+                    "one. Write log_prob.sum(-1)"
+                )
+        t, n = wrong.nonzero()[0].tolist()
+        raise InvalidInputError(
+            f"the log-probability at step {t} of environment {n} was stored as "
+            f"{old[t, n].item():.6g} and is now {new[t, n].item():.6g}: before the first update "
+            "they must be equal. Usual reasons: a normaliser that has changed since (freeze it), "
+            "dropout, actions that were clipped before they were stored, or other parameters"
+        )
+
     def minibatches(
         self,
         epochs: int,
@@ -217,6 +260,7 @@ class Rollout(NamedTuple):
         order: Tensor | None = None,
         advantages: Tensor | None = None,
         returns: Tensor | None = None,
+        with_rollout: bool = False,
     ) -> list[Minibatch]:
         """Shuffle all T · N steps once for each epoch, and cut them into minibatches.
 
@@ -232,6 +276,8 @@ class Rollout(NamedTuple):
             advantages: constant advantages, ``[T, N]``. Those with a gradient go to the loss by way
                 of ``hyper``, and `Minibatch.pick` takes the part that belongs to a minibatch.
             returns: likewise.
+            with_rollout: True to put the whole rollout into every minibatch (not copied), so that
+                the loss can compute ``batch.rollout.gae(gamma=hyper["gamma"], ...)``.
 
         Returns:
             ``epochs * ceil(T * N / size)`` minibatches.
@@ -275,6 +321,7 @@ class Rollout(NamedTuple):
         return [
             Minibatch(
                 indices=indices,
+                rollout=self if with_rollout else None,
                 **{  # type: ignore[arg-type]
                     name: _map(lambda x, indices=indices: x.flatten(0, 1)[indices], x)  # type: ignore[misc]
                     for name, x in flat.items()

@@ -91,9 +91,13 @@ def per_step(name: str, value: Number, like: Tensor) -> Number:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
-def where_not(flags: Tensor | None, x: Number, like: Tensor) -> Number:
+def where_not(flags: Tensor | None, x: Tensor) -> Tensor:
     """Return ``x`` with 0 in place of it where ``flags`` hold."""
+    return x if flags is None else torch.where(flags, torch.zeros_like(x), x)
+
+
+def number_where_not(flags: Tensor | None, x: Number, like: Tensor) -> Number:
+    """Return a number or a tensor, with 0 in place of it where ``flags`` hold."""
     if flags is None:
         return x
-    full = x if isinstance(x, Tensor) else like.new_full((), x)
-    return torch.where(flags, torch.zeros_like(full), full)
+    return where_not(flags, x if isinstance(x, Tensor) else like.new_full((), x))

@@ -7,9 +7,18 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from innerloop.errors import BiasedSurrogateWarning, InvalidInputError
-from innerloop.rl._scan import Number, check_shape, check_time_first, per_step, scan, where_not
+from innerloop.rl._scan import (
+    Number,
+    check_shape,
+    check_time_first,
+    number_where_not,
+    per_step,
+    scan,
+    where_not,
+)
 
 Kind = Literal["loaded_dice", "dice", "ratio", "reinforce"]
 """The surrogates among which `surrogate` chooses."""
@@ -76,7 +85,7 @@ def surrogate(
         baseline: :math:`b_t` of ``"dice"``, a function of the state, ``[T, ...]``; elsewhere it is
             part of the advantage.
         ends: True for the last step of each episode (terminated or truncated), ``[T, ...]``.
-        mask: False for steps that do not count, ``[T, ...]``.
+        mask: False for rows that are no steps, ``[T, ...]``: time stands still there.
         reduction: ``"episodes"``: sum over time, mean over the other dimensions; ``"steps"``: mean
             over all steps that count; ``"none"``: the terms, ``[T, ...]``.
         objective: if given, a kind that is biased for it warns, see `check_objective`.
@@ -110,22 +119,17 @@ def surrogate(
     check_shape("mask", mask, log_probs, "log_probs", flag=True)
     _check_options(kind, lam, per_step_ratio, baseline, reduction)
     if objective is not None:
-        check_objective(
-            objective,
-            kind=kind,
-            score_term=with_score_term,
-            steps=log_probs.shape[0],
-            lam=lam,
-            per_step_ratio=per_step_ratio,
-        )
+        steps = log_probs.shape[0]
+        if not _is_right(objective, kind, with_score_term, steps, lam, per_step_ratio):
+            warnings.warn(
+                _bias(objective, kind, with_score_term, lam), BiasedSurrogateWarning, stacklevel=2
+            )
     if mask is not None:
-        zero = torch.zeros_like(log_probs)
-        log_probs = torch.where(mask, log_probs, zero)
-        advantages = torch.where(mask, advantages, zero)
-        baseline = None if baseline is None else torch.where(mask, baseline, zero)
+        log_probs, advantages = where_not(~mask, log_probs), where_not(~mask, advantages)
+        baseline = None if baseline is None else where_not(~mask, baseline)
     starts = None if ends is None else _starts(ends)
-    terms = _terms(log_probs, advantages, kind, lam, per_step_ratio, baseline, starts)
-    terms = _weighted(terms, discount, starts)
+    terms = _terms(log_probs, advantages, kind, lam, per_step_ratio, baseline, starts, mask)
+    terms = _weighted(terms, discount, starts, mask)
     if reduction == "none":
         return terms
     if reduction == "steps":
@@ -180,8 +184,14 @@ def score_term(
             "is weighted by one number; call score_term for each task, or under torch.func.vmap"
         )
     check_shape("mask", mask, log_probs, "log_probs", flag=True)
+    if _is_constant(log_probs):
+        raise InvalidInputError(
+            "log_probs have no derivative, so the term would be 0 and add nothing: the ones that a "
+            "rollout stores are constants. Compute them anew, "
+            "policy.log_prob(rollout.actions), with the parameters at the start of the inner loop"
+        )
     if mask is not None:
-        log_probs = torch.where(mask, log_probs, torch.zeros_like(log_probs))
+        log_probs = where_not(~mask, log_probs)
     return (outer_value - baseline) * (_box(log_probs.sum()) - 1)
 
 
@@ -230,29 +240,10 @@ def check_objective(
         >>> check_objective("sampled", kind="reinforce", score_term=True)
         True
     """
-    _check_choice("objective", objective, Objective)
-    _check_choice("kind", kind, Kind)
-    higher_order = (
-        kind == "dice"
-        or (kind == "loaded_dice" and (lam == 1 or steps == 1))
-        or (kind == "ratio" and (not per_step_ratio or steps == 1))
-    )
-    if objective == "expected":
-        if higher_order and not score_term:
-            return True
-        instead = 'kind="loaded_dice" with lam=1, without score_term'
-    else:
-        if kind == "reinforce" and score_term:
-            return True
-        instead = 'kind="reinforce" with score_term added to the outer value'
-    what = {"loaded_dice": f"loaded_dice with lam={lam:g}"}.get(kind, kind)
-    warnings.warn(
-        f"the surrogate {what} {'with' if score_term else 'without'} score_term is biased for the "
-        f"objective {objective!r}{_why(kind, score_term, objective)}: write {instead}",
-        BiasedSurrogateWarning,
-        stacklevel=2,
-    )
-    return False
+    right = _is_right(objective, kind, score_term, steps, lam, per_step_ratio)
+    if not right:
+        warnings.warn(_bias(objective, kind, score_term, lam), BiasedSurrogateWarning, stacklevel=2)
+    return right
 
 
 def check_log_probs(log_probs: Tensor, like: Tensor, of: str) -> None:
@@ -276,6 +267,7 @@ def _terms(
     per_step_ratio: bool,
     baseline: Tensor | None,
     starts: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return the summands of `surrogate`, without their discount."""
     if kind == "reinforce":
@@ -284,7 +276,7 @@ def _terms(
         return _box(log_probs) * advantages
     if kind == "ratio":
         return _box(_of_whole_episode(log_probs, starts)) * advantages
-    up_to_here = _sum_so_far(log_probs, lam, starts)
+    up_to_here = _sum_so_far(log_probs, lam, starts, mask)
     before = up_to_here - log_probs
     if kind == "loaded_dice":
         return (_box(up_to_here) - _box(before) + 1) * advantages
@@ -299,16 +291,31 @@ def _box(x: Tensor) -> Tensor:
     return (x - x.detach()).exp()
 
 
+def _is_constant(x: Tensor) -> bool:
+    """Return True if a tensor is known to have no derivative where one could be recorded."""
+    if x.requires_grad or not torch.is_grad_enabled():
+        return False
+    try:
+        bool((x == 0).all())
+    except RuntimeError:
+        # Under torch.func.vmap a tensor has no single value, and hides its derivative.
+        return False
+    return forward_ad.unpack_dual(x).tangent is None
+
+
 def _starts(ends: Tensor) -> Tensor:
     """Return True for the first step of each episode."""
     return torch.cat([torch.ones_like(ends[:1]), ends[:-1]])
 
 
-def _sum_so_far(x: Tensor, lam: float, starts: Tensor | None) -> Tensor:
+def _sum_so_far(x: Tensor, lam: float, starts: Tensor | None, mask: Tensor | None) -> Tensor:
     """Sum an episode's entries up to each step, older ones weighted by powers of λ."""
     if lam == 1 and starts is None:
         return x.cumsum(0)
-    return scan(x, where_not(starts, lam, x), torch.zeros_like(x[0]))
+    decay: Number = lam
+    if mask is not None and lam != 1:
+        decay = torch.where(mask, x.new_full((), lam), x.new_ones(()))
+    return scan(x, number_where_not(starts, decay, x), torch.zeros_like(x[0]))
 
 
 def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
@@ -316,22 +323,28 @@ def _of_whole_episode(x: Tensor, starts: Tensor | None) -> Tensor:
     if starts is None:
         return x.sum(0, keepdim=True).expand(x.shape)
     ends = torch.cat([starts[1:], torch.ones_like(starts[:1])])
-    until_end = scan(x, where_not(ends, 1.0, x), torch.zeros_like(x[0]), reverse=True)
-    return until_end + _sum_so_far(x, 1.0, starts) - x
+    until_end = scan(x, number_where_not(ends, 1.0, x), torch.zeros_like(x[0]), reverse=True)
+    return until_end + _sum_so_far(x, 1.0, starts, None) - x
 
 
-def _weighted(terms: Tensor, discount: Number, starts: Tensor | None) -> Tensor:
+def _weighted(
+    terms: Tensor, discount: Number, starts: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """Return the terms times γ to the power of their time in the episode."""
     gamma = per_step("discount", discount, terms)
-    if not isinstance(gamma, Tensor) and gamma == 1:
-        return terms
-    if isinstance(gamma, Tensor) and gamma.ndim and gamma.shape[0] > 1:
-        # γ of step t discounts what follows it, so it acts on the weight of step t + 1.
-        gamma = torch.cat([gamma[:1], gamma[:-1]])
+    if not isinstance(gamma, Tensor):
+        if gamma == 1:
+            return terms
+        gamma = terms.new_full((), gamma)
+    gamma = gamma.expand(terms.shape)
+    if mask is not None:
+        gamma = torch.where(mask, gamma, torch.ones_like(gamma))
+    # γ of step t discounts what follows it, so it acts on the weight of step t + 1.
+    gamma = torch.cat([gamma[:1], gamma[:-1]])
     if starts is None:
         starts = torch.zeros_like(terms, dtype=torch.bool)
         starts = torch.cat([~starts[:1], starts[1:]])
-    weights = scan(starts.to(terms), where_not(starts, gamma, terms), torch.zeros_like(terms[0]))
+    weights = scan(starts.to(terms), where_not(starts, gamma), torch.zeros_like(terms[0]))
     return weights * terms
 
 
@@ -366,14 +379,44 @@ def _check_choice(name: str, value: object, choices: object) -> None:
         raise InvalidInputError(f"{name}={value!r} is not known: write one of {list(known)}")
 
 
-def _why(kind: str, score_term: bool, objective: str) -> str:
+def _is_right(
+    objective: str, kind: str, score_term: bool, steps: int, lam: float, per_step_ratio: bool
+) -> bool:
+    """Return True if a surrogate is right for an objective, up to O(1/N) for "expected"."""
+    _check_choice("objective", objective, Objective)
+    _check_choice("kind", kind, Kind)
+    if objective == "sampled":
+        return kind == "reinforce" and score_term
+    every_order = (
+        kind == "dice"
+        or (kind == "loaded_dice" and (lam == 1 or steps == 1))
+        or (kind == "ratio" and (not per_step_ratio or steps == 1))
+    )
+    return every_order and not score_term
+
+
+def _bias(objective: str, kind: str, score_term: bool, lam: float) -> str:
+    """Return what is wrong with a surrogate for an objective, and one that is right."""
+    instead = (
+        'kind="loaded_dice" with lam=1, without score_term'
+        if objective == "expected"
+        else 'kind="reinforce" with score_term added to the outer value'
+    )
+    what = f"loaded_dice with lam={lam:g}" if kind == "loaded_dice" else kind
+    return (
+        f"the surrogate {what} {'with' if score_term else 'without'} score_term is biased for the "
+        f"objective {objective!r} ({_why(objective, kind, score_term)}): write {instead}"
+    )
+
+
+def _why(objective: str, kind: str, score_term: bool) -> str:
     """Say where the bias comes from."""
     if kind != "reinforce" and score_term:
-        return " (it counts the effect of sampling twice)"
+        return "it counts the effect of sampling twice"
     if kind == "reinforce" and not score_term:
-        return " (log π · A has no right second derivative, and the effect of sampling is missing)"
+        return "the second derivative of log π · A leaves out the effect of sampling"
     if objective == "sampled":
-        return " (by O(1/N) for N samples)"
+        return "by O(1/N) for N samples"
     if kind == "reinforce":
-        return " (by O(1/N) for N samples; it is right for 'sampled')"
-    return " (it forgets how earlier actions led to a state)"
+        return "by O(1/N) for N samples; it is right for 'sampled'"
+    return "it forgets how earlier actions led to a state"
