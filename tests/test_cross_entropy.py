@@ -360,7 +360,9 @@ def test_reverse_over_forward_over_reverse():
     ours, truth = (
         torch.func.grad(
             lambda z, f=f: (
-                torch.func.jvp(torch.func.grad(lambda z: f(z, y).square()), (z,), (along,))[1].sin()
+                torch.func.jvp(torch.func.grad(lambda z: f(z, y).square()), (z,), (along,))[  # type: ignore[misc]
+                    1
+                ].sin()
             ).sum()
         )(z)
         for f in (cross_entropy, definition)

@@ -1099,7 +1099,7 @@ def test_without_tracking_an_unused_parameter_is_cut_off_too() -> None:
         before = list(fmodel.parameters())
         diffopt.step(fmodel["used"](torch.ones(1, 1)).sum())
         for old, new in zip(before, fmodel.parameters(), strict=True):
-            assert torch.autograd.grad(new.sum(), [old], allow_unused=True) == (None,)
+            assert torch.autograd.grad(new.sum(), [old], allow_unused=True) == (None,)  # type: ignore[comparison-overlap]
 
 
 # -- helpers ---------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def same(a: PPO, b: PPO) -> bool:
 def test_a_resumed_run_equals_one_in_a_piece(env: str, tmp_path: Path) -> None:
     if env == "CartPole-v1":
         pytest.importorskip("gymnasium")
-    config = PPOConfig(**{**SMALL, "env": env}, normalize_observations=True, normalize_rewards=True)
+    config = PPOConfig(**{**SMALL, "env": env}, normalize_observations=True, normalize_rewards=True)  # type: ignore[arg-type]
     whole = PPO(config)
     whole.train()
 
@@ -105,13 +105,13 @@ def test_a_run_is_not_overwritten_and_belongs_to_its_settings(tmp_path: Path) ->
     PPO(config).train(tmp_path)
     with pytest.raises(InvalidInputError, match="holds a run already"):
         PPO(config).train(tmp_path)
-    other = PPO(PPOConfig(**{**SMALL, "gamma": 0.5}))
+    other = PPO(PPOConfig(**{**SMALL, "gamma": 0.5}))  # type: ignore[arg-type]
     before = [p.clone() for p in other.policy.parameters()]
     with pytest.raises(InvalidInputError, match=r"other settings \(gamma=0.98 not 0.5\)"):
         other.train(tmp_path, resume=True)
     assert all(map(torch.equal, before, other.policy.parameters()))
     assert other.counters["iteration"] == 0
-    longer = PPO(PPOConfig(**{**SMALL, "total_steps": 360}))
+    longer = PPO(PPOConfig(**{**SMALL, "total_steps": 360}))  # type: ignore[arg-type]
     assert longer.train(tmp_path, resume=True)["steps"][-1] == 360
     with pytest.raises(InvalidInputError, match="needs the folder"):
         PPO(config).train(resume=True)
@@ -154,7 +154,7 @@ def test_a_rollout_holds_what_the_policy_did() -> None:
     # The first row of the next rollout follows the last row of this one.
     following = learner.collect()
     assert rollout.last_value is not None
-    assert torch.allclose(learner.policy(following.observations[0])[1], rollout.last_value)
+    assert torch.allclose(learner.policy(following.observations[0])[1], rollout.last_value)  # type: ignore[index]
 
 
 class Ones(nn.Module):
@@ -173,7 +173,7 @@ class Ones(nn.Module):
 def test_truncated_episodes_are_bootstrapped_and_terminated_ones_are_not(
     horizon: int, end: int
 ) -> None:
-    config = PPOConfig(**{**SMALL, "steps": 10})
+    config = PPOConfig(**{**SMALL, "steps": 10})  # type: ignore[arg-type]
     learner = PPO(config, env=Counter(horizon, end), policy=Ones())
     found = learner.collect().gae(gamma=0.5, lam=1.0)
     # The rewards of an episode are 1, 2, 3; the value of its last observation is 3.
@@ -186,7 +186,7 @@ def test_truncated_episodes_are_bootstrapped_and_terminated_ones_are_not(
 
 def test_steps_that_only_reset_are_masked() -> None:
     pytest.importorskip("gymnasium")
-    learner = PPO(PPOConfig(**{**SMALL, "env": "CartPole-v1", "steps": 60, "minibatch": 60}))
+    learner = PPO(PPOConfig(**{**SMALL, "env": "CartPole-v1", "steps": 60, "minibatch": 60}))  # type: ignore[arg-type]
     rollout = learner.collect()
     assert rollout.mask is not None
     assert rollout.terminated is not None
@@ -411,11 +411,11 @@ def test_the_inner_loop_is_mapped_over_tasks() -> None:
 
     def stacked(rows: list[Rollout]) -> Rollout:
         columns = zip(*rows, strict=True)
-        return Rollout(*(None if c[0] is None else torch.stack(c) for c in columns))
+        return Rollout(*(None if c[0] is None else torch.stack(c) for c in columns))  # type: ignore[arg-type]
 
     both = torch.func.grad(one, argnums=(0, 1))
     many = stacked(rollouts)
-    dims = Rollout(*(None if x is None else 0 for x in many))
+    dims = Rollout(*(None if x is None else 0 for x in many))  # type: ignore[arg-type]
     mapped = torch.func.vmap(both, in_dims=(None, None, dims, dims))(
         params, gamma, many, stacked(tests)
     )
