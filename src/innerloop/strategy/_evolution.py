@@ -15,7 +15,7 @@ from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._types import HyperTree, Params
+from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
@@ -163,8 +163,8 @@ class Evolution(Strategy):
         return Trajectory({0: loop.start, **states}, told, aux, steps)
 
     def value_and_grad(
-        self, objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
+    ) -> tuple[Result, dict[str, Any]]:
         """Evaluate ``objective`` at perturbed inputs, and weight the perturbations by it."""
         if mode() is not Mode.EAGER:
             raise InvalidInputError(
