@@ -425,7 +425,8 @@ def try_one(
     runs: list[tuple[tuple[str, ...], list[Test]]] = [
         (UNCHECKED, portion) for portion in stages(asked)
     ]
-    runs = runs[:2] if quick else [*runs, ((), asked[:CHECKED_TESTS])]
+    if asked:
+        runs = runs[:2] if quick else [*runs, ((), asked[:CHECKED_TESTS])]
     try:
         for mode, portion in runs:
             limit = GRACE + 10 * sum(test.seconds for test in portion)
@@ -436,6 +437,8 @@ def try_one(
             if ran.code and ran.result.get("failed"):
                 caught, (by, how) = "test", ran.result["failed"][0]
                 break
+            if ran.code == 4:  # pytest found no such test: that says nothing of the mutant
+                raise RuntimeError(f"the map is out of date: {[test.name for test in portion]}")
             if ran.code not in (0, 5):
                 caught, by, how = "test", portion[0].name, f"exit code {ran.code}"
                 break

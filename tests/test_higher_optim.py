@@ -1001,6 +1001,32 @@ def test_lbfgs_takes_a_function(search: str | None) -> None:
         diffopt.step(loss_of(fmodel(inputs[0])))
 
 
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_lbfgs_leaves_a_frozen_parameter_where_it_is(search: str | None, tracking: bool) -> None:
+    """Truth: torch.optim.LBFGS."""
+    settings: dict[str, Any] = {"lr": 0.3, "max_iter": 4, "line_search_fn": search}
+    model, x = nn.Linear(2, 1).double(), torch.randn(5, 2, dtype=torch.float64)
+    model.bias.requires_grad_(False)
+    truth = copy.deepcopy(model)
+    theirs = torch.optim.LBFGS(truth.parameters(), **settings)
+
+    def closure() -> Tensor:
+        theirs.zero_grad()
+        loss = (truth(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    theirs.step(closure)
+    optimizer = torch.optim.LBFGS(model.parameters(), **settings)
+    with higher.innerloop_ctx(model, optimizer, track_higher_grads=tracking) as (fmodel, diffopt):
+        frozen = fmodel.bias
+        diffopt.step(lambda: (fmodel(x) - 1).square().mean())
+    assert_close(fmodel.parameters(), truth.parameters(), 1e-12)
+    assert torch.equal(fmodel.bias, model.bias)
+    assert not frozen.requires_grad
+
+
 def test_a_function_will_do_for_other_rules() -> None:
     model, x = nn.Linear(2, 1), torch.ones(1, 2)
     with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (

@@ -300,7 +300,10 @@ class DifferentiableRule(DifferentiableOptimizer):
 
         def evaluate(trial: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
             with torch.enable_grad():
-                at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
+                at = [
+                    _alias(trial[str(i)]) if str(i) in trial and p.requires_grad else p
+                    for i, p in enumerate(params)
+                ]
                 with fast.at(at):
                     # The loop's own block is left while a rule runs.
                     with fast.kernels():
