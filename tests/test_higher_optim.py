@@ -305,9 +305,10 @@ def test_a_buffer_written_between_the_evaluations_of_a_closure() -> None:
             super().__init__()
             self.layer = nn.Linear(3, 2)
             self.register_buffer("calls", torch.zeros(()))
+            self.calls: Tensor
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1  # type: ignore[assignment, operator]
+            self.calls += 1
             return (self.layer(x) / self.calls).tanh()
 
     model, x = seeded(0, Counting), torch.randn(4, 3)

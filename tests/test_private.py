@@ -42,6 +42,8 @@ EXERCISED = {
     "version",
     "gradient_hooks",
     "recorded_by",
+    "hooks_so_far",
+    "is_wrapped",
     "versions",
     "nodes_so_far",
     "is_newer",
@@ -195,6 +197,17 @@ def test_the_version_counts_writes_in_place():
     )  # a view counts with its base
     x.data.add_(1)
     assert torch_private.version(x) == before + 2  # and .data does not count
+
+
+def test_how_many_hooks_there_were():
+    before = torch_private.hooks_so_far()
+    torch.ones(1, requires_grad=True).register_hook(print)
+    layer = torch.nn.Linear(1, 1)
+    layer.register_full_backward_hook(print)
+    assert torch_private.hooks_so_far() == before + 2
+    assert not torch_private.is_wrapped(layer)
+    torch_private.wrap_backward_hooks(layer, lambda hook: hook)
+    assert torch_private.is_wrapped(layer)
 
 
 def test_what_was_recorded_since():

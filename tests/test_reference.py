@@ -18,10 +18,10 @@ inventory = pytest.importorskip("sphinx.util.inventory")
 DOCS = Path(__file__).parent.parent / "docs"
 
 PUBLIC_MODULES = (
-    "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy innerloop.nn "
-    "innerloop.nn.functional innerloop.inspect innerloop.higher innerloop.higher.optim "
-    "innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
-    "innerloop.walkthrough innerloop.cli innerloop.rl"
+    "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy "
+    "innerloop.strategy.solvers innerloop.nn innerloop.nn.functional innerloop.inspect "
+    "innerloop.higher innerloop.higher.optim innerloop.higher.patch innerloop.higher.utils "
+    "innerloop.errors innerloop.doctor innerloop.walkthrough innerloop.cli innerloop.rl"
 ).split()
 
 INTERNAL = """

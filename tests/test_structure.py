@@ -63,11 +63,11 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl strategy walkthrough
+        nn.functional optim optim.helpers rl strategy strategy.solvers walkthrough
     """.split()
 }
-"""Later: ``strategy.solvers``, and ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list
-with the features that they belong to."""
+"""Later: ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list with the features that they
+belong to."""
 
 OPTIONAL = (
     "gymnasium",
@@ -98,10 +98,11 @@ PUBLIC = """
 
 EXPORTED = {
     "": """
-        Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode InnerLoopError
+        Auto CapturedTensorError Carry Checkpointed Evolution FirstOrder ForwardMode Implicit
+        InnerLoopError
         InvalidInputError MetaGradientError MissingExtraError NotDifferentiableError Plan
-        PrecisionWarning Problem StoreAll Trajectory Truncated check_metagradient functional higher
-        inspect metagradient nn optim plan strategy track unroll
+        PrecisionWarning Problem StoreAll Trajectory Truncated assign check_metagradient functional
+        higher implicit_root inspect metagradient nn optim plan strategy track unroll
     """,
     "optim": """
         ASGD LBFGS SGD ASGDState AccumulateState Adadelta AdadeltaState Adafactor AdafactorState
@@ -114,7 +115,11 @@ EXPORTED = {
         clip_per_parameter from_torch grad_callback groups in_float32 lbfgs learned muon nadam
         radam rmsprop rprop scale sgd sparse_adam supported
     """,
-    "strategy": "Auto Checkpointed FirstOrder ForwardMode Loop StoreAll Strategy Truncated",
+    "strategy": """
+        Auto Checkpointed Evolution FirstOrder ForwardMode Implicit Loop StoreAll Strategy Truncated
+        solvers
+    """,
+    "strategy.solvers": "CG Dense FixedPoint GMRES Neumann NormalCG",
     "nn.functional": """
         batch_norm cdist cholesky_inverse cross_entropy ctc_loss embedding_bag grid_sample
         hardsigmoid huber_loss instance_norm layer_norm mse_loss multi_margin_loss

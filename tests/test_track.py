@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -931,3 +932,32 @@ def test_a_transform_without_a_state_as_grad_callback(transform: Any):
         assert list(found) == list(truth)
         for name, g in found.items():
             torch.testing.assert_close(g, truth[name], rtol=1e-12, atol=1e-12)
+
+
+def test_labels_that_numpy_refills_must_be_copied():
+    """As docs/concepts.md says: nothing tells that NumPy wrote what the graph has saved. A copy of
+    the labels gives the gradient of the run: that of labels which stay."""
+
+    def gradient(refill: bool, copy: bool) -> Tensor:
+        model = nn.Linear(2, 3, dtype=torch.float64)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(torch.arange(p.numel()).reshape(p.shape).cos() + i)
+        table = smooth_noise(3, 3).requires_grad_()
+        array = np.array([0, 1])
+        labels = torch.from_numpy(array)
+        x = torch.tensor([[0.3, -1.0], [0.7, 0.2]], dtype=torch.float64)
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.5)) as loop:
+            for _ in range(2):
+                target = labels.clone() if copy else labels
+                rows = F.embedding(target, table)
+                loop.step((rows * loop.model(x).sigmoid()).square().sum())
+            if refill:
+                array[:] = [2, 2]
+            loop.model(x).square().sum().backward()
+        assert table.grad is not None
+        return table.grad
+
+    expected = gradient(refill=False, copy=False)
+    assert torch.equal(gradient(refill=True, copy=True), expected)
+    assert not torch.allclose(gradient(refill=True, copy=False), expected, rtol=1e-3)

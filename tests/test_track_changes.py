@@ -175,6 +175,45 @@ def test_an_optimizer_behind_a_wrapper():
             make()
 
 
+def hook_a_parameter(view: Any) -> None:
+    view.body.weight.register_hook(lambda g: 2 * g)
+
+
+def hook_a_module(view: Any) -> None:
+    view.body.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("hook", [hook_a_parameter, hook_a_module])
+@pytest.mark.parametrize("front_end", ["track", "higher"])
+def test_a_hook_that_comes_while_the_loop_runs(front_end: str, hook: Any, at: int):
+    """On the running model; it would act on other gradients than in PyTorch, or twice."""
+    model = network()
+    with refused(INVALID, "hook", "grad_callback"):
+        if front_end == "track":
+            with innerloop.track(model, sgd(model)) as loop:
+                for t in range(STEPS):
+                    if t == at:
+                        hook(loop.model)
+                    loop.step(regression(loop.model, t))
+        else:
+            with higher.innerloop_ctx(model, sgd(model)) as (fmodel, diffopt):
+                for t in range(STEPS):
+                    if t == at:
+                        hook(fmodel)
+                    diffopt.step(regression(fmodel, t))
+
+
+def test_a_forward_hook_may_come_while_the_loop_runs():
+    model, seen = network(), []
+    with innerloop.track(model, sgd(model)) as loop:
+        for t in range(STEPS):
+            if t == 1:
+                loop.model.body.register_forward_hook(lambda *_: seen.append(1))
+            loop.step(regression(loop.model, t))
+    assert len(seen) == STEPS - 1
+
+
 # -- where the loop runs ---------------------------------------------------------------------------
 
 

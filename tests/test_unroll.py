@@ -802,7 +802,7 @@ def test_finite_products_take_a_sparse_gradient_of_the_outer_loss():
     rule = innerloop.optim.adagrad(lr=0.1, eps=0.1)
     problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
     w = (0.5 * smooth_noise(5, 2)).requires_grad_()
-    found = []  # type: ignore[var-annotated]
+    found: list[Tensor] = []
     for strategy in (innerloop.Checkpointed(product="finite"), innerloop.StoreAll()):
         traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
         found += torch.autograd.grad(looked_up(traj.params["w"], 1), w)

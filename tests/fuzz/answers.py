@@ -309,7 +309,10 @@ def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
     more: dict[str, Any] = {"strategy": case.strategy}
     if case.outer == "middle":
         more["save_at"] = [(case.steps + 1) // 2]
-    pieces = case.options["pieces"] == 2 and case.outer in ("params", "output")
+    # A continued loop draws from its carry and leaves the random state of the caller, from which a
+    # dropout in the outer loss draws.
+    outers = ("params",) if case.family == "dropout" else ("params", "output")
+    pieces = case.options["pieces"] == 2 and case.outer in outers
     if pieces and case.steps > 1 and case.cut == 0 and case.options["form"] == "list":
         first = innerloop.unroll(posed.problem, params, posed.batches[:1], hyper=given, **more)
         traj = innerloop.unroll(posed.problem, first.at(-1), posed.batches[1:], hyper=given, **more)

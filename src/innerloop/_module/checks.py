@@ -90,6 +90,43 @@ def check_module(model: object) -> None:
         )
 
 
+class LateHooks:
+    """Refuses hooks that come after a loop has begun, on its parameters and modules.
+
+    Args:
+        modules: the modules of the loop's copy.
+        instead: what to write.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], instead: str) -> None:
+        self._modules = list(modules)
+        self._instead = instead
+        self._seen = torch_private.hooks_so_far()
+
+    def check(self, params: Iterable[tuple[object, Tensor]]) -> None:
+        """Raise if a parameter, or a module of the model, has a hook that came later.
+
+        Looks only after new hooks were registered somewhere.
+        """
+        now = torch_private.hooks_so_far()
+        if now == self._seen:
+            return
+        for name, p in params:
+            if torch_private.gradient_hooks(p):
+                raise InvalidInputError(
+                    f"the parameter {name!r} of the loop's model was given a hook (register_hook) "
+                    f"while the loop runs, which would act on other gradients. {self._instead}"
+                )
+        for module in self._modules:
+            if torch_private.backward_hooks(module) and not torch_private.is_wrapped(module):
+                raise InvalidInputError(
+                    f"a backward hook was registered on a {type(module).__name__} of the loop's "
+                    "model while the loop runs: it would act a second time in the outer backward "
+                    f"pass. {self._instead}"
+                )
+        self._seen = now
+
+
 _CLIPPING = "torch.nn.utils.clip_grad"
 
 

@@ -24,7 +24,7 @@ from innerloop._inner_gradient.gradient import (
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._module.checks import check_names, check_not_inference
+from innerloop._module.checks import LateHooks, check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
@@ -122,6 +122,11 @@ class TrackedLoop:
             start = time_zero(own, given, self._frozen, learn, self._cut)
             self._view.write(start)
         self._facts = Facts(own, self._view.read(), self._optimizer)
+        self._late_hooks = LateHooks(
+            self._view.modules,
+            "Register it on the user's own model before track, or change gradients with "
+            "loop.step(loss, grad_callback=...)",
+        )
         self._place()
         if self._second_order and learn == "init":
             self._watch(start)
@@ -220,6 +225,8 @@ class TrackedLoop:
         with self._own_code():
             current = self._current()
             self._facts.check(current)
+            if self._second_order:
+                self._late_hooks.check(current.items())
             self._check_edits(current, self._edits.handed_out)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
 

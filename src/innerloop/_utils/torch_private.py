@@ -18,6 +18,7 @@ from torch.multiprocessing import reductions
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up
 # to torch 2.13.
@@ -454,6 +455,16 @@ def data_getter() -> Any:
 def backward_hooks(module: nn.Module) -> bool:
     """True if a module has hooks that see gradients; they cannot be listed publicly."""
     return bool(vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"))
+
+
+def hooks_so_far() -> int:
+    """Count the hooks of all kinds that were registered in this process so far."""
+    return RemovableHandle.next_id
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """True if `wrap_backward_hooks` has been called for a module."""
+    return "_get_backward_hooks" in vars(module)
 
 
 def wrap_backward_hooks(

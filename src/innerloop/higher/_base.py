@@ -19,6 +19,7 @@ from innerloop._inner_gradient.gradient import (
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
+from innerloop._module.checks import LateHooks
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
@@ -92,6 +93,15 @@ class DifferentiableOptimizer(abc.ABC):
         self._states = self._initial_state(device)
         self._apply_override(override)
         _check_callback(grad_callback)
+        self._late_hooks = (
+            None
+            if fmodel is None
+            else LateHooks(
+                fmodel.modules(),
+                "Register it on the model's own before the loop, or change gradients with "
+                "diffopt.step(loss, grad_callback=...)",
+            )
+        )
         refuse_post_accumulate_hooks(
             dict(numbered(self._reference)),
             [str(i) for members in self._group_to_param_list for i in members],
@@ -273,6 +283,8 @@ class DifferentiableOptimizer(abc.ABC):
                 f"the loss does not depend on any parameter through the graph ({why}): compute it "
                 "as loss_fn(fmodel(x), y)"
             )
+        if self._late_hooks is not None and self._track_higher_grads:
+            self._late_hooks.check(enumerate(params))
         leaves = check_graph([loss], params, second_order=self._track_higher_grads)
         found = inner_gradient(
             loss,

@@ -172,7 +172,8 @@ def _refusing_exports(cls: type) -> Iterator[None]:
 
     It is a function of C++, which no mode sees.
     """
-    export, thread = vars(torch.utils.dlpack)["to_dlpack"], threading.get_ident()
+    export: Any = vars(torch.utils.dlpack)["to_dlpack"]
+    thread = threading.get_ident()
 
     def checked(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread and torch_private.has_derivative(tensor):

@@ -18,8 +18,15 @@ from innerloop.errors import CapturedTensorError, NotDifferentiableError
 T = TypeVar("T")
 
 
-def on_constants(step: int, run: Callable[[], T]) -> T:
+def on_constants(
+    step: int, run: Callable[[], T], error: Callable[[], CapturedTensorError] | None = None
+) -> T:
     """Run a step whose inputs are constants, and return its results without a graph.
+
+    Args:
+        step: its number, for the error.
+        run: runs it.
+        error: makes the error for what is no step of training.
 
     Raises:
         CapturedTensorError: the step uses a tensor that was not passed in and requires grad, so
@@ -33,7 +40,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
     if not with_graph:
         return found
     if mode() is not Mode.EAGER:
-        raise _captured(step)
+        raise error() if error else _captured(step)
     leaves = [TensorWeakRef(x) for x in graph.check_graph(with_graph, (), second_order=False)]
     with_graph.clear()
     found = tree.map_tensors(Tensor.detach, found)
@@ -41,7 +48,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
         # A cycle of Python objects may hold the graph for a while.
         gc.collect()
         if any(_is_alive(leaf) for leaf in leaves):
-            raise _captured(step)
+            raise error() if error else _captured(step)
     return found
 
 
@@ -110,6 +117,41 @@ def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
     return tree.map_tensors(
         lambda x: _Constant.apply(message, x, *anchors) if tree.differentiable(x) else x, values
     )
+
+
+def refuse_use(values: T, inputs: Iterable[Tensor], message: str) -> T:
+    """Return `refuse_outputs`; under ``torch.func.jvp``, values that raise when they are used.
+
+    A tangent comes with its value, so that nobody knows whether it will be asked for.
+    """
+    inputs = list(inputs)
+    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
+        return refuse_outputs(values, inputs, message)
+    return tree.map_tensors(lambda x: Unusable.of(message) if tree.differentiable(x) else x, values)
+
+
+class Unusable(Tensor):
+    """A tensor that raises when anything is computed from it."""
+
+    message: str
+
+    @classmethod
+    def of(cls, message: str) -> Unusable:
+        """Return one with this message."""
+        found = torch.zeros(0).as_subclass(cls)
+        vars(found)["message"] = message
+        return found
+
+    def refuse(self) -> NoReturn:
+        """Raise."""
+        raise NotDifferentiableError(self.message)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> NoReturn:
+        next(x for x in tree.leaves(args) if isinstance(x, cls)).refuse()
+        raise AssertionError
 
 
 def _differentiated(inputs: Iterable[Tensor]) -> list[Tensor]:
