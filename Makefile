@@ -28,7 +28,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help walkthrough test lint format types pytest slow fuzz errors coverage bench docs setup clean
+.PHONY: help walkthrough test lint format types pytest slow fuzz mutants errors coverage bench docs setup clean
 
 help:  ## what can be asked for
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -80,6 +80,9 @@ slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 fuzz: $(DEV_READY)  ## random trainings against finite differences of plain torch; FUZZ_ARGS="--seed 3"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 20000 $(FUZZ_ARGS)
 
+mutants: $(DEV_READY)  ## small mistakes in derivatives and rules: do the tests notice? MUTANTS_ARGS="--seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+
 errors: $(DEV_READY)  ## docs/errors.md, written from the errors that the code raises
 	$(BIN)/python scripts/errors_page.py
 
@@ -93,4 +96,4 @@ docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an e
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean:  ## caches and build outputs; .venv stays
-	rm -rf docs/_build .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* dist
+	rm -rf docs/_build .mutants .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* dist

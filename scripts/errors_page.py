@@ -94,6 +94,13 @@ KINDS = (
         "pip install 'innerloop[rl]'  # with the extra that the message names",
     ),
     Kind(
+        "Checkpoints of an outer loop",
+        r" _outer_state",
+        "A file is missing, damaged, or does not fit the objects that it is loaded into; or an "
+        "object cannot be kept in a file. Nothing was changed.",
+        "innerloop.OuterState(model=model, optimizer=optimizer).load(path)  # as it was saved",
+    ),
+    Kind(
         "The loss does not depend on the parameters",
         r"does not depend on|independent of|INDEPENDENT|no gradient arrives|uses none of",
         "No gradient leads from the loss to what is trained: the loss was computed from other "

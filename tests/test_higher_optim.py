@@ -1082,6 +1082,26 @@ def test_tensors_among_the_settings_are_copied() -> None:
     assert found is not rate
 
 
+def test_a_setting_that_is_a_tensor_with_a_graph_becomes_a_leaf() -> None:
+    """Or an optimizer of what is learned could not take it."""
+    rate = torch.tensor(0.5, requires_grad=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    (found,) = higher.optim.get_trainable_opt_params(optimizer)["lr"]
+    assert found.is_leaf
+    assert found is not rate
+
+
+def test_without_tracking_an_unused_parameter_is_cut_off_too() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with higher.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, diffopt):
+        before = list(fmodel.parameters())
+        diffopt.step(fmodel["used"](torch.ones(1, 1)).sum())
+        for old, new in zip(before, fmodel.parameters(), strict=True):
+            assert torch.autograd.grad(new.sum(), [old], allow_unused=True) == (None,)
+
+
 # -- helpers ---------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ PUBLIC_MODULES = (
     "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy "
     "innerloop.strategy.solvers innerloop.nn innerloop.nn.functional innerloop.inspect "
     "innerloop.higher innerloop.higher.optim innerloop.higher.patch innerloop.higher.utils "
-    "innerloop.errors innerloop.doctor innerloop.walkthrough innerloop.cli innerloop.rl"
+    "innerloop.errors innerloop.doctor innerloop.walkthrough innerloop.cli innerloop.rl "
+    "innerloop.rl.envs innerloop.rl.ppo innerloop.rl.meta"
 ).split()
 
 INTERNAL = """

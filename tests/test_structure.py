@@ -45,6 +45,7 @@ ROWS = (
     ("_inner_gradient",),
     ("_problem", "_trajectory"),
     ("_check",),
+    ("_outer_state",),
     ("higher",),
     ("doctor",),
     ("_linear",),
@@ -63,11 +64,10 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl strategy strategy.solvers walkthrough
+        nn.functional optim optim.helpers rl rl.envs rl.meta rl.ppo strategy strategy.solvers
+        walkthrough
     """.split()
 }
-"""Later: ``rl.ppo``, ``rl.meta`` and ``rl.envs``. They enter the list with the features that they
-belong to."""
 
 OPTIONAL = (
     "gymnasium",

@@ -159,6 +159,22 @@ def test_outer_reaches_tensors_outside_of_the_model_and_only_those():
         assert_derivative(ours, derivative(moved), f"weight {i}")
 
 
+@pytest.mark.parametrize("learn", ["nothing", "outer"])
+def test_the_graph_ends_before_the_models_own_parameters(learn: Any):
+    """So that nothing of the loop is run backwards for them."""
+    model = nn.Linear(1, 1, bias=False)
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), learn=learn) as loop:
+        loop.step(loop.model.weight.square().sum())
+        end = loop.model.weight
+    left, leaves = [end.grad_fn], []
+    while left:
+        node = left.pop()
+        leaves.append(getattr(node, "variable", None))
+        left += [child for child, _ in node.next_functions if child is not None]
+    assert not any(leaf is model.weight for leaf in leaves)
+    assert end.grad_fn is not None
+
+
 def test_a_parameter_that_no_optimizer_steps_is_constant_inside_and_learned_outside():
     """ANIL: only the head adapts. `only-head-adapts` has the derivative; here, that the body really
     stays."""

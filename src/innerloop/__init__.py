@@ -5,6 +5,7 @@ from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._module.functional import functional
+from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
 from innerloop._problem import Problem
 from innerloop._track.loop import TrackedLoop
@@ -68,6 +69,7 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedWarning",
     "NotDifferentiableError",
+    "OuterState",
     "Plan",
     "PrecisionWarning",
     "Problem",

@@ -1,14 +1,16 @@
-"""The command line: ``innerloop walkthrough``, ``innerloop doctor``, ``innerloop --version``."""
+"""The command line: ``innerloop walkthrough``, ``doctor``, ``rl``, ``--version``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from innerloop.errors import MissingExtraError
+from innerloop.errors import InnerLoopError, MissingExtraError
 from innerloop.walkthrough import Walkthrough, run, to_text, write_picture
 
 OK, DISAGREES, FAILED = 0, 1, 2
@@ -26,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_what_the_terminal_can()
     if options.command == "doctor":
         return doctor(options.device, markdown=options.markdown)
+    if options.command == "rl":
+        return reinforcement_learning(options)
     return walkthrough(picture=options.picture, draw=not options.no_picture)
 
 
@@ -58,6 +62,61 @@ def doctor(device: str = "cpu", *, markdown: bool = False) -> int:
     findings = tuple(audit.examine_all(device))
     print((audit.to_markdown if markdown else audit.to_text)(findings))
     return DISAGREES if any(finding.silent for finding in findings) else OK
+
+
+def reinforcement_learning(options: argparse.Namespace) -> int:
+    """Train as ``innerloop rl`` says, and write checkpoint, table and picture into a folder.
+
+    Returns:
+        `FAILED` if something does not fit or is missing, else `OK`.
+    """
+    import torch
+
+    learner, kind = _learners()[options.learner]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    # Small networks: a second thread costs more than it gains.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = kind(**{name: getattr(options, name) for name in fields})
+        trainer = learner(config)
+        trainer.train(options.out, resume=options.resume)
+        print(trainer.summary())
+        if not options.no_picture:
+            print(f"Picture: {trainer.write_picture(options.out)}")
+    except (InnerLoopError, OSError) as error:
+        print(f"innerloop rl {options.learner}: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        torch.set_num_threads(threads)
+    return OK
+
+
+def _learners() -> dict[str, tuple[Any, Any]]:
+    """Return trainer and settings of each command behind ``innerloop rl``."""
+    from innerloop.rl import meta, ppo
+
+    return {
+        "ppo": (ppo.PPO, ppo.PPOConfig),
+        "meta": (meta.MetaLearner, meta.MetaConfig),
+    }
+
+
+def _add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
+    """Give a command one option for each field of a dataclass of settings."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        flag, hint = "--" + field.name.replace("_", "-"), types[field.name]
+        more: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            more = {"action": argparse.BooleanOptionalAction}
+        elif hint == tuple[int, ...]:
+            more = {"type": int, "nargs": "*"}
+        elif type(None) in getattr(hint, "__args__", ()):
+            more = {"type": next(t for t in hint.__args__ if t is not type(None))}
+        command.add_argument(
+            flag, default=field.default, help=f"(default: {field.default})", **more
+        )
 
 
 def _write_picture(result: Walkthrough, file: Path | None) -> int:
@@ -109,6 +168,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", default="cpu", help="where the operations run (default: cpu)")
     command.add_argument("--markdown", action="store_true", help="print the table for a page")
+    command = commands.add_parser(
+        "rl",
+        help="train by reinforcement learning: ppo, meta",
+        description="Train a policy. Every option is a field of the settings that the reference "
+        "describes.",
+    )
+    learners = command.add_subparsers(dest="learner", required=True, metavar="LEARNER")
+    for name, (learner, kind) in _learners().items():
+        command = learners.add_parser(name, help=learner.__doc__.splitlines()[0])
+        _add_settings(command, kind)
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=Path(f"innerloop-{name}"),
+            help="folder for checkpoint.pt, progress.csv and curve.png (default: innerloop-"
+            f"{name})",
+        )
+        command.add_argument(
+            "--resume", action="store_true", help="go on from the checkpoint in the folder"
+        )
+        command.add_argument("--no-picture", action="store_true", help="draw no learning curve")
     return parser
 
 

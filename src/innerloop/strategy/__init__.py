@@ -4,7 +4,7 @@ from innerloop.strategy import solvers
 from innerloop.strategy._auto import Auto
 from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed
-from innerloop.strategy._evolution import Estimate, Evolution
+from innerloop.strategy._evolution import Estimate, Evolution, OnlineEstimate
 from innerloop.strategy._first_order import FirstOrder
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._forward_mode import ForwardMode
@@ -26,6 +26,7 @@ __all__ = [
     "Loop",
     "Measure",
     "Objective",
+    "OnlineEstimate",
     "StoreAll",
     "Strategy",
     "Truncated",

@@ -1,0 +1,238 @@
+"""Figures of reinforcement learning whose right values are known: learners that look ahead at each
+other, tabular MDPs, navigation, CartPole.
+
+    python examples/rl_figures.py lola          # exact iterated prisoner's dilemma, two settings
+    python examples/rl_figures.py lola-dice     # the same game from samples
+    python examples/rl_figures.py mdp           # Meta-SGD on tabular MDPs
+    python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
+    python examples/rl_figures.py cartpole      # plain PPO
+
+Each prints what it reached, for each seed; docs/rl-results.md has the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import innerloop
+from innerloop.rl import envs, surrogate
+from innerloop.rl.meta import MetaConfig, MetaLearner
+from innerloop.rl.ppo import PPO, PPOConfig
+
+GAMMA = 0.96
+GAME = envs.MatrixGame()
+
+
+# -- learners that look ahead ----------------------------------------------------------------------
+
+
+def look_ahead(
+    own: Tensor, other: Tensor, reward: Callable[[Tensor, Tensor], Tensor], rate: float, steps: int
+) -> Tensor:
+    """Return the other player after ``steps`` gradient steps on its own reward, differentiable."""
+    problem = innerloop.Problem(
+        lambda params, own, batch: -reward(params["other"], own).sum(),
+        innerloop.optim.sgd(lr=rate),
+    )
+    return innerloop.unroll(problem, {"other": other}, None, hyper=own, steps=steps).params["other"]
+
+
+def mean_reward(own: Tensor, other: Tensor) -> Tensor:
+    """Return the exact discounted reward of the first player, per round."""
+    return GAME.returns(own, other, gamma=GAMMA)[0]
+
+
+def total_reward(own: Tensor, other: Tensor) -> Tensor:
+    """Return the exact discounted reward of the first player, summed over rounds."""
+    return mean_reward(own, other) / (1 - GAMMA)
+
+
+def lola_exact(ahead: int, seeds: int = 500, iterations: int = 200, rate: float = 1.0) -> Tensor:
+    """Return the mean rewards of pairs of learners from N(0, 1), one for each seed, in one batch.
+
+    Foerster et al., "Learning with opponent-learning awareness", 2018: gradient ascent with lr 1
+    on the total discounted reward, with ``ahead`` steps of the opponent, of the same rate, in view.
+    """
+    players = [*torch.randn(2, seeds, 5, generator=torch.Generator().manual_seed(0))]
+    for _ in range(iterations):
+        moved = []
+        for own, other in (players, players[::-1]):
+            own, other = own.detach().requires_grad_(), other.detach().requires_grad_()
+            adapted = other
+            if ahead:
+                # LOLA takes its own reward where the opponent is now, and only the derivative
+                # through the opponent's step: a first-order expansion of looking ahead.
+                adapted = look_ahead(own, other, total_reward, rate, ahead)
+                adapted = other + adapted - adapted.detach()
+            value = total_reward(own, adapted).sum()
+            moved.append(own.detach() + torch.autograd.grad(value, own)[0])
+        players = moved
+    return mean_reward(*players)
+
+
+def lola_from_zeros(ahead: int, updates: int = 50) -> float:
+    """Return the mean reward of two learners that start at 0: Adam .2, inner lr .3."""
+    players = [torch.zeros(5, requires_grad=True) for _ in range(2)]
+    optimizers = [torch.optim.Adam([p], lr=0.2) for p in players]
+    for _ in range(updates):
+        grads = []
+        for own, other in (players, players[::-1]):
+            copy = other.detach().requires_grad_()
+            adapted = look_ahead(own, copy, total_reward, 0.3, ahead) if ahead else copy
+            grads.append(torch.autograd.grad(-total_reward(own, adapted), own)[0])
+        for own, optimizer, grad in zip(players, optimizers, grads, strict=True):
+            own.grad = grad
+            optimizer.step()
+    return mean_reward(*players).item()
+
+
+def lola() -> None:
+    """Figures 4 and 5: the exact game."""
+    for name, ahead in (("naive", 0), ("LOLA", 1)):
+        found = lola_exact(ahead)
+        print(
+            f"{name}: mean reward {found.mean():.3f}, deviation {found.std():.3f} over "
+            f"{len(found)} seeds; {(found > -1.2).float().mean():.1%} above -1.2"
+        )
+    rewards = ", ".join(f"{lola_from_zeros(k):.3f}" for k in range(4))
+    print(f"from zeros, 0 to 3 steps ahead: {rewards}")
+
+
+def played(first: Tensor, second: Tensor, n: int, rounds: int) -> tuple[Tensor, ...]:
+    """Play, and return states of both players, actions of both, rewards of both, ``[T, n]``."""
+    mirror = torch.tensor([0, 1, 3, 2, 4])
+    state = torch.zeros(n, dtype=torch.long)
+    rows = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            actions = [
+                1 - torch.bernoulli(logits.sigmoid()[s]).long()
+                for logits, s in ((first, state), (second, mirror[state]))
+            ]
+            following, *rewards = GAME.play(*actions)
+            rows.append((state, mirror[state], *actions, *rewards))
+            state = following
+    return tuple(torch.stack(x) for x in zip(*rows, strict=True))
+
+
+def joint_log_probs(logits: Tensor, state: Tensor, action: Tensor) -> Tensor:
+    """Return the log-probability of the actions, where 0 has the chance sigmoid(logits)."""
+    return torch.nn.functional.logsigmoid(logits[state] * (1 - 2 * action))
+
+
+def sampled_objective(
+    own: Tensor, other: Tensor, mine: bool, kind: str, n: int, rounds: int
+) -> Tensor:
+    """Return a surrogate for the reward of one player, that depends on both."""
+    with torch.no_grad():
+        states, mirrored, a, b, first, second = played(own, other, n, rounds)
+    discounts = (GAMMA ** torch.arange(rounds)).unsqueeze(-1)
+    reward = (first if mine else second) * discounts
+    log_probs = joint_log_probs(own, states, a) + joint_log_probs(other, mirrored, b)
+    if kind == "dice":
+        baseline = (reward.mean(1, keepdim=True)).expand_as(reward)
+        return surrogate(log_probs, reward, kind="dice", baseline=baseline)
+    # The naive surrogate: log π times the return that follows, whose second derivative is wrong.
+    following = reward.flip(0).cumsum(0).flip(0)
+    return surrogate(log_probs, following - following.mean(1, keepdim=True), kind="reinforce")
+
+
+def lola_sampled(kind: str, seed: int, iterations: int = 100, n: int = 1024) -> float:
+    """Return the exact mean reward of two learners from samples, one step ahead.
+
+    Foerster et al., "DiCE", 2018: batch 1024, 150 rounds, inner lr .3; outer Adam with lr .1.
+    """
+    torch.manual_seed(seed)
+    players = [torch.zeros(5, requires_grad=True) for _ in range(2)]
+    optimizers = [torch.optim.Adam([p], lr=0.1) for p in players]
+    for _ in range(iterations):
+        grads = []
+        for own, other in (players, players[::-1]):
+            copy = other.detach().requires_grad_()
+            inner = sampled_objective(own, copy, False, kind, n, 150)
+            step = torch.autograd.grad(inner, copy, create_graph=True)[0]
+            outer = sampled_objective(own, copy + 0.3 * step, True, kind, n, 150)
+            grads.append(torch.autograd.grad(-outer, own)[0])
+        for own, optimizer, grad in zip(players, optimizers, grads, strict=True):
+            own.grad = grad
+            optimizer.step()
+    return mean_reward(*players).item()
+
+
+def lola_dice(seeds: int = 5) -> None:
+    """Figure 6: the same game from samples, with the right surrogate and with the naive one."""
+    for kind in ("dice", "reinforce"):
+        found = torch.tensor([lola_sampled(kind, seed) for seed in range(seeds)])
+        print(
+            f"{kind}: median reward {found.median():.3f} of {[round(x, 3) for x in found.tolist()]}"
+        )
+
+
+# -- meta-learners and PPO -------------------------------------------------------------------------
+
+
+def mdp(seeds: int = 1, iterations: int = 500) -> None:
+    """Figure 3: tabular MDPs, one inner step with learned rates for all numbers."""
+    for seed in range(seeds):
+        config = MetaConfig(
+            env="mdp",
+            algorithm="meta-sgd",
+            iterations=iterations,
+            tasks=20,
+            episodes=20,
+            inner_lr=300.0,
+            outer_lr=0.05,
+            outer_epochs=1,
+            gamma=1.0,
+            hidden=(),
+            seed=seed,
+        )
+        learner = MetaLearner(config)
+        learner.train()
+        print(f"seed {seed}: {learner.summary()}", flush=True)
+
+
+def navigation(seeds: int = 1, iterations: int = 40) -> None:
+    """Figure 2: ProMP on two-dimensional navigation, at 1.5 million steps."""
+    for seed in range(seeds):
+        learner = MetaLearner(MetaConfig(iterations=iterations, seed=seed))
+        print(f"seed {seed}, untrained: {learner.summary()}", flush=True)
+        learner.train()
+        print(f"seed {seed}: {learner.summary()}", flush=True)
+
+
+def cartpole(seeds: int = 3) -> None:
+    """Figure 1: plain PPO on CartPole-v1, 100,000 steps."""
+    for seed in range(seeds):
+        learner = PPO(PPOConfig(seed=seed))
+        learner.train()
+        print(f"seed {seed}: {learner.summary()}", flush=True)
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "lola": lola,
+    "lola-dice": lola_dice,
+    "mdp": mdp,
+    "navigation": navigation,
+    "cartpole": cartpole,
+}
+
+
+def main() -> None:
+    """Run the figure that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figure", choices=list(COMMANDS))
+    torch.set_num_threads(1)
+    figure = parser.parse_args().figure
+    start = time.process_time()
+    COMMANDS[figure]()
+    print(f"{time.process_time() - start:.0f} s of processor time")
+
+
+if __name__ == "__main__":
+    main()
