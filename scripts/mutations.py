@@ -63,7 +63,8 @@ SUBJECTS = (
 
 NOT_COMPUTING = re.compile(
     r"^_?(check|validate|accept|require|refuse|warn|raise|lacks|forecast|slots_for|takes_|in_chunks"
-    r"|slot_count|not_finite|in_bytes|compare|numbered|padding|zeros|edits|__post_init__|__repr__|__format__|__eq__)"
+    r"|slot_count|not_finite|in_bytes|compare|numbered|padding|zeros|edits|__post_init__|__repr__"
+    r"|__format__|__eq__)"
 )
 """Functions that judge what was passed or foresee what it costs, and compute nothing."""
 

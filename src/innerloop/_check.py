@@ -383,8 +383,9 @@ def _called_by_user() -> bool:
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
         package = module.partition(".")[0]
-        # Modes that replace calls, and checkers of types, stand between the caller and torch.
-        if package not in ("torch", "jaxtyping") and module not in (__name__, "innerloop.nn._mode"):
+        # Modes that see calls, and checkers of types, stand between the caller and torch.
+        between = (__name__, "innerloop.nn._mode", "innerloop._track.edits")
+        if package not in ("torch", "jaxtyping") and module not in between:
             return package != "innerloop"
         frame = frame.f_back
     return False
