@@ -426,7 +426,12 @@ def test_the_inner_loop_is_mapped_over_tasks() -> None:
         assert torch.allclose(mapped[1][i], single[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_advantages_come_by_way_of_hyper() -> None:
     policy = Tanh()
-    with pytest.raises(InvalidInputError, match="takes its advantages from hyper"):
-        innerloop.unroll(ppo_problem(policy), None or dict(policy.named_parameters()), [None])
+    batches = rollout_of(policy).minibatches(1, 8)
+    for hyper in (None, {"gamma": torch.tensor(0.9)}):
+        with pytest.raises(InvalidInputError, match="takes its advantages from hyper"):
+            innerloop.unroll(
+                ppo_problem(policy), dict(policy.named_parameters()), batches, hyper=hyper
+            )
