@@ -253,7 +253,13 @@ def test_evaluation_changes_nothing() -> None:
 
 def test_meta_learning_makes_one_step_of_adaptation_pay() -> None:
     """Bandits of three arms: after meta-training one step finds the best arm more often."""
-    settings = {"env": "bandit", "gamma": 1.0, "episodes": 30, "tasks": 30, "hidden": ()}
+    settings: dict[str, Any] = {
+        "env": "bandit",
+        "gamma": 1.0,
+        "episodes": 30,
+        "tasks": 30,
+        "hidden": (),
+    }
     config = MetaConfig(**settings, algorithm="meta-sgd", inner_lr=0.5, outer_lr=0.1, iterations=40)
     learner = MetaLearner(config)
     untrained = learner.evaluate(200, steps=1, episodes=100)

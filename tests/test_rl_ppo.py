@@ -23,7 +23,7 @@ from innerloop.rl import Categorical, Rollout, envs
 from innerloop.rl.ppo import PPO, ActorCritic, PPOConfig, ppo_problem
 from tests.test_rl_envs import Counter
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "env": "cartpole",
     "total_steps": 320,
     "num_envs": 2,
@@ -94,14 +94,14 @@ def test_a_killed_run_goes_on_with_the_same_weights(tmp_path: Path) -> None:
             process.stdout.readline()
         time.sleep(random.Random().random() / 50)
         process.send_signal(signal.SIGKILL)
-    resumed, whole = PPO(PPOConfig(**SMALL)), PPO(PPOConfig(**SMALL))  # type: ignore[arg-type]
+    resumed, whole = PPO(PPOConfig(**SMALL)), PPO(PPOConfig(**SMALL))
     resumed.train(tmp_path, resume=True)
     whole.train()
     assert same(whole, resumed)
 
 
 def test_a_run_is_not_overwritten_and_belongs_to_its_settings(tmp_path: Path) -> None:
-    config = PPOConfig(**SMALL)  # type: ignore[arg-type]
+    config = PPOConfig(**SMALL)
     PPO(config).train(tmp_path)
     with pytest.raises(InvalidInputError, match="holds a run already"):
         PPO(config).train(tmp_path)
@@ -119,7 +119,7 @@ def test_a_run_is_not_overwritten_and_belongs_to_its_settings(tmp_path: Path) ->
 
 def test_a_run_leaves_the_users_random_numbers_alone() -> None:
     state = torch.get_rng_state()
-    PPO(PPOConfig(**SMALL)).train()  # type: ignore[arg-type]
+    PPO(PPOConfig(**SMALL)).train()
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -144,7 +144,7 @@ def test_the_command_line_trains_resumes_and_draws(
 
 
 def test_a_rollout_holds_what_the_policy_did() -> None:
-    learner = PPO(PPOConfig(**SMALL))  # type: ignore[arg-type]
+    learner = PPO(PPOConfig(**SMALL))
     rollout = learner.collect()
     distribution, values = learner.policy(rollout.observations)
     assert torch.allclose(distribution.log_prob(rollout.actions), rollout.log_probs)
@@ -271,7 +271,7 @@ class Broken(envs.CartPole):
 
 
 def test_rewards_that_are_no_numbers_are_named() -> None:
-    learner = PPO(PPOConfig(**SMALL), env=Broken())  # type: ignore[arg-type]
+    learner = PPO(PPOConfig(**SMALL), env=Broken())
     before = [p.clone() for p in learner.policy.parameters()]
     with pytest.raises(InvalidInputError, match="rewards is nan at step 0 of environment 0"):
         learner.train()
@@ -411,11 +411,13 @@ def test_the_inner_loop_is_mapped_over_tasks() -> None:
 
     def stacked(rows: list[Rollout]) -> Rollout:
         columns = zip(*rows, strict=True)
-        return Rollout(*(None if c[0] is None else torch.stack(c) for c in columns))
+        found: list[Any] = [None if c[0] is None else torch.stack(c) for c in columns]
+        return Rollout(*found)
 
     both = torch.func.grad(one, argnums=(0, 1))
     many = stacked(rollouts)
-    dims = Rollout(*(None if x is None else 0 for x in many))
+    zeros: list[Any] = [None if x is None else 0 for x in many]
+    dims = Rollout(*zeros)
     mapped = torch.func.vmap(both, in_dims=(None, None, dims, dims))(
         params, gamma, many, stacked(tests)
     )
