@@ -30,7 +30,7 @@ from innerloop.rl.meta import Episodes, MetaConfig, MetaLearner
 CONFIG = MetaConfig(
     env="mdp",
     algorithm="meta-sgd",
-    iterations=150,
+    iterations=300,
     tasks=20,
     episodes=20,
     inner_lr=300.0,
@@ -51,7 +51,8 @@ def interval(returns: Tensor) -> str:
 def random_start(config: MetaConfig) -> Tensor:
     """Return the returns from a random start, ``[2, tasks]``, at the rate that is best on them."""
     found = [
-        MetaLearner(dataclasses.replace(config, inner_lr=rate)).evaluate(steps=1) for rate in RATES
+        MetaLearner(dataclasses.replace(config, inner_lr=rate)).evaluate(200, steps=1)
+        for rate in RATES
     ]
     return max(found, key=lambda returns: returns[1].mean().item())
 
@@ -144,7 +145,7 @@ def main() -> None:
     config = dataclasses.replace(CONFIG, iterations=options.iterations)
     learner = MetaLearner(config)
     learner.train()
-    trained, random = learner.evaluate(steps=1), random_start(config)
+    trained, random = learner.evaluate(200, steps=1), random_start(config)
     for name, returns in {"random start": random, "meta-learned": trained}.items():
         print(f"{name}: {interval(returns[0])} before, {interval(returns[1])} after one step")
     draw_returns(trained, random, options.out / "rl-returns.png")

@@ -77,7 +77,7 @@ def expected_outer_gradient(algorithm: str) -> Tensor:
         for arm in range(3):
             # Pulls of all arms, weighted by their chances: the outer loss is a mean over pulls.
             outer = pulls(torch.tensor([arm]), adapted)
-            learner.optimizer.step = lambda *_: None  # type: ignore[method-assign]
+            learner.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
                 learner._update([inner], [inner], outer)
@@ -126,7 +126,7 @@ def test_the_outer_gradient_equals_finite_differences(algorithm: str, inner: str
             {i: p.grad.clone() for i, p in enumerate(weights(learner)) if p.grad is not None}
         )
 
-    learner.optimizer.step = keep  # type: ignore[method-assign]
+    learner.optimizer.step = keep  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
         learner._update(batches, data[:1], data[1])

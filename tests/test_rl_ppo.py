@@ -154,6 +154,7 @@ def test_a_rollout_holds_what_the_policy_did() -> None:
     # The first row of the next rollout follows the last row of this one.
     following = learner.collect()
     assert rollout.last_value is not None
+    assert isinstance(following.observations, Tensor)
     assert torch.allclose(learner.policy(following.observations[0])[1], rollout.last_value)
 
 

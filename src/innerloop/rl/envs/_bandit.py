@@ -26,6 +26,8 @@ class Bandit(TensorEnv):
         tensor([3.])
     """
 
+    action_space: Discrete
+
     def __init__(self, arms: int = 5, noise: float | None = None, horizon: int = 1) -> None:
         self.observation_space, self.action_space = Box(1), Discrete(arms)
         self.noise, self.horizon = noise, horizon

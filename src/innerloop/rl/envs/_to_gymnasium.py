@@ -35,7 +35,7 @@ def to_gymnasium(env: TensorEnv, tasks: int | Tasks, *, seed: int = 0) -> Any:
         return gymnasium.spaces.Box(space.low, space.high, (space.size,), numpy.float32)
 
     # The class is made here, because its base exists only where Gymnasium is installed.
-    class TensorVectorEnv(gymnasium.vector.VectorEnv):  # type: ignore[misc, name-defined]
+    class TensorVectorEnv(gymnasium.vector.VectorEnv):  # type: ignore[name-defined]
         """N copies of a tensor environment, with arrays in and out."""
 
         num_envs = batch.num_envs
