@@ -243,7 +243,7 @@ class MetaLearner:
 
     @property
     def history(self) -> History:
-        """The diagnostics of all iterations, by name."""
+        """Return the diagnostics of all iterations, by name."""
         return self.counters["history"]
 
     def train(

@@ -167,7 +167,7 @@ class PPO:
 
     @property
     def history(self) -> History:
-        """The diagnostics of all iterations, by name."""
+        """Return the diagnostics of all iterations, by name."""
         return self.counters["history"]
 
     def train(
