@@ -1,12 +1,14 @@
 # Two commands do everything on a machine that has Python 3.11, pip, make and git:
 #
-#     make walkthrough     the derivative of parameters with respect to their earlier version, three ways
+#     make walkthrough     d parameters / d their earlier version, computed in three ways
 #     make test            formatter, linter, type checker, tests, doctests
 #
-# Both create `.venv` first if it is missing, and bring it up to date when pyproject.toml or constraints.txt changed.
+# Both create `.venv` first if it is missing, and bring it up to date when pyproject.toml or
+# constraints.txt changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Where torch comes from, if not from pip's own configuration; for instance TORCH_PIP_ARGS="--index-url ...".
+# Where torch comes from, if not from pip's own configuration; for instance
+# TORCH_PIP_ARGS="--index-url ...".
 TORCH_PIP_ARGS ?=
 # One process per core; torch then gets one thread in each.
 WORKERS ?= 2
@@ -16,16 +18,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Build isolation is off below, so that the build backend is pinned like everything else.
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-# Peers that the benchmarks, the bridge's tests and the migration pages compare with. Without their dependencies: they must
-# not move torch.
+# Peers that the benchmarks, the bridge's tests and the migration pages compare with. Without their
+# dependencies: they must not move torch.
 PEERS := higher jaxopt torchopt
-# pip 24.1 and later refuses the metadata of this one; its migration page is skipped where it is missing.
+# pip 24.1 and later refuses the metadata of this one; its migration page is skipped where it is
+# missing.
 OLD_PEERS := betty-ml
 RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help walkthrough test lint format types pytest slow fuzz errors coverage bench docs setup clean
+.PHONY: help walkthrough test lint format types pytest slow fuzz mutants errors coverage bench docs setup clean
 
 help:  ## what can be asked for
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -77,6 +80,9 @@ slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 fuzz: $(DEV_READY)  ## random trainings against finite differences of plain torch; FUZZ_ARGS="--seed 3"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 20000 $(FUZZ_ARGS)
 
+mutants: $(DEV_READY)  ## small mistakes in derivatives and rules: do the tests notice? MUTANTS_ARGS="--seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
+
 errors: $(DEV_READY)  ## docs/errors.md, written from the errors that the code raises
 	$(BIN)/python scripts/errors_page.py
 
@@ -90,4 +96,4 @@ docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an e
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean:  ## caches and build outputs; .venv stays
-	rm -rf docs/_build .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* dist
+	rm -rf docs/_build .mutants .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* dist

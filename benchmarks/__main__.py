@@ -14,6 +14,7 @@ from benchmarks import (
     attention,
     figures,
     forecast,
+    implicit,
     imports,
     long,
     machine,
@@ -25,7 +26,16 @@ from benchmarks import (
 )
 from benchmarks.workloads import WORKLOADS
 
-SECTIONS = (*WORKLOADS, "long", "forecast", "products", "updates", "attention", "import")
+SECTIONS = (
+    *WORKLOADS,
+    "long",
+    "forecast",
+    "products",
+    "updates",
+    "attention",
+    "implicit",
+    "import",
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -92,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "products":
             reached = []
             section = report.products_section(products.measure(), machine.describe())
+        elif name == "implicit":
+            reached = []
+            found_roots = implicit.measure(arguments.repeats, arguments.clock)
+            section = report.implicit_section(found_roots, machine.describe())
         elif name == "updates":
             found = updates.measure(arguments.repeats, arguments.clock)
             reached = figures.read_updates(found)

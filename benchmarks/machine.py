@@ -10,7 +10,7 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("innerloop", "torch", "higher", "torchopt", "jax")
+PACKAGES = ("innerloop", "torch", "higher", "torchopt", "jax", "jaxopt", "optimistix")
 
 
 def describe() -> dict[str, str]:

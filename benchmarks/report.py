@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.attention import PEER, Measured
 from benchmarks.figures import Reading
 from benchmarks.forecast import Forecast, table
+from benchmarks.implicit import PEERS, Derivative
 from benchmarks.imports import ImportTimes
 from benchmarks.long import TIMES_HIGHER, LongTimes
 from benchmarks.products import PRODUCTS, Product
@@ -155,6 +156,36 @@ def products_section(products: Sequence[Product], facts: Mapping[str, str]) -> s
         for p in products
     ]
     return f"### Second derivatives of a step\n\n{about}\n\n{_table(head, rows)}"
+
+
+def implicit_section(derivatives: Sequence[Derivative], facts: Mapping[str, str]) -> str:
+    """What the derivative of a given solution costs, beside other libraries."""
+    about = (
+        "The derivative of a solution that is given, in float64: the linear system and the "
+        "products around it. JAX is compiled (its compilation is not timed), innerloop runs "
+        "eagerly. Time of ours over that of a peer, round by round: median (quartiles; min to "
+        "max); `error` is the largest relative error against the closed form, of all libraries. "
+        f"{_sentence(facts)} BLAS: {torch_blas()} for PyTorch, Eigen for XLA."
+    )
+    head = ["solution", "innerloop", *(f"over {peer}" for peer in PEERS), "error"]
+    rows = [
+        [
+            d.title,
+            f"{_digits(1e3 * d.seconds)} ms",
+            *(_spread(d.ratios[peer]) if peer in d.ratios else "" for peer in PEERS),
+            f"{max(d.errors.values()):.0e}",
+        ]
+        for d in derivatives
+    ]
+    return f"### Implicit differentiation\n\n{about}\n\n{_table(head, rows)}"
+
+
+def torch_blas() -> str:
+    """Return the name of the linear algebra library that PyTorch was built with."""
+    import torch
+
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return found.group(1) if found else "unknown"
 
 
 def attention_section(steps: Sequence[Measured], facts: Mapping[str, str]) -> str:

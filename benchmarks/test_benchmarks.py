@@ -14,7 +14,18 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-from benchmarks import __main__, check, figures, long, memory, optimizers, report, results, timing
+from benchmarks import (
+    __main__,
+    check,
+    figures,
+    implicit,
+    long,
+    memory,
+    optimizers,
+    report,
+    results,
+    timing,
+)
 from benchmarks.contenders import CONTENDERS, Contender, handwritten
 from benchmarks.imports import ImportTimes
 from benchmarks.spread import Spread
@@ -233,6 +244,21 @@ def test_long_loops_are_measured_and_told() -> None:
         {"date": "today", "machine": "this one"},
     )
     assert json.loads(report.as_json([], readings, times))["long"]["conv4"]["process"] == 3000
+
+
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained")
+def test_every_library_gives_the_closed_form_of_a_given_solution() -> None:
+    with implicit._double_precision_in_jax():
+        found = [
+            implicit._measure(case, 2, "wall")
+            for case in (implicit._roots(()), implicit._roots((3,)), implicit._ridge(20, 5))
+        ]
+    for derivative in found:
+        assert derivative.seconds > 0
+        assert all(error < 1e-8 for error in derivative.errors.values()), derivative
+    told = report.implicit_section(found, {"date": "today", "machine": "this one"})
+    assert "3 roots by vmap" in told
+    assert "BLAS: " in told
 
 
 def test_the_longest_loop_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

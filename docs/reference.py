@@ -29,6 +29,7 @@ MODULES = (
     "innerloop.optim",
     "innerloop.optim.helpers",
     "innerloop.strategy",
+    "innerloop.strategy.solvers",
     "innerloop.nn",
     "innerloop.nn.functional",
     "innerloop.inspect",
@@ -66,6 +67,15 @@ MEMBERS = {
     "StoreAll": (),
     "Truncated": (),
     "FirstOrder": (),
+    "Evolution": ("online",),
+    "Implicit": (),
+    "Solver": ("run", "limit"),
+    "CG": (),
+    "Dense": (),
+    "FixedPoint": (),
+    "GMRES": (),
+    "Neumann": (),
+    "NormalCG": (),
     "Trajectory": ("params", "losses", "at", "times"),
     "Plan": ("best", "fits"),
     "Packed": (),
@@ -73,7 +83,7 @@ MEMBERS = {
 }
 """Which members users call, where a class has further ones for the package's own use."""
 
-NEVER = ("torch_class", "torch_layout", "state_type")
+NEVER = ("torch_layout", "state_type")
 """Members that no description shows."""
 
 

@@ -24,13 +24,14 @@ WARNINGS = (
     "UnreachedGradientWarning",
     "CapturedParameterWarning",
     "BiasedSurrogateWarning",
+    "NotConvergedWarning",
 )
 
 
 PASSED_ON = {
     "nn/_replacements/elementary": "the catalogue says what each operation lacks and what to write",
     "optim/_settings": "`require`: the text is that of its callers, which are read",
-    "strategy/_engine/guards": "the last argument of refuse_inputs and refuse_outputs, read there",
+    "strategy/_engine/guards": "the last argument of refuse_inputs and its kind, read there",
 }
 """Modules that raise with a text handed to them, and where that text is read."""
 
@@ -76,6 +77,15 @@ KINDS = (
         "differ: the loss is not a function of its arguments, has a kink at this point, stops a "
         "gradient, or the precision is too low.",
         "innerloop.check_metagradient(outer, problem, params, batches, hyper=hyper)  # in float64",
+    ),
+    Kind(
+        "A solution is not one, or its linear system is not solved",
+        r"SolverError|SingularSystemError|IndefiniteSystemError|SolverNotConvergedError|"
+        r"NotConvergedWarning| _linear/solvers",
+        "Implicit differentiation solves a linear system where the inner problem is solved. Either "
+        "the inner problem is not solved there, or it has no unique solution, or the solver is not "
+        "made for such a matrix.",
+        "strategy=innerloop.Implicit(innerloop.strategy.solvers.GMRES())  # any invertible matrix",
     ),
     Kind(
         "An optional package is missing",
@@ -302,7 +312,7 @@ def raised(tree: ast.AST, classes: set[str]) -> Iterator[tuple[str, ast.expr]]:
             yield name, node.args[0]
         elif owner in classes and name == "of":
             yield owner, ast.Constant(f"{HOLE} needs the package {HOLE}, which is not installed")
-        elif name in ("refuse_inputs", "refuse_outputs"):
+        elif name in ("refuse_inputs", "refuse_outputs", "refuse_use"):
             yield "NotDifferentiableError", node.args[-1]
         elif name == "require" and len(node.args) == 2:
             yield "InvalidInputError", node.args[1]

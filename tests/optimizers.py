@@ -400,9 +400,16 @@ def _pairs(settings: Settings) -> set[frozenset[tuple[str, Any]]]:
 
 
 def defaults(rule: Rule, settings: Settings) -> dict[str, Any]:
-    """The settings, completed by torch's own defaults."""
-    arguments = inspect.signature(rule.torch).parameters.values()
-    return {**{a.name: a.default for a in arguments if a.default is not a.empty}, **settings}
+    """The settings, completed by torch's own defaults.
+
+    A class outside of ``torch.optim`` may have arguments that concern its own code only.
+    """
+    arguments = inspect.signature(rule.torch).parameters
+    names = set(arguments)
+    if not rule.torch.__module__.startswith("torch.optim"):
+        names &= set(inspect.signature(rule.make).parameters)
+    known = {name: arguments[name].default for name in arguments if name in names}
+    return {**{k: v for k, v in known.items() if v is not inspect.Parameter.empty}, **settings}
 
 
 def read(settings: Settings, name: str) -> Any:

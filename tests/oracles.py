@@ -14,6 +14,7 @@ answer (``NoDerivative``) instead of giving a number.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,13 +241,12 @@ def unchecked(
     """The optimizer, its numbers written into its groups *after* construction.
 
     A finite difference at lr = 0 or momentum = 0 needs values below zero, which the constructor
-    refuses and ``step`` does not.
+    refuses and ``step`` does not. A class outside of ``torch.optim`` may have one kernel only, and
+    no arguments to choose it by.
     """
-    flags = {
-        k: v
-        for k, v in groups[0].items()
-        if k in ("foreach", "fused", "differentiable", "capturable")
-    }
+    kernels = {"foreach", "fused", "differentiable", "capturable"}
+    known = kernels & set(inspect.signature(rule).parameters)
+    flags = {k: v for k, v in groups[0].items() if k in known}
     optimizer = rule([{"params": group["params"]} for group in groups], **flags)
     for ours, theirs in zip(groups, optimizer.param_groups, strict=True):
         theirs.update({k: v for k, v in ours.items() if k != "params"})

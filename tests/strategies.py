@@ -80,6 +80,8 @@ STRATEGIES = (
     Enrolled(innerloop.ForwardMode(), REPLAY | {"params"}),
     Enrolled(innerloop.Truncated(2), REPLAY | {"params"}),
     Enrolled(innerloop.FirstOrder(), REPLAY),
+    Enrolled(innerloop.Implicit(), REPLAY | {"params"}),
+    Enrolled(innerloop.Evolution(), REPLAY | {"params"}),
     Enrolled(HandWritten(), REPLAY),
 )
 

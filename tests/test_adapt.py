@@ -3,13 +3,19 @@ the refusals."""
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import innerloop
 from innerloop import InvalidInputError, NotDifferentiableError
@@ -752,6 +758,25 @@ def _by_dlpack(p: Tensor, new: Tensor) -> None:
     p.copy_(torch.from_dlpack(new.detach()))  # type: ignore[attr-defined]
 
 
+def _by_old_dlpack(p: Tensor, new: Tensor) -> None:
+    p.copy_(dlpack.from_dlpack(dlpack.to_dlpack(new)))  # type: ignore[attr-defined]
+
+
+def _by_imported_dlpack(p: Tensor, new: Tensor) -> None:
+    p.copy_(dlpack.from_dlpack(to_dlpack(new)))
+
+
+def _by_pickle(p: Tensor, new: Tensor) -> None:
+    p.copy_(pickle.loads(pickle.dumps(new)))
+
+
+def _by_file(p: Tensor, new: Tensor) -> None:
+    file = io.BytesIO()
+    torch.save(new, file)
+    file.seek(0)
+    p.copy_(torch.load(file))
+
+
 def _by_set(p: Tensor, new: Tensor) -> None:
     p.set_(new)  # type: ignore[call-overload]
 
@@ -763,6 +788,10 @@ def _by_set(p: Tensor, new: Tensor) -> None:
         (_by_storage, r"test_adapt.py:\d+: `.*memory.*untyped_storage"),
         (_by_typed_storage, r"test_adapt.py:\d+: `.*memory"),
         (_by_dlpack, r"test_adapt.py:\d+: `.*memory.*dlpack"),
+        (_by_old_dlpack, r"test_adapt.py:\d+: `.*memory.*dlpack"),
+        (_by_imported_dlpack, r"test_adapt.py:\d+: `.*memory.*dlpack"),
+        (_by_pickle, r"test_adapt.py:\d+: `.*writes a tracked tensor out"),
+        (_by_file, r"test_adapt.py:\d+: `.*writes a tracked tensor out"),
         (_by_set, "set_"),
     ],
 )
@@ -797,3 +826,33 @@ def test_a_step_that_writes_memory_later_is_refused(write: Any, message: str) ->
             steps=12,
             wrt="params",
         )
+
+
+def test_dlpack_is_as_ever_outside_of_a_step():
+    """The name is put back, and constants may be handed over inside a step too."""
+    before = dlpack.to_dlpack  # type: ignore[attr-defined]
+    handed: list[Tensor] = []
+
+    def step(self: Any, params: Any) -> None:
+        for p in params:
+            handed.append(dlpack.from_dlpack(to_dlpack(torch.ones(2))))
+            p.sub_(0.1 * p.grad)
+
+    adapt(a_class(step))
+    assert dlpack.to_dlpack is before  # type: ignore[attr-defined]
+    assert to_dlpack is before
+    assert handed
+    assert all(x.tolist() == [1.0, 1.0] for x in handed)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random])
+def test_random_numbers_that_are_not_torchs_are_refused(draw: Any):
+    """They are not rewound where a step is run again; rare draws escaped the comparison of runs."""
+
+    def step(self: Any, params: Any) -> None:
+        rare = draw() < 1e-9
+        for p in params:
+            p.sub_((0.2 if rare else 0.1) * p.grad)
+
+    with pytest.raises(NotDifferentiableError, match="not rewound where a step is run again"):
+        adapt(a_class(step))

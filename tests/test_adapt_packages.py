@@ -107,7 +107,7 @@ class Verdict(NamedTuple):
 
     @property
     def right(self) -> bool:
-        return self.forward <= 1e-9 and self.gradient <= 1e-4
+        return self.forward <= 1e-10 and self.gradient <= 1e-5
 
 
 def judged(make: Make, optimizer: Any, closure: bool = False) -> Verdict:
@@ -143,7 +143,9 @@ SOME = (
     "adafactor",
     "adams",
     "focus",
+    "kron",
     "lamb",
+    "laprop",
     "prodigy",
     "racs",
     "shampoo",
@@ -193,6 +195,9 @@ def test_each_class_of_pytorch_optimizer_is_right_or_refused_for_a_reason_that_h
 def check_reason(cls: Any, said: str) -> None:
     """The line that is named stands in the package's source; or the printed numbers come out again,
     by this oracle too."""
+    if "of NumPy" in said:
+        assert re.search(r"np\.random|random\.", inspect.getsource(sys.modules[cls.__module__]))
+        return
     named = re.search(r"(\w+\.py):(\d+): `(.*?)`:", said)
     if named:
         file, line, code = named.groups()

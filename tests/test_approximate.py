@@ -493,3 +493,26 @@ def test_online_draws_from_the_carry():
     *_, last = run
     torch.testing.assert_close(last.carry.params["w"], truth.params["w"], rtol=1e-12, atol=0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_online_names_what_is_not_finite():
+    """It handed on nan and inf: a loop that diverges, a derivative of sqrt at 0, an outer loss."""
+    w = {"w": torch.ones((), dtype=torch.float64)}
+    rate = {"lr": torch.tensor(1e200, dtype=torch.float64)}
+    square = innerloop.Problem(
+        lambda p, h, b: p["w"].square() / 2, innerloop.optim.sgd(), optimizer_hyper=("lr",)
+    )
+    run = ForwardMode().online(lambda p, h: p["w"].square(), square, w, None, steps=4, hyper=rate)
+    with pytest.raises(innerloop.NonFiniteError, match="the outer loss is not finite after step 0"):
+        list(run)
+
+    kink = innerloop.Problem(lambda p, h, b: p["w"] * h["a"].sqrt(), innerloop.optim.sgd(lr=0.1))
+    zero = {"a": torch.zeros((), dtype=torch.float64)}
+    run = ForwardMode().online(lambda p, h: p["w"], kink, w, None, steps=2, hyper=zero)
+    with pytest.raises(innerloop.NonFiniteError, match=r"grads\['a'\] is not finite after step 0"):
+        next(run)
+
+    rate = {"lr": torch.tensor(1e120, dtype=torch.float64)}
+    run = ForwardMode().online(lambda p, h: p["w"] * 1e-300, square, w, None, steps=9, hyper=rate)
+    with pytest.raises(innerloop.NonFiniteError, match="inner loop diverged"):
+        list(run)

@@ -403,3 +403,86 @@ def test_complex_inputs_are_checked_or_refused_but_not_passed_over():
         innerloop.check_metagradient(
             outer, {"z": torch.ones(2, dtype=torch.complex64), "a": torch.ones(1)}
         )
+
+
+def _bootstrapped(how: str) -> innerloop.Problem:
+    """A regression on targets that are made of the parameters themselves."""
+
+    def target(params: Any, hyper: Any, batch: Any) -> Tensor:
+        return (params["w"] * (batch + 1)).sin()
+
+    def loss(params: Any, hyper: Any, batch: Any, *targets: Tensor) -> Tensor:
+        if how == "no_grad":
+            with torch.no_grad():
+                goal = target(params, hyper, batch)
+        elif how == "data":
+            goal = target({"w": params["w"].data}, hyper, batch)
+        else:
+            goal = targets[0] if targets else target(params, hyper, batch).detach()
+        return (params["w"] * batch - goal).square().sum()
+
+    targets = target if how == "targets" else None
+    return innerloop.Problem(loss, innerloop.optim.sgd(), optimizer_hyper=("lr",), targets=targets)
+
+
+def _through_three_steps(problem: innerloop.Problem, **kwargs: Any) -> Any:
+    batches = torch.tensor([0.5, 1.0, 0.7], dtype=torch.float64)
+
+    def outer(x: Any) -> Tensor:
+        traj = innerloop.unroll(problem, {"w": x["w"]}, batches, hyper={"lr": x["lr"]}, **kwargs)
+        return traj.params["w"].square()
+
+    return outer
+
+
+AT = {"w": torch.tensor(2.0), "lr": torch.tensor(0.1)}
+
+
+@pytest.mark.parametrize("how", ["detach", "no_grad", "data"])
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
+def test_a_gradient_with_constant_targets_is_told_from_a_wrong_one(
+    how: str, strategy: innerloop.strategy.Strategy
+):
+    """The derivative is right where the target is held constant, and the error says so."""
+    outer = _through_three_steps(_bootstrapped(how), strategy=strategy)
+    with pytest.raises(innerloop.MetaGradientError) as caught:
+        innerloop.check_metagradient(outer, AT, directions=1)
+    message = str(caught.value)
+    assert "autograd: detached values constant)" in message
+    assert (
+        "They agree if what the code detaches (detach, no_grad, .data) keeps its value" in message
+    )
+    assert "Problem(loss, optimizer, targets=fn)" in message
+
+
+def test_targets_follow_the_whole_run():
+    report = innerloop.check_metagradient(_through_three_steps(_bootstrapped("targets")), AT)
+    assert report.reading == "whole run"
+    assert str(report).endswith("autograd: whole run)")
+
+
+def test_a_tracked_loop_with_constant_targets():
+    def outer(module: nn.Module) -> Tensor:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        with innerloop.track(module, optimizer) as loop:
+            for _ in range(2):
+                goal = loop.model(torch.ones(1, 1).double()).detach().sin()
+                loop.step((loop.model(torch.ones(1, 1).double()) - goal).square().sum())
+            return loop.model(torch.ones(1, 1).double()).square().sum()
+
+    with pytest.raises(innerloop.MetaGradientError, match="autograd: detached values constant"):
+        innerloop.check_metagradient(outer, nn.Linear(1, 1))
+
+
+def test_a_wrong_gradient_is_not_excused_by_a_detached_value():
+    """A value that is detached beside a wrong backward explains nothing; nor does one that is not
+    used, or decides about a branch."""
+    for outer in (
+        lambda x: (wrong(x) * x.detach()).sin().sum(),
+        lambda x: (wrong(x).sin() + 0 * x.detach()).sum(),
+        lambda x: wrong(x).sin().sum() * (1 + int(x.detach()[0] > 0.3)),
+    ):
+        with pytest.raises(innerloop.MetaGradientError) as caught:
+            innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))
+        assert "They agree" not in str(caught.value)
+        assert "constant" not in str(caught.value)

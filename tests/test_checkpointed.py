@@ -1765,17 +1765,15 @@ REPLAYS = [
     Checkpointed(slots="all"),
     Checkpointed(slots=1, product="mixed"),
     Checkpointed(slots=2, offload="disk"),
+    Checkpointed(slots=2, save="gradients"),
+    Checkpointed(slots=2, save="gradients", product="mixed"),
+    Checkpointed(slots=2, save="gradients", product="finite"),
+    Checkpointed(slots=2, product="finite"),
 ]
 
 
-@pytest.mark.parametrize("strategy", REPLAYS, ids=repr)
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
-@pytest.mark.parametrize("source", ["numpy", "generator"])
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("steps", [1, 3])
-def test_noise_that_the_loss_does_not_show_is_refused(
-    hidden: str, source: str, rule: str, strategy: Strategy, steps: int
-):
+def _noisy(hidden: str, source: str) -> Any:
+    """Make a loss whose noise enters in one ``hidden`` place."""
     random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
 
     def drawn() -> Tensor:
@@ -1796,6 +1794,18 @@ def test_noise_that_the_loss_does_not_show_is_refused(
             return (w.square() * drawn()).sum() * 1e-3 + 1e12
         return (mask * w.square() + (1 - mask) * w.square().detach()).sum() / 2
 
+    return loss
+
+
+@pytest.mark.parametrize("strategy", REPLAYS, ids=repr)
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("source", ["numpy", "generator"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_noise_that_the_loss_does_not_show_is_refused(
+    hidden: str, source: str, rule: str, strategy: Strategy, steps: int
+):
+    loss = _noisy(hidden, source)
     problem = innerloop.Problem.from_module(
         _Counter(),
         loss,
@@ -1805,6 +1815,82 @@ def test_noise_that_the_loss_does_not_show_is_refused(
     total = traj.params["w"].sum() + (traj.aux.sum() if hidden == "aux" else 0)
     with pytest.raises(innerloop.InvalidInputError, match="not what it was in the forward pass"):
         total.backward()
+
+
+REPLAYING: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "grad": lambda f: torch.func.grad(f)(torch.tensor(1.0)),
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(f))(torch.tensor([1.0, 2.0])),
+    "hessian": lambda f: torch.func.jacrev(torch.func.jacrev(f))(torch.tensor(1.0)),
+    "jvp": lambda f: torch.func.jvp(f, (torch.tensor(1.0),), (torch.tensor(1.0),)),
+}
+
+
+def _under(transform: str, loss: Any, strategy: Strategy) -> Any:
+    def outer(factor: Tensor) -> Tensor:
+        def scaled(module: Any, hyper: Any, batch: Any) -> Any:
+            found = loss(module, hyper, batch)
+            return (hyper * found[0], found[1]) if isinstance(found, tuple) else hyper * found
+
+        problem = innerloop.Problem.from_module(_Counter(), scaled, innerloop.optim.sgd(lr=0.1))
+        traj = innerloop.unroll(problem, None, None, steps=3, hyper=factor, strategy=strategy)
+        return traj.params["w"].sum() + (0 if traj.aux is None else traj.aux.sum())
+
+    return REPLAYING[transform](outer)
+
+
+@pytest.mark.parametrize("product", ["reverse", "mixed"])
+@pytest.mark.parametrize("save", ["params", "gradients"])
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "hessian"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_noise_is_refused_under_transforms_too(
+    hidden: str, transform: str, save: str, product: str
+):
+    """Only the losses were compared."""
+    strategy = Checkpointed(slots=2, save=save, product=product)
+    with pytest.raises(innerloop.InvalidInputError, match="not what it was in the forward pass"):
+        _under(transform, _noisy(hidden, "numpy"), strategy)
+
+
+@pytest.mark.parametrize("hidden", ["aux", "buffer"])
+def test_noise_besides_the_loss_is_refused_in_forward_mode(hidden: str):
+    with pytest.raises(innerloop.InvalidInputError, match="not what it was in the forward pass"):
+        _under("jvp", _noisy(hidden, "numpy"), Checkpointed(slots=2))
+
+
+@pytest.mark.parametrize("product", ["reverse", "mixed"])
+@pytest.mark.parametrize("save", ["params", "gradients"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_populations_without_noise_pass(product: str, save: str, dim: int):
+    """With as many tasks as entries, so that a mistaken dimension would not show in a shape."""
+
+    def loss(module: Any, hyper: Any, batch: Any) -> Any:
+        module.noise = module.noise + (module.w * hyper).sum()
+        return (module.w.square() * hyper).sum() / 2, module.w * hyper
+
+    def outer(hyper: Tensor, strategy: Strategy) -> Tensor:
+        problem = innerloop.Problem.from_module(_Counter(), loss, innerloop.optim.adam(lr=0.1))
+        traj = innerloop.unroll(problem, None, None, steps=4, hyper=hyper, strategy=strategy)
+        return traj.params["w"].sum() + traj.aux.sum() + traj.at(-1).buffers["noise"]
+
+    tasks = torch.linspace(0.3, 2.0, 16).reshape(4, 4)
+    found, expected = (
+        torch.func.vmap(
+            torch.func.grad(lambda h, strategy=strategy: outer(h, strategy)), in_dims=dim
+        )(tasks)
+        for strategy in (Checkpointed(slots=2, save=save, product=product), innerloop.StoreAll())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("source", ["numpy", "generator"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_noise_cannot_be_compiled(hidden: str, source: str):
+    problem = innerloop.Problem.from_module(
+        _Counter(), _noisy(hidden, source), innerloop.optim.sgd(lr=0.1)
+    )
+    with pytest.raises(innerloop.InnerLoopError, match=r"cannot be compiled|compile=False"):
+        innerloop.unroll(problem, None, None, steps=2, strategy=Checkpointed(compile=True))
 
 
 # -- data that are filled again --------------------------------------------------------------------

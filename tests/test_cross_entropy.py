@@ -354,6 +354,22 @@ def test_few_logits_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
     assert "NllLoss" in type(cross_entropy(z, y).grad_fn).__name__
 
 
+def test_reverse_over_forward_over_reverse():
+    """Of the square of the loss, whose cotangent has a tangent of its own."""
+    z, y, along = draw(2, 3), labels((2, 3)), draw(2, 3)
+    ours, truth = (
+        torch.func.grad(
+            lambda z, f=f: (
+                torch.func.jvp(torch.func.grad(lambda z: f(z, y).square()), (z,), (along,))[  # type: ignore[misc]
+                    1
+                ].sin()
+            ).sum()
+        )(z)
+        for f in (cross_entropy, definition)
+    )
+    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-12)
+
+
 def test_a_tangent_of_a_tangent():
     """The own form has none, so torch's is taken."""
     z, y = draw(4, 5), labels((4, 5))

@@ -37,6 +37,18 @@ def test_adagrad_starts_every_group_at_the_value_of_its_constructor():
         torch.testing.assert_close(params[name], p.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_a_state_that_is_taken_over_is_a_constant():
+    """Where the optimizer's buffer carries a graph, of ``differentiable=True`` say."""
+    w = torch.nn.Parameter(torch.tensor([1.0]))
+    theirs = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    theirs.state[w]["momentum_buffer"] = 2 * torch.tensor([3.0], requires_grad=True)
+    rule = optim.from_torch(theirs, {"w": w})
+    params = {"w": w.detach().clone()}
+    new, _ = rule.update({"w": torch.tensor([4.0])}, rule.init(params), params)
+    torch.testing.assert_close(new["w"], torch.tensor([1 - 0.1 * (0.9 * 6 + 4)]))
+    assert not new["w"].requires_grad
+
+
 def test_a_step_with_the_profiler_around_it_is_still_inherited():
     class Family(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:

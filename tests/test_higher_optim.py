@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -258,7 +258,7 @@ def test_an_override_may_be_any_list_of_values() -> None:
         assert_close(found[1], found[0], 1e-13)
 
 
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch.optim.Adagrad itself
 def test_sparse_gradients(cls: Any) -> None:
     """Against central differences of a plain run, in which PyTorch makes the same sparse
@@ -295,8 +295,85 @@ def test_sparse_gradients(cls: Any) -> None:
     assert model.table.weight.grad.to_dense().sum().item() == pytest.approx(
         four_point(after, 1e-4), rel=1e-6
     )
-    with pytest.raises(innerloop.NotDifferentiableError, match="SparseAdam needs"):
-        higher.create_diff_optim(torch.optim.SparseAdam, fmodel=fmodel).step(loss_of(fmodel()))
+
+
+def test_a_buffer_written_between_the_evaluations_of_a_closure() -> None:
+    """LBFGS evaluates twice in a step, and the graph of each holds the counter that it wrote."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+            self.calls: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return (self.layer(x) / self.calls).tanh()
+
+    model, x = seeded(0, Counting), torch.randn(4, 3)
+    make = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+
+    def outer(params: Iterable[Tensor]) -> Tensor:
+        return torch.stack([p.sin().sum() for p in params]).sum()
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.layer.weight.add_(h)
+        optimizer = make(moved.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = moved(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(outer(moved.parameters()).detach())
+
+    with higher.innerloop_ctx(model, make(model.parameters()), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        diffopt.step(lambda: fmodel(x).square().mean())
+        outer(fmodel.parameters()).backward()
+    assert model.layer.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-4), rel=1e-6)
+
+
+def test_a_hook_registered_in_the_closure_of_a_line_search() -> None:
+    """It acts in each inner backward pass, and not in the outer one, which passes the values that
+    the search compares."""
+    model, x = seeded(0, lambda: nn.Linear(3, 2)), torch.randn(4, 3)
+    make = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=2, line_search_fn="strong_wolfe")
+
+    def loss_of_output(output: Tensor) -> Tensor:
+        if output.requires_grad:
+            output.register_hook(lambda grad: 0.5 * grad + grad.square())
+        return (output - 1).square().mean() + output.sin().mean()
+
+    def after(h: float) -> float:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.weight.add_(h)
+        optimizer = make(moved.parameters())
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of_output(moved(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return float(moved.weight.detach().sin().sum())
+
+    with higher.innerloop_ctx(model, make(model.parameters()), copy_initial_weights=False) as (
+        fmodel,
+        diffopt,
+    ):
+        diffopt.step(lambda: loss_of_output(fmodel(x)))
+        fmodel.weight.sin().sum().backward()
+    assert model.weight.grad.sum().item() == pytest.approx(four_point(after, 1e-5), rel=1e-6)
 
 
 def test_settings_may_be_changed_between_steps() -> None:
@@ -924,6 +1001,32 @@ def test_lbfgs_takes_a_function(search: str | None) -> None:
         diffopt.step(loss_of(fmodel(inputs[0])))
 
 
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("tracking", [True, False])
+def test_lbfgs_leaves_a_frozen_parameter_where_it_is(search: str | None, tracking: bool) -> None:
+    """Truth: torch.optim.LBFGS."""
+    settings: dict[str, Any] = {"lr": 0.3, "max_iter": 4, "line_search_fn": search}
+    model, x = nn.Linear(2, 1).double(), torch.randn(5, 2, dtype=torch.float64)
+    model.bias.requires_grad_(False)
+    truth = copy.deepcopy(model)
+    theirs = torch.optim.LBFGS(truth.parameters(), **settings)
+
+    def closure() -> Tensor:
+        theirs.zero_grad()
+        loss = (truth(x) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    theirs.step(closure)
+    optimizer = torch.optim.LBFGS(model.parameters(), **settings)
+    with higher.innerloop_ctx(model, optimizer, track_higher_grads=tracking) as (fmodel, diffopt):
+        frozen = fmodel.bias
+        diffopt.step(lambda: (fmodel(x) - 1).square().mean())
+    assert_close(fmodel.parameters(), truth.parameters(), 1e-12)
+    assert torch.equal(fmodel.bias, model.bias)
+    assert not frozen.requires_grad
+
+
 def test_a_function_will_do_for_other_rules() -> None:
     model, x = nn.Linear(2, 1), torch.ones(1, 2)
     with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.5)) as (
@@ -1003,6 +1106,26 @@ def test_tensors_among_the_settings_are_copied() -> None:
     assert found.requires_grad
     assert found.item() == 0.5
     assert found is not rate
+
+
+def test_a_setting_that_is_a_tensor_with_a_graph_becomes_a_leaf() -> None:
+    """Or an optimizer of what is learned could not take it."""
+    rate = torch.tensor(0.5, requires_grad=True)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    (found,) = higher.optim.get_trainable_opt_params(optimizer)["lr"]
+    assert found.is_leaf
+    assert found is not rate
+
+
+def test_without_tracking_an_unused_parameter_is_cut_off_too() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(1, 1), "unused": nn.Linear(1, 1)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with higher.innerloop_ctx(model, optimizer, track_higher_grads=False) as (fmodel, diffopt):
+        before = list(fmodel.parameters())
+        diffopt.step(fmodel["used"](torch.ones(1, 1)).sum())
+        for old, new in zip(before, fmodel.parameters(), strict=True):
+            assert torch.autograd.grad(new.sum(), [old], allow_unused=True) == (None,)  # type: ignore[comparison-overlap]
 
 
 # -- helpers ---------------------------------------------------------------------------------------

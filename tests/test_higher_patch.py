@@ -447,6 +447,16 @@ def test_buffers_are_copied_and_synchronised() -> None:
         higher.patch.buffer_sync(model, higher.monkeypatch(nn.Sequential(nn.BatchNorm1d(2))))
 
 
+def test_a_synchronised_buffer_is_a_constant() -> None:
+    model, scale = nn.Linear(1, 1), torch.tensor([2.0], requires_grad=True)
+    model.register_buffer("scale", torch.ones(1))
+    fmodel = higher.monkeypatch(model)
+    model.scale = 3 * scale
+    higher.patch.buffer_sync(model, fmodel)
+    assert fmodel.scale.item() == 6
+    assert not fmodel.scale.requires_grad
+
+
 def test_modes_are_independent() -> None:
     model: Any = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)).eval()
     fmodel = higher.monkeypatch(model)

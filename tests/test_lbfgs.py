@@ -20,6 +20,7 @@ import innerloop
 from innerloop import InvalidInputError, PrecisionWarning
 from innerloop._utils import caches, tree
 from innerloop.optim import from_torch, lbfgs
+from innerloop.optim._engine import strong_wolfe
 from tests.oracles import (
     Params,
     Settings,
@@ -410,6 +411,40 @@ def test_auto_finds_a_strategy_that_takes_it():
         for s in (innerloop.StoreAll(), innerloop.Auto("1GB"))
     ]
     assert_params(found[1][0], found[0][0], 1e-12)
+
+
+def test_a_step_length_close_to_an_end_of_its_interval_is_moved_away_the_second_time():
+    """A tenth of the interval, by which end is nearer; at an end at once."""
+    kept = {0.5: (0.5, False), 0.98: (0.98, True), 0.03: (0.03, True)}
+    kept |= {1.0: (0.9, False), 0.0: (0.1, False), 0.88: (0.88, False)}
+    for ends in ((0.0, 1.0), (1.0, 0.0)):
+        for t, expected in kept.items():
+            assert strong_wolfe._inside(t, *ends, False) == pytest.approx(expected), (t, ends)
+        assert strong_wolfe._inside(0.98, *ends, True) == pytest.approx((0.9, False))
+        assert strong_wolfe._inside(0.03, *ends, True) == pytest.approx((0.1, False))
+
+
+@pytest.mark.parametrize(
+    ("height", "waves", "phase", "first"),
+    [(0.5, 4, 1.2, 3.0), (1.2, 4, 4.9, 3.0), (1.6, 4, 1.5, 20.0), (0.2, 5, 0.9, 20.0)],
+)
+def test_the_line_search_satisfies_both_wolfe_conditions(
+    height: float, waves: int, phase: float, first: float
+):
+    """Of -t + t² / 20 and a wave, where the better end of the interval changes sides."""
+
+    def at(length: Any) -> strong_wolfe.Trial:
+        t = torch.as_tensor(float(length), dtype=torch.float64).requires_grad_()
+        f = -t + t**2 / 20 + height * (waves * t + phase).sin()
+        (slope,) = torch.autograd.grad(f, t)
+        return strong_wolfe.Trial(length, f.detach(), slope, slope)
+
+    start = at(0.0)
+    found, used = strong_wolfe.strong_wolfe(at, start, first, 25, 1.0)
+    assert start.slope < 0
+    assert found.f <= start.f + 1e-4 * found.t * start.slope
+    assert found.slope.abs() <= -0.9 * start.slope
+    assert used < 25
 
 
 # -- places where a rule of this kind could break --------------------------------------------------

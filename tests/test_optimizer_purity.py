@@ -83,10 +83,9 @@ def test_float32_parameters_with_float64_hyper_parameters_are_as_exact_as_torch(
 ):
     """Both are compared with a float64 run: the tensor hyper-parameters cost no more than
     rounding."""
-    task = Task()
-    settings = {**settings, "foreach": False}
-    exact = torch_run(rule.torch, settings, task.params(), task.gradient, 10)
-    theirs = torch_run(rule.torch, settings, task.params(torch.float32), task.gradient, 10)
+    task, alone = Task(), {**settings, "foreach": False}
+    exact = torch_run(rule.torch, alone, task.params(), task.gradient, 10)
+    theirs = torch_run(rule.torch, alone, task.params(torch.float32), task.gradient, 10)
     full = defaults(rule, settings)
     values = {name: leaf(read(full, name)) for name in rule.smooth(full) if name != "eps"}
     ours = train(

@@ -172,6 +172,15 @@ def test_adafactor_feels_its_eps_where_they_act():
         assert_derivative(float(ours[i]), directional(moved, 0.0, 1.0), f"d outer / d eps[{i}]")
 
 
+def test_adafactor_divides_a_small_gradient_by_eps():
+    """A mean square below ε₁² counts as ε₁²: 0.05 / 0.1 and 0.2 / 0.2 are the updates here."""
+    rule = innerloop.optim.adafactor(lr=0.01, eps=(0.1, 1e-3))
+    params = {"w": torch.tensor([1.0, 1.0])}
+    new, _ = rule.update({"w": torch.tensor([0.05, -0.2])}, rule.init(params), params)
+    truth = torch.tensor([1 - 0.01 * 0.5, 1 + 0.01])
+    torch.testing.assert_close(new["w"], truth, rtol=1e-12, atol=0)
+
+
 def test_adafactor_is_finite_where_rows_have_no_gradient():
     params = leaves(start())
 

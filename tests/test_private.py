@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -34,12 +35,25 @@ EXERCISED = {
     "observing_operations",
     "has_derivative",
     "innermost",
+    "plain_form",
     "is_tracked",
     "add_lists",
     "multiply_list",
     "version",
     "gradient_hooks",
+    "recorded_by",
+    "hooks_so_far",
+    "is_wrapped",
+    "versions",
+    "nodes_so_far",
+    "is_newer",
+    "only_forward_mode",
+    "function_of",
+    "is_view",
     "step_hooks",
+    "OwnStepHook",
+    "post_accumulate_hooks",
+    "is_initialised",
     "mark_stepped",
     "backward_pass",
     "weight_norm",
@@ -55,9 +69,6 @@ EXERCISED = {
     "uncompiled_name",
     "forget_compiled_call",
     "is_once_differentiable",
-    "function_of",
-    "is_view",
-    "only_forward_mode",
     "of_class",
     "data_getter",
     "backward_hooks",
@@ -188,6 +199,42 @@ def test_the_version_counts_writes_in_place():
     assert torch_private.version(x) == before + 2  # and .data does not count
 
 
+def test_how_many_hooks_there_were():
+    before = torch_private.hooks_so_far()
+    torch.ones(1, requires_grad=True).register_hook(print)
+    layer = torch.nn.Linear(1, 1)
+    layer.register_full_backward_hook(print)
+    assert torch_private.hooks_so_far() == before + 2
+    assert not torch_private.is_wrapped(layer)
+    torch_private.wrap_backward_hooks(layer, lambda hook: hook)
+    assert torch_private.is_wrapped(layer)
+
+
+def test_what_was_recorded_since():
+    x = torch.ones(2, 2, requires_grad=True) * 2
+    assert torch_private.versions([x, x.t()]) == [0, 0]
+    count = torch_private.nodes_so_far()
+    assert not torch_private.is_newer(x.grad_fn, count)
+    with torch.no_grad():
+        x.mul_(2)
+    assert not torch_private.is_newer(x.grad_fn, count)
+    x.mul_(2)
+    assert torch_private.is_newer(x.grad_fn, count)
+    assert torch_private.versions([x]) == [2]
+    assert not torch_private.is_newer(None, count)
+
+
+def test_what_records_an_edit_in_place():
+    x = torch.ones(2, 2, requires_grad=True) * 2
+    for y in (x, x.t()):
+        node = torch_private.recorded_by(y)
+        with torch.no_grad():
+            y.mul_(2)
+        assert torch_private.recorded_by(y) is node
+        y.mul_(2)
+        assert torch_private.recorded_by(y) is not node
+
+
 def test_the_hooks_of_a_tensor():
     x = torch.ones(2, requires_grad=True)
     assert torch_private.gradient_hooks(x) == []
@@ -207,9 +254,29 @@ def test_the_hooks_of_an_optimizer():
         optimizer.register_step_post_hook(lambda *_: None),
     ]
     assert torch_private.step_hooks(optimizer) == 2
+    handles.append(register_optimizer_step_pre_hook(lambda *_: None))
+    assert torch_private.step_hooks(optimizer) == 3
+    seen: list[object] = []
+    handles.append(optimizer.register_step_pre_hook(torch_private.OwnStepHook(seen.append)))
+    assert torch_private.step_hooks(optimizer) == 3
     for handle in handles:
         handle.remove()
     assert torch_private.step_hooks(optimizer) == 0
+
+
+def test_an_optimizer_and_a_wrapper_around_one():
+    optimizer = torch.optim.SGD([torch.ones(2)], lr=0.1)
+    assert torch_private.is_initialised(optimizer)
+    assert not torch_private.is_initialised(object.__new__(torch.optim.SGD))
+
+
+def test_the_hooks_after_accumulation():
+    x = torch.ones(2, requires_grad=True)
+    assert torch_private.post_accumulate_hooks(x) == 0
+    handle = x.register_post_accumulate_grad_hook(lambda _: None)
+    assert torch_private.post_accumulate_hooks(x) == 1
+    handle.remove()
+    assert torch_private.post_accumulate_hooks(x) == 0
 
 
 @pytest.mark.parametrize("mark", [True, False])
@@ -369,6 +436,25 @@ def test_a_derivative_is_seen_at_any_level():
     )
     torch.func.jvp(lambda x: inner(x, x), (torch.tensor(1.0),), (torch.tensor(1.0),))
     assert seen == [[False, True, True, False, False, False]] * 3
+
+
+def test_the_plain_form_has_the_tasks_first():
+    """Of tasks along the last dimension, within a gradient, and of two vmaps."""
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    seen = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(torch_private.plain_form(x))
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(note), in_dims=2)(x)
+    torch.func.vmap(torch.func.vmap(note, in_dims=1), in_dims=1)(x)
+    note(x)
+    assert torch.equal(seen[0], x.permute(2, 0, 1))
+    assert seen[1].shape == (3, 4, 2)
+    assert torch.equal(seen[1], x.permute(1, 2, 0))
+    assert torch.equal(seen[2], x)
+    assert not any(s.requires_grad for s in seen)
 
 
 def test_the_innermost_tensor_is_plain():

@@ -56,6 +56,55 @@ def test_the_citation_is_that_of_this_version_and_invents_no_address() -> None:
     assert not re.search(r"https?:|doi|@|orcid", text)
 
 
+# -- the length of lines ---------------------------------------------------------------------------
+
+LIMIT = 100
+PRAGMA = re.compile(r"\s+# (noqa|type: ignore)\b.*$")
+OTHERS = {"examples/seed_notebook.py": "the cells of another project, as they stand there"}
+
+
+def files(*endings: str) -> list[Path]:
+    """Files of the checkout with these endings, without what tools put there."""
+    skipped = {".git", ".mypy_cache", ".ruff_cache", ".venv", "_build", "node_modules"}
+    return [
+        path
+        for path in sorted(ROOT.rglob("*"))
+        if path.name.endswith(endings)
+        and not skipped & set(path.relative_to(ROOT).parts)
+        and path.relative_to(ROOT).as_posix() not in OTHERS
+    ]
+
+
+def too_long(name: str, text: str) -> list[int]:
+    """Numbers of lines beyond the limit.
+
+    Not counted are rows of Markdown tables, what tells a linter or type checker about a line of
+    Python, and, in files without a language of their own here, everything but comments.
+    """
+
+    def counted(line: str) -> str:
+        if name.endswith(".md"):
+            return "" if line.startswith("|") else line
+        if name.endswith(".py"):
+            return PRAGMA.sub("", line)
+        return line if line.lstrip().startswith("#") else ""
+
+    lines = enumerate(text.splitlines(), 1)
+    return [number for number, line in lines if len(counted(line)) > LIMIT]
+
+
+def test_no_line_of_code_or_prose_is_longer_than_100_columns() -> None:
+    long = "x" * (LIMIT + 1)
+    assert too_long("a.md", f"{long}\n| {long} |") == [1]
+    assert too_long("a.py", f"{long}\n# {long}\nx  # noqa: E501 {long}") == [1, 2]
+    assert too_long("Makefile", f"{long}\n# {long}") == [2]
+    found = files(".md", ".py", ".toml", ".yaml", ".yml", ".cff", "Makefile", "constraints.txt")
+    assert len(found) > 250
+    names = [path.relative_to(ROOT).as_posix() for path in found]
+    lines = {n: too_long(n, p.read_text()) for n, p in zip(names, found, strict=True)}
+    assert not {name: numbers for name, numbers in lines.items() if numbers}
+
+
 # -- the page of errors ----------------------------------------------------------------------------
 
 

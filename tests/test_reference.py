@@ -18,10 +18,10 @@ inventory = pytest.importorskip("sphinx.util.inventory")
 DOCS = Path(__file__).parent.parent / "docs"
 
 PUBLIC_MODULES = (
-    "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy innerloop.nn "
-    "innerloop.nn.functional innerloop.inspect innerloop.higher innerloop.higher.optim "
-    "innerloop.higher.patch innerloop.higher.utils innerloop.errors innerloop.doctor "
-    "innerloop.walkthrough innerloop.cli innerloop.rl "
+    "innerloop innerloop.optim innerloop.optim.helpers innerloop.strategy "
+    "innerloop.strategy.solvers innerloop.nn innerloop.nn.functional innerloop.inspect "
+    "innerloop.higher innerloop.higher.optim innerloop.higher.patch innerloop.higher.utils "
+    "innerloop.errors innerloop.doctor innerloop.walkthrough innerloop.cli innerloop.rl "
     "innerloop.rl.envs innerloop.rl.ppo innerloop.rl.meta"
 ).split()
 
@@ -31,7 +31,7 @@ INTERNAL = """
     innerloop.Problem.residual innerloop.Problem.update innerloop.StoreAll.run
     innerloop.Problem.original innerloop.Problem.for_one_run innerloop.Problem.with_targets
     innerloop.Problem.parameter_hooks
-    innerloop.optim.Rule.torch_class innerloop.optim.Packed.of innerloop.MissingExtraError.of
+    innerloop.optim.Rule.torch_layout innerloop.optim.Packed.of innerloop.MissingExtraError.of
 """.split()
 """Members without an underscore that are there for the package itself."""
 

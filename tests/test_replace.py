@@ -1244,6 +1244,18 @@ def test_norms_have_the_bits_of_pytorch() -> None:
         torch.testing.assert_close(*slopes, msg=name)
 
 
+def test_the_cosine_of_a_row_shorter_than_eps_divides_by_eps() -> None:
+    """Truth: x · y / (eps ‖y‖), and PyTorch's first derivative."""
+    eps, y = 0.5, torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    x = torch.tensor([[0.1, -0.2]], dtype=torch.float64, requires_grad=True)
+    with innerloop.nn.replacing():
+        ours = functional.cosine_similarity(x, y, dim=-1, eps=eps)
+    theirs = functional.cosine_similarity(x, y, dim=-1, eps=eps)
+    torch.testing.assert_close(ours, (x * y).sum(-1) / (eps * 5), rtol=1e-14, atol=0)
+    slopes = [torch.autograd.grad(value.sum(), x)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*slopes, rtol=1e-13, atol=0)
+
+
 INDEXED: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "getitem": lambda x, i: x[i[:3]],
     "getitem of a tuple": lambda x, i: x[i[:3], 0],
@@ -1258,15 +1270,18 @@ INDEXED: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def test_an_index_that_is_shuffled_in_place_does_not_move_the_gradient(
     name: str, front: str
 ) -> None:
-    """Truth: the same loop with a copy of the index for each step."""
+    """Truth: the same loop with a product by rows of the unit matrix in place of the index."""
 
-    def gradient(copies: bool) -> Tensor:
+    def gradient(by_product: bool) -> Tensor:
         data = torch.arange(6.0, dtype=torch.float64).reshape(6, 1) / 4 + 1
         x, random, index = data.requires_grad_(), np.random.default_rng(0), np.arange(6)
 
         def loss(w: Tensor, x: Tensor) -> Tensor:
             random.shuffle(index)
-            rows = INDEXED[name](x, index.copy() if copies else index)
+            if by_product:
+                rows = torch.eye(6, dtype=x.dtype)[torch.tensor(index[:3])] @ x
+            else:
+                rows = INDEXED[name](x, index)
             return (w * rows - rows**2).square().sum()
 
         if front == "track":

@@ -480,13 +480,14 @@ class Weight(nn.Module):
         self.w = nn.Parameter(tensor([1.0, 2.0]))
 
 
-def problem_with_targets(from_module: bool) -> Problem:
+def problem_with_targets(from_module: bool, rule: optim.Optimizer | None = None) -> Problem:
+    rule = rule or optim.sgd(lr=0.1)
     if not from_module:
-        return Problem(towards, optim.sgd(lr=0.1), targets=targets)
+        return Problem(towards, rule, targets=targets)
     return Problem.from_module(
         Weight(),
         lambda m, h, b, target: towards({"w": m.w}, h, b, target),
-        optim.sgd(lr=0.1),
+        rule,
         targets=lambda m, h, b: targets({"w": m.w}, h, b),
     )
 
@@ -508,6 +509,42 @@ def test_targets_are_differentiated_as_training_moves_them(
     )
     assert value.item() == pytest.approx(plain_towards(0.8), rel=1e-12)
     assert found.item() == pytest.approx(slope(plain_towards, 0.8), rel=1e-7)
+
+
+def plain_towards_by_lbfgs(h: float) -> float:
+    w = tensor([1.0, 2.0]).requires_grad_()
+    optimizer = torch.optim.LBFGS([w], lr=0.1, max_iter=3)
+    for _ in range(2):
+        target = targets({"w": w.detach()}, tensor(h), None)
+
+        def closure(target: Tensor = target) -> float:
+            optimizer.zero_grad()
+            loss = towards({"w": w}, tensor(h), None, target)
+            loss.backward()
+            return float(loss.detach())
+
+        optimizer.step(closure)
+    return w.square().sum().item()
+
+
+@pytest.mark.parametrize("from_module", [False, True])
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(product="reverse")], ids=str)
+def test_targets_hold_for_a_step_that_evaluates_the_loss_often(
+    strategy: Strategy, from_module: bool
+) -> None:
+    problem = problem_with_targets(from_module, optim.lbfgs(lr=0.1, max_iter=3))
+    value, found = metagradient(
+        lambda t, h: t.params["w"].square().sum(),
+        problem,
+        {"w": tensor([1.0, 2.0])},
+        None,
+        steps=2,
+        hyper=tensor(0.8),
+        wrt="hyper",
+        strategy=strategy,
+    )
+    assert value.item() == pytest.approx(plain_towards_by_lbfgs(0.8), rel=1e-12)
+    assert found.item() == pytest.approx(slope(plain_towards_by_lbfgs, 0.8), rel=1e-7)
 
 
 def test_targets_elsewhere() -> None:

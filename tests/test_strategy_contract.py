@@ -191,6 +191,29 @@ def test_only_what_requires_a_gradient_gets_one(strategy: Strategy):
     assert not traj.params["bias"].requires_grad
 
 
+@pytest.mark.parametrize(
+    "strategy", [StoreAll(), Checkpointed(), innerloop.ForwardMode()], ids=repr
+)
+def test_a_complex_parameter(strategy: Strategy):
+    """Truth: w = a w₀ with a = (1 - 2 lr h)³, so |w - 1|² = a² |w₀|² - 2 a Re w₀ + 1."""
+    rate, h, start = 0.1, 1.0, torch.tensor([3.0 + 2.0j], dtype=torch.complex128)
+    problem = innerloop.Problem(
+        lambda p, hyper, b: hyper * p["w"].abs().square().sum(), innerloop.optim.sgd(lr=rate)
+    )
+    _, found = innerloop.metagradient(
+        lambda traj, hyper: (traj.params["w"] - 1).abs().square().sum(),
+        problem,
+        {"w": start},
+        None,
+        steps=3,
+        hyper=torch.tensor(h, dtype=torch.float64),
+        wrt="hyper",
+        strategy=strategy,
+    )
+    a, slope = (1 - 2 * rate * h) ** 3, -6 * rate * (1 - 2 * rate * h) ** 2
+    assert found.item() == pytest.approx((2 * a * 13 - 2 * 3) * slope, rel=1e-12)
+
+
 # -- under torch.func ------------------------------------------------------------------------------
 
 
@@ -564,7 +587,7 @@ def test_a_strategy_may_sample_the_outer_loss():
         wrt="hyper",
         strategy=Sampled(),
     )
-    assert value == (1.0, 3)
+    assert value == (1.0, 3)  # type: ignore[comparison-overlap]
     assert grads["lr"].item() == pytest.approx(-6 - 8e-4, rel=1e-9)
     (row,) = innerloop.plan(decay, start, None, steps=3, hyper=hyper, strategies=[Sampled()]).rows
     assert 0 < row.seconds < 10

@@ -19,11 +19,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
 
 import innerloop
+from innerloop import Problem, Trajectory
 from innerloop.strategy import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -60,11 +64,10 @@ PUBLIC_MODULES = {"innerloop"} | {
     f"innerloop.{name}"
     for name in """
         cli doctor errors higher higher.__main__ higher.optim higher.patch higher.utils inspect nn
-        nn.functional optim optim.helpers rl rl.envs rl.meta rl.ppo strategy
+        nn.functional optim optim.helpers rl rl.envs rl.meta rl.ppo strategy strategy.solvers
         walkthrough
     """.split()
 }
-"""Later: ``strategy.solvers``. It enters the list with the feature that it belongs to."""
 
 OPTIONAL = (
     "gymnasium",
@@ -95,10 +98,11 @@ PUBLIC = """
 
 EXPORTED = {
     "": """
-        Auto CapturedTensorError Carry Checkpointed FirstOrder ForwardMode InnerLoopError
+        Auto CapturedTensorError Carry Checkpointed Evolution FirstOrder ForwardMode Implicit
+        InnerLoopError
         InvalidInputError MetaGradientError MissingExtraError NotDifferentiableError Plan
-        PrecisionWarning Problem StoreAll Trajectory Truncated check_metagradient functional higher
-        inspect metagradient nn optim plan strategy track unroll
+        PrecisionWarning Problem StoreAll Trajectory Truncated assign check_metagradient functional
+        higher implicit_root inspect metagradient nn optim plan strategy track unroll
     """,
     "optim": """
         ASGD LBFGS SGD ASGDState AccumulateState Adadelta AdadeltaState Adafactor AdafactorState
@@ -111,7 +115,11 @@ EXPORTED = {
         clip_per_parameter from_torch grad_callback groups in_float32 lbfgs learned muon nadam
         radam rmsprop rprop scale sgd sparse_adam supported
     """,
-    "strategy": "Auto Checkpointed FirstOrder ForwardMode Loop StoreAll Strategy Truncated",
+    "strategy": """
+        Auto Checkpointed Evolution FirstOrder ForwardMode Implicit Loop StoreAll Strategy Truncated
+        solvers
+    """,
+    "strategy.solvers": "CG Dense FixedPoint GMRES Neumann NormalCG",
     "nn.functional": """
         batch_norm cdist cholesky_inverse cross_entropy ctc_loss embedding_bag grid_sample
         hardsigmoid huber_loss instance_norm layer_norm mse_loss multi_margin_loss
@@ -144,9 +152,10 @@ CALLS_AUTOGRAD = {
     "_inner_gradient/gradient.py": "the gradient of the inner loss",
     "_check.py": "the outer gradient of a checked loop",
     "_linear/": "second derivatives: it differentiates a gradient, not a loss",
+    "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
-    "inspect/_jacobian.py": "derivatives between two times of a finished loop",
+    "inspect/": "derivatives between two times of a finished loop",
     "optim/_adapt/verify.py": "a foreign step against finite differences of itself",
     "strategy/_base.py": "the outer gradient",
     "strategy/_engine/": "the pullback of one step",
@@ -163,6 +172,7 @@ REGISTRIES = {
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
     "strategy/_engine/schedule.py": "binomial schedules: functions of two integers",
     "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
+    "_track/edits.py:_watching": "the loops whose block is running, emptied by their ends",
     "_utils/torch_private.py:_forward_thread": "the thread that holds forward mode, emptied by it",
 }
 """What is kept at module level and is no cache: facts that nothing recomputes, or pure numbers."""
@@ -794,6 +804,56 @@ def test_types_are_real() -> None:
     said = f"Any: plain {plain:.1%}, nested {nested:.1%} of {total.all} annotations"
     assert plain < PLAIN_ANY, f"{said}\n{table_of_any(counts)}"
     assert nested < NESTED_ANY, f"{said}\n{table_of_any(counts)}"
+
+
+def test_batch_and_aux_are_type_variables_that_a_problem_carries() -> None:
+    from innerloop import _types
+
+    variables = (_types.Batch, _types.Aux)
+    assert all(isinstance(variable, TypeVar) for variable in variables)
+    assert variables == Problem.__parameters__  # type: ignore[attr-defined]
+    assert (_types.Aux,) == Trajectory.__parameters__  # type: ignore[attr-defined]
+    names = {"Batch", "Aux"}
+    assert names <= names_in(inspect.signature(Problem.step))
+    assert names <= names_in(inspect.signature(Problem.__init__))
+    assert names <= names_in(inspect.signature(innerloop.unroll))
+    assert {*names, "Result"} <= names_in(inspect.signature(innerloop.metagradient))
+
+
+def names_in(signature: inspect.Signature) -> set[str]:
+    """Words in the annotations of a signature, which are strings."""
+    values = [p.annotation for p in signature.parameters.values()]
+    return set(re.findall(r"\w+", f"{values} {signature.return_annotation}"))
+
+
+def test_a_type_checker_infers_batch_aux_and_result() -> None:
+    """``make types`` checks what stands here; a line that is wrong on purpose is marked, and an
+    idle mark is an error there."""
+
+    def loss(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> tuple[Tensor, int]:
+        return (params["w"] - hyper * batch).square().sum() / 2, 3
+
+    def of_module(model: nn.Linear, hyper: object, batch: Tensor, targets: Tensor) -> Tensor:
+        return (model(batch) - targets).square().sum()
+
+    def outer(traj: Trajectory[int], hyper: Tensor) -> tuple[Tensor, int]:
+        return traj.params["w"], traj.steps
+
+    sgd = innerloop.optim.sgd(lr=0.5)
+    problem = Problem(loss, sgd)
+    assert_type(problem, Problem[Tensor, int])
+    assert_type(Problem.from_module(nn.Linear(1, 1), of_module, sgd), Problem[Tensor, Any])
+    one = torch.tensor(1.0)
+    traj = innerloop.unroll(problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(traj, Trajectory[int])
+    result, _ = innerloop.metagradient(outer, problem, {"w": one}, [2 * one], hyper=one)
+    assert_type(result, tuple[Tensor, int])
+    assert result == (1.5, 1)  # type: ignore[comparison-overlap]
+
+    def wrong(params: dict[str, Tensor], hyper: Tensor, batch: Tensor) -> float:
+        return 0.0
+
+    Problem(wrong, sgd)  # type: ignore[arg-type]
 
 
 # -- docstrings ------------------------------------------------------------------------------------

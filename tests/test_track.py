@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,22 @@ def test_outer_reaches_tensors_outside_of_the_model_and_only_those():
             return value
 
         assert_derivative(ours, derivative(moved), f"weight {i}")
+
+
+@pytest.mark.parametrize("learn", ["nothing", "outer"])
+def test_the_graph_ends_before_the_models_own_parameters(learn: Any):
+    """So that nothing of the loop is run backwards for them."""
+    model = nn.Linear(1, 1, bias=False)
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), learn=learn) as loop:
+        loop.step(loop.model.weight.square().sum())
+        end = loop.model.weight
+    left, leaves = [end.grad_fn], []
+    while left:
+        node = left.pop()
+        leaves.append(getattr(node, "variable", None))
+        left += [child for child, _ in node.next_functions if child is not None]
+    assert not any(leaf is model.weight for leaf in leaves)
+    assert end.grad_fn is not None
 
 
 def test_a_parameter_that_no_optimizer_steps_is_constant_inside_and_learned_outside():
@@ -870,6 +887,33 @@ def test_at_returns_the_carry_of_each_time():
     assert torch.equal(loop.at(-1).params["head.bias"], loop.trajectory.at(2).params["head.bias"])
 
 
+def test_a_carry_of_a_tracked_loop_knows_its_time_and_goes_on_from_there():
+    """On w²/2 every step multiplies w by 1 - rate: four rates in one piece, or the first two
+    again."""
+    rates, rule = (0.5, 0.5, 0.2, 0.3), innerloop.optim.sgd()
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor(4.0))
+    with innerloop.track(model, rule, hyper={"lr": 0.5}) as loop:
+        for _ in range(2):
+            loop.step(loop.model.w**2 / 2)
+        assert [loop.at(t).time for t in (0, 1, 2, -1)] == [0, 1, 2, 2]
+        carry = loop.at(2)
+    assert carry.params["w"].item() == 1.0
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["w"] ** 2 / 2,
+        rule,
+        optimizer_hyper=lambda hyper, t: {"lr": rates[t]},
+    )
+    onward = innerloop.unroll(problem, carry, None, steps=2)
+    assert [onward.at(t).time for t in range(3)] == [2, 3, 4]
+    assert onward.params["w"].item() == pytest.approx(0.8 * 0.7, rel=1e-14)
+    again = innerloop.unroll(problem, carry._replace(time=0), None, steps=2)
+    assert [again.at(t).time for t in range(3)] == [0, 1, 2]
+    assert again.params["w"].item() == pytest.approx(0.5 * 0.5, rel=1e-14)
+    (slope,) = torch.autograd.grad(onward.params["w"], model.w)
+    assert slope.item() == pytest.approx(0.5 * 0.5 * 0.8 * 0.7, rel=1e-14)
+
+
 @pytest.mark.parametrize(
     "transform",
     [innerloop.optim.clip_by_global_norm(0.1), innerloop.optim.scale(0.5)],
@@ -904,3 +948,32 @@ def test_a_transform_without_a_state_as_grad_callback(transform: Any):
         assert list(found) == list(truth)
         for name, g in found.items():
             torch.testing.assert_close(g, truth[name], rtol=1e-12, atol=1e-12)
+
+
+def test_labels_that_numpy_refills_must_be_copied():
+    """As docs/concepts.md says: nothing tells that NumPy wrote what the graph has saved. A copy of
+    the labels gives the gradient of the run: that of labels which stay."""
+
+    def gradient(refill: bool, copy: bool) -> Tensor:
+        model = nn.Linear(2, 3, dtype=torch.float64)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(torch.arange(p.numel()).reshape(p.shape).cos() + i)
+        table = smooth_noise(3, 3).requires_grad_()
+        array = np.array([0, 1])
+        labels = torch.from_numpy(array)
+        x = torch.tensor([[0.3, -1.0], [0.7, 0.2]], dtype=torch.float64)
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.5)) as loop:
+            for _ in range(2):
+                target = labels.clone() if copy else labels
+                rows = F.embedding(target, table)
+                loop.step((rows * loop.model(x).sigmoid()).square().sum())
+            if refill:
+                array[:] = [2, 2]
+            loop.model(x).square().sum().backward()
+        assert table.grad is not None
+        return table.grad
+
+    expected = gradient(refill=False, copy=False)
+    assert torch.equal(gradient(refill=True, copy=True), expected)
+    assert not torch.allclose(gradient(refill=True, copy=False), expected, rtol=1e-3)

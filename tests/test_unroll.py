@@ -23,7 +23,7 @@ from tests.networks import after_sparse_steps, looked_up, network, sgd
 from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.situations import STEPS, TwoLayers, features, regression
 from tests.small_problems import one_weight, quadratic_problem
-from tests.strategies import Batch
+from tests.strategies import Batch, each_exact_strategy
 
 pytestmark = pytest.mark.usefixtures("float64")
 INVALID, NOT_DIFFERENTIABLE = innerloop.InvalidInputError, innerloop.NotDifferentiableError
@@ -85,11 +85,12 @@ def test_value_and_grads_are_detached_and_inputs_untouched():
 
 
 def test_the_outer_loss_may_return_more():
+    def outer(traj: innerloop.Trajectory, hyper: object) -> tuple[torch.Tensor, dict[str, Any]]:
+        more = {"steps": traj.steps, "end": traj.params["w"], "text": "kept", "none": None}
+        return last(traj, hyper), more
+
     (value, extra), grads = innerloop.metagradient(
-        lambda traj, hyper: (
-            last(traj, hyper),
-            {"steps": traj.steps, "end": traj.params["w"], "text": "kept", "none": None},
-        ),
+        outer,
         simple(),
         begin(),
         None,
@@ -177,7 +178,8 @@ def test_the_optimizer_reads_entries_of_hyper_by_name():
 
 UNREAD = (
     "no gradient arrives at hyper['lr']. sgd has a hyper-parameter of that name, but reads it only "
-    "if you say so: write Problem(loss, optimizer, optimizer_hyper=('lr',))"
+    "if you say so: write Problem(loss, optimizer, optimizer_hyper=('lr',)), or optimizer_hyper=() "
+    "if the name means something else"
 )
 
 
@@ -207,6 +209,79 @@ def test_a_rate_that_nobody_reads_under_vmap():
 
     with refused(NOT_DIFFERENTIABLE, UNREAD):
         torch.func.vmap(gradient)(torch.ones(2))
+
+
+def _by_backward(fn: Callable[[Any], Tensor], hyper: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {name: x.clone().requires_grad_() for name, x in hyper.items()}
+    return dict(zip(leaves, torch.autograd.grad(fn(leaves), [*leaves.values()]), strict=True))
+
+
+def _in_a_population(fn: Callable[[Any], Tensor], hyper: dict[str, Tensor]) -> dict[str, Tensor]:
+    stacked = {name: torch.stack([x, x]) for name, x in hyper.items()}
+    found = torch.func.vmap(torch.func.grad(fn))(stacked)
+    return {name: g[1] for name, g in found.items()}
+
+
+WAYS: dict[str, Callable[[Callable[[Any], Tensor], dict[str, Tensor]], dict[str, Tensor]]] = {
+    "backward": _by_backward,
+    "grad": lambda fn, hyper: torch.func.grad(fn)(hyper),
+    "vjp": lambda fn, hyper: torch.func.vjp(fn, hyper)[1](torch.ones(()))[0],
+    "jacrev": lambda fn, hyper: torch.func.jacrev(fn)(hyper),
+    "vmap of grad": _in_a_population,
+}
+
+
+@each_exact_strategy()
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rate_that_nobody_reads_raises_where_its_gradient_is_asked_for(
+    strategy: innerloop.strategy.Strategy, way: str
+):
+    """It was None or, under torch.func, zero. With w0 = (2, -1) and w1 = (1 - (1 + l2) / 2) w0,
+    d (sum w1) / d l2 = -1 / 2."""
+    both = {"lr": torch.tensor(0.5), "l2": torch.tensor(0.2)}
+
+    def outer(hyper: Any, **kwargs: Any) -> Tensor:
+        problem = simple(decayed, **kwargs)
+        traj = innerloop.unroll(problem, begin(), None, steps=1, hyper=hyper, strategy=strategy)
+        return last(traj, hyper)
+
+    def value(hyper: Any) -> Any:
+        return innerloop.metagradient(
+            last, simple(decayed), begin(), None, steps=1, hyper=hyper, strategy=strategy,
+            wrt="hyper",
+        )[0]  # fmt: skip
+
+    for fn in (outer, value)[: 1 if way == "backward" else 2]:
+        with refused(NOT_DIFFERENTIABLE, UNREAD):
+            WAYS[way](fn, both)
+    if way != "backward":
+        # Said to be none of the optimizer's, it has the gradient zero.
+        none = WAYS[way](lambda h: outer(h, optimizer_hyper=()), both)
+        assert none["lr"].item() == 0
+        assert none["l2"].item() == pytest.approx(-0.5, rel=1e-6)
+    # A constant asks for nothing.
+    alone = WAYS[way](lambda h: outer({**h, "lr": both["lr"]}), {"l2": both["l2"]})
+    assert alone["l2"].item() == pytest.approx(-0.5, rel=1e-6)
+
+
+@each_exact_strategy()
+def test_what_nothing_arrives_at_is_refused_under_transforms_too(
+    strategy: innerloop.strategy.Strategy,
+):
+    """Zeros under vmap, where eager code raised. One entry among others has the gradient zero."""
+
+    def gradient(x: Tensor, loss: Any, **more: Tensor) -> Any:
+        hyper = {"idle": x, **more}
+        return innerloop.metagradient(
+            last, simple(loss), begin(), None, steps=1, hyper=hyper, wrt="hyper", strategy=strategy
+        )[1]
+
+    for call in (lambda f: f(torch.ones(())), lambda f: torch.func.vmap(f)(torch.ones(2))):
+        with refused(NOT_DIFFERENTIABLE, "no gradient arrives at hyper: "):
+            call(lambda x: gradient(x, half_square))
+        found = call(lambda x: gradient(x, decayed, l2=torch.tensor(0.2)))
+        assert not found["idle"].any()
+        assert found["l2"].flatten()[0].item() == pytest.approx(-0.5, rel=1e-6)
 
 
 def test_the_loss_may_use_the_name_of_a_hyper_parameter():
@@ -527,7 +602,7 @@ UNROLL: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["'w'", "body.weight"],
     ),
     "from_module of no module": (
-        lambda: innerloop.Problem.from_module(half_square, half_square, innerloop.optim.sgd()),  # type: ignore[arg-type]
+        lambda: innerloop.Problem.from_module(half_square, half_square, innerloop.optim.sgd()),  # type: ignore[type-var]
         ["nn.Module", "function"],
     ),
     "wrt": (
@@ -721,6 +796,29 @@ def test_a_sparse_embedding_equals_finite_differences_of_torch(strategy: Any, ru
         return after_sparse_steps(make, start + h * along)
 
     assert_derivative(float((found.to_dense() * along).sum()), derivative(of_torch), repr(rule))
+
+
+def test_finite_products_take_a_sparse_gradient_of_the_outer_loss():
+    rule = innerloop.optim.adagrad(lr=0.1, eps=0.1)
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    w = (0.5 * smooth_noise(5, 2)).requires_grad_()
+    found: list[Tensor] = []
+    for strategy in (innerloop.Checkpointed(product="finite"), innerloop.StoreAll()):
+        traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+        found += torch.autograd.grad(looked_up(traj.params["w"], 1), w)
+    assert (found[0].to_dense() - found[1].to_dense()).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("save", ["params", "gradients"])
+def test_mixed_products_of_a_sparse_embedding_are_refused_by_name(save: Any):
+    """The outer loss sends back a sparse gradient, which the rule must not stumble over first."""
+    rule = innerloop.optim.adagrad(lr=0.1)
+    problem = innerloop.Problem(lambda params, hyper, t: looked_up(params["w"], int(t)), rule)
+    w = (0.5 * smooth_noise(5, 2)).requires_grad_()
+    strategy = innerloop.Checkpointed(product="mixed", save=save)
+    traj = innerloop.unroll(problem, {"w": w}, [0, 1, 2], strategy=strategy)
+    with pytest.raises(innerloop.NotDifferentiableError, match='"mixed" needs forward-mode'):
+        looked_up(traj.params["w"], 1).backward()
 
 
 def test_groups_make_gradients_dense_for_the_rules_that_need_it():

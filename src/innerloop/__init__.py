@@ -12,49 +12,82 @@ from innerloop._track.loop import TrackedLoop
 from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
+from innerloop._utils.tree import assign
 from innerloop.errors import (
     BiasedSurrogateWarning,
     CapturedParameterWarning,
     CapturedTensorError,
+    CostWarning,
+    IndefiniteSystemError,
     InnerLoopError,
     InvalidInputError,
     MetaGradientError,
     MissingExtraError,
     NonFiniteError,
+    NotConvergedWarning,
     NotDifferentiableError,
     PrecisionWarning,
+    SingularSystemError,
+    SolverError,
+    SolverNotConvergedError,
     UnreachedGradientWarning,
 )
-from innerloop.strategy import Auto, Checkpointed, FirstOrder, ForwardMode, StoreAll, Truncated
+from innerloop.inspect._attribution import Attribution, attribute
+from innerloop.inspect._diagnose import Diagnosis, diagnose
+from innerloop.strategy import (
+    Auto,
+    Checkpointed,
+    Evolution,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    StoreAll,
+    Truncated,
+)
+from innerloop.strategy._implicit import implicit_root
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Attribution",
     "Auto",
     "BiasedSurrogateWarning",
     "CapturedParameterWarning",
     "CapturedTensorError",
     "Carry",
     "Checkpointed",
+    "CostWarning",
+    "Diagnosis",
+    "Evolution",
     "FirstOrder",
     "ForwardMode",
+    "Implicit",
+    "IndefiniteSystemError",
     "InnerLoopError",
     "InvalidInputError",
     "MetaGradientError",
     "MissingExtraError",
     "NonFiniteError",
+    "NotConvergedWarning",
     "NotDifferentiableError",
     "OuterState",
     "Plan",
     "PrecisionWarning",
     "Problem",
+    "SingularSystemError",
+    "SolverError",
+    "SolverNotConvergedError",
     "StoreAll",
     "TrackedLoop",
     "Trajectory",
     "Truncated",
     "UnreachedGradientWarning",
+    "assign",
+    "attribute",
     "check_metagradient",
+    "diagnose",
     "functional",
     "higher",
+    "implicit_root",
     "inspect",
     "metagradient",
     "nn",

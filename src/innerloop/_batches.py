@@ -74,12 +74,40 @@ class Batches(abc.ABC):
         new.steps = steps
         return new
 
+    def part(self, begin: int, end: int) -> Batches:
+        """Return the data of the steps ``begin`` to ``end - 1`` of a loop that has been run."""
+        return PartOfBatches(self, begin, end)
+
 
 class NoBatches(Batches):
     """Steps without data."""
 
     def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> None:
         return None
+
+
+class PartOfBatches(Batches):
+    """The data of some steps of a longer loop.
+
+    Args:
+        whole: the data of the whole loop.
+        begin: the first step of the part.
+        end: the step behind the last.
+    """
+
+    def __init__(self, whole: Batches, begin: int, end: int) -> None:
+        super().__init__(end - begin)
+        self.whole = whole
+        self.data = whole.data
+        self.begin = begin
+
+    def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
+        return self.whole.at(params, hyper, self.begin + t, time)
+
+    def holding(self, data: object) -> Batches:
+        new = copy.copy(self)
+        new.data, new.whole = data, self.whole.holding(data)
+        return new
 
 
 class BatchList(Batches):
@@ -195,6 +223,15 @@ class BatchIterator(Batches):
             )
         return self._ahead[0][0]
 
+    def part(self, begin: int, end: int) -> Batches:
+        if not all(t in self.kept for t in range(begin, end)):
+            raise InvalidInputError(
+                "batches was an iterator, whose data are not there any more to run the loop "
+                "again: pass a list, a function batches(params, hyper, t) with steps=T, or use "
+                "Checkpointed(), which keeps them"
+            )
+        return super().part(begin, end)
+
     def _has(self, t: int) -> bool:
         if t >= self.position[0] and not self._ahead:
             try:
@@ -240,6 +277,8 @@ def batches_of(given: object, steps: int | None) -> Batches:
     """
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise InvalidInputError(f"steps={steps!r} must be a number of steps, 0 or more")
+    if isinstance(given, Batches):
+        return given
     if given is None or callable(given):
         if steps is None:
             raise InvalidInputError("the number of steps is not known: write steps=T")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,9 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.differences import derivative
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
-from innerloop.errors import InvalidInputError, MetaGradientError
+from innerloop.errors import InnerLoopError, InvalidInputError, MetaGradientError
+
+WHOLE, CONSTANT = "whole run", "detached values constant"
 
 
 class Comparison(NamedTuple):
@@ -46,10 +50,13 @@ class Report(NamedTuple):
     Attributes:
         comparisons: one for each input tensor and direction.
         step: the relative step of the finite differences.
+        reading: of what autograd gives the derivative, as far as it was found out: ``"whole run"``,
+            ``"detached values constant"``, or ``""``, neither.
     """
 
     comparisons: tuple[Comparison, ...]
     step: float
+    reading: str = WHOLE
 
     @property
     def ok(self) -> bool:
@@ -67,7 +74,10 @@ class Report(NamedTuple):
             header=["input", "autograd", "finite diff.", "difference", "uncertainty", ""],
             align="<>>>>",
         )
-        return f"{shown}\n(directional derivatives, float64, relative step {self.step:.1e})"
+        reading = f"; autograd: {self.reading}" if self.reading else ""
+        return (
+            f"{shown}\n(directional derivatives, float64, relative step {self.step:.1e}{reading})"
+        )
 
 
 def _cells(c: Comparison) -> list[str]:
@@ -100,6 +110,12 @@ def check_metagradient(
     the two neighbours that agree best are taken; their difference is the uncertainty. Where no two
     agree there is a kink, or float32 in the middle, and that is reported as a failure too.
 
+    Finite differences are those of the whole run: what ``outer_fn`` or an inner loss detaches
+    (``detach``, ``no_grad``, ``.data``) moves with the inputs. A gradient in which it is constant
+    disagrees. It is then compared with the run in which these values are held where they were, and
+    the error says if that is the derivative which autograd gives. ``Problem(targets=...)`` computes
+    a target that is constant for the inner gradient only, and follows the whole run.
+
     Args:
         outer_fn: ``outer_fn(inputs) -> scalar``, with the whole inner loop in it.
         inputs: a tensor, a pytree of tensors, or an ``nn.Module`` (its parameters are perturbed).
@@ -119,7 +135,7 @@ def check_metagradient(
         InvalidInputError: ``outer_fn`` returns no scalar, or not the same one twice.
 
     Cost:
-        12 evaluations for each direction and input tensor.
+        12 evaluations for each direction and input tensor, and 12 more for each that disagrees.
 
     Example:
         >>> import torch, innerloop
@@ -137,6 +153,8 @@ def check_metagradient(
     generator = torch.Generator().manual_seed(seed)
     value, grads = evaluate.gradient()
     comparisons = []
+    reading = WHOLE
+    constant = _Frozen(evaluate)
     for i, (name, x) in enumerate(zip(evaluate.names, values, strict=True)):
         if not x.numel():
             continue
@@ -144,23 +162,44 @@ def check_metagradient(
         for _ in range(directions if x.numel() > 1 else 1):
             v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
             v = v / v.norm() * (x.numel() ** 0.5)
-            finite, uncertainty = derivative(
-                lambda h, i=i, v=v: evaluate.shifted(i, h * v),  # type: ignore[misc]
-                step * scale,
-            )
             exact = float((grads[i] * v).sum())
             noise = 1e-15 * abs(value) / (step * scale)
-            close = rtol * max(abs(exact), abs(finite))
-            allowed = close + 100 * noise
-            hidden = 100 * noise > 1e-6 and abs(exact - finite) > close
-            ok = abs(exact - finite) <= allowed and uncertainty <= 10 * allowed and not hidden
-            comparisons.append(Comparison(name, exact, finite, uncertainty, ok, hidden))
-    report = Report(tuple(comparisons), step)
+
+            def compared(
+                shifted: Callable[[int, Tensor], float],
+                name: str = name,
+                i: int = i,
+                v: Tensor = v,
+                h: float = step * scale,
+                exact: float = exact,
+                noise: float = noise,
+            ) -> Comparison:
+                finite, uncertainty = derivative(lambda h: shifted(i, h * v), h)
+                close = rtol * max(abs(exact), abs(finite))
+                allowed = close + 100 * noise
+                hidden = 100 * noise > 1e-6 and abs(exact - finite) > close
+                ok = abs(exact - finite) <= allowed and uncertainty <= 10 * allowed and not hidden
+                return Comparison(name, exact, finite, uncertainty, ok, hidden)
+
+            comparisons.append(compared(evaluate.shifted))
+            if not comparisons[-1].ok and reading:
+                reading = CONSTANT if constant.agrees(compared) else ""
+    report = Report(tuple(comparisons), step, reading)
     if not report.ok:
         raise MetaGradientError(
             f"autograd and finite differences disagree for {', '.join(report.wrong)}:\n{report}"
+            f"{_READINGS if reading == CONSTANT else ''}"
         )
     return report
+
+
+_READINGS = (
+    "\nThey agree if what the code detaches (detach, no_grad, .data) keeps its value: autograd "
+    "gives the derivative in which that is constant, finite differences that of the whole run. If "
+    "you mean the first, the gradient is right. If you mean the second, do not detach in the outer "
+    "loss, and compute what an inner loss holds constant by Problem(loss, optimizer, targets=fn), "
+    "or outside of the inner loss"
+)
 
 
 class _Evaluation:
@@ -216,19 +255,23 @@ class _Evaluation:
             torch.zeros_like(v) if g is None else g for g, v in zip(grads, leaves, strict=True)
         ]
 
-    def shifted(self, i: int, shift: Tensor) -> float:
-        """Return the value with input ``i`` moved by ``shift``."""
-        return self._value([v + shift if k == i else v for k, v in enumerate(self.values)]).item()
+    def shifted(
+        self, i: int, shift: Tensor, around: AbstractContextManager[object] | None = None
+    ) -> float:
+        """Return the value with input ``i`` moved by ``shift``, evaluated inside ``around``."""
+        moved = [v + shift if k == i else v for k, v in enumerate(self.values)]
+        return self._value(moved, around).item()
 
-    def _value(self, values: Sequence[Tensor]) -> Float[Tensor, ""]:
+    def _value(
+        self, values: Sequence[Tensor], around: AbstractContextManager[object] | None = None
+    ) -> Float[Tensor, ""]:
         after = RandomState.now()
         try:
             if self._random is not None:
                 self._random.restore()
-            with torch.enable_grad(), _PromoteToFloat64():
-                return check_loss(
-                    self._outer_fn(self._with(values)), "what outer_fn(inputs) returns"
-                )
+            given = self._with(values)
+            with torch.enable_grad(), PromoteToFloat64(), around or nullcontext():
+                return check_loss(self._outer_fn(given), "what outer_fn(inputs) returns")
         finally:
             if after is not None:
                 after.restore()
@@ -260,7 +303,94 @@ def _with_parameters(
     return module
 
 
-class _PromoteToFloat64(TorchFunctionMode):
+class _Frozen:
+    """The evaluation in which what the user's code detaches keeps the value it has at the inputs.
+
+    Args:
+        evaluate: the evaluation.
+    """
+
+    def __init__(self, evaluate: _Evaluation) -> None:
+        self._evaluate = evaluate
+        self._values: list[Tensor] | None = None
+
+    def agrees(self, compared: Callable[[Callable[[int, Tensor], float]], Comparison]) -> bool:
+        """True if a gradient is the derivative of this evaluation, where that can be told."""
+        try:
+            if self._values is None:
+                recorder = _Detached()
+                self._evaluate.shifted(0, torch.zeros(()), recorder)
+                self._values = recorder.values
+            return bool(self._values) and compared(self._shifted).ok
+        except (RuntimeError, InnerLoopError, _OtherCourseError):
+            return False
+
+    def _shifted(self, i: int, shift: Tensor) -> float:
+        return self._evaluate.shifted(i, shift, _Detached(self._values))
+
+
+class _OtherCourseError(Exception):
+    """The run detaches other values than at the inputs."""
+
+
+class _Detached(TorchFunctionMode):
+    """A mode that notes what the user's code detaches, or puts earlier values in its place.
+
+    Args:
+        values: what to put there, in the order of the calls; None: note them.
+
+    Attributes:
+        values: what was noted.
+    """
+
+    def __init__(self, values: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.values: list[Tensor] = []
+        self._given = None if values is None else iter(values)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func``, and note or replace its result if it is cut from the graph."""
+        found = func(*args, **(kwargs or {}))
+        cut = func in (Tensor.detach, torch_private.data_getter())
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if (
+            isinstance(found, Tensor)
+            and tree.differentiable(found)
+            and (cut or not (torch.is_grad_enabled() or in_place))
+            and _called_by_user()
+        ):
+            value = torch_private.innermost(found).detach()
+            if self._given is None:
+                self.values.append(value.clone())
+                return found
+            kept = next(self._given, None)
+            if kept is None or kept.shape != value.shape:
+                raise _OtherCourseError
+            return kept.clone()
+        return found
+
+
+def _called_by_user() -> bool:
+    """True if the function that torch is running was called by code outside of innerloop."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        package = module.partition(".")[0]
+        # Modes that replace calls, and checkers of types, stand between the caller and torch.
+        if package not in ("torch", "jaxtyping") and module not in (__name__, "innerloop.nn._mode"):
+            return package != "innerloop"
+        frame = frame.f_back
+    return False
+
+
+class PromoteToFloat64(TorchFunctionMode):
     """A mode in which float32 tensors are promoted where they meet float64 ones.
 
     Captured float32 data then do not stop the check.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
@@ -29,7 +29,18 @@ from innerloop._module.checks import (
     refusing_recomputation,
     refusing_writes,
 )
-from innerloop._types import Grads, HyperTree, Loss, Named, Params, ValueAndGrad
+from innerloop._types import (
+    Aux,
+    Batch,
+    Grads,
+    HyperTree,
+    Loss,
+    Module,
+    ModuleLoss,
+    Named,
+    Params,
+    ValueAndGrad,
+)
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
@@ -40,7 +51,7 @@ from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._groups import Groups
 
-Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Any, dict[str, Tensor]]
+Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Aux, dict[str, Tensor]]
 OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any] | None]
 
 
@@ -51,7 +62,7 @@ class _WithTargets(NamedTuple):
     targets: Any
 
 
-class Problem:
+class Problem(Generic[Batch, Aux]):
     r"""One step of training: a loss :math:`\ell`, an update rule :math:`u` with state :math:`s`.
 
     .. math::
@@ -73,8 +84,12 @@ class Problem:
             an entry of ``hyper`` that only happens to have the name of a hyper-parameter.
         targets: ``targets(params, hyper, batch)`` computes what a step holds constant (TD targets,
             a teacher) and is differentiated all the same: it is evaluated outside of the inner
-            derivative, and its result is passed on as ``loss(params, hyper, batch, targets)``. What
-            the loss itself detaches is constant in every derivative.
+            derivative, once in a step, and its result is passed on as ``loss(params, hyper, batch,
+            targets)``. What the loss itself detaches is constant in every derivative.
+
+    Note:
+        For a type checker this is ``Problem[Batch, Aux]``: what the loss takes as a batch, and what
+        it returns besides the scalar. A bare ``Problem`` leaves both open.
 
     Example:
         >>> import torch, innerloop
@@ -89,11 +104,11 @@ class Problem:
 
     def __init__(
         self,
-        loss: Loss,
+        loss: Loss[Batch, Aux],
         optimizer: Optimizer,
         *,
         optimizer_hyper: OptimizerHyper | None = None,
-        targets: Callable[..., object] | None = None,
+        targets: Callable[[dict[str, Tensor], Any, Batch], object] | None = None,
     ) -> None:
         if not callable(loss):
             raise InvalidInputError(
@@ -109,7 +124,7 @@ class Problem:
             raise InvalidInputError(
                 f"optimizer is {type(optimizer).__name__}, not one of innerloop.optim: write {cure}"
             )
-        self.loss = loss
+        self.loss: Callable[..., Tensor | tuple[Tensor, Aux]] = loss
         self.optimizer = optimizer
         self.optimizer_hyper: Callable[[Any, int], Mapping[str, Any] | None] | None = (
             optimizer_hyper
@@ -121,9 +136,9 @@ class Problem:
                 "targets must be a function targets(params, hyper, batch), got "
                 f"{type(targets).__name__}"
             )
-        self.targets = targets
+        self.targets: Callable[..., object] | None = targets
         self.view: module.ModuleView | None = None
-        self.original: Problem | None = None
+        self.original: Problem[Batch, Aux] | None = None
         """The user's problem, of which this is the copy for one run."""
         self.computed_buffers: set[str] = set()
         """Buffers that may have a derivative in this run.
@@ -139,13 +154,13 @@ class Problem:
     @classmethod
     def from_module(
         cls,
-        model: nn.Module,
-        loss: Loss,
+        model: Module,
+        loss: ModuleLoss[Module, Batch, Aux],
         optimizer: Optimizer,
         *,
         optimizer_hyper: OptimizerHyper | None = None,
-        targets: Callable[..., object] | None = None,
-    ) -> Problem:
+        targets: Callable[[Module, Any, Batch], object] | None = None,
+    ) -> Problem[Batch, Aux]:
         """Make a problem from ``loss(model, hyper, batch)``, written with the module itself.
 
         The module's buffers (running statistics) and the random state are threaded through the
@@ -154,11 +169,15 @@ class Problem:
         ``dict(model.named_parameters())``; other parameters keep the module's values. ``targets``
         is here a function ``targets(model, hyper, batch)``.
         """
-        problem = cls(loss, optimizer, optimizer_hyper=optimizer_hyper, targets=targets)
+        # `evaluate` passes them the module where a problem without one passes its parameters.
+        functions: Any = loss, targets
+        problem = cls(
+            functions[0], optimizer, optimizer_hyper=optimizer_hyper, targets=functions[1]
+        )
         problem.view = module.ModuleView(model)
         return problem
 
-    def for_one_run(self, start: Carry) -> Problem:
+    def for_one_run(self, start: Carry) -> Problem[Batch, Aux]:
         """Return a copy that notes what is found out in one run; it is forgotten afterwards."""
         run = copy.copy(self)
         run.original = self.original or self
@@ -221,19 +240,17 @@ class Problem:
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         hyper: HyperTree,
-        batch: object,
+        batch: Batch | _WithTargets,
         *,
         second_order: bool = True,
-    ) -> tuple[Float[Tensor, ""], Any]:
+    ) -> tuple[Float[Tensor, ""], tuple[Aux, dict[str, Tensor]]]:
         """Return ``(loss, (aux, new_buffers))``.
 
         If second derivatives will be taken, operations that lack them are replaced meanwhile.
         """
         more: tuple[object, ...] = ()
         if self.targets is not None:
-            given = batch
-            if not isinstance(given, _WithTargets):
-                given, buffers = self.with_targets(params, buffers, hyper, batch)
+            given, buffers = self.with_targets(params, buffers, hyper, batch)
             assert isinstance(given, _WithTargets)
             batch, more = given.batch, (given.targets,)
         with replacing() if second_order else nullcontext():
@@ -244,6 +261,7 @@ class Problem:
                 result, new_buffers = self.view.run(
                     params, buffers, loss_of, self.view.module, hyper, batch, *more
                 )
+        aux: Any  # None, which `Aux` stands for where the loss returns the scalar alone
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return check_loss(
             loss,
@@ -254,18 +272,26 @@ class Problem:
         )
 
     def with_targets(
-        self, params: Named, buffers: Named, hyper: Any, batch: Any
-    ) -> tuple[Any, Named]:
-        """Return the batch with its targets, outside of the inner derivative, and the buffers."""
-        if self.targets is None:
+        self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
+    ) -> tuple[Batch | _WithTargets, Named]:
+        """Return the batch with its targets, outside of the inner derivative, and the buffers.
+
+        A batch that has its targets already keeps them.
+        """
+        if self.targets is None or isinstance(batch, _WithTargets):
             return batch, buffers
-        with replacing():
-            if self.view is None:
-                return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
-            found, new = self.view.run(
-                params, buffers, self.targets, self.view.module, hyper, batch
-            )
-            return _WithTargets(batch, found), new
+        try:
+            with replacing():
+                if self.view is None:
+                    return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
+                found, new = self.view.run(
+                    params, buffers, self.targets, self.view.module, hyper, batch
+                )
+                return _WithTargets(batch, found), new
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            raise explain(error) from error
 
     def _noting_buffers(self, *args: Any) -> Any:
         """Evaluate the loss, and note which buffers it has changed.
@@ -290,7 +316,9 @@ class Problem:
         )
         return result
 
-    def gradient(self, params: Named, buffers: Named, hyper: HyperTree, batch: object) -> Gradient:
+    def gradient(
+        self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
+    ) -> Gradient[Aux]:
         """Return ``(gradient with respect to params, loss, aux, new_buffers)``."""
         taken = self._by_autograd if may_call_autograd() else self._by_transform
         try:
@@ -302,13 +330,13 @@ class Problem:
             raise explain(error) from error
 
     def _by_transform(
-        self, params: Named, buffers: Named, hyper: HyperTree, batch: object
-    ) -> Gradient:
+        self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
+    ) -> Gradient[Aux]:
         """Differentiate in vmap, jvp and compiled code, where torch.autograd.grad raises."""
 
         def objective(
-            params: Params, buffers: Named, hyper: HyperTree, batch: object
-        ) -> tuple[Tensor, Any]:
+            params: Params, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
+        ) -> tuple[Tensor, tuple[Tensor, Aux, dict[str, Tensor]]]:
             loss, (aux, new_buffers) = self.evaluate(params, buffers, hyper, batch)
             if mode() is not Mode.COMPILING and not torch_private.is_tracked(loss):
                 raise NotDifferentiableError(INDEPENDENT)
@@ -325,8 +353,8 @@ class Problem:
         return self.for_the_rule(grads, params), loss, aux, new_buffers
 
     def _by_autograd(
-        self, params: Named, buffers: Named, hyper: HyperTree, batch: object
-    ) -> Gradient:
+        self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets
+    ) -> Gradient[Aux]:
         """Differentiate in eager code.
 
         The derivative is the same, and a quarter faster on small models, where the transform's
@@ -397,6 +425,30 @@ class Problem:
                     f"hyper-parameter {name!r}; it has {', '.join(known)}"
                 )
 
+    def unread_names(self, hyper: HyperTree) -> list[str]:
+        """Return the entries of ``hyper`` that look as if the optimizer read them, but it does not.
+
+        The loss may read them.
+        """
+        if self.optimizer_hyper is not None or not isinstance(hyper, Mapping):
+            return []
+        known = hyper_names(self.optimizer) or ()
+        return [
+            name
+            for name, value in hyper.items()
+            if name in known and any(map(tree.differentiable, tree.leaves(value)))
+        ]
+
+    def unread(self, name: str) -> str:
+        """Say, for an error, that neither the optimizer nor the loss reads ``hyper[name]``."""
+        kind = repr(self.optimizer).partition("(")[0]
+        return (
+            f"no gradient arrives at hyper[{name!r}]. {kind} has a hyper-parameter of that name, "
+            "but reads it only if you say so: write "
+            f"Problem(loss, optimizer, optimizer_hyper=({name!r},)), or optimizer_hyper=() if the "
+            "name means something else"
+        )
+
     def parameter_hooks(self, params: Named) -> list[tuple[str, Hook]]:
         """Return the hooks of the module's own parameters, which training runs on gradients."""
         if self.view is None:
@@ -454,14 +506,19 @@ class Problem:
             )
 
     def step(
-        self, carry: Carry, hyper: HyperTree, batch: object, t: int
-    ) -> tuple[Carry, Float[Tensor, ""], Any]:
+        self, carry: Carry, hyper: HyperTree, batch: Batch, t: int
+    ) -> tuple[Carry, Float[Tensor, ""], Aux]:
         """Take one step of training: ``(new_carry, loss, aux)``."""
-        grads, loss, aux, buffers = self.gradient(carry.params, carry.buffers, hyper, batch)
+        start: Named = carry.buffers
+        given: Batch | _WithTargets = batch
+        if self.optimizer.needs_closure:
+            # The targets are those of the step, however often the rule evaluates the loss.
+            given, start = self.with_targets(carry.params, start, hyper, batch)
+        grads, loss, aux, buffers = self.gradient(carry.params, start, hyper, given)
         held = dict(buffers)
 
         def evaluate(params: Named) -> tuple[Tensor, dict[str, Tensor]]:
-            grads, loss, _, buffers = self.gradient(params, held, hyper, batch)
+            grads, loss, _, buffers = self.gradient(params, held, hyper, given)
             held.update(buffers)
             return loss, grads
 
@@ -533,7 +590,7 @@ class _ReadByName:
         return found
 
 
-def residual(problem: Problem, carry: Carry, hyper: HyperTree, batch: object) -> Grads:
+def residual(problem: Problem[Batch, Aux], carry: Carry, hyper: HyperTree, batch: Batch) -> Grads:
     """Compute the inner gradient at ``carry`` as constants.
 
     It is zero where the inner problem is solved; its derivatives at a solution are what implicit

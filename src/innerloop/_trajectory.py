@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from jaxtyping import Float
 from torch import Tensor
 
 from innerloop._carry import Carry
+from innerloop._types import Aux
 from innerloop.errors import InvalidInputError
 
 
-class Trajectory:
+class Trajectory(Generic[Aux]):
     """The states, losses and auxiliary outputs of an inner loop of T steps.
 
     Attributes:
         losses: tensor ``[T]``, the inner loss before each step.
         aux: what the loss returned besides the scalar, stacked over steps; None if nothing.
         steps: T.
+        hypers: the outer variables as each step saw them, where the graph of the loop is kept.
+        record: what is needed to run the loop again, for `innerloop.inspect`; None where that is
+            not known (`track`, code under ``torch.func``).
+        function: what pulls the whole loop back, where it is one node of the graph; else None.
 
     Args:
         states: time -> carry, times counted from the start of this loop. Each carry gets its
@@ -33,16 +38,19 @@ class Trajectory:
         self,
         states: Mapping[int, Carry],
         losses: Float[Tensor, " steps"] | Callable[[], Tensor],
-        aux: Any,
+        aux: Aux,
         steps: int,
         missing: str = "",
     ) -> None:
         begin = states[0].time if 0 in states else 0
         self._states = {t: carry._replace(time=begin + t) for t, carry in states.items()}
         self._losses = losses
-        self.aux = aux
+        self.aux: Aux = aux
         self.steps = steps
         self._missing = missing
+        self.hypers: Sequence[object] = ()
+        self.record: Any = None
+        self.function: Any = None
 
     @property
     def params(self) -> dict[str, Tensor]:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._types import HyperTree, Params
+from innerloop._types import Aux, Batch, HyperTree, Params
+from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
-from innerloop._utils.progress import Report, closing, reporter
-from innerloop._utils.random_state import at_random_state, restored_on_error
+from innerloop._utils.progress import Report, closing, reporter, silent
+from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop, Strategy
 from innerloop.strategy._engine import non_finite
+from innerloop.strategy._engine.guards import connected, refusing_unused
+from innerloop.strategy._engine.replay_context import Record, ReplayContext
 from innerloop.strategy._store_all import StoreAll
 
 
 def unroll(
-    problem: Problem,
+    problem: Problem[Batch, Aux],
     params: Params | Carry | None,
     batches: object,
     *,
@@ -32,7 +36,7 @@ def unroll(
     steps: int | None = None,
     save_at: Sequence[int] = (),
     progress: bool | Report = False,
-) -> Trajectory:
+) -> Trajectory[Aux]:
     r"""Run T steps of ``problem``; gradients flow from the trajectory to ``params`` and ``hyper``.
 
     Args:
@@ -48,8 +52,9 @@ def unroll(
             ``batches(params, hyper, t)`` together with ``steps``; or an iterator (a generator, a
             ``DataLoader``), whose length need not be known.
         hyper: any pytree of tensors, handed to the loss and to ``optimizer_hyper``. The optimizer
-            reads from it only what ``optimizer_hyper`` of the problem says; `metagradient` raises
-            where that was forgotten, `unroll` cannot tell.
+            reads from it only what ``optimizer_hyper`` of the problem says; where that seems to be
+            forgotten (nothing in the loop reads an entry that has the name of a hyper-parameter),
+            asking for the gradient of the entry raises.
         strategy: how the loop is differentiated; default `StoreAll`.
         steps: T; needed where ``batches`` does not say it.
         save_at: times whose states `Trajectory.at` must know, whatever the strategy. Other than
@@ -108,8 +113,11 @@ def unroll(
             problem.check_overrides(hyper, start.time)
         if mode() is not Mode.COMPILING:
             problem = problem.for_one_run(start)
+        given = hyper
+        hyper, tokens = _noticing_unread(problem, hyper)
         loop = Loop(problem, start, hyper, data, times, report)
         eager = mode() is Mode.EAGER
+        record = _record(loop._replace(hyper=given), strategy) if eager else None
         if eager and torch.is_grad_enabled():
             loop = non_finite.watched(loop)
         if not isinstance(params, Carry) or params.random_state is None:
@@ -117,6 +125,7 @@ def unroll(
         else:
             with at_random_state(params.random_state):
                 traj = strategy.run(loop)
+        traj.record = record
         if eager and traj.steps:
             _check_finite(loop, traj)
     late = [t for t in times if t > traj.steps]
@@ -124,7 +133,49 @@ def unroll(
         raise InvalidInputError(
             f"save_at has {late}, but the iterator ended after {traj.steps} steps"
         )
-    return traj
+    return _with_tokens(traj, tokens) if tokens else traj
+
+
+def _noticing_unread(problem: Problem, hyper: HyperTree) -> tuple[HyperTree, list[Tensor]]:
+    """Return hyper, and tokens that raise when an entry is asked for that nothing in a loop reads.
+
+    Only entries that have the name of a hyper-parameter, which the optimizer was not told to read.
+    """
+    names = () if mode() is Mode.COMPILING else problem.unread_names(hyper)
+    if not names or not torch.is_grad_enabled():
+        return hyper, []
+    assert isinstance(hyper, Mapping)
+    by_id = {id(x): name for name in names for x in tree.tensors(hyper[name])}
+    tokens: list[Tensor] = []
+
+    def watched(x: Tensor) -> Tensor:
+        if not (id(x) in by_id and tree.differentiable(x) and torch_private.has_derivative(x)):
+            return x
+        alias, token = refusing_unused(x, problem.unread(by_id[id(x)]))
+        tokens.append(token)
+        return alias
+
+    return tree.map_tensors(watched, hyper), tokens
+
+
+def _with_tokens(traj: Trajectory, tokens: Sequence[Tensor]) -> Trajectory:
+    """Return ``traj`` whose last parameters, losses and aux reach ``tokens`` backwards."""
+    states = {t: traj.at(t) for t in traj.times}
+    if traj.steps:
+        last = states[traj.steps]
+        states[traj.steps] = last._replace(params=connected(last.params, tokens))
+    found = Trajectory(states, *connected((traj.losses, traj.aux), tokens), traj.steps)
+    found.hypers, found.record, found.function = traj.hypers, traj.record, traj.function
+    return found
+
+
+def _record(loop: Loop, strategy: Strategy) -> Record:
+    """Return what is needed to run the loop again."""
+    start = loop.start
+    if start.random_state is None:
+        start = start._replace(random_state=RandomState.now())
+    exact = bool(strategy.exact) and strategy.differentiates == {"params", "hyper"}
+    return Record(loop._replace(start=start, report=silent), ReplayContext(loop), exact)
 
 
 def _check_finite(loop: Loop, traj: Trajectory) -> None:

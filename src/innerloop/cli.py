@@ -39,7 +39,7 @@ def walkthrough(picture: Path | None = None, *, draw: bool = True) -> int:
     Args:
         picture: The file for the picture; None stands for `PICTURE`, and then a missing matplotlib
             is no error.
-        draw: Whether there is a picture at all.
+        draw: False draws no picture at all.
     """
     result = run()
     print(to_text(result))

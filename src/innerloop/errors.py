@@ -27,6 +27,26 @@ class MetaGradientError(InnerLoopError, AssertionError):
     """Autograd and finite differences disagree about a meta-gradient."""
 
 
+class SolverError(InnerLoopError):
+    """A linear system that implicit differentiation needs was not solved."""
+
+
+class SingularSystemError(SolverError):
+    """The linear system has no solution, or no unique one: its matrix is singular."""
+
+
+class IndefiniteSystemError(SolverError):
+    """Conjugate gradients met a matrix that is not positive definite."""
+
+
+class SolverNotConvergedError(SolverError):
+    """An iterative solver stopped before it reached its tolerance."""
+
+
+class NotConvergedWarning(UserWarning):
+    """An inner problem was differentiated implicitly before it had converged."""
+
+
 class PrecisionWarning(UserWarning):
     """A derivative is computed in a precision in which it may come out wrong."""
 
@@ -41,6 +61,10 @@ class CapturedParameterWarning(UserWarning):
 
 class BiasedSurrogateWarning(UserWarning):
     """A surrogate of reinforcement learning is biased for the objective that was stated."""
+
+
+class CostWarning(UserWarning):
+    """What was asked for will take long; it says how long, and what would be cheaper."""
 
 
 class MissingExtraError(InnerLoopError, ImportError):

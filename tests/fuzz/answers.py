@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import innerloop
 from tests.fuzz import losses, rules
+from tests.fuzz.case import Case
 from tests.fuzz.models import Batch
-from tests.fuzz.truth import CLIP, World, outer
+from tests.fuzz.truth import CLIP, World, outer, torch_optimizer
 
 Grads = dict[str, Tensor | None]
 
@@ -60,7 +61,11 @@ def _overrides(w: World, hyper: Mapping[str, Tensor], t: int) -> dict[str, Any]:
     if w.case.schedule != 1:
         lr = chosen.get("lr", torch.tensor(w.case.settings["lr"]).double())
         chosen["lr"] = lr * w.case.schedule**t
-    if w.case.rule == "learned":
+    by_torch = bool(w.case.options.get("by_torch"))
+    if len(w.groups) == 2 and "lr" in chosen:
+        first = 1 if by_torch else len(w.groups[0])  # `groups` is given one pattern for each name
+        chosen["lr"] = [chosen["lr"] / 2] * first + [chosen["lr"]]
+    if w.case.rule == "learned" and not by_torch:
         settings = w.settings(varied)
         weights = {n: torch.as_tensor(v).double() for n, v in settings.items()}
         return {"weights": weights} if varied else {}
@@ -69,13 +74,20 @@ def _overrides(w: World, hyper: Mapping[str, Tensor], t: int) -> dict[str, Any]:
 
 def _optimizer(w: World, chained: bool = True) -> innerloop.optim.Optimizer:
     """Make the rule of innerloop."""
-    rule = rules.RULES[w.case.rule].ours(**w.case.settings)
+    make = rules.RULES[w.case.rule].ours
+    members = [make(**own) for own in w.by_group(w.case.settings)]
+    rule: innerloop.optim.Optimizer = members[0]
+    if len(members) == 2:
+        first = dict.fromkeys(w.groups[0], members[0])
+        rule = innerloop.optim.groups({**first, "*": members[1]})
     transform = w.case.transform
     if transform == "none" or not chained:
         return rule
     made: Any = {
         "clip norm": innerloop.optim.clip_by_global_norm,
+        "clip each": innerloop.optim.clip_per_parameter,
         "clip value": innerloop.optim.clip_by_value,
+        "decay": innerloop.optim.add_decayed_weights,
         "scale": innerloop.optim.scale,
     }[transform](CLIP[transform])
     return innerloop.optim.chain(made, rule)
@@ -88,6 +100,11 @@ def _called_back(transform: str, grads: list[Tensor | None]) -> list[Tensor | No
         squares = [g.square().sum() for g in grads if g is not None]
         factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
         return [None if g is None else g * factor for g in grads]
+    if transform == "clip each":
+        return [
+            None if g is None else g * (limit / (g.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+            for g in grads
+        ]
     if transform == "clip value":
         return [None if g is None else g.clamp(-limit, limit) for g in grads]
     return [None if g is None else limit * g for g in grads]
@@ -102,9 +119,7 @@ def _named_callback(transform: str) -> Callable[[Mapping[str, Tensor]], dict[str
 
 
 def _torch_optimizer(w: World, model: nn.Module) -> torch.optim.Optimizer:
-    params = dict(model.named_parameters())
-    make = rules.RULES[w.case.rule].torch
-    return make([params[n] for n in w.trained], **w.case.settings)
+    return torch_optimizer(w, dict(model.named_parameters()), w.case.settings)
 
 
 def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
@@ -122,11 +137,16 @@ def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tens
     ) as loop:
         for t in range(case.steps):
             batch = w.batches[t]
+            held = (
+                losses.target(dict(loop.model.named_parameters()))
+                if case.role == "target"
+                else None
+            )
 
-            def closure(batch: Batch = batch) -> Tensor:
+            def closure(batch: Batch = batch, held: Tensor | None = held) -> Tensor:
                 params = dict(loop.model.named_parameters())
                 return losses.value(
-                    w.loss, case.role, loop.model, params, batch, _strength(w, hyper)
+                    w.loss, case.role, loop.model, params, batch, _strength(w, hyper), held
                 )
 
             overrides = _overrides(w, hyper, t)
@@ -167,12 +187,18 @@ def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
     with innerloop.higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diff):
         for t in range(case.steps):
             batch = w.batches[t]
+            held = losses.target(dict(fmodel.named_parameters())) if case.role == "target" else None
 
-            def closure(batch: Batch = batch) -> Tensor:
+            def closure(batch: Batch = batch, held: Tensor | None = held) -> Tensor:
                 params = dict(fmodel.named_parameters())
-                return losses.value(w.loss, case.role, fmodel, params, batch, _strength(w, hyper))
+                return losses.value(
+                    w.loss, case.role, fmodel, params, batch, _strength(w, hyper), held
+                )
 
-            override = {n: [v] for n, v in _overrides(w, hyper, t).items()}
+            override = {
+                n: v if isinstance(v, list) else [v] * len(w.groups)
+                for n, v in _overrides(w, hyper, t).items()
+            }
             diff.step(
                 closure if case.options["closure"] else closure(),
                 override=override or None,
@@ -193,7 +219,7 @@ class _Posed(NamedTuple):
     outer: Callable[[innerloop.Trajectory], Tensor]
 
 
-def _posed(w: World, model: nn.Module) -> _Posed:
+def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
     """Pose the case as a `Problem`, with its batches in the form that was drawn."""
     case, options = w.case, w.case.options
     optimizer = _optimizer(w)
@@ -201,25 +227,41 @@ def _posed(w: World, model: nn.Module) -> _Posed:
     more: dict[str, Any] = (
         {"optimizer_hyper": lambda hyper, t: _overrides(w, hyper or {}, t)} if varied else {}
     )
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in w.trained)
     call, everything, buffers = innerloop.functional(model)
+
+    def strength(hyper: Any) -> Tensor:
+        return _strength(w, {**(hyper or {}), **captured})
+
     from_module = options["from_module"] or bool(buffers) or case.family == "stateful"
     from_module = from_module or w.case.loss in ("module hook", "parameter hook")
     if from_module:
 
-        def of_module(model: nn.Module, hyper: Any, batch: Batch) -> Tensor:
+        def of_module(
+            model: nn.Module, hyper: Any, batch: Batch, held: Tensor | None = None
+        ) -> Tensor:
             params = dict(model.named_parameters())
-            return losses.value(w.loss, case.role, model, params, batch, _strength(w, hyper or {}))
+            return losses.value(
+                w.loss, case.role, model, params, batch, strength(hyper), held
+            )  # fmt: skip
 
+        if case.role == "target":
+            more["targets"] = lambda model, hyper, batch: losses.target(
+                dict(model.named_parameters())
+            )
         problem = innerloop.Problem.from_module(model, of_module, optimizer, **more)
     else:
 
-        def of_params(params: Any, hyper: Any, batch: Batch) -> Tensor:
+        def of_params(params: Any, hyper: Any, batch: Batch, held: Tensor | None = None) -> Tensor:
             complete = {**everything, **params}
             return losses.value(
-                w.loss, case.role, lambda b: call(complete, b), complete, batch,
-                _strength(w, hyper or {}),
+                w.loss, case.role, lambda b: call(complete, b), complete, batch, strength(hyper),
+                held,
             )  # fmt: skip
 
+        if case.role == "target":
+            more["targets"] = lambda params, hyper, batch: losses.target({**everything, **params})
         problem = innerloop.Problem(of_params, optimizer, **more)
 
     half = (case.steps + 1) // 2
@@ -250,9 +292,15 @@ def _posed(w: World, model: nn.Module) -> _Posed:
     return _Posed(problem, data, None, of_trajectory)
 
 
+def _captures(case: Case, hyper: Mapping[str, Tensor]) -> bool:
+    return bool(case.options["captured"]) and "strength" in hyper
+
+
 def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
     case = w.case
-    posed = _posed(w, model)
+    captured = {"strength": hyper["strength"]} if _captures(case, hyper) else {}
+    posed = _posed(w, model, captured)
+    given = {n: h for n, h in hyper.items() if n not in captured}
     params = {
         n: p.detach().clone().requires_grad_("params" in case.wrt)
         for n, p in model.named_parameters()
@@ -261,13 +309,16 @@ def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
     more: dict[str, Any] = {"strategy": case.strategy}
     if case.outer == "middle":
         more["save_at"] = [(case.steps + 1) // 2]
-    pieces = case.options["pieces"] == 2 and case.outer in ("params", "output")
+    # A continued loop draws from its carry and leaves the random state of the caller, from which a
+    # dropout in the outer loss draws.
+    outers = ("params",) if case.family == "dropout" else ("params", "output")
+    pieces = case.options["pieces"] == 2 and case.outer in outers
     if pieces and case.steps > 1 and case.cut == 0 and case.options["form"] == "list":
-        first = innerloop.unroll(posed.problem, params, posed.batches[:1], hyper=hyper, **more)
-        traj = innerloop.unroll(posed.problem, first.at(-1), posed.batches[1:], hyper=hyper, **more)
+        first = innerloop.unroll(posed.problem, params, posed.batches[:1], hyper=given, **more)
+        traj = innerloop.unroll(posed.problem, first.at(-1), posed.batches[1:], hyper=given, **more)
     else:
         traj = innerloop.unroll(
-            posed.problem, params, posed.batches, hyper=hyper, steps=posed.steps, **more
+            posed.problem, params, posed.batches, hyper=given, steps=posed.steps, **more
         )
     value = posed.outer(traj)
     inputs = {**params} if "params" in case.wrt else {}
@@ -280,7 +331,7 @@ def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
 
 def by_metagradient(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
     case = w.case
-    posed = _posed(w, model)
+    posed = _posed(w, model, {})
     params = {n: p.detach().clone() for n, p in model.named_parameters() if n in w.trained}
     more: dict[str, Any] = {"strategy": case.strategy}
     if case.outer == "middle":

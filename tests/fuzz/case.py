@@ -26,9 +26,12 @@ STRATEGIES: tuple[Strategy, ...] = (
     innerloop.FirstOrder(),
     innerloop.Auto(memory="1GB"),
 )
+FINITE = innerloop.Checkpointed(slots=2, product="finite")
+"""Drawn in place of some of the others, from a generator of its own: the cases that were drawn
+before it was enrolled stay what they were."""
 FORMS = ("list", "stacked", "function", "iterator")
 OUTERS = ("output", "params", "middle", "losses")
-TRANSFORMS = ("none", "none", "none", "clip norm", "clip value", "scale")
+TRANSFORMS = ("none",) * 4 + ("clip norm", "clip each", "clip value", "scale", "decay")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Case:
         transform: what is done to the gradients before the rule sees them.
         schedule: the learning rate is multiplied by this at every step.
         frozen: the position of a parameter that is not trained; None: all are.
+        grouped: the first half of the parameters has half the learning rate.
         options: what only some front ends have.
     """
 
@@ -67,6 +71,7 @@ class Case:
     transform: str = "none"
     schedule: float = 1.0
     frozen: int | None = None
+    grouped: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,21 +100,17 @@ def draw(seed: int, number: int) -> Case:
         if family in models.SPARSE and rule not in rules.TAKES_SPARSE:
             family = "embedding"
     loss = rng.choice(list(losses.LOSSES))
-    of_tokens = "embedding" in family or family in (
-        "lstm",
-        "gru",
-        "multi-head attention",
-        "transformer",
-    )
-    if losses.LOSSES[loss].continuous and of_tokens:
+    if losses.LOSSES[loss].continuous and family in models.OF_TOKENS:
         loss = "mse"
     strategy: Strategy = innerloop.StoreAll()
     if front in ("unroll", "metagradient"):
         strategy = rng.choice(STRATEGIES)
+        if random.Random(f"finite-{seed}-{number}").random() < 0.06:
+            strategy = FINITE
     settings = rules.draw(rng, rule)
     if rng.random() < 0.03 and "eps" in settings and not isinstance(settings["eps"], tuple):
         settings["eps"] = 1e-8
-    options = _options(rng, front, rule)
+    options = _options(rng, front, rule, isinstance(strategy, innerloop.StoreAll))
     role = rng.choice(losses.ROLES)
     wrt = rng.choice((("params", "hyper"), ("params", "hyper"), ("params",), ("hyper",)))
     if "params" not in strategy.differentiates or options.get("learn") == "outer":
@@ -127,8 +128,11 @@ def draw(seed: int, number: int) -> Case:
         varied = tuple(n for n in candidates if rng.random() < 0.5)
         if not varied and (role == "none" or rng.random() < 0.8):
             varied = ("lr",)
-    if rule == "sparse adam" and role == "decay":
-        role = "scale"  # a decay would make the gradient dense
+    if family in models.SPARSE:
+        settings |= {"weight_decay": 0.0} if "weight_decay" in settings else {}  # torch refuses it
+    dense = rule == "sparse adam" and role in ("decay", "target")  # they would make it dense
+    if dense or (role == "target" and not options.get("closure", True)):
+        role = "scale"  # a target that a closure computes itself would need a detach
     if "hyper" in wrt and not varied and role == "none":
         role = "scale"
     steps = rng.randint(1, 4) + rng.randint(0, rules.RULES[rule].steps)
@@ -137,18 +141,21 @@ def draw(seed: int, number: int) -> Case:
         outer = "params"
     if outer == "losses" and (front in ("track", "bridge") or first_order):
         outer = "params"
+    if role == "target" and outer == "output" and family in models.OF_TOKENS:
+        outer = "params"  # the padding row moves, and torch drops the outer gradient at it
     transform = rng.choice(TRANSFORMS) if rule not in ("lbfgs", "sparse adam") else "none"
-    if family in models.SPARSE:
+    if family in models.SPARSE or (transform == "decay" and options.get("by_torch")):
         transform = "none"
     schedule = 0.8 if rule not in ("learned", "lbfgs", "rprop") and rng.random() < 0.2 else 1.0
     frozen = rng.randint(0, 9) if rng.random() < 0.15 else None
+    grouped = rule not in ("lbfgs", "learned") and rng.random() < 0.15
     return Case(
         rng.randint(0, 2**31), family, loss, rule, settings, role, varied, steps, front, strategy,
-        wrt, outer, transform, schedule, frozen, options,
+        wrt, outer, transform, schedule, frozen, grouped, options,
     )  # fmt: skip
 
 
-def _options(rng: random.Random, front: str, rule: str) -> dict[str, Any]:
+def _options(rng: random.Random, front: str, rule: str, stores: bool) -> dict[str, Any]:
     """Draw what only some front ends have."""
     if front == "track":
         return {
@@ -163,4 +170,5 @@ def _options(rng: random.Random, front: str, rule: str) -> dict[str, Any]:
         "form": rng.choice(FORMS),
         "from_module": rng.random() < 0.6,
         "pieces": 2 if front == "unroll" and rng.random() < 0.15 else 1,
+        "captured": front == "unroll" and rng.random() < (0.2 if stores else 0.02),
     }

@@ -146,13 +146,22 @@ LOSSES: dict[str, Loss] = {
 }
 """Loss -> how it is computed. One more line enrols one more; none stops a gradient."""
 
-ROLES = ("scale", "decay", "output", "none")
+ROLES = ("scale", "decay", "output", "target", "none")
 
 
 def value(
-    loss: Loss, role: str, call: Call, params: Mapping[str, Tensor], batch: Batch, strength: Tensor
+    loss: Loss,
+    role: str,
+    call: Call,
+    params: Mapping[str, Tensor],
+    batch: Batch,
+    strength: Tensor,
+    held: Tensor | None = None,
 ) -> Tensor:
-    """Compute the loss, in which the outer variable ``strength`` has a role."""
+    """Compute the loss, in which the outer variable ``strength`` has a role.
+
+    ``held`` is the `target` of a step, if the role is to be the weight of the distance from it.
+    """
     if role == "output":
         return loss.core(lambda b: call(b) * (1 + strength), batch)
     core = loss.core(call, batch)
@@ -160,7 +169,14 @@ def value(
         return core * strength.exp()
     if role == "decay":
         return core + strength * torch.stack([p.square().sum() for p in params.values()]).sum()
+    if held is not None:
+        return core + strength * (outer_of_params(params) - held).square() / 10
     return core
+
+
+def target(params: Mapping[str, Tensor]) -> Tensor:
+    """Compute what a step holds constant, though it moves with the parameters."""
+    return 0.5 * outer_of_params(params)
 
 
 def weights(count: int) -> Tensor:

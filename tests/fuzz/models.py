@@ -227,6 +227,18 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 """Family -> its constructor. One more line enrols one more."""
 
+OF_TOKENS = frozenset(
+    {
+        "embedding",
+        "embedding bag",
+        "sparse embedding",
+        "lstm",
+        "gru",
+        "multi-head attention",
+        "transformer",
+    }
+)
+"""Families that look tokens up in a table with a padding row."""
 SPARSE = frozenset({"sparse embedding"})
 OWN_STATE = frozenset({"stateful"})
 """Families whose next output depends on buffers that they change: only `Problem.from_module` and

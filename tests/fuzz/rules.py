@@ -57,8 +57,9 @@ class PlainLearned(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad
-                kept = 0.7 * self.state[p].get("kept", torch.zeros_like(p)) + grad
+                if p.grad is None:
+                    continue
+                kept = 0.7 * self.state[p].get("kept", torch.zeros_like(p)) + p.grad
                 self.state[p]["kept"] = kept
                 p.sub_(group["lr"] * torch.tanh(group["gain"] * kept))
 

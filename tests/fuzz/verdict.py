@@ -17,11 +17,17 @@ from typing import NamedTuple
 import torch
 
 import innerloop
+from innerloop.strategy import Strategy
+from tests.fuzz import losses, models, rules
 from tests.fuzz.answers import Answer, answer
-from tests.fuzz.case import Case, draw
+from tests.fuzz.case import FINITE, FRONT_ENDS, STRATEGIES, Case, draw
 from tests.fuzz.truth import Truth, World, truth, world
 
 RIGHT, REFUSED, UNDECIDED, SILENT, BARE = "right", "refused", "undecided", "SILENT", "BARE"
+PLAIN = "PLAIN"
+"""The plain run raises, which no drawn case should."""
+KINDS = (RIGHT, REFUSED, UNDECIDED, SILENT, BARE, PLAIN)
+FINDINGS = (SILENT, BARE, PLAIN)
 OFF = 1e-4
 OFF_FORWARD = 1e-7
 
@@ -67,7 +73,11 @@ def judge_case(case: Case) -> tuple[str, str]:
             inside = [f for f in where if "innerloop" in f.filename and "/fuzz/" not in f.filename]
             at = f" at {inside[-1].filename.rpartition('src/')[2]}" if inside else " outside of it"
             return BARE, f"{type(error).__name__}{at}: {first_line(error)}"
-        return compared(w, said, truth(w))  # an error of plain torch is one of the fuzzer
+        try:
+            true = truth(w)
+        except Exception as error:
+            return PLAIN, f"{type(error).__name__} by plain torch: {first_line(error)}"
+        return compared(w, said, true)
 
 
 @contextmanager
@@ -135,12 +145,11 @@ class Tally:
         self.kinds[verdict.kind] += 1
         if verdict.kind == REFUSED:
             self.refusals[shortened(verdict.reason)] += 1
-        if verdict.kind in (SILENT, BARE):
+        if verdict.kind in FINDINGS:
             self.findings.append(verdict)
         if verdict.kind == RIGHT:
             c = verdict.case
-            strategy = repr(c.strategy) if c.front in ("unroll", "metagradient") else ""
-            for what in (c.family, c.loss, c.rule, f"{c.front} {strategy}".strip()):
+            for what in (c.family, c.loss, c.rule, by(c.front, c.strategy)):
                 self.right.setdefault(what, collections.Counter())[RIGHT] += 1
 
     @property
@@ -148,9 +157,20 @@ class Tally:
         return sum(self.kinds.values())
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{self.kinds[k]} {k}" for k in (RIGHT, REFUSED, UNDECIDED, SILENT, BARE))
+        kinds = ", ".join(f"{self.kinds[k]} {k}" for k in KINDS)
         rate = self.total / max(self.seconds, 1e-9)
         return f"{self.total} cases: {kinds}; {self.seconds:.0f} s, {rate:.1f} cases/s"
+
+
+def by(front: str, strategy: Strategy) -> str:
+    """Name a front end, with its strategy if it takes one."""
+    return f"{front} {strategy!r}" if front in ("unroll", "metagradient") else front
+
+
+def enrolled() -> set[str]:
+    """List all that can be drawn, under the names by which `Tally.right` counts."""
+    fronts = {by(front, strategy) for front in FRONT_ENDS for strategy in (*STRATEGIES, FINITE)}
+    return {*models.FAMILIES, *losses.LOSSES, *rules.RULES, *fronts}
 
 
 def shortened(reason: str) -> str:

@@ -19,12 +19,14 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._utils.inner_pass import inner_pass
 from innerloop.errors import InnerLoopError
+from innerloop.optim._engine.callback import call_back
 from innerloop.optim._engine.grads import dense, is_sparse
 
 K = TypeVar("K", str, int)
 """How a front end calls its parameters: by name, or by position."""
 Hook = Callable[[Tensor], Tensor | None]
 """What a user gave to ``Tensor.register_hook``."""
+_HOOK = "a hook (register_hook) on a parameter"
 
 
 def inner_gradient(
@@ -94,7 +96,7 @@ def finish(
     found = dict(grads) if takes_sparse else dense(grads)
     for key, hook in hooks:
         g = found.get(key)
-        if g is not None and (changed := hook(g)) is not None:
+        if g is not None and (changed := call_back(hook, g, _HOOK)) is not None:
             found[key] = changed
     return found
 

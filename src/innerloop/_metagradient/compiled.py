@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient.unreached import Unreached
 from innerloop._problem import Problem
+from innerloop._types import Result
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import check_compiled
@@ -22,12 +23,12 @@ _verified: MutableMapping[Problem, set[object]] = cache("verified meta-gradients
 
 def compiled_value_and_grad(
     strategy: Strategy,
-    objective: Objective,
+    objective: Objective[Result],
     inputs: Inputs,
     wrt: tuple[str, ...],
     unreached: Unreached,
     variant: object,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Result, dict[str, Any]]:
     """Return `Strategy.value_and_grad`, compiled as a whole.
 
     A transform over a compiled function would run eagerly, so the compiler goes outermost.

@@ -16,7 +16,7 @@ from innerloop._metagradient.unreached import Unreached
 from innerloop._module.checks import check_not_inference
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._types import HyperTree, Params
+from innerloop._types import Aux, Batch, HyperTree, Params, Result
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
@@ -29,8 +29,8 @@ from innerloop.strategy._store_all import StoreAll
 
 
 def metagradient(
-    outer: Callable[[Trajectory, Any], Any],
-    problem: Problem,
+    outer: Callable[[Trajectory[Aux], Any], Result],
+    problem: Problem[Batch, Aux],
     params: Params | Carry | None,
     batches: object,
     *,
@@ -41,7 +41,7 @@ def metagradient(
     save_at: Sequence[int] = (),
     compile: bool = False,
     progress: bool | Report = False,
-) -> tuple[Any, Any]:
+) -> tuple[Result, Any]:
     """Return the value and the gradient of an outer loss behind a loop.
 
     This is the form that composes with ``torch.func`` and that can be compiled.
@@ -108,7 +108,7 @@ def metagradient(
 
     unreached = Unreached(problem, hyper if "hyper" in names else None)
 
-    def objective(inputs: Inputs) -> tuple[Tensor, Any]:
+    def objective(inputs: Inputs) -> tuple[Tensor, Result]:
         start = (
             params._replace(params=dict(inputs.params))
             if isinstance(params, Carry)
@@ -130,7 +130,6 @@ def metagradient(
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",
         )
         refuse_own_functions([loss])
-        unreached.look(loss, inputs.hyper)
         return loss, result
 
     inputs = Inputs(dict(params.params if isinstance(params, Carry) else params), hyper)

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innerloop._inner_gradient import graph
-from innerloop._problem import Problem, hyper_names
+from innerloop._problem import Problem
 from innerloop._types import HyperTree
 from innerloop._utils import tree
-from innerloop._utils.execution import Mode, mode
 from innerloop.errors import NotDifferentiableError
 from innerloop.strategy._outer_gradient import Inputs
 
@@ -27,29 +25,7 @@ class Unreached:
 
     def __init__(self, problem: Problem, hyper: HyperTree) -> None:
         self.problem = problem
-        known = hyper_names(problem.optimizer) or ()
-        # Entries that look as if the optimizer read them.
-        entries: Mapping[str, object] = hyper if isinstance(hyper, Mapping) else {}
-        self.suspects = [
-            name
-            for name, value in entries.items()
-            if name in known
-            and problem.optimizer_hyper is None
-            and any(map(tree.differentiable, tree.leaves(value)))
-        ]
-
-    def look(self, loss: Tensor, hyper: HyperTree) -> None:
-        """Raise, under ``torch.func``, if the graph of ``loss`` does not reach a suspect.
-
-        A transform returns zeros for what it does not reach, so this is seen in the graph only.
-        """
-        if not self.suspects or mode() is not Mode.TRANSFORMED:
-            return
-        assert isinstance(hyper, Mapping)
-        found = {id(x) for x in graph.check_graph([loss], (), second_order=False)}
-        for name in self.suspects:
-            if not any(id(x) in found for x in tree.tensors(hyper[name])):
-                raise NotDifferentiableError(self._unread(name))
+        self.suspects = problem.unread_names(hyper)
 
     def filled(self, inputs: Inputs, grads: Mapping[str, Any]) -> dict[str, Any]:
         """Return gradients with zeros in place of None.
@@ -61,19 +37,11 @@ class Unreached:
         for name in self.suspects:
             found = grads["hyper"][name]
             if all(g is None for g in tree.leaves(found)):
-                raise NotDifferentiableError(self._unread(name))
+                raise NotDifferentiableError(self.problem.unread(name))
         return {
             name: _zeros_for_none(name, getattr(inputs, name), found)
             for name, found in grads.items()
         }
-
-    def _unread(self, name: str) -> str:
-        kind = repr(self.problem.optimizer).partition("(")[0]
-        return (
-            f"no gradient arrives at hyper[{name!r}]. {kind} has a hyper-parameter of that name, "
-            "but reads it only if you say so: write "
-            f"Problem(loss, optimizer, optimizer_hyper=({name!r},))"
-        )
 
 
 def _zeros_for_none(name: str, given: object, grads: object) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -87,6 +88,64 @@ def check_module(model: object) -> None:
             "does not run: pass model.module, "
             "and average the outer gradients yourself"
         )
+
+
+class LateHooks:
+    """Refuses hooks that come after a loop has begun, on its parameters and modules.
+
+    Args:
+        modules: the modules of the loop's copy.
+        instead: what to write.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], instead: str) -> None:
+        self._modules = list(modules)
+        self._instead = instead
+        self._seen = torch_private.hooks_so_far()
+
+    def check(self, params: Iterable[tuple[object, Tensor]]) -> None:
+        """Raise if a parameter, or a module of the model, has a hook that came later.
+
+        Looks only after new hooks were registered somewhere.
+        """
+        now = torch_private.hooks_so_far()
+        if now == self._seen:
+            return
+        for name, p in params:
+            if torch_private.gradient_hooks(p):
+                raise InvalidInputError(
+                    f"the parameter {name!r} of the loop's model was given a hook (register_hook) "
+                    f"while the loop runs, which would act on other gradients. {self._instead}"
+                )
+        for module in self._modules:
+            if torch_private.backward_hooks(module) and not torch_private.is_wrapped(module):
+                raise InvalidInputError(
+                    f"a backward hook was registered on a {type(module).__name__} of the loop's "
+                    "model while the loop runs: it would act a second time in the outer backward "
+                    f"pass. {self._instead}"
+                )
+        self._seen = now
+
+
+_CLIPPING = "torch.nn.utils.clip_grad"
+
+
+def refuse_clipping() -> None:
+    """Raise if ``torch.nn.utils.clip_grad_norm_`` or its kind is at work on what is asked for."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    for _ in range(12):
+        name = frame.f_code.co_name
+        if name.startswith("clip_grad") and frame.f_globals.get("__name__") == _CLIPPING:
+            raise InvalidInputError(
+                f"torch.nn.utils.{name} was given parameters of a differentiable "
+                "loop, which have no .grad: it would clip nothing. Clip in the step: "
+                "loop.step(loss, grad_callback=innerloop.optim.clip_by_global_norm(1.0)) "
+                "(clip_by_value for clip_grad_value_; innerloop.higher: diffopt.step(loss, "
+                "grad_callback=...))"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
 
 
 def check_names(params: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -6,13 +6,13 @@ import copy
 import functools
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import ItemsView, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from innerloop._module.checks import check_module
+from innerloop._module.checks import check_module, refuse_clipping
 from innerloop._utils import torch_private, tree
 from innerloop._utils.inner_pass import InnerHook, is_inner_pass
 from innerloop.errors import InvalidInputError, NotDifferentiableError
@@ -190,6 +190,11 @@ class _Parameters(dict[str, Any]):
             return _Unreadable.of(found, name)
         return found
 
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+        """Return the items, which every listing of a module's parameters goes through."""
+        refuse_clipping()
+        return super().items()
+
     def __delitem__(self, name: str) -> None:
         """Delete a frozen parameter, which adapters register anew; refuse a trained one."""
         value = super().__getitem__(name)
@@ -212,6 +217,14 @@ class _Parameters(dict[str, Any]):
         return {name: None if p is None else memo[id(p)] for name, p in self.items()}
 
 
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
 class _Copier:
     """A copier of module trees that shares parameters, buffers and tensors that require grad.
 
@@ -230,6 +243,7 @@ class _Copier:
         self.keep: list[Any] = []  # ids in `done` stay valid while their objects live
         self.places: dict[int, list[Place]] = {}
         self.modes: list[tuple[nn.Module, nn.Module]] = []
+        self.inside: set[int] = set()  # the modules of the model, for functions that capture them
 
     def copy(self, obj: object) -> Any:
         """Copy modules, containers, arrays and constant tensors; return all else as it is."""
@@ -249,6 +263,8 @@ class _Copier:
             func, args, keywords = (self.copy(part) for part in parts)
             changed = any(a is not b for a, b in zip((func, args, keywords), parts, strict=True))
             return functools.partial(func, *args, **keywords) if changed else obj
+        if isinstance(obj, types.FunctionType):
+            return self._function(obj)
         if type(obj) in _CONTAINERS:
             return self._container(obj)
         return obj
@@ -311,6 +327,63 @@ class _Copier:
         """
         copied = self.copy(table)
         return type(table)(table) if copied is table else copied
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """Return a function whose closure and defaults hold the copies, if they hold modules.
+
+        A module may keep ``lambda z: self.layer(z)``: in the copy that is to use the copy's layer.
+        """
+        cells = function.__closure__ or ()
+        if not (cells or function.__defaults__ or function.__kwdefaults__):
+            return function
+        self.done[id(function)] = function  # one that refers to itself ends here
+        self.keep.append(function)
+        filled = [cell for cell in cells if not _is_empty(cell)]
+        contents = {id(cell): self._captured(cell.cell_contents) for cell in filled}
+        defaults = self._captured(function.__defaults__)
+        keywords = self._captured(function.__kwdefaults__)
+        changed = {id(c) for c in filled if contents[id(c)] is not c.cell_contents}
+        if (
+            not changed
+            and defaults is function.__defaults__
+            and keywords is function.__kwdefaults__
+        ):
+            return function
+        # Cells whose content stays are shared: a function may count its calls there.
+        closure = tuple(types.CellType(contents[id(c)]) if id(c) in changed else c for c in cells)
+        new = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, defaults, closure
+        )
+        new.__kwdefaults__ = keywords
+        functools.update_wrapper(new, function, updated=())
+        del new.__wrapped__  # type: ignore[attr-defined]
+        vars(new).update(vars(function))
+        self.done[id(function)] = new
+        return new
+
+    def _captured(self, content: Any) -> Any:
+        """Copy what a function has captured if it holds modules of the model; else it is shared."""
+        return self.copy(content) if self._holds_modules(content, set()) else content
+
+    def _holds_modules(self, content: object, seen: set[int]) -> bool:
+        """True if ``content`` is a part of the model, or a container or function that holds one."""
+        if isinstance(content, nn.Module):
+            return id(content) in self.inside
+        if type(content) in _PLAIN or id(content) in seen:
+            return False
+        seen.add(id(content))
+        parts: list[object] = []
+        if type(content) in _CONTAINERS:
+            parts = list(content.values() if isinstance(content, dict) else content)  # type: ignore[call-overload]
+        elif isinstance(content, types.FunctionType):
+            cells = content.__closure__ or ()
+            parts = [cell.cell_contents for cell in cells if not _is_empty(cell)]
+            parts += [content.__defaults__, content.__kwdefaults__]
+        elif isinstance(content, types.MethodType):
+            parts = [content.__self__]
+        elif isinstance(content, functools.partial):
+            parts = [content.func, content.args, content.keywords]
+        return any(self._holds_modules(part, seen) for part in parts)
 
     def _container(self, obj: Any) -> Any:
         """Return a container with copied elements, or the container itself if none was copied."""

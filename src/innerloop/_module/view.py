@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -58,8 +58,11 @@ class ModuleView:
             check_module(module)
         source = by_name(named_parameters(model))
         source_buffers = by_name(named_buffers(model))
-        source, source_buffers = _as_they_stand(model, source, source_buffers)
+        # Listing may have registered parameters anew, so the tables are walked after it.
+        tables = list(in_tables(model))
+        source, source_buffers = _as_they_stand(tables, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
+        copier.inside = {id(part) for _, part in tables}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
         self.module: Any = copies[""] if isinstance(model, nn.Module) else copies
         self._modes = copier.modes
@@ -75,7 +78,7 @@ class ModuleView:
                 )
         self.statistics = {
             prefix + key
-            for prefix, module in in_tables(model)
+            for prefix, module in tables
             if isinstance(module, _NORMS)
             for key in torch_private.buffer_table(module)
         }
@@ -124,7 +127,8 @@ class ModuleView:
         if self._gate is not None and self._gate.refuses():
             raise refusal(next(iter(self.parameters), ""))
         try:
-            return {name: places[0][0][places[0][1]] for name, places in self.parameters.items()}
+            # Not as a module reads them, which is noted: the first place is a module's table.
+            return {n: dict.__getitem__(*places[0]) for n, places in self.parameters.items()}
         except KeyError:
             pass
         gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])
@@ -196,7 +200,7 @@ class ModuleView:
 
 
 def _as_they_stand(
-    model: nn.Module | Mapping[str, nn.Module],
+    modules: Iterable[tuple[str, nn.Module]],
     params: dict[str, Tensor],
     buffers: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -207,7 +211,7 @@ def _as_they_stand(
     """
     kinds = (torch_private.parameter_table, torch_private.buffer_table)
     tables: list[list[tuple[str, Tensor]]] = [[], []]
-    for prefix, module in in_tables(model):
+    for prefix, module in modules:
         for listed, table in zip(tables, kinds, strict=True):
             listed.extend((prefix + k, t) for k, t in table(module).items() if t is not None)
     standing = {id(t) for listed in tables for _, t in listed}
@@ -218,23 +222,22 @@ def _as_they_stand(
 
 
 def keep_running_statistics(view: ModuleView) -> None:
-    """Let batch and instance norms write copies of their running statistics.
+    """Let batch and instance norms hold copies of the running statistics that they computed with.
 
-    They write in place without saying so, and the graph of an earlier forward in evaluation mode
-    reads them in its backward pass.
+    The graph of a forward reads those in its backward pass, and norms write in place without saying
+    so; the user may reset or load the statistics too.
     """
     for module in view.modules:
         if (
             getattr(module, "track_running_stats", False)
             and torch_private.buffer_table(module).get("running_mean") is not None
         ):
-            module.register_forward_pre_hook(_copy_running_statistics)
+            module.register_forward_hook(_copy_running_statistics)
 
 
-def _copy_running_statistics(module: nn.Module, _: object) -> None:
-    if module.training:
-        table = torch_private.buffer_table(module)
-        for name in ("running_mean", "running_var"):
-            statistic = table[name]
-            assert statistic is not None
+def _copy_running_statistics(module: nn.Module, _: object, __: object) -> None:
+    table = torch_private.buffer_table(module)
+    for name in ("running_mean", "running_var"):
+        statistic = table[name]
+        if statistic is not None:
             table[name] = statistic.clone()

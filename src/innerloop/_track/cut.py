@@ -34,7 +34,8 @@ class _Raise(torch.autograd.Function):
             "to step. Write "
             'track(..., learn="init") for the gradient of model.parameters(), or learn="outer" '
             "for tensors outside of the model; "
-            "for tensors that only the outer loss uses, torch.autograd.grad(outer, tensors)"
+            "for tensors that only the outer loss uses, torch.autograd.grad(outer, tensors). (A "
+            "step is loop.step(loss), without loss.backward().)"
         )
 
 
@@ -65,7 +66,8 @@ class _RaiseIfNothingReached(torch.autograd.Function):
                 'Write learn="init" for the '
                 "gradient of model.parameters(), or give hyper-parameters as tensors that require "
                 "grad. (With first_order=True the inner "
-                "gradients are constants: what only the inner loss uses gets no gradient.)"
+                "gradients are constants: what only the inner loss uses gets no gradient. A step "
+                "is loop.step(loss), without loss.backward().)"
             )
         return None, None, None
 

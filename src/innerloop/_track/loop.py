@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from innerloop._carry import Carry, aliased
+from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     check_graph,
@@ -24,12 +24,14 @@ from innerloop._inner_gradient.gradient import (
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._module.checks import check_not_inference
+from innerloop._module.checks import LateHooks, check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._track.buffers import BufferSnapshots
+from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
+from innerloop._track.edits import EditWatch, Placed
 from innerloop._track.start import (
     Learn,
     Model,
@@ -48,6 +50,7 @@ from innerloop._utils.finite import all_finite, is_finite
 from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.nn import _mode as replace
 from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.callback import refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform
@@ -76,7 +79,12 @@ class TrackedLoop:
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
-        self._kernels = replace.LoopMode() if self._second_order else None
+        self._edits = EditWatch()
+        self._kernels = (
+            None
+            if learn == "nothing"
+            else replace.LoopMode(self._edits, replaces=self._second_order)
+        )
         self._gate = Gate(snapshots=learn == "nothing")
         self._view = ModuleView(model, self._gate)
         if self._second_order:
@@ -101,6 +109,10 @@ class TrackedLoop:
             for hook in torch_private.gradient_hooks(own[name])
         ]
         self._own = {id(p): name for name, p in own.items()}
+        refuse_post_accumulate_hooks(
+            own, self._trained, "Change gradients with loop.step(loss, grad_callback=...)"
+        )
+        self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
         for name, p in {**own, **given}.items():
             if name not in self._frozen:
@@ -109,6 +121,13 @@ class TrackedLoop:
         with torch.enable_grad():
             start = time_zero(own, given, self._frozen, learn, self._cut)
             self._view.write(start)
+        self._facts = Facts(own, self._view.read(), self._optimizer)
+        self._late_hooks = LateHooks(
+            self._view.modules,
+            "Register it on the user's own model before track, or change gradients with "
+            "loop.step(loss, grad_callback=...)",
+        )
+        self._place()
         if self._second_order and learn == "init":
             self._watch(start)
         self._view.write_buffers(
@@ -127,8 +146,16 @@ class TrackedLoop:
         return self._view.module
 
     def __enter__(self) -> TrackedLoop:
+        if not torch.is_grad_enabled() and self._grad_mode is None:
+            # A layer with a loop inside, under no_grad: the loop needs gradients all the same.
+            self._grad_mode = torch.enable_grad()
+            self._grad_mode.__enter__()
         if self._kernels is not None:
             self._kernels.enter()
+        self._facts.enter()
+        with self._own_code():
+            self._place()
+        self._edits.enter()
         return self
 
     def __exit__(
@@ -137,14 +164,28 @@ class TrackedLoop:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._facts.leave()
         if self._kernels is not None:
             self._kernels.leave()
+        handed_out = self._edits.stop()
+        if self._grad_mode is not None:
+            self._grad_mode.__exit__(kind, error, traceback)
+            self._grad_mode = None
+        if error is not None:
+            refused = self._edits.refused
+            # load_state_dict makes an error of its own out of every one.
+            if refused is not None and "in loading state_dict" in str(error):
+                raise refused from error
+            if (clearer := explained(error, self._view.source)) is not None:
+                raise clearer from error
         if isinstance(error, RuntimeError) and "nference tensor" in str(error):
             raise explain(error) from error
         # Pruning registers "weight_orig" before it takes the weight out.
         if isinstance(error, TypeError) and "_orig' (torch.nn.Parameter" in str(error):
             name = str(error).split("parameter '")[-1].split("_orig'")[0]
             raise InvalidInputError(GONE.format(name)) from error
+        if kind is None and self._losses:
+            self._check_edits(self._view.read(), handed_out)
         if kind is None and self._losses and self._losses[0].device.type != "cpu":
             self._check_finite(self._stacked_losses().detach())
         if kind is None and self._losses:
@@ -181,7 +222,12 @@ class TrackedLoop:
                 derivative.
         """
         transform = self._transform_of(grad_callback)
-        current = self._current()
+        with self._own_code():
+            current = self._current()
+            self._facts.check(current)
+            if self._second_order:
+                self._late_hooks.check(current.items())
+            self._check_edits(current, self._edits.handed_out)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
@@ -200,40 +246,90 @@ class TrackedLoop:
                 "loop.step(lambda: loss_fn(loop.model(x), y))"
             )
         else:
-            value = self._checked(loss)
+            with self._own_code():
+                value = self._checked(loss)
             grads = gradient_of(value, current)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
         overrides = {**self.hyper, **(hyper or {})}
-        with self._own_code(), torch.set_grad_enabled(self.learn != "nothing"):
-            params = {name: current[name] for name in self._names}
-            more: dict[str, Any] = {}
-            if closure is not None and self._optimizer.needs_closure:
+        self._edits.is_on = False
+        try:
+            with self._own_code():
+                with torch.set_grad_enabled(self.learn != "nothing"):
+                    params = {name: current[name] for name in self._names}
+                    more: dict[str, Any] = {}
+                    if closure is not None and self._optimizer.needs_closure:
 
-                def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                    with self._users_code():
-                        found, grads = evaluate({**current, **trial}, self._as_loss)
-                    return self._as_seen(found), grads
+                        def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+                            with self._users_code():
+                                found, grads = evaluate({**current, **trial}, self._as_loss)
+                            return self._as_seen(found), grads
 
-                more["value_and_grad"] = CachedFirstEvaluation(
-                    at_trial, params, self._as_seen(value), grads
-                )
-            before = self._states[self._steps].optimizer_state
-            updated, state = self._optimizer.update(grads, before, params, overrides, **more)
-            # One that was skipped may be edited in place later; the times before must not change.
-            updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
-        if not self._cut.reached:
-            self._cut.note_outside_leaves(updated.values(), current.values())
-        # Clone: a fused loss shares storage with the whole batch's output.
-        number = value.detach().clone()
-        updated = with_dense_gradients(updated, self._sparse)
-        self._advance({**current, **updated}, state, value, number)
-        if self._kernels is not None and self._steps == 1:
-            self._kernels.after_first_step()
-            if self.learn == "outer":
-                self._watch(updated)
+                        more["value_and_grad"] = CachedFirstEvaluation(
+                            at_trial, params, self._as_seen(value), grads
+                        )
+                    before = self._states[self._steps].optimizer_state
+                    updated, state = self._optimizer.update(
+                        grads, before, params, overrides, **more
+                    )
+                    # One that was skipped may be edited later; the times before must not change.
+                    updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
+                if not self._cut.reached:
+                    self._cut.note_outside_leaves(updated.values(), current.values())
+                # Clone: a fused loss shares storage with the whole batch's output.
+                number = value.detach().clone()
+                updated = with_dense_gradients(updated, self._sparse)
+                self._place(self._advance(current, updated, state, value, number))
+        finally:
+            self._edits.is_on = True
+        if self._kernels is not None:
+            if self._steps == 1:
+                self._kernels.after_first_step(keeps_watch=True)
+                if self.learn == "outer":
+                    self._watch(updated)
+            elif self._steps == 2 and not self._edits.seen:
+                self._kernels.stop_watching()
+                self._edits.forget()
         return number
+
+    def assign(self, params: Params) -> None:
+        """Put tensors in the places of parameters of ``loop.model``, differentiably.
+
+        Args:
+            params: by name; what they were computed from, with gradients on, stays in the
+                derivative. A tensor that does not require grad is a constant of it.
+
+        Raises:
+            InvalidInputError: an unknown name, a wrong shape, or a value that is no tensor.
+
+        Example:
+            Weights that are halved after each of two steps: the gradient is (.5 * .5)² w₂ dw₂/dw₀.
+
+            >>> import torch, innerloop
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.constant_(model.weight, 4.0)
+            >>> with innerloop.track(model, innerloop.optim.sgd(lr=0.5)) as loop:
+            ...     for _ in range(2):
+            ...         _ = loop.step(loop.model.weight.square().sum() / 2)
+            ...         loop.assign({"weight": 0.5 * loop.model.weight})
+            >>> torch.autograd.grad(loop.model.weight.sum(), model.weight)
+            (tensor([[0.0625]]),)
+        """
+        check_names(params, self._view.source)
+        current, new = self._current(), {}
+        with torch.enable_grad():
+            for name, tensor in params.items():
+                if name in self._frozen and not tensor.requires_grad:
+                    new[name] = tensor.detach().clone()
+                elif self.learn == "nothing" or not tensor.requires_grad:
+                    new[name] = self._cut.cut(tensor.detach().clone())
+                else:
+                    new[name] = _alias(tensor)
+        if not self._cut.reached:
+            self._cut.note_outside_leaves(new.values(), current.values())
+        self._view.write(new)
+        self._place()
 
     def at(self, t: int) -> Carry:
         """Return the state after ``t`` steps, as `Trajectory.at` does: 0 is the start, -1 now.
@@ -246,7 +342,9 @@ class TrackedLoop:
 
     def parameters(self, time: int = -1) -> dict[str, Tensor]:
         """Return the parameters after ``time`` steps, by name: 0 is the start, -1 the newest."""
-        return self._view.read() if time in (-1, self._steps) else self.trajectory.at(time).params
+        if time in (-1, self._steps):
+            return self._view.read()
+        return self.trajectory.at(time).params
 
     def buffers(self, time: int = -1) -> dict[str, Tensor]:
         """Return the buffers after ``time`` steps, by name; -1 is now."""
@@ -278,6 +376,7 @@ class TrackedLoop:
         self._states = {0: carry._replace(params=self._view.read())}
         self._steps = 0
         self._losses = []
+        self._place()
 
     def commit(self) -> None:
         """Write weights, buffers and optimizer state into the user's model and torch optimizer."""
@@ -324,9 +423,15 @@ class TrackedLoop:
         return grad_callback
 
     def _advance(
-        self, params: dict[str, Tensor], state: object, loss: Tensor, number: Tensor
-    ) -> None:
-        """Go on to the next time, at these parameters."""
+        self,
+        current: dict[str, Tensor],
+        updated: Params,
+        state: object,
+        loss: Tensor,
+        number: Tensor,
+    ) -> Params:
+        """Go on to the next time, at updated parameters; return all as they stand there."""
+        params = {**current, **updated}
         if self.learn == "nothing":
             with torch.enable_grad():
                 params = {
@@ -337,9 +442,8 @@ class TrackedLoop:
             if self._steps:
                 del self._states[self._steps]
         else:
-            before = self._view.read()
-            self._states[self._steps] = self._states[self._steps]._replace(params=before)
-            params = aliased(params, before)
+            self._states[self._steps] = self._states[self._steps]._replace(params=current)
+            params = aliased(params, current)
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -347,6 +451,22 @@ class TrackedLoop:
         # Keep a number per step, not a tensor per step.
         if len(self._losses) == 256 and not self._second_order:
             self._losses = [self._stacked_losses()]
+        return params
+
+    def _place(self, placed: Params | None = None) -> None:
+        """Note the parameters as they are: later edits are found by comparison."""
+        if self._kernels is not None:
+            placed = self._view.read() if placed is None else placed
+            trained = {name: placed[name] for name in self._trained}
+            self._placed = Placed(trained, self._edits)
+            self._edits.handed_out.clear()
+            if self._kernels.watches:
+                self._edits.start(trained)
+
+    def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
+        """Raise if a parameter was edited while nobody looked."""
+        if self._kernels is not None and not self._edits.written:
+            self._placed.check(current, handed_out)
 
     def _own_code(self) -> AbstractContextManager[object]:
         return nullcontext() if self._kernels is None else self._kernels.paused()
@@ -379,8 +499,9 @@ class TrackedLoop:
                 "(requires_grad=False)"
             )
         if not loss.requires_grad:
+            refuse_transform()
             why = (
-                "torch.no_grad() is on"
+                "torch.no_grad() is on: compute it in `with torch.enable_grad():`"
                 if not torch.is_grad_enabled()
                 else "it was detached, or computed without loop.model"
             )
@@ -465,16 +586,17 @@ class TrackedLoop:
 
     def _gradient_of(self, loss: Tensor, current: Params, transform: Transform | None) -> Gradients:
         """Compute the gradients, as ``backward()`` and the user's hooks and callback would."""
-        leaves = check_graph([loss], current.values(), second_order=self._second_order)
-        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-        independent = InvalidInputError(
-            f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
-            "trains, as they are now: compute it with "
-            "loop.model (not with the model that was passed to track), and anew after each step"
-        )
-        if not wanted:
-            raise independent
         with self._own_code():
+            leaves = check_graph([loss], current.values(), second_order=self._second_order)
+            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+            independent = InvalidInputError(
+                f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
+                "trains, as they are now: compute it with loop.model (not with the model that was "
+                "passed to track), and anew after each step"
+            )
+            if not wanted:
+                refuse_transform()
+                raise independent
             found = inner_gradient(
                 loss,
                 wanted,
@@ -482,10 +604,10 @@ class TrackedLoop:
                 independent=independent,
                 gate=self._gate,
             )
-        self._gate.closed = self._second_order
-        self._check_origin(found, leaves)
-        if sparse := sparse_ones(found):
-            self._sparse |= sparse
+            self._gate.closed = self._second_order
+            self._check_origin(found, leaves)
+            if sparse := sparse_ones(found):
+                self._sparse |= sparse
         # Where none is sparse, `finish` need not look again.
         as_they_are = not sparse or self._optimizer.takes_sparse
         grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)

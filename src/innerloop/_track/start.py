@@ -70,12 +70,6 @@ def pure_optimizer(optimizer: object, own: Params) -> Optimizer:
                 f"optimizer is {type(opt).__name__}: pass a torch.optim optimizer, a list of "
                 "them, or one of innerloop.optim"
             )
-        if torch_private.step_hooks(opt):
-            raise InvalidInputError(
-                "the optimizer has step hooks (register_step_pre_hook or _post_hook), which "
-                "loop.step does not run: change gradients "
-                "with loop.step(loss, grad_callback=...)"
-            )
         known.append(opt)
     return from_torch(known, own)
 

@@ -56,11 +56,13 @@ def track(
             hyper-parameter of a given name; a name or shape does not fit.
 
     Note:
-        A weight of ``loop.model`` may be edited between steps. An edit under ``torch.no_grad`` is a
-        constant added to the weight (the gradient passes as if it had not happened); assigning a
-        new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with ``model``,
-        not copied: do not edit those in place. Buffers (running statistics) are constants of the
-        derivative, as in PyTorch.
+        A weight of ``loop.model`` is edited by ``loop.assign``, with its derivative. Adding a
+        constant in place, under ``torch.no_grad``, is right too if it is done from the first step
+        on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
+        Assigning a new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with
+        ``model``, not copied: do not edit those in place. Buffers (running statistics) are
+        constants of the derivative, as in PyTorch. What is frozen, the param groups and the hooks
+        are read once: a change of them inside the block is refused.
 
         A parameter that the loss does not use is skipped, as after ``backward()``: weight decay and
         momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients

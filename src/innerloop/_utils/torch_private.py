@@ -7,7 +7,7 @@ by a test and mended here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing import reductions
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up
 # to torch 2.13.
@@ -237,6 +239,19 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def plain_form(tensor: Tensor) -> Tensor:
+    """Return the numbers of ``tensor`` as a constant, in one form whatever transforms run.
+
+    The dimensions of ``vmap`` come first.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        place = torch._C._functorch.maybe_get_bdim(tensor)
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        if place > 0:
+            tensor = tensor.movedim(place, 0)
+    return tensor.detach()
+
+
 def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
     """Compute ``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each.
 
@@ -258,6 +273,30 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Count for each tensor how often it has been written in place."""
+    return [tensor._version for tensor in tensors]
+
+
+def nodes_so_far() -> int:
+    """Count the nodes that this thread has recorded so far."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def is_newer(node: Any, count: int) -> bool:
+    """True if a node was recorded after `nodes_so_far` gave ``count``."""
+    return node is not None and node._sequence_nr() >= count
+
+
+def recorded_by(tensor: Tensor) -> object:
+    """Return the node that an in-place operation on ``tensor`` replaces if autograd records it.
+
+    That of a view is made anew after any in-place operation, that of its base is not.
+    """
+    base = tensor._base
+    return tensor.grad_fn if base is None else base.grad_fn
+
+
 def is_view(tensor: Tensor) -> bool:
     """True if ``tensor`` is a view of another one: ``detach_()`` is refused for those."""
     return tensor._is_view()
@@ -271,12 +310,39 @@ def gradient_hooks(tensor: Tensor) -> list[Callable[[Tensor], Tensor | None]]:
     return list((tensor._backward_hooks or {}).values())
 
 
+def post_accumulate_hooks(tensor: Tensor) -> int:
+    """Count the hooks of ``tensor.register_post_accumulate_grad_hook``."""
+    return len(tensor._post_accumulate_grad_hooks or {})
+
+
+class OwnStepHook:
+    """A hook of the library's own on an optimizer's step, which `step_hooks` does not count."""
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: object) -> None:
+        self._hook(*args)
+
+
 def step_hooks(optimizer: torch.optim.Optimizer) -> int:
     """Count the hooks on the optimizer's step.
 
-    They come from ``register_step_pre_hook`` and ``register_step_post_hook``.
+    They come from ``register_step_pre_hook`` and ``register_step_post_hook``, of the optimizer and
+    of all optimizers (``torch.optim.optimizer.register_optimizer_step_pre_hook``).
     """
-    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+    tables = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        _global_optimizer_pre_hooks,
+        _global_optimizer_post_hooks,
+    )
+    return sum(not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values())
+
+
+def is_initialised(optimizer: torch.optim.Optimizer) -> bool:
+    """True if the constructor of ``torch.optim.Optimizer`` has run for it, unlike for a wrapper."""
+    return "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
@@ -389,6 +455,16 @@ def data_getter() -> Any:
 def backward_hooks(module: nn.Module) -> bool:
     """True if a module has hooks that see gradients; they cannot be listed publicly."""
     return bool(vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"))
+
+
+def hooks_so_far() -> int:
+    """Count the hooks of all kinds that were registered in this process so far."""
+    return RemovableHandle.next_id
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """True if `wrap_backward_hooks` has been called for a module."""
+    return "_get_backward_hooks" in vars(module)
 
 
 def wrap_backward_hooks(

@@ -159,6 +159,138 @@ def _stacked(column: tuple[Any, ...]) -> Tensor | None:
     return torch.stack([torch.as_tensor(leaf) for leaf in column])
 
 
+def assign(tree: object, grads: object) -> None:
+    """Add gradients to the ``.grad`` of tensors, as ``backward()`` does.
+
+    So an optimizer and a scheduler of ``torch.optim`` take the outer step, and several tasks
+    accumulate. Nothing is written if anything does not fit.
+
+    Args:
+        tree: a pytree of leaf tensors that require grad, such as ``dict(model.named_parameters())``
+            or ``hyper``. Leaves that are not tensors are passed by.
+        grads: their gradients, a pytree of the same structure: a part of what `metagradient`
+            returns. None is no gradient, and leaves ``.grad`` as it is.
+
+    Raises:
+        InvalidInputError: the structures differ; a gradient has another shape, dtype or device than
+            its tensor; a tensor is no leaf or does not require grad.
+
+    Example:
+        The outer loss w₁² behind one step w₁ = (1 - lr) w₀ on w²/2: its derivative by lr is
+        -2 (1 - lr) w₀², here -4.
+
+        >>> import torch, innerloop
+        >>> hyper = {"lr": torch.tensor(0.5, requires_grad=True)}
+        >>> problem = innerloop.Problem(
+        ...     lambda params, hyper, batch: params["w"] ** 2 / 2,
+        ...     innerloop.optim.sgd(),
+        ...     optimizer_hyper=("lr",),
+        ... )
+        >>> outer = torch.optim.SGD(hyper.values(), lr=0.01)
+        >>> value, grads = innerloop.metagradient(
+        ...     lambda traj, hyper: traj.params["w"] ** 2,
+        ...     problem,
+        ...     {"w": torch.tensor(2.0)},
+        ...     None,
+        ...     steps=1,
+        ...     hyper=hyper,
+        ...     wrt="hyper",
+        ... )
+        >>> innerloop.assign(hyper, grads)
+        >>> outer.step()
+        >>> hyper["lr"]
+        tensor(0.5400, requires_grad=True)
+    """
+    pairs = list(_paired(tree, grads, "tree"))
+    for path, x, g in pairs:
+        _check_gradient(path, x, g)
+    with torch.no_grad():
+        for _, x, g in pairs:
+            if g is None:
+                continue
+            if x.grad is None:
+                # A copy: the next gradient is added in place.
+                x.grad = g.detach().clone()
+            elif x.grad.layout is torch.strided:
+                x.grad.add_(g.detach())
+            else:
+                # A dense tensor takes a sparse one, not the other way round.
+                x.grad = g.detach() + x.grad
+
+
+def _paired(tree: object, grads: object, path: str) -> Iterator[tuple[str, Tensor, Any]]:
+    """Yield ``(path, tensor, gradient)`` for each tensor of ``tree``."""
+    if isinstance(tree, torch.nn.Module):
+        raise InvalidInputError(
+            f"{path} is a module, {type(tree).__name__}: write "
+            "assign(dict(module.named_parameters()), grads)"
+        )
+    if isinstance(tree, Tensor):
+        yield path, tree, grads
+        return
+    if isinstance(tree, dict):
+        here, there = list(tree), list(grads) if isinstance(grads, dict) else None
+        if there is None or set(here) != set(there):
+            held = type(grads).__name__ if there is None else f"the entries {there}"
+            raise InvalidInputError(
+                f"{path} has the entries {here}, and grads has {held} there: write "
+                'assign(hyper, grads["hyper"]), a gradient for each entry, or None'
+            )
+        for key, value in tree.items():
+            yield from _paired(value, grads[key], f"{path}[{key!r}]")  # type: ignore[index]
+        return
+    ours, theirs = _children(tree), _children(grads)
+    if ours is None:
+        if isinstance(grads, Tensor):
+            raise InvalidInputError(
+                f"{path} is {type(tree).__name__}, which has no .grad, and grads has a tensor "
+                "there: the structures differ"
+            )
+        return
+    if theirs is None or len(ours) != len(theirs):
+        held = type(grads).__name__ if theirs is None else f"{len(theirs)} entries"
+        raise InvalidInputError(
+            f"{path} has {len(ours)} entries, and grads has {held} there: grads must have the "
+            "structure of the tree, with None where there is no gradient"
+        )
+    for i, (value, gradient) in enumerate(zip(ours, theirs, strict=True)):
+        yield from _paired(value, gradient, f"{path}[{i}]")
+
+
+def _children(tree: object) -> list[Any] | None:
+    """Return what a container other than a dict holds; None for a leaf."""
+    if isinstance(tree, _LEAVES):
+        return None
+    if isinstance(tree, (list, tuple)):
+        return list(tree)
+    found = leaves(tree)
+    return None if len(found) == 1 and found[0] is tree else found
+
+
+def _check_gradient(path: str, x: Tensor, g: object) -> None:
+    """Raise unless ``g`` may be added to ``x.grad``."""
+    if g is None:
+        return
+    if not isinstance(g, Tensor):
+        raise InvalidInputError(
+            f"the gradient of {path} is {type(g).__name__}: write a tensor, or None"
+        )
+    if not x.is_leaf or not x.requires_grad:
+        why = "requires no grad" if x.is_leaf else "is computed from other tensors"
+        raise InvalidInputError(
+            f"{path} {why}, so no optimizer reads its .grad: write x.requires_grad_() where the "
+            "tensor is made, give the tensors that it is computed from, or leave it out of both"
+        )
+    for name in ("shape", "dtype", "device"):
+        ours, theirs = getattr(x, name), getattr(g, name)
+        if ours != theirs:
+            ours, theirs = (tuple(v) if name == "shape" else v for v in (ours, theirs))
+            raise InvalidInputError(
+                f"the gradient of {path} has {name} {theirs}, and the tensor has {ours}: they "
+                "belong to different tensors"
+            )
+
+
 def grad_with_aux(fn: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Any, Any]]:
     """Return ``torch.func.grad(fn, has_aux=True)`` for an aux of any leaves.
 

@@ -92,7 +92,7 @@ class Finding:
         return "PyTorch raises"
 
 
-def examine(case: Case, device: str = "cpu") -> Finding:
+def examine_case(case: Case, device: str = "cpu") -> Finding:
     """Probe one case, first plainly and, if anything is lacking, then as innerloop runs it."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -106,7 +106,7 @@ def examine(case: Case, device: str = "cpu") -> Finding:
 def examine_all(device: str = "cpu") -> Iterator[Finding]:
     """Probe every case."""
     for case in all_cases():
-        yield examine(case, device)
+        yield examine_case(case, device)
 
 
 def _lacking(verdicts: Mapping[str, Verdict]) -> list[str]:

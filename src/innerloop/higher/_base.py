@@ -19,12 +19,15 @@ from innerloop._inner_gradient.gradient import (
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
+from innerloop._module.checks import LateHooks
 from innerloop._utils import torch_private, tree
-from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
 from innerloop.higher.patch import PatchedModule
+from innerloop.optim._engine.callback import call_back, refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
+from innerloop.optim._from_torch.from_torch import refuse_hooks, refuse_wrapper
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 GradList = list[Tensor | None]
@@ -73,12 +76,7 @@ class DifferentiableOptimizer(abc.ABC):
         **kwargs: Any,
     ) -> None:
         check_optimizer(other)
-        if torch_private.step_hooks(other):
-            raise InvalidInputError(
-                "the optimizer has step hooks (register_step_pre_hook or _post_hook), which "
-                "diffopt.step does not run: change gradients "
-                "with grad_callback"
-            )
+        refuse_hooks(other)
         if fmodel is not None and not isinstance(fmodel, PatchedModule):
             raise InvalidInputError(
                 f"fmodel is a {type(fmodel).__name__}: pass what "
@@ -95,6 +93,20 @@ class DifferentiableOptimizer(abc.ABC):
         self._states = self._initial_state(device)
         self._apply_override(override)
         _check_callback(grad_callback)
+        self._late_hooks = (
+            None
+            if fmodel is None
+            else LateHooks(
+                fmodel.modules(),
+                "Register it on the model's own before the loop, or change gradients with "
+                "diffopt.step(loss, grad_callback=...)",
+            )
+        )
+        refuse_post_accumulate_hooks(
+            dict(numbered(self._reference)),
+            [str(i) for members in self._group_to_param_list for i in members],
+            "Change gradients with diffopt.step(loss, grad_callback=...)",
+        )
         self._hooks = [
             (i, hook)
             for i, p in enumerate(self._reference)
@@ -271,6 +283,8 @@ class DifferentiableOptimizer(abc.ABC):
                 f"the loss does not depend on any parameter through the graph ({why}): compute it "
                 "as loss_fn(fmodel(x), y)"
             )
+        if self._late_hooks is not None and self._track_higher_grads:
+            self._late_hooks.check(enumerate(params))
         leaves = check_graph([loss], params, second_order=self._track_higher_grads)
         found = inner_gradient(
             loss,
@@ -286,21 +300,14 @@ class DifferentiableOptimizer(abc.ABC):
         )
         self._note(leaves, params)
         self._look_for_captured(loss, leaves)
-        sparse = sparse_ones(found)
+        self._sparse |= sparse_ones(found)
         takes_sparse = isinstance(self._other, torch.optim.SparseAdam)
-        if sparse and takes_sparse and self._track_higher_grads:
-            raise NotDifferentiableError(
-                "SparseAdam needs sparse gradients, which have no second derivative: "
-                "build nn.Embedding with sparse=False and use "
-                "Adam, or write track_higher_grads=False"
-            )
-        self._sparse |= sparse
         finished = finish(found, hooks=self._hooks, takes_sparse=takes_sparse)
         grads = [finished.get(i) for i in range(len(params))]
         return grads if callback is None else self._called_back(callback, grads)
 
     def _called_back(self, callback: GradCallback, grads: GradList) -> GradList:
-        changed = callback(grads)
+        changed = call_back(callback, grads)
         if (
             not isinstance(changed, Sequence)
             or isinstance(changed, str)
@@ -435,6 +442,7 @@ def check_optimizer(optimizer: object) -> None:
             "create_diff_optim(torch.optim.SGD, {'lr': ...}, fmodel=fmodel) for one without a "
             "torch optimizer"
         )
+    refuse_wrapper(optimizer)
 
 
 def scalar(loss: object) -> Tensor:

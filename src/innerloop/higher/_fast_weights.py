@@ -143,6 +143,9 @@ class FastWeights:
     def at(self, params: Sequence[Tensor]) -> Iterator[None]:
         """Make these the parameters for a while; time does not go on."""
         before = self._view.read()
+        if self.track:
+            # The graph of an earlier evaluation may hold the buffers that it wrote.
+            self._view.renew_written_buffers()
         self._view.write(dict(zip(self._view.parameters, params, strict=True)))
         try:
             yield

@@ -227,10 +227,10 @@ class DifferentiableRule(DifferentiableOptimizer):
 
     def _as_constructed(self, rule: Rule, parameter: Tensor) -> dict[str, Any]:
         """Return what a torch optimizer keeps before its first step (Adagrad does)."""
-        kept = self._other.state.get(parameter, {})
+        kept, count = self._other.state.get(parameter, {}), rule.torch_layout.count
         return (
             dict(copy_and_cast(kept, self._device))
-            if rule.torch_counts and not kept.get(rule.torch_count)
+            if count is not None and not kept.get(count)
             else {}
         )
 
@@ -254,12 +254,14 @@ class DifferentiableRule(DifferentiableOptimizer):
     def _kept_names(self, g: int) -> set[str] | None:
         """Return the names under which torch keeps what this rule keeps; None for all."""
         rule = cast("FromTorch", self._pure).members[g]
-        return {*(rule.torch_state[field] for field in rule.slots()), rule.torch_count}
+        layout = rule.torch_layout
+        names = {layout.state[field] for field in rule.slots()}
+        return names if layout.count is None else {*names, layout.count}
 
     def _take_over(self, edits: Mapping[Place, Any], params: Mapping[str, Tensor]) -> None:
         """Go on from the state as it was edited; what was not edited keeps its graph."""
         rules = cast("FromTorch", self._pure).members
-        if any(rule.torch_shares_state for rule in rules):
+        if any(rule.torch_layout.shared for rule in rules):
             raise InvalidInputError(
                 f"diffopt.state was changed, which the rule of {type(self._other).__name__} "
                 "cannot take over inside of a loop: change the "
@@ -298,9 +300,14 @@ class DifferentiableRule(DifferentiableOptimizer):
 
         def evaluate(trial: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
             with torch.enable_grad():
-                at = [_alias(trial[str(i)]) if str(i) in trial else p for i, p in enumerate(params)]
+                at = [
+                    _alias(trial[str(i)]) if str(i) in trial and p.requires_grad else p
+                    for i, p in enumerate(params)
+                ]
                 with fast.at(at):
-                    value = scalar(loss())
+                    # The loop's own block is left while a rule runs.
+                    with fast.kernels():
+                        value = scalar(loss())
                     grads = self._gradients(value, at, callback)
             return value if self._track_higher_grads else value.detach(), {
                 name: grads[int(name)] for name in trial
@@ -418,7 +425,7 @@ def _with_graph(rule: Rule, kept: object, name: str) -> dict[str, Tensor]:
         held = getattr(kept, field)
         value = held.get(name) if isinstance(held, Mapping) else None
         if isinstance(value, Tensor):
-            found[rule.torch_state[field]] = value
+            found[rule.torch_layout.state[field]] = value
     return found
 
 
@@ -437,15 +444,13 @@ def _edited(
     rule: Rule, kept: Any, edited: Mapping[str, Mapping[str, Any]], params: dict[str, Tensor]
 ) -> Any:
     """Return the state of a rule with some of what torch keeps, for some parameters, replaced."""
-    cold = rule.init(params)
+    cold, layout = rule.init(params), rule.torch_layout
     fields = {}
     for field in rule.slots():
         held, start = getattr(kept, field), getattr(cold, field)
         if held is not None:
             changes = {
-                n: c[rule.torch_state[field]]
-                for n, c in edited.items()
-                if rule.torch_state[field] in c
+                n: c[layout.state[field]] for n, c in edited.items() if layout.state[field] in c
             }
             fields[field] = {
                 n: (start[n] if changes[n] is _GONE else _slot(rule, field, changes[n], start[n]))
@@ -455,8 +460,8 @@ def _edited(
             }
     counts = {n: kept.count[n] if isinstance(kept.count, Mapping) else kept.count for n in params}
     for name, new in edited.items():
-        if rule.torch_counts:
-            value = new.get(rule.torch_count, counts[name])
+        if layout.count is not None:
+            value = new.get(layout.count, counts[name])
             counts[name] = 0 if value is _GONE else int(value)
         else:  # it has taken a step if it keeps anything
             counts[name] = int(any(value is not _GONE for value in new.values()))
@@ -473,8 +478,8 @@ def _slot(rule: Rule, field: str, value: Any, like: Any) -> object:
             f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         )
         raise InvalidInputError(
-            f"{rule.torch_state[field]!r} in diffopt.state is {got}: it must be a tensor of the "
-            f"shape {tuple(like.shape)}"
+            f"{rule.torch_layout.state[field]!r} in diffopt.state is {got}: it must be a tensor of "
+            f"the shape {tuple(like.shape)}"
         )
     return value
 

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from innerloop._module.checks import refuse_clipping
 from innerloop._module.copier import Gate, plain
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._utils import torch_private
@@ -129,9 +130,9 @@ class PatchedModule(nn.Module):
         params = newest if time is None or time == -1 else fast.of_time(time)
         if whole:
             fast.reach.asked |= params is newest
-            return iter(params)
+            return _unless_clipped(params)
         index = {id(p): i for i, p in enumerate(newest)}
-        return iter(
+        return _unless_clipped(
             [params[index[id(p)]] for _, p in nn.Module.named_parameters(self, recurse=recurse)]
         )
 
@@ -257,6 +258,11 @@ class _Unregistered:
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
+
+
+def _unless_clipped(params: Iterable[Any]) -> Iterator[Any]:
+    refuse_clipping()
+    yield from params
 
 
 def _plain_copy(patched: PatchedModule) -> nn.Module:

@@ -13,6 +13,7 @@ import logging
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -84,6 +85,19 @@ def keep_kernels() -> Iterator[None]:
         _thread.kept = before
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """Looks at operations of the user's code."""
+
+    def wants(self, func: Callable[..., object]) -> bool:
+        """Return True if it has to look at this one."""
+
+    def __call__(
+        self, func: Callable[..., object], args: Args, result: Callable[[], object]
+    ) -> object:
+        """Return what ``result()`` returns, which runs the operation."""
+
+
 class ReplacementMode(TorchFunctionMode):
     """A mode that hands the operations of the catalogue to their replacements.
 
@@ -97,6 +111,8 @@ class ReplacementMode(TorchFunctionMode):
         self.met = False
         self.on = True
         self.only_silent = only_silent
+        self.replaces = True
+        self.watch: Watch | None = None
 
     def __torch_function__(
         self,
@@ -106,7 +122,15 @@ class ReplacementMode(TorchFunctionMode):
         kwargs: Kwargs | None = None,
     ) -> object:
         """Run ``func`` or its replacement; PyTorch calls this with the mode off."""
-        found = _intercepted.get(func)
+        watch = self.watch
+        if watch is not None and self.on and watch.wants(func):
+            return watch(func, args, lambda: self._replaced(func, args, kwargs))
+        if not self.replaces:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._replaced(func, args, kwargs)
+
+    def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
+        found = _intercepted.get(func) if self.replaces else None
         if found is None or not self.on:
             return func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(found, Operation):
@@ -226,10 +250,16 @@ class LoopMode:
     Looking at every operation costs 1.5 to 3 % of a small network's step, so the mode is switched
     off after a first step that met no operation of the catalogue. A later step that does meet one
     is noticed in its graph (`_inner_gradient.graph`) and refused.
+
+    Args:
+        watch: looks at every operation of the user's code until the second step begins.
+        replaces: False if the mode is there for the watch only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None, *, replaces: bool = True) -> None:
         self._mode = ReplacementMode()
+        self._mode.watch = watch
+        self._mode.replaces = self._counts = replaces
         self._is_on = False
         self._is_entered = False
         self._levels_around = 0  # `_thread.transform_levels` outside the loop
@@ -238,16 +268,18 @@ class LoopMode:
         """Switch the mode on and count this loop; a second call does nothing."""
         if not self._is_entered:
             self._mode.on = self._is_on = self._is_entered = True
-            self._levels_around = _thread.transform_levels
-            _thread.loops += 1
-            _thread.transform_levels = torch_private.derivative_levels()
+            if self._counts:
+                self._levels_around = _thread.transform_levels
+                _thread.loops += 1
+                _thread.transform_levels = torch_private.derivative_levels()
             self._mode.__enter__()
 
     def leave(self) -> None:
         """Switch the mode off and stop counting this loop."""
         if self._is_entered:
             self._is_entered = False
-            _thread.loops, _thread.transform_levels = _thread.loops - 1, self._levels_around
+            if self._counts:
+                _thread.loops, _thread.transform_levels = _thread.loops - 1, self._levels_around
             self._switch_off()
 
     def _switch_off(self) -> None:
@@ -257,10 +289,27 @@ class LoopMode:
         while isinstance(top := torch_private.function_mode(), ReplacementMode) and not top.on:
             top.__exit__(None, None, None)
 
-    def after_first_step(self) -> None:
-        """Switch the mode off for good if the first step met no operation of the catalogue."""
+    def after_first_step(self, *, keeps_watch: bool = False) -> None:
+        """Switch the mode off for good if the first step met no operation of the catalogue.
+
+        Args:
+            keeps_watch: only stop replacing, and go on watching.
+        """
         if self._is_on and not self._mode.met:
+            self._mode.replaces = False
+            if not keeps_watch:
+                self._switch_off()
+
+    def stop_watching(self) -> None:
+        """Look at the user's operations no longer, only at those to be replaced, if any."""
+        self._mode.watch = None
+        if self._is_on and not self._mode.replaces:
             self._switch_off()
+
+    @property
+    def watches(self) -> bool:
+        """True if the user's operations have been looked at until now."""
+        return self._is_on and self._mode.watch is not None
 
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import has_overrides, text_of
 
 
@@ -87,36 +88,21 @@ class Rule(Optimizer):
     state_type: ClassVar[Any]
     """NamedTuple of the state: ``count`` first, then the tensors kept for each parameter."""
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]]
-    """The optimizer of ``torch.optim`` that it is equal to."""
+    torch_layout: ClassVar[TorchLayout]
+    """The optimizer of ``torch.optim`` that it is equal to, and how that one keeps its state.
 
-    torch_state: ClassVar[Mapping[str, str]] = {}
-    """State field -> key in ``torch.optim``'s ``state[p]``."""
+    A rule that has no counterpart there does without.
+    """
 
     called: ClassVar[str] = ""
     """The name of the function, where that is not the class's in lower case."""
 
-    torch_counts: ClassVar[bool] = True
-    """Whether torch keeps the step count in ``state[p]``."""
-
-    torch_count: ClassVar[str] = "step"
-    """Under which key."""
-
-    torch_shares_state: ClassVar[bool] = False
-    """Whether torch keeps one state for all parameters, with the first of them."""
-
-    torch_step: ClassVar[type] = Tensor
-    """As what: a 0-dim tensor, or an int."""
-
-    torch_from_constructor: ClassVar[tuple[str, ...]] = ()
-    """Settings that torch takes from its constructor, whatever a param group says."""
-
     by_torch_class: ClassVar[dict[type[torch.optim.Optimizer], type[Rule]]] = {}
-    """Every rule that says its ``torch_class``."""
+    """Every rule that has a ``torch_layout`` of its own, by the class named there."""
 
     def __init_subclass__(cls) -> None:
-        if "torch_class" in vars(cls):
-            Rule.by_torch_class[cls.torch_class] = cls
+        if "torch_layout" in vars(cls):
+            Rule.by_torch_class[cls.torch_layout.torch_class] = cls
         if "state_type" in vars(cls):
             # torch.load, with its default weights_only=True, makes instances of such classes only.
             torch.serialization.add_safe_globals([cls.state_type])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from innerloop.errors import InvalidInputError
 from innerloop.optim.helpers import safe_sqrt
-from innerloop.rl._scan import Number, check_shape, where_not
-from innerloop.rl._surrogate import check_log_probs
+from innerloop.rl._checks import check_constant, check_log_probs, check_shape
+from innerloop.rl._scan import Number, where_not
 
 
 class PPOLoss(NamedTuple):
@@ -172,16 +172,6 @@ def normalized(advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     else:
         variance = where_not(~mask, centred).square().sum() / (mask.sum() - 1).clamp_min(1)
     return centred / (safe_sqrt(variance) + 1e-8)
-
-
-def check_constant(name: str, x: Tensor | None) -> None:
-    """Raise if what belongs to the time of the rollout has a gradient."""
-    if x is not None and x.requires_grad:
-        raise InvalidInputError(
-            f"{name} requires grad: it belongs to the policy that took the actions and is constant "
-            "in the update, or the ratio of probabilities is 1 for every parameter. Store "
-            f"{name}.detach() in the rollout, once, before the first epoch"
-        )
 
 
 def _policy(

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import InvalidInputError
-from innerloop.rl._scan import (
-    Number,
-    check_shape,
-    check_time_first,
-    number_where_not,
-    per_step,
-    scan,
-    where_not,
-)
+from innerloop.rl._checks import check_shape, check_time_first, per_step
+from innerloop.rl._scan import Number, number_where_not, scan, where_not
 
 
 class Advantages(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from innerloop.errors import BiasedSurrogateWarning, InvalidInputError
-from innerloop.rl._loss import check_constant
+from innerloop.rl._checks import check_constant, check_shape, check_time_first
 from innerloop.rl._returns import Advantages, gae
-from innerloop.rl._scan import Number, check_shape, check_time_first
+from innerloop.rl._scan import Number
 
 Observations = Tensor | Mapping[str, Tensor]
 """Observations of a rollout, ``[T, N, ...]``: a tensor, or named ones."""

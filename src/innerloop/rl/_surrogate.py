@@ -10,15 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from innerloop.errors import BiasedSurrogateWarning, InvalidInputError
-from innerloop.rl._scan import (
-    Number,
-    check_shape,
-    check_time_first,
-    number_where_not,
-    per_step,
-    scan,
-    where_not,
-)
+from innerloop.rl._checks import check_log_probs, check_shape, check_time_first, per_step
+from innerloop.rl._scan import Number, number_where_not, scan, where_not
 
 Kind = Literal["loaded_dice", "dice", "ratio", "reinforce"]
 """The surrogates among which `surrogate` chooses."""
@@ -44,8 +37,9 @@ def surrogate(
 ) -> Tensor:
     r"""Return a scalar whose gradient by the policy is the policy gradient. Maximise it.
 
-    The first derivative is the same for every kind. The second is not, and a meta-gradient through
-    a policy-gradient step needs it. With :math:`\ell_t = \log \pi(a_t | s_t)`, and
+    The mean of the first derivative is the same for every kind. That of the second is not, and a
+    meta-gradient through a policy-gradient step needs it. With
+    :math:`\ell_t = \log \pi(a_t | s_t)`, and
     :math:`\square(x) = \exp(x - \mathrm{detach}(x))`, which is 1 and whose derivative is that of x:
 
     .. math::
@@ -161,7 +155,8 @@ def score_term(
         log_probs: of *all* actions of the inner data, under the policy that took them, with their
             graph; any shape. They are summed, not averaged: one adapted policy follows from all.
         outer_value: :math:`J(\theta')`, or an outer loss, a scalar.
-        baseline: subtracted from ``outer_value`` here: less variance, the same mean.
+        baseline: subtracted from ``outer_value`` here: less variance, and the same mean if it does
+            not depend on these actions (the mean over the *other* tasks, say, not over all).
         mask: False for actions that were not used, the shape of ``log_probs``.
 
     Returns:
@@ -244,19 +239,6 @@ def check_objective(
     if not right:
         warnings.warn(_bias(objective, kind, score_term, lam), BiasedSurrogateWarning, stacklevel=2)
     return right
-
-
-def check_log_probs(log_probs: Tensor, like: Tensor, of: str) -> None:
-    """Raise unless the log-probabilities have one entry for each entry of ``like``."""
-    check_time_first("log_probs", log_probs)
-    if log_probs.ndim == like.ndim + 1 and log_probs.shape[:-1] == like.shape:
-        raise InvalidInputError(
-            f"log_probs has shape {list(log_probs.shape)} and {of} {list(like.shape)}: the last "
-            "dimension is that of the actions, over which log-probabilities are summed (not "
-            "averaged: the density of a vector is the product of those of its entries). Write "
-            "log_probs.sum(-1)"
-        )
-    check_shape("log_probs", log_probs, like, of)
 
 
 def _terms(

@@ -1,11 +1,14 @@
 """Ways of differentiating a loop, one file each."""
 
+from innerloop.strategy import solvers
 from innerloop.strategy._auto import Auto
 from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed
+from innerloop.strategy._evolution import Estimate, Evolution, OnlineEstimate
 from innerloop.strategy._first_order import FirstOrder
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._forward_mode import ForwardMode
+from innerloop.strategy._implicit import Implicit
 from innerloop.strategy._outer_gradient import Inputs, Objective
 from innerloop.strategy._store_all import StoreAll
 from innerloop.strategy._truncated import Truncated
@@ -13,14 +16,19 @@ from innerloop.strategy._truncated import Truncated
 __all__ = [
     "Auto",
     "Checkpointed",
+    "Estimate",
+    "Evolution",
     "FirstOrder",
     "Forecast",
     "ForwardMode",
+    "Implicit",
     "Inputs",
     "Loop",
     "Measure",
     "Objective",
+    "OnlineEstimate",
     "StoreAll",
     "Strategy",
     "Truncated",
+    "solvers",
 ]

@@ -12,7 +12,7 @@ from innerloop._batches import Batches
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
-from innerloop._types import HyperTree, Params
+from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
 from innerloop._utils.progress import Report, silent
 from innerloop.strategy._forecast import Cost, Forecast
@@ -111,8 +111,8 @@ class Strategy(abc.ABC):
         """Run the loop so that gradients flow from the trajectory as this strategy promises."""
 
     def value_and_grad(
-        self, objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
+    ) -> tuple[Result, dict[str, Any]]:
         """Evaluate ``objective`` and differentiate it by autograd.
 
         A strategy that estimates the gradient in another way, by sampling ``objective`` for

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,19 +18,26 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import Params
 from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
-from innerloop._utils.random_state import RandomState
+from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import on_constants
-from innerloop.strategy._engine.loop_function import LoopFunction, LoopOutputs
+from innerloop.strategy._engine.loop_function import (
+    LoopFunction,
+    LoopOutputs,
+    PulledMany,
+    Watcher,
+)
 from innerloop.strategy._engine.replay_check import ReplayCheck
+from innerloop.strategy._engine.replay_context import ReplayContext
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
     InputCotangents,
     OutputCotangents,
+    RecordedStep,
     Step,
     state_of,
 )
@@ -224,6 +232,8 @@ class Checkpointed(Strategy):
 class _Replay(LoopFunction):
     """A loop under `Checkpointed`."""
 
+    watched = True
+
     def __init__(self, loop: Loop, strategy: Checkpointed) -> None:
         super().__init__(loop)
         self.strategy = strategy
@@ -246,7 +256,7 @@ class _Replay(LoopFunction):
         randoms: dict[int, RandomState | None] = {}
         rows = StepOutputs(loop.start.params)
         carry = before = loop.start
-        checks = self.recorded and not self.transformed
+        checks = self.recorded
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
             if self.recorded:
@@ -314,6 +324,8 @@ class _Replay(LoopFunction):
         to_check: list[tuple[Step, OutputCotangents, InputCotangents]] = []
         losses: list[Tensor] = []
         later: Carry | None = None
+        watcher = self.watcher
+        many = None if watcher is None else watcher.many
         for t in range(steps - 1, -1, -1):
             carry = self._state(loop, t, kept)
             self._rewind(carry)
@@ -330,19 +342,28 @@ class _Replay(LoopFunction):
                 here,
                 self.strategy.finite_step,
             )
+            if watcher is not None:
+                step = watcher.prepare(t, step)
             loss_cotangent = None if cotangents.losses is None else cotangents.losses[t]
             given = OutputCotangents(
                 cotangent, loss_cotangent, [None if a is None else a[t] for a in aux]
             )
             gradient = None if kept.gradients is None else kept.gradients[t][0]
-            if self._compiled is None:
+            of_many: PulledMany | None = None
+            if many is not None:
+                recorded = RecordedStep(step)
+                pulled = recorded.pull(given, keep=True)
+                of_many = PulledMany(*recorded.pull_many(many))
+                many = of_many.state
+                del recorded
+            elif self._compiled is None:
                 pulled = step_pullback.pull(self.strategy.product, step, given, gradient)
             else:
                 pulled = self._compiled.pull(step, given)
             if self._checks_product and t in self._checked_times(steps):
                 to_check.append((step, given, pulled))
-            if pulled.after is not None and not self.transformed:
-                self._check.compare(t, carry, pulled.after, later)
+            if pulled.after is not None:
+                self._check.compare(t, carry, pulled.after, later, gradient)
             later = carry
             cotangent = pulled.state
             losses.append(pulled.loss)
@@ -353,6 +374,8 @@ class _Replay(LoopFunction):
             of_hyper = [
                 step_pullback.add(a, b) for a, b in zip(of_hyper, pulled.hyper, strict=True)
             ]
+            if watcher is not None:
+                watcher.on_step(t, cotangent, pulled.hyper, of_many)
             kept.snapshots.pop(t, None)
             if kept.gradients is not None:
                 del kept.gradients[t]
@@ -415,6 +438,65 @@ class _Replay(LoopFunction):
     def _rewind(self, carry: Carry) -> None:
         if self._draws and carry.random_state is not None:
             carry.random_state.restore()
+
+
+class Sweep:
+    """A loop that has been run once on constants, to be pulled back any number of times.
+
+    Args:
+        loop: the loop; its start knows the random state.
+        context: the modes in which it runs.
+        strategy: which of the states are kept.
+
+    Attributes:
+        end: the state after the last step.
+    """
+
+    def __init__(
+        self, loop: Loop, context: ReplayContext, strategy: Checkpointed | None = None
+    ) -> None:
+        self._function = function = _Replay(
+            loop, Checkpointed(product="reverse") if strategy is None else strategy
+        )
+        function.recorded = True
+        function.context = context
+        self._tensors = [x.detach() for x in function.tensors]
+        with (
+            torch.no_grad(),
+            at_random_state(loop.start.random_state),
+            context.restored(loop.problem),
+        ):
+            ran = function.forward(function.filled(self._tensors))
+        function.losses, function.steps = ran.losses, ran.steps
+        self.losses = ran.losses
+        self._kept: _ReplayData = function.kept
+        state = ran.states[ran.steps]
+        self.end = step_pullback.carry_of(state, ran.random_states[ran.steps])
+        self._none = tree.map_leaves(lambda _: None, state)
+
+    def pull(self, watcher: Watcher, wanted: Sequence[bool] = ()) -> None:
+        """Pull the cotangents ``watcher.many`` of the last state back; ``watcher`` looks on.
+
+        Args:
+            watcher: is told about every step.
+            wanted: for each leaf of hyper, True if its cotangent is wanted; default: none is.
+        """
+        function, kept = self._function, self._kept
+        loop = function.filled(self._tensors)
+        again = _ReplayData({t: kept.snapshots[t] for t in kept.snapshots}, dict(kept.last), None)
+        steps = function.steps
+        cotangents = LoopOutputs({steps: self._none}, cast("Tensor", None), None, steps, {})
+        function.watcher = watcher
+        places = list(wanted) or [False] * len(tree.leaves(loop.hyper))
+        try:
+            with (
+                torch.no_grad(),
+                at_random_state(RandomState.now()),
+                function.context.restored(loop.problem),
+            ):
+                function.pull(loop, again, cotangents, places)
+        finally:
+            function.watcher = None
 
 
 class _ReplayData(NamedTuple):

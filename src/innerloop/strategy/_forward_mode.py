@@ -19,8 +19,14 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.finite import is_finite
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
-from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.errors import (
+    InnerLoopError,
+    InvalidInputError,
+    NonFiniteError,
+    NotDifferentiableError,
+)
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function, step_pullback
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs
@@ -142,6 +148,10 @@ class ForwardMode(Strategy):
         Yields:
             `OnlineGradient`, after each step.
 
+        Raises:
+            NonFiniteError: the outer loss or a derivative is NaN or infinite, looked at after each
+                step. Populations under ``torch.func.vmap`` are not looked at.
+
         Example:
             >>> import torch, innerloop
             >>> problem = innerloop.Problem(
@@ -185,6 +195,8 @@ class ForwardMode(Strategy):
             carry = carry._replace(time=loop.time(t + 1))
             check_constants(t, state_of(carry), *ends)
             value, grads = _hyper_gradient(outer, push, carry, tangents, loop.hyper, first=t == 0)
+            if mode() is Mode.EAGER:
+                _check_finite(t, ends[0], carry, value, grads)
             sent = yield OnlineGradient(t + 1, carry, value, grads)
             if sent is not None:
                 _check_alike(sent, loop.hyper)
@@ -230,6 +242,28 @@ def _hyper_gradient(
     ]
     grads = tree.put([None] * len(leaves), push.places, total)
     return value.detach(), tree.map_tensors(Tensor.detach, tree.with_leaves(hyper, grads))
+
+
+def _check_finite(t: int, loss: Tensor, carry: Carry, value: Tensor, grads: Any) -> None:
+    """Raise unless what step ``t`` of `ForwardMode.online` gave is finite.
+
+    The results alone are looked at; where one is not finite, what they come from is named first.
+    """
+    named = [("the outer loss", value), *tree.named_tensors(grads, "grads")]
+    found = [what for what, x in named if not is_finite(x)]
+    if not found:
+        return
+    inner = [("the inner loss", loss)]
+    inner += [(f"parameter {name!r} after it", p) for name, p in carry.params.items()]
+    cause = next((what for what, x in inner if not is_finite(x)), None)
+    where = (
+        f"{cause} is not finite: the inner loop diverged, or the loss is not defined there. "
+        "Lower the learning rate"
+        if cause
+        else "the loss and the parameters are, so look at derivatives (sqrt or norm at 0) in the "
+        "loss, in the optimizer or in outer(params, hyper)"
+    )
+    raise NonFiniteError(f"{found[0]} is not finite after step {t}: {where}")
 
 
 def _check_alike(sent: HyperTree, before: HyperTree) -> None:

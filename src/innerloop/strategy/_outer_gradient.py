@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._inner_gradient.torch_errors import explain
-from innerloop._types import HyperTree, Params
-from innerloop._utils import torch_private, tree
+from innerloop._types import HyperTree, Params, Result
+from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
@@ -27,13 +27,13 @@ class Inputs(NamedTuple):
     hyper: HyperTree
 
 
-Objective = Callable[[Inputs], tuple[Tensor, Any]]
+Objective = Callable[[Inputs], tuple[Tensor, Result]]
 """Runs the loop and the outer loss: ``(loss, what the outer loss returned)``."""
 
 
 def outer_gradient(
-    objective: Objective, inputs: Inputs, wrt: tuple[str, ...]
-) -> tuple[Any, dict[str, Any]]:
+    objective: Objective[Result], inputs: Inputs, wrt: tuple[str, ...]
+) -> tuple[Result, dict[str, Any]]:
     """Evaluate ``objective`` and differentiate it: `Strategy.value_and_grad`."""
     chosen = {name: getattr(inputs, name) for name in wrt}
     leaves = tree.leaves(chosen)
@@ -46,15 +46,13 @@ def outer_gradient(
         )
     values = [leaves[i] for i in wanted]
     running = mode()
-    reached = True
+    arrived: set[int] = set()
 
-    def of_leaves(values: list[Tensor]) -> tuple[Tensor, Any]:
-        nonlocal reached
-        filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
-        loss, result = objective(inputs._replace(**filled))
+    def of_leaves(values: list[Tensor]) -> tuple[Tensor, Result]:
         if running is Mode.TRANSFORMED:
-            reached = torch_private.is_tracked(loss)
-        return loss, result
+            values = [_Noted.apply(x, i, arrived) for i, x in enumerate(values)]
+        filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
+        return objective(inputs._replace(**filled))
 
     found: Sequence[Tensor | None]
     if running is Mode.EAGER:
@@ -63,10 +61,38 @@ def outer_gradient(
         result, found = _by_autograd(of_leaves, values)
     else:
         found, result = tree.grad_with_aux(of_leaves)(values)
-        if not reached:
-            # torch.func.grad silently returns zeros for a result that it does not see.
-            found = [None] * len(values)
+        if running is Mode.TRANSFORMED:
+            # torch.func.grad silently returns zeros for what nothing arrives at.
+            found = [x if i in arrived else None for i, x in enumerate(found)]
     return result, tree.with_leaves(chosen, tree.put([None] * len(leaves), wanted, found))
+
+
+class _Noted(torch.autograd.Function):
+    """The identity; its backward notes in a set that a gradient arrived.
+
+    A transform gives zeros where nothing arrives.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, place: int, arrived: set[int]) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        _, ctx.place, ctx.arrived = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is not None:
+            ctx.arrived.add(ctx.place)
+        return grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 def check_kinds(chosen: Mapping[str, object]) -> None:
@@ -110,8 +136,8 @@ def _what_to_write(chosen: Mapping[str, object]) -> str:
 
 
 def _by_autograd(
-    of_leaves: Callable[[list[Tensor]], tuple[Tensor, Any]], values: list[Tensor]
-) -> tuple[Any, Sequence[Tensor | None]]:
+    of_leaves: Callable[[list[Tensor]], tuple[Tensor, Result]], values: list[Tensor]
+) -> tuple[Result, Sequence[Tensor | None]]:
     with torch.enable_grad():
         values = [value.detach().requires_grad_() for value in values]
         loss, result = of_leaves(values)

@@ -14,8 +14,10 @@ from typing import Any
 
 import jaxtyping
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
+from innerloop._utils import torch_private
 from innerloop.errors import NotDifferentiableError
 
 
@@ -40,6 +42,7 @@ def leaves_the_graph(name: str) -> str:
         "_typed_storage": "takes the memory of a tracked tensor (storage)",
         "__dlpack__": "hands the memory of a tracked tensor over (dlpack)",
         "to_dlpack": "hands the memory of a tracked tensor over (dlpack)",
+        "__reduce_ex__": "writes a tracked tensor out (pickle, torch.save)",
         "set_": "gives a tracked tensor other memory (set_)",
     }.get(name, "turns a tracked tensor into a numpy array")
     return (
@@ -145,9 +148,9 @@ def math_on_numbers(cls: type) -> Iterator[None]:
 
     It does so in the modules of ``cls`` and its bases; plain numbers are as ever.
     """
-    with _lock:
-        modules = {sys.modules.get(base.__module__) for base in cls.__mro__} - {None}
-        using = [vars(module) for module in modules if vars(module).get("math") is math]
+    with _lock, _refusing_exports(cls):
+        modules = _modules_of(cls)
+        using = [names for names in modules if names.get("math") is math]
         try:
             for names in using:
                 names["math"] = _Math()
@@ -155,6 +158,41 @@ def math_on_numbers(cls: type) -> Iterator[None]:
         finally:
             for names in using:
                 names["math"] = math
+
+
+def _modules_of(cls: type) -> list[dict[str, Any]]:
+    """Return the names in the modules of ``cls`` and its bases."""
+    modules = {sys.modules.get(base.__module__) for base in cls.__mro__} - {None}
+    return [vars(module) for module in modules]
+
+
+@contextmanager
+def _refusing_exports(cls: type) -> Iterator[None]:
+    """Refuse ``torch.utils.dlpack.to_dlpack`` of a tracked tensor, in this thread.
+
+    It is a function of C++, which no mode sees.
+    """
+    export: Any = vars(torch.utils.dlpack)["to_dlpack"]
+    thread = threading.get_ident()
+
+    def checked(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and torch_private.has_derivative(tensor):
+            raise NotDifferentiableError(leaves_the_graph("to_dlpack"))
+        return export(tensor, *args, **kwargs)
+
+    own = [(names, name) for names in _modules_of(cls) for name in names if names[name] is export]
+    using = [
+        *own,
+        (vars(torch.utils.dlpack), "to_dlpack"),
+        *([(vars(torch), "to_dlpack")] if vars(torch).get("to_dlpack") is export else []),
+    ]
+    try:
+        for names, name in using:
+            names[name] = checked
+        yield
+    finally:
+        for names, name in using:
+            names[name] = export
 
 
 def _arithmetic(operation: Callable[..., Any], swapped: bool = False) -> Callable[..., Any]:

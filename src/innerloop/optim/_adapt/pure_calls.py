@@ -31,6 +31,7 @@ TO_NUMBER = {
     "_typed_storage",
     "__dlpack__",
     "to_dlpack",
+    "__reduce_ex__",
     "set_",
 }
 _FACTORIES = {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}

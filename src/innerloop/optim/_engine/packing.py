@@ -237,3 +237,26 @@ tree.register(
 
 # A carry can be loaded by torch.load with its default, weights_only=True.
 torch.serialization.add_safe_globals([Bucket, Packed])
+
+
+def padding_masks(state: object) -> list[Tensor | None]:
+    """Return for each leaf of an optimizer's state where it is not padding; None: nowhere."""
+    if isinstance(state, Packed):
+        return [_mask(b, flat) for b, flat in zip(state.layout, state.flats, strict=True)]
+    if isinstance(state, Mapping):
+        state = tuple(state.values())
+    if isinstance(state, (tuple, list)):
+        return [mask for value in state for mask in padding_masks(value)]
+    return [None] * len(tree.leaves(state))
+
+
+def _mask(bucket: Bucket, flat: object) -> Tensor | None:
+    if not isinstance(flat, Tensor) or len(bucket.names) == 1 or flat.ndim == 0:
+        return None
+    mask = torch.ones_like(flat, dtype=torch.bool)
+    factor, at = 2 if bucket.is_complex else 1, 0
+    for shape, pad in zip(bucket.shapes, bucket.pads, strict=True):
+        at += shape.numel() * factor
+        mask[at : at + pad] = False
+        at += pad
+    return mask

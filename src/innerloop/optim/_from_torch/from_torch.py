@@ -25,6 +25,11 @@ class FromTorch(Optimizer):
         self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str] | None
     ) -> None:
         self._optimizers = tuple(optimizers)
+        for opt in self._optimizers:
+            refuse_wrapper(opt)
+            refuse_hooks(opt)
+        stepped = [p for group in self._groups() for p in group["params"]]
+        self._stepped, self._stepped_ids = stepped, [id(p) for p in stepped]
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...]
@@ -59,7 +64,32 @@ class FromTorch(Optimizer):
         defaults = [opt.defaults for opt in self._optimizers for _ in opt.param_groups]
         self.members = tuple(map(_build, self._rules, self._settings, defaults))
 
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """Return the torch optimizers."""
+        return self._optimizers
+
+    def check_unchanged(self) -> None:
+        """Raise if a torch optimizer steps other parameters than at first, or has hooks now."""
+        now = [p for group in self._groups() for p in group["params"]]
+        groups = sum(len(opt.param_groups) for opt in self._optimizers)
+        if groups != len(self._rules):
+            raise InvalidInputError(
+                f"the torch optimizer has {groups} param group(s), it had {len(self._rules)} when "
+                "it was taken over: a group that comes later (add_param_group) is not followed. "
+                "Add it before track, or before from_torch, with lr=0 until it is to move"
+            )
+        if list(map(id, now)) != self._stepped_ids:
+            raise InvalidInputError(
+                "the parameters of a param group of the torch optimizer were replaced after it was "
+                "taken over, which is not followed: make the optimizer anew, and then track or "
+                "from_torch"
+            )
+        for opt in self._optimizers:
+            refuse_hooks(opt)
+
     def init(self, params: Params) -> GroupsState:
+        self.check_unchanged()
         names = self._resolved(params)
         members = []
         for rule, group, ns in zip(self.members, self._groups(), names, strict=True):
@@ -108,7 +138,7 @@ class FromTorch(Optimizer):
             ).items():
                 exported = (
                     _export_shared(rule, member)
-                    if rule.torch_shares_state
+                    if rule.torch_layout.shared
                     else _export(rule, member, name, group)
                 )
                 if exported:
@@ -166,7 +196,7 @@ class FromTorch(Optimizer):
         if not any(saved.values()) or not tensors:
             return state
         part = {name: params[name] for name in tensors}
-        keys = {field: rule.torch_state[field] for field in rule.slots()}
+        keys = {field: rule.torch_layout.state[field] for field in rule.slots()}
         values: dict[str, Any] = {}
         for field, key in keys.items():
             if any(s.get(key) is not None for s in saved.values()):
@@ -233,6 +263,30 @@ def from_torch(
     return FromTorch(optimizers, names)
 
 
+def refuse_wrapper(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if ``optimizer`` is a wrapper of a training framework around the real one."""
+    if not torch_private.is_initialised(optimizer):
+        inside = next(
+            (k for k, v in vars(optimizer).items() if isinstance(v, torch.optim.Optimizer)), None
+        )
+        instead = "the optimizer inside" if inside is None else f"the one inside, .{inside}"
+        raise InvalidInputError(
+            f"{type(optimizer).__name__} is a wrapper around an optimizer (it never called "
+            f"Optimizer.__init__): pass {instead}"
+        )
+
+
+def refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if hooks run at the optimizer's steps, which a differentiable step does not run."""
+    if torch_private.step_hooks(optimizer):
+        raise InvalidInputError(
+            "the optimizer has step hooks (register_step_pre_hook or _post_hook, or those of all "
+            "optimizers, register_optimizer_step_pre_hook), which a differentiable step does not "
+            "run: remove them, and change gradients with loop.step(loss, grad_callback=...) or "
+            "optim.chain(optim.grad_callback(...), rule)"
+        )
+
+
 def rule_of(cls: type[torch.optim.Optimizer]) -> type[Rule] | None:
     """Find the rule whose steps a class takes.
 
@@ -285,7 +339,7 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
 
 def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
     names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
-    shared = {k: defaults[k] for k in rule.torch_from_constructor if k in defaults}
+    shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
     return rule(**{k: v for k, v in (dict(group) | shared).items() if k in names})
 
 
@@ -310,7 +364,7 @@ def _has_tensor(value: object) -> bool:
 
 def _holding(rule: Rule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters with which torch keeps the state of this rule."""
-    return dict(list(tensors.items())[: 1 if rule.torch_shares_state else None])
+    return dict(list(tensors.items())[: 1 if rule.torch_layout.shared else None])
 
 
 def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int:
@@ -318,8 +372,8 @@ def _count(rule: Rule, saved: Mapping[str, Any], keys: Mapping[str, str]) -> int
 
     A rule whose torch form keeps none has taken one as soon as it has any state.
     """
-    if rule.torch_counts:
-        return int(saved.get(rule.torch_count, 0))
+    if rule.torch_layout.count is not None:
+        return int(saved.get(rule.torch_layout.count, 0))
     return int(any(saved.get(key) is not None for key in keys.values()))
 
 
@@ -328,6 +382,7 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
     count = state.count[name] if isinstance(state.count, Mapping) else state.count
     if not count:
         return {}
+    layout = rule.torch_layout
     exported: dict[str, Any] = {}
     on_device = group.get("capturable") or group.get("fused")
     device = group["params"][0].device if on_device else "cpu"
@@ -335,23 +390,22 @@ def _export(rule: Rule, state: Any, name: str, group: Mapping[str, Any]) -> dict
         held = getattr(state, field)
         value = None if held is None else held.get(name)
         if isinstance(value, Tensor):
-            exported[rule.torch_state[field]] = value.detach().clone()
+            exported[layout.state[field]] = value.detach().clone()
         elif value is not None:
-            exported[rule.torch_state[field]] = _scalar(value, device)
-    if rule.torch_counts:
-        exported[rule.torch_count] = (
-            int(count) if rule.torch_step is int else _scalar(count, device)
-        )
+            exported[layout.state[field]] = _scalar(value, device)
+    if layout.count is not None:
+        exported[layout.count] = int(count) if layout.count_type is int else _scalar(count, device)
     return exported
 
 
 def _export_shared(rule: Rule, state: Any) -> dict[str, Any]:
     """Return what torch keeps in ``state[p]`` of the first parameter."""
-    exported = {rule.torch_count: state.count}
+    layout = rule.torch_layout
+    exported = {} if layout.count is None else {layout.count: state.count}
     for field in rule.slots():
         held = tree.map_tensors(lambda x: x.detach().clone(), getattr(state, field))
         if held is not None:
-            exported[rule.torch_state[field]] = list(held) if isinstance(held, tuple) else held
+            exported[layout.state[field]] = list(held) if isinstance(held, tuple) else held
     return exported
 
 

@@ -134,8 +134,8 @@ def _of_rule(
         return None
     name = rule.called or rule.__name__.lower()
     why = (
-        f"innerloop.optim.{name} is compared with {rule.torch_class.__name__} and its finite "
-        "differences by the tests"
+        f"innerloop.optim.{name} is compared with {rule.torch_layout.torch_class.__name__} and its "
+        "finite differences by the tests"
     )
     if isinstance(optimizer, type):
         return Support("rule", f"innerloop.optim.{name}(...)", why)

@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average_of_squares, safe_sqrt
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active, numbers, require
 
 
@@ -65,8 +66,9 @@ class Adadelta(Elementwise):
 
     hyper_names: ClassVar = ("lr", "rho", "eps", "weight_decay")
     state_type: ClassVar = AdadeltaState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adadelta
-    torch_state: ClassVar = {"square_avg": "square_avg", "acc_delta": "acc_delta"}
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Adadelta, {"square_avg": "square_avg", "acc_delta": "acc_delta"}
+    )
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))

@@ -13,6 +13,7 @@ from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import precise, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor, at_least, with_derivative_of
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active, numbers, require
 
 
@@ -76,8 +77,9 @@ class Adafactor(PerTensor):
 
     hyper_names: ClassVar = ("lr", "beta2_decay", "eps", "d", "weight_decay")
     state_type: ClassVar = AdafactorState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adafactor
-    torch_state: ClassVar = {"row_var": "row_var", "col_var": "col_var", "variance": "variance"}
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Adafactor, {"row_var": "row_var", "col_var": "col_var", "variance": "variance"}
+    )
 
     def __post_init__(self) -> None:
         right = isinstance(self.eps, (tuple, list)) and len(self.eps) == 2

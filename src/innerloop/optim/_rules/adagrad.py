@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, at_first_step, root_of
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active
 
 
@@ -80,9 +81,9 @@ class Adagrad(Elementwise):
         "eps_root",
     )
     state_type: ClassVar = AdagradState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adagrad
-    torch_state: ClassVar = {"sum": "sum"}
-    torch_from_constructor: ClassVar = ("initial_accumulator_value",)
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Adagrad, {"sum": "sum"}, from_constructor=("initial_accumulator_value",)
+    )
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))

@@ -19,6 +19,7 @@ from innerloop.optim._engine.numerics import (
     root_of,
     times,
 )
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
@@ -89,8 +90,9 @@ class Adam(Elementwise):
 
     hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay", "eps_root")
     state_type: ClassVar = AdamState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
-    torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Adam, {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", check_betas(self.betas))

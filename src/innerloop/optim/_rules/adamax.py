@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average, one_minus_power
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
@@ -67,8 +68,7 @@ class Adamax(Elementwise):
 
     hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay")
     state_type: ClassVar = AdamaxState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adamax
-    torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_inf"}
+    torch_layout: ClassVar = TorchLayout(torch.optim.Adamax, {"mu": "exp_avg", "nu": "exp_inf"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", check_betas(self.betas))

@@ -31,7 +31,7 @@ class AdamW(Adam):
     weight_decay: Hyper = 1e-2
     decoupled_weight_decay: bool = dataclasses.field(default=True, repr=False)
 
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
+    torch_layout: ClassVar = dataclasses.replace(Adam.torch_layout, torch_class=torch.optim.AdamW)
 
 
 adamw = AdamW

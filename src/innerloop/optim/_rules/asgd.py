@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper, Scalar
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, precise
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active
 
 
@@ -78,8 +79,7 @@ class ASGD(Elementwise):
     hyper_names: ClassVar = ("lr", "lambd", "alpha", "t0", "weight_decay")
     state_type: ClassVar = ASGDState
     scalars: ClassVar = ("eta", "mu")
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.ASGD
-    torch_state: ClassVar = {"ax": "ax", "eta": "eta", "mu": "mu"}
+    torch_layout: ClassVar = TorchLayout(torch.optim.ASGD, {"ax": "ax", "eta": "eta", "mu": "mu"})
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))

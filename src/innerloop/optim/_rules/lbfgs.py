@@ -17,6 +17,7 @@ from innerloop.optim._base import Rule
 from innerloop.optim._engine.grads import which_have_gradient
 from innerloop.optim._engine.precision import warn_of_half
 from innerloop.optim._engine.strong_wolfe import Trial, number, smaller, strong_wolfe
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, require
 
 Flat = Float[Tensor, " n"]
@@ -113,10 +114,12 @@ class LBFGS(Rule):
 
     hyper_names: ClassVar = ("lr",)
     state_type: ClassVar = LBFGSState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.LBFGS
-    torch_state: ClassVar = {name: name for name in LBFGSState._fields[1:]}
-    torch_count: ClassVar = "n_iter"
-    torch_shares_state: ClassVar = True
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.LBFGS,
+        {name: name for name in LBFGSState._fields[1:]},
+        count="n_iter",
+        shared=True,
+    )
 
     compiles = False
     needs_closure = True

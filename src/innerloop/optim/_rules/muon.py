@@ -14,6 +14,7 @@ from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import add_scaled, average, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor, at_least, with_derivative_of
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, require
 
 
@@ -83,9 +84,9 @@ class Muon(PerTensor):
 
     hyper_names: ClassVar = ("lr", "weight_decay", "momentum", "ns_coefficients", "eps")
     state_type: ClassVar = MuonState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Muon
-    torch_state: ClassVar = {"momentum_buffer": "momentum_buffer"}
-    torch_counts: ClassVar = False
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Muon, {"momentum_buffer": "momentum_buffer"}, count=None
+    )
 
     def __post_init__(self) -> None:
         given = self.ns_coefficients

@@ -19,6 +19,7 @@ from innerloop.optim._engine.numerics import (
     precise,
     root_of,
 )
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
@@ -89,8 +90,9 @@ class NAdam(Elementwise):
     hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay", "momentum_decay", "eps_root")
     state_type: ClassVar = NAdamState
     scalars: ClassVar = ("mu_product",)
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.NAdam
-    torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq", "mu_product": "mu_product"}
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.NAdam, {"mu": "exp_avg", "nu": "exp_avg_sq", "mu_product": "mu_product"}
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", check_betas(self.betas))

@@ -19,6 +19,7 @@ from innerloop.optim._engine.numerics import (
     root_of,
     times,
 )
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_betas, check_nonnegative, is_active
 
 
@@ -88,8 +89,7 @@ class RAdam(Elementwise):
 
     hyper_names: ClassVar = ("lr", "betas", "eps", "weight_decay", "eps_root")
     state_type: ClassVar = RAdamState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.RAdam
-    torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+    torch_layout: ClassVar = TorchLayout(torch.optim.RAdam, {"mu": "exp_avg", "nu": "exp_avg_sq"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", check_betas(self.betas))

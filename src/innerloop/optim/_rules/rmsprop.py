@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average, average_of_squares, root_of
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active
 
 
@@ -80,12 +81,14 @@ class RMSprop(Elementwise):
 
     hyper_names: ClassVar = ("lr", "alpha", "eps", "weight_decay", "momentum", "eps_root")
     state_type: ClassVar = RMSpropState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.RMSprop
-    torch_state: ClassVar = {
-        "square_avg": "square_avg",
-        "grad_avg": "grad_avg",
-        "momentum_buffer": "momentum_buffer",
-    }
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.RMSprop,
+        {
+            "square_avg": "square_avg",
+            "grad_avg": "grad_avg",
+            "momentum_buffer": "momentum_buffer",
+        },
+    )
 
     def __post_init__(self) -> None:
         self.validate(self.resolve(None))

@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import at_first_step
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, numbers, require
 
 
@@ -67,8 +68,9 @@ class Rprop(Elementwise):
 
     hyper_names: ClassVar = ("lr", "etas", "step_sizes")
     state_type: ClassVar = RpropState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Rprop
-    torch_state: ClassVar = {"prev": "prev", "step_size": "step_size"}
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.Rprop, {"prev": "prev", "step_size": "step_size"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("etas", "step_sizes"):

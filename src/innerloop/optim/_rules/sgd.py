@@ -14,6 +14,7 @@ from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_nonnegative, is_active
 
 
@@ -75,9 +76,9 @@ class SGD(Elementwise):
 
     hyper_names: ClassVar = ("lr", "momentum", "dampening", "weight_decay")
     state_type: ClassVar = SGDState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
-    torch_state: ClassVar = {"momentum_buffer": "momentum_buffer"}
-    torch_counts: ClassVar = False
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.SGD, {"momentum_buffer": "momentum_buffer"}, count=None
+    )
     flat_limit: ClassVar = (
         1_024  # with three operations a tensor, copying larger ones costs more than it saves
     )

@@ -17,6 +17,7 @@ from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 from innerloop.optim._engine.numerics import one_minus_power, safe_sqrt
 from innerloop.optim._engine.per_tensor import PerTensor
+from innerloop.optim._from_torch.layout import TorchLayout
 from innerloop.optim._settings import check_betas, check_nonnegative, numbers, require
 
 
@@ -74,9 +75,9 @@ class SparseAdam(PerTensor):
     shaped: ClassVar = ()
     hyper_names: ClassVar = ("lr", "betas", "eps")
     state_type: ClassVar = SparseAdamState
-    torch_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SparseAdam
-    torch_state: ClassVar = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-    torch_step: ClassVar = int
+    torch_layout: ClassVar = TorchLayout(
+        torch.optim.SparseAdam, {"mu": "exp_avg", "nu": "exp_avg_sq"}, count_type=int
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compiles", False)  # torch.compile takes no sparse tensors

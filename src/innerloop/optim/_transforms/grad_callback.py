@@ -10,6 +10,7 @@ from torch import Tensor
 
 from innerloop._types import Grads, Params
 from innerloop.errors import InvalidInputError
+from innerloop.optim._engine.callback import call_back
 from innerloop.optim._transforms.base import Transform
 
 
@@ -54,7 +55,7 @@ class GradCallback(Transform):
     def apply(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor | None], Any]:
-        changed = self.fn(dict(grads))
+        changed = call_back(self.fn, dict(grads))
         if not isinstance(changed, Mapping) or not set(changed) <= set(grads):
             got = (
                 sorted(set(changed) - set(grads))

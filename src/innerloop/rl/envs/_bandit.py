@@ -29,7 +29,8 @@ class Bandit(TensorEnv):
     action_space: Discrete
 
     def __init__(self, arms: int = 5, noise: float | None = None, horizon: int = 1) -> None:
-        self.observation_space, self.action_space = Box(1), Discrete(arms)
+        self.observation_space = Box(1)
+        self.action_space: Discrete = Discrete(arms)
         self.noise, self.horizon = noise, horizon
 
     def sample_tasks(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ class TabularMDP(TensorEnv):
     def __init__(
         self, states: int = 10, actions: int = 5, horizon: int = 10, noise: float = 1.0
     ) -> None:
-        self.observation_space, self.action_space = Box(states), Discrete(actions)
+        self.observation_space = Box(states)
+        self.action_space: Discrete = Discrete(actions)
         self.horizon, self.noise = horizon, noise
 
     def sample_tasks(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -18,8 +18,15 @@ from innerloop.errors import CapturedTensorError, NotDifferentiableError
 T = TypeVar("T")
 
 
-def on_constants(step: int, run: Callable[[], T]) -> T:
+def on_constants(
+    step: int, run: Callable[[], T], error: Callable[[], CapturedTensorError] | None = None
+) -> T:
     """Run a step whose inputs are constants, and return its results without a graph.
+
+    Args:
+        step: its number, for the error.
+        run: runs it.
+        error: makes the error for what is no step of training.
 
     Raises:
         CapturedTensorError: the step uses a tensor that was not passed in and requires grad, so
@@ -33,7 +40,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
     if not with_graph:
         return found
     if mode() is not Mode.EAGER:
-        raise _captured(step)
+        raise error() if error else _captured(step)
     leaves = [TensorWeakRef(x) for x in graph.check_graph(with_graph, (), second_order=False)]
     with_graph.clear()
     found = tree.map_tensors(Tensor.detach, found)
@@ -41,7 +48,7 @@ def on_constants(step: int, run: Callable[[], T]) -> T:
         # A cycle of Python objects may hold the graph for a while.
         gc.collect()
         if any(_is_alive(leaf) for leaf in leaves):
-            raise _captured(step)
+            raise error() if error else _captured(step)
     return found
 
 
@@ -77,12 +84,26 @@ def refuse_inputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
 
     All other gradients of them are as before.
     """
-    tokens = [_Token.apply(x, message) for x in _differentiated(inputs)]
+    return connected(values, [_Token.apply(x, message) for x in _differentiated(inputs)])
+
+
+def connected(values: T, tokens: Sequence[Tensor]) -> T:
+    """Return ``values`` whose backward pass reaches each of ``tokens``, with the gradient zero."""
     return (
         tree.map_tensors(lambda x: _With.apply(x, *tokens) if tree.differentiable(x) else x, values)
         if tokens
         else values
     )
+
+
+def refusing_unused(x: Tensor, message: str) -> tuple[Tensor, Tensor]:
+    """Return ``x`` for a loop, and a token for its results.
+
+    A backward pass that reaches the token raises if the loop has no gradient for ``x``. Forward
+    mode goes through unchanged: it does not tell zero from nothing.
+    """
+    alias, token = _Unused.apply(x, message)
+    return alias, token
 
 
 def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
@@ -96,6 +117,41 @@ def refuse_outputs(values: T, inputs: Iterable[Tensor], message: str) -> T:
     return tree.map_tensors(
         lambda x: _Constant.apply(message, x, *anchors) if tree.differentiable(x) else x, values
     )
+
+
+def refuse_use(values: T, inputs: Iterable[Tensor], message: str) -> T:
+    """Return `refuse_outputs`; under ``torch.func.jvp``, values that raise when they are used.
+
+    A tangent comes with its value, so that nobody knows whether it will be asked for.
+    """
+    inputs = list(inputs)
+    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
+        return refuse_outputs(values, inputs, message)
+    return tree.map_tensors(lambda x: Unusable.of(message) if tree.differentiable(x) else x, values)
+
+
+class Unusable(Tensor):
+    """A tensor that raises when anything is computed from it."""
+
+    message: str
+
+    @classmethod
+    def of(cls, message: str) -> Unusable:
+        """Return one with this message."""
+        found = torch.zeros(0).as_subclass(cls)
+        vars(found)["message"] = message
+        return found
+
+    def refuse(self) -> NoReturn:
+        """Raise."""
+        raise NotDifferentiableError(self.message)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> NoReturn:
+        next(x for x in tree.leaves(args) if isinstance(x, cls)).refuse()
+        raise AssertionError
 
 
 def _differentiated(inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -128,6 +184,31 @@ class _Token(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: object) -> NoReturn:
         raise NotDifferentiableError(ctx.message)
+
+
+class _Unused(torch.autograd.Function):
+    """The identity and a token, whose backward raises where only the token is reached."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, message: str) -> tuple[Tensor, Tensor]:
+        return value.view_as(value), value.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.message = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, token: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad is None and token is not None:
+            raise NotDifferentiableError(ctx.message)
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return tangent.view_as(tangent), tangent.new_zeros(())
 
 
 class _With(torch.autograd.Function):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +20,17 @@ from innerloop._batches import check_constant
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
+from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop._utils.fingerprint import agree
+from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.progress import closing, silent
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop
 from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.replay_context import Repeatable, ReplayContext
-from innerloop.strategy._engine.step_pullback import Cotangents, carry_of, state_of
+from innerloop.strategy._engine.step_pullback import Cotangents, Step, carry_of, state_of
 
 _vjp: Any = torch.func.vjp
 _jvp: Any = torch.func.jvp
@@ -54,6 +55,40 @@ class LoopOutputs(NamedTuple):
     random_states: dict[int, RandomState | None]
 
 
+class Watcher:
+    """Looks on while a loop is pulled back step by step, from the last to the first.
+
+    Attributes:
+        many: cotangents of the last state that are pulled back in the same replay, each
+            ``[Q, *shape]`` and aligned with the leaves of a state; None: none.
+    """
+
+    many: Cotangents | None = None
+
+    def prepare(self, t: int, step: Step) -> Step:
+        """Return step t as it is to be pulled back."""
+        return step
+
+    def on_step(
+        self, t: int, adjoint: Cotangents, of_hyper: Cotangents, many: PulledMany | None
+    ) -> None:
+        """Be told that step t has been pulled back.
+
+        Args:
+            t: the step, counted from the start of the loop.
+            adjoint: the cotangents of the state before the step.
+            of_hyper: what this step alone adds to the cotangents of hyper.
+            many: the same two for the cotangents ``many``.
+        """
+
+
+class PulledMany(NamedTuple):
+    """Many cotangents behind one step: of the state before it, and of hyper by this step alone."""
+
+    state: Cotangents
+    hyper: Cotangents
+
+
 class LoopFunction(abc.ABC):
     """The forward run and the pullback of one loop.
 
@@ -64,7 +99,12 @@ class LoopFunction(abc.ABC):
 
     Attributes:
         kept: a pytree of tensors for the pullback, besides the inputs.
+        watcher: looks on at the next pullbacks; None: nobody.
+        watched: True if `pull` tells the watcher about each step.
     """
+
+    watcher: Watcher | None = None
+    watched: ClassVar[bool] = False
 
     def __init__(self, loop: Loop) -> None:
         if torch.is_grad_enabled() or mode() is Mode.TRANSFORMED:
@@ -89,6 +129,7 @@ class LoopFunction(abc.ABC):
         self.loop.batches.keeping = self.recorded
         self.context = ReplayContext(loop)
         self.losses: Tensor | None = None
+        self.besides: Fingerprint | None = None
         self.steps = 0
         self.outputs: Any = None
         self.constants: set[int] = set()
@@ -128,6 +169,9 @@ class LoopFunction(abc.ABC):
         with at_random_state(loop.start.random_state), self.context.restored(loop.problem):
             traj = plain_run(loop)
         self.compare(traj.losses)
+        end = traj.at(-1)
+        if self.besides is not None and not _besides(end.buffers, traj.aux).agrees(self.besides):
+            raise differs("aux (or a buffer), when the loop was run again, is")
         found = ({t: state_of(traj.at(t)) for t in self.random_states}, traj.losses, traj.aux)
         return list(tree.tensors(found))
 
@@ -135,6 +179,11 @@ class LoopFunction(abc.ABC):
         """Raise unless the losses of a replay are those of the forward pass."""
         if self.losses is not None and not agree(losses, self.losses):
             raise differs("the loss of a replayed step is")
+
+
+def _besides(buffers: Params, aux: object) -> Fingerprint:
+    """Compute the fingerprint of what a loop gives besides parameters and losses."""
+    return Fingerprint.of(tree.map_tensors(torch_private.plain_form, (buffers, aux)))
 
 
 def differs(what: str) -> InvalidInputError:
@@ -170,6 +219,8 @@ def run(function: LoopFunction) -> Trajectory:
     with function.context.restored(function.loop.problem):
         ran = function.forward(function.filled([x.detach() for x in tensors]))
     function.losses = ran.losses.detach().clone()
+    if function.transformed:
+        function.besides = _besides(ran.states[ran.steps][2], ran.aux)
     function.steps, function.random_states = ran.steps, ran.random_states
     outputs, function.outputs = tree.split((ran.states, ran.losses, ran.aux))
     function.constants = _statistics(function.loop.problem, ran.states, outputs)
@@ -178,7 +229,9 @@ def run(function: LoopFunction) -> Trajectory:
         outputs = list(_LoopNode.apply(function, len(outputs), *outputs, *tensors))
     states, losses, aux = tree.join(function.outputs, outputs)
     carries = {t: carry_of(state, ran.random_states[t]) for t, state in states.items()}
-    return Trajectory({**carries, 0: start}, losses, aux, function.steps)
+    traj = Trajectory({**carries, 0: start}, losses, aux, function.steps)
+    traj.function = function
+    return traj
 
 
 def _statistics(problem: Problem, states: dict[int, Any], outputs: list[Tensor]) -> set[int]:
@@ -231,7 +284,10 @@ class _LoopNode(torch.autograd.Function):
             n and tree.differentiable(x)
             for n, x in zip(ctx.needs_input_grad[2 + ctx.count :], tensors, strict=True)
         ]
-        given = [c is not None for c in cotangents]
+        # An outer loss sends a sparse one through nn.Embedding(sparse=True), and few operations of
+        # an update rule have a derivative for that.
+        dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
+        given = [c is not None for c in dense]
         row: list[Tensor | None] = [None] * (2 + ctx.count + len(tensors))
         if any(given):
             # Where transforms run, all that the pullback uses has to pass through its node.
@@ -242,7 +298,7 @@ class _LoopNode(torch.autograd.Function):
             )
             request = _BackwardRequest(function, wanted, given, template)
             pulled = _LoopBackward.apply(
-                request, *tensors, *[c for c in cotangents if c is not None], *kept
+                request, *tensors, *[c for c in dense if c is not None], *kept
             )
             for i, value in zip(request.reached, pulled, strict=True):
                 row[2 + ctx.count + i] = value

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from innerloop._carry import _alias
 from innerloop._trajectory import Trajectory
+from innerloop._types import HyperTree
+from innerloop._utils import tree
+from innerloop._utils.execution import Mode, mode
 from innerloop.strategy._base import Loop, StepOutputs
 
 
@@ -10,9 +17,26 @@ def plain_run(loop: Loop) -> Trajectory:
     """Run the loop step by step; where gradients are recorded, the graph of every step is kept."""
     carry = loop.start
     states, outputs = {0: carry}, StepOutputs(carry.params)
+    learned = mode() is Mode.EAGER and torch.is_grad_enabled() and _learns(loop.hyper)
+    hypers: list[HyperTree] = []
     for t in loop.batches.times():
-        carry, loss, aux = loop.step(carry, loop.batch(carry, t), t)
+        here = loop
+        if learned:
+            # An alias per step, so that what one step does to hyper can be told apart.
+            here = loop._replace(hyper=tree.map_tensors(_aliased, loop.hyper))
+            hypers.append(here.hyper)
+        carry, loss, aux = here.step(carry, loop.batch(carry, t), t)
         states[t + 1] = carry
         outputs.add(loss, aux)
         loop.report("forward", t + 1, loop.batches.steps)
-    return Trajectory(states, *outputs.stacked(), len(outputs))
+    traj = Trajectory(states, *outputs.stacked(), len(outputs))
+    traj.hypers = hypers
+    return traj
+
+
+def _learns(hyper: HyperTree) -> bool:
+    return any(x.requires_grad for x in tree.tensors(hyper))
+
+
+def _aliased(x: Tensor) -> Tensor:
+    return _alias(x) if x.requires_grad else x

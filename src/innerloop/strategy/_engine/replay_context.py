@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -69,3 +69,17 @@ class ReplayContext:
                         torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                     )
             yield
+
+
+class Record(NamedTuple):
+    """A loop as it was run, to run it or a part of it again.
+
+    Attributes:
+        loop: the loop; its start knows the random state.
+        context: the modes that were active.
+        exact: True if the strategy differentiates it exactly, by params and hyper.
+    """
+
+    loop: Loop
+    context: ReplayContext
+    exact: bool

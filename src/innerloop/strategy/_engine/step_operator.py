@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop._carry import Carry
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._linear.operator import LinearOperator, Vector
 from innerloop._linear.products import lacks_forward_mode
@@ -73,27 +74,44 @@ class StepPushforward(LinearOperator):
 
     def __call__(self, vector: Vector) -> Vector:
         """Push ``vector`` forward to the new state."""
+        return self.advance(vector)[0]
+
+    def advance(self, vector: Vector, of_hyper: Vector | None = None) -> tuple[Vector, Carry]:
+        """Push ``vector`` forward, and return the new state as well.
+
+        Args:
+            vector: a tangent of the old state.
+            of_hyper: a tangent of hyper, aligned with its leaves; None: hyper is held constant.
+        """
         step, state = self.step, state_of(self.step.carry)
-        # The last part stands for hyper, which is held constant.
-        parts = takes_part(step._replace(wanted=()), (*state, None), buffers_at=2)
-        chosen = [i for i, takes in enumerate(parts) if takes and vector[i] is not None]
-        if not chosen:
-            return [None] * len(self.gives)
-        leaves = tree.leaves(state)
+        wanted = [v is not None for v in of_hyper or ()]
+        parts = (*state, step.hyper if of_hyper is not None else None)
+        places_of = takes_part(step._replace(wanted=wanted or (False,)), parts, buffers_at=2)
+        vector = [*vector, *(of_hyper or [None])]
+        leaves = tree.leaves(parts)
+        chosen = [i for i, takes in enumerate(places_of) if takes and vector[i] is not None]
+        box: list[Any] = []
+        places: list[int] = []
 
         def advance(*values: Tensor) -> list[Tensor]:
-            filled = tree.with_leaves(state, tree.put(leaves, chosen, values))
+            *filled, hyper = tree.with_leaves(parts, tree.put(leaves, chosen, values))
             carry = carry_of(filled, step.carry.random_state)
-            new, _, _ = step.problem.step(carry, step.hyper, step.batch, step.t)
+            hyper = step.hyper if of_hyper is None else hyper
+            new, _, _ = step.problem.step(carry, hyper, step.batch, step.t)
             found = tree.leaves(state_of(new))
             places[:] = [i for i, x in enumerate(found) if tree.differentiable(x)]
+            box[:] = [new, found]
             return [found[i] for i in places]
 
-        places: list[int] = []
         with at_random_state(step.random_state):
+            if not chosen:
+                with torch.no_grad():
+                    advance()
+                new = box[0]
+                return [None] * len(self.gives), new._replace(time=step.carry.time + 1).detach()
             try:
                 with torch_private.only_forward_mode():
-                    _, pushed = _jvp(
+                    values, pushed = _jvp(
                         advance, tuple(leaves[i] for i in chosen), tuple(vector[i] for i in chosen)
                     )
             except InnerLoopError:
@@ -106,7 +124,11 @@ class StepPushforward(LinearOperator):
                     "operation of the loss lacks one: use the pullback itself. PyTorch says: "
                     f"{error}"
                 ) from error
-        return tree.put([None] * len(self.gives), places, pushed)
+        new, found = box
+        # What was returned is without the wrappers of the transform.
+        state = tree.with_leaves(state_of(new), tree.put(found, places, values))
+        carry = carry_of(state, new.random_state)._replace(time=step.carry.time + 1)
+        return tree.put([None] * len(self.gives), places, pushed), carry
 
     @property
     def T(self) -> StepPullback:  # noqa: N802

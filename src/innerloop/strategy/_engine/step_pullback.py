@@ -37,7 +37,7 @@ from innerloop._linear.products import (
 )
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Loss, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.finite import have_values
@@ -110,8 +110,25 @@ class OutputCotangents(NamedTuple):
         return self.aux or [None] * len(tree.leaves(aux))
 
 
-After = tuple[tuple[Params, Params], object]
-"""``((params, buffers), aux)`` after a step."""
+class After(NamedTuple):
+    """The results of a step that was evaluated once more, as constants in their plain form.
+
+    Attributes:
+        params: the new parameters; empty where they show nothing, because the gradient was kept.
+        buffers: the new buffers.
+        aux: what the loss returned besides.
+        gradient: the inner gradient, if one was kept to compare it with.
+    """
+
+    params: Params
+    buffers: Params
+    aux: Any
+    gradient: Params | None = None
+
+
+def _plain(values: Any) -> Any:
+    """Return the tensors of ``values`` as constants that outlive a transform."""
+    return tree.map_tensors(torch_private.plain_form, values)
 
 
 class InputCotangents(NamedTuple):
@@ -121,7 +138,7 @@ class InputCotangents(NamedTuple):
         state: of the old (params, optimizer_state, buffers).
         hyper: of the hyper-parameters.
         loss: the value of the loss.
-        after: the new parameters and buffers, and aux, as they came out this time; None: not known.
+        after: what came out of the step this time; None: not known.
     """
 
     state: Cotangents
@@ -155,43 +172,159 @@ def takes_part(step: Step, parts: tuple[Any, ...], buffers_at: int | None) -> li
 
 def reverse(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
     """Pull back by reverse over reverse: record the step, and run it backwards."""
-    step.rewind()
     if not may_call_autograd():
+        step.rewind()
         return _reverse_by_transform(step, given)
-    parts = (*state_of(step.carry), step.hyper)
-    chosen = takes_part(step, parts, 2)
-    leaves = [
-        x.detach().requires_grad_() if c else x
-        for x, c in zip(tree.leaves(parts), chosen, strict=True)
-    ]
-    with torch.enable_grad():
-        *state, hyper = tree.with_leaves(parts, leaves)
-        new, loss, aux = step.problem.step(
-            carry_of(state, step.carry.random_state), hyper, step.batch, step.t
-        )
-        ends = [*tree.leaves(state_of(new)), loss, *tree.leaves(aux)]
-    pairs = [
-        (y, c)
-        for y, c in zip(ends, [*given.state, given.loss, *given.of_aux(aux)], strict=True)
-        if c is not None and y.requires_grad
-    ]
-    row: Cotangents = [None] * len(leaves)
-    if pairs:
-        inputs = [x for x, c in zip(leaves, chosen, strict=True) if c]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True
+    return RecordedStep(step).pull(given)
+
+
+class RecordedStep:
+    """A step whose graph is at hand: it can be pulled back any number of times. Eager code only.
+
+    Args:
+        step: the step.
+
+    Attributes:
+        loss: the value of the loss.
+        after: the new state, with its graph.
+    """
+
+    def __init__(self, step: Step) -> None:
+        step.rewind()
+        self._step = step
+        parts = (*state_of(step.carry), step.hyper)
+        self._chosen = takes_part(step, parts, 2)
+        self._leaves = [
+            x.detach().requires_grad_() if c else x
+            for x, c in zip(tree.leaves(parts), self._chosen, strict=True)
+        ]
+        with torch.enable_grad():
+            *state, hyper = tree.with_leaves(parts, self._leaves)
+            new, loss, aux = step.problem.step(
+                carry_of(state, step.carry.random_state), hyper, step.batch, step.t
             )
-        )
-        row = [next(found) if c else None for c in chosen]
-    count = len(leaves) - len(step.wanted)
-    step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
-    after = tree.map_tensors(Tensor.detach, ((new.params, new.buffers), aux))
-    return InputCotangents(row[:count], row[count:], loss.detach(), after)
+        self._state, self._loss, self._aux = tree.leaves(state_of(new)), loss, tree.leaves(aux)
+        self._after = After(*tree.map_tensors(Tensor.detach, (new.params, new.buffers, aux)))
+        self.loss = loss.detach()
+        self.after = new._replace(time=step.carry.time + 1)
+
+    def pull(self, given: OutputCotangents, *, keep: bool = False) -> InputCotangents:
+        """Pull ``given`` back; with ``keep`` the graph is kept for another pullback."""
+        ends = [*self._state, self._loss, *self._aux]
+        cotangents = [*given.state, given.loss, *(given.aux or [None] * len(self._aux))]
+        of_state, of_hyper = self._pulled(ends, cotangents, keep=keep)
+        return InputCotangents(of_state, of_hyper, self.loss, self._after)
+
+    def pull_many(self, given: Cotangents) -> tuple[Cotangents, Cotangents]:
+        """Pull back many cotangents of the new state at once; the graph is kept.
+
+        Args:
+            given: for each leaf of the new state a tensor ``[Q, *shape]``, or None for zeros.
+
+        Returns:
+            Those of the old state and of hyper, each ``[Q, *shape]`` or None.
+        """
+        try:
+            # Only the pull is batched: what was recorded outside may have drawn random numbers.
+            return self._pulled(self._state, given, batched=True, keep=True)
+        except RuntimeError as error:
+            if isinstance(error, InnerLoopError) or not _lacks_batching(error):
+                raise
+        count = next(len(c) for c in given if c is not None)
+        rows = [
+            self._pulled(self._state, [None if c is None else c[q] for c in given], keep=True)
+            for q in range(count)
+        ]
+        return _stacked([row[0] for row in rows]), _stacked([row[1] for row in rows])
+
+    def push(self, tangents: Sequence[Cotangents]) -> list[Cotangents]:
+        r"""Push tangents of the old state and of hyper forward, by two pullbacks.
+
+        The derivative of :math:`u \mapsto u^T J` along :math:`v` is :math:`J v`: no operation
+        needs a forward mode.
+        """
+        ends = [(i, y) for i, y in enumerate(self._state) if tree.differentiable(y)]
+        ends = [(i, y) for i, y in ends if y.requires_grad]
+        starts = [(i, x) for i, x in enumerate(self._leaves) if self._chosen[i]]
+        with torch.enable_grad():
+            weights = [torch.zeros_like(y).requires_grad_() for _, y in ends]
+            linear = torch.autograd.grad(
+                [y for _, y in ends],
+                [x for _, x in starts],
+                weights,
+                create_graph=True,
+                allow_unused=True,
+            )
+        kept = [
+            (i, g)
+            for (i, _), g in zip(starts, linear, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        found: list[Cotangents] = []
+        for row in tangents:
+            pairs = [(g, v) for i, g in kept if (v := row[i]) is not None]
+            pushed: Sequence[Tensor | None] = [None] * len(weights)
+            if pairs:
+                pushed = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    weights,
+                    [v for _, v in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            found.append(tree.put([None] * len(self._state), [i for i, _ in ends], list(pushed)))
+        return found
+
+    def _pulled(
+        self,
+        ends: Sequence[Any],
+        cotangents: Cotangents,
+        *,
+        batched: bool = False,
+        keep: bool = False,
+    ) -> tuple[Cotangents, Cotangents]:
+        pairs = [
+            (y, c)
+            for y, c in zip(ends, cotangents, strict=True)
+            if c is not None and y.requires_grad
+        ]
+        row: Cotangents = [None] * len(self._leaves)
+        if pairs:
+            inputs = [x for x, c in zip(self._leaves, self._chosen, strict=True) if c]
+            found = iter(
+                torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    inputs,
+                    [c for _, c in pairs],
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                    retain_graph=keep,
+                )
+            )
+            row = [next(found) if c else None for c in self._chosen]
+        count = len(self._leaves) - len(self._step.wanted)
+        self._step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
+        return row[:count], row[count:]
+
+
+def _lacks_batching(error: RuntimeError) -> bool:
+    """True if torch complains that an operation cannot be run on a batch of cotangents."""
+    return any(word in str(error) for word in ("vmap", "batching rule", "functorch", "Batched"))
+
+
+def _stacked(rows: list[Cotangents]) -> Cotangents:
+    """Stack the cotangents of many pullbacks; None where all are."""
+    return [
+        None
+        if all(c is None for c in column)
+        else torch.stack([c for c in column if c is not None])
+        for column in zip(*rows, strict=True)
+    ]
 
 
 def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangents:
     inputs = _Inputs(step, (*state_of(step.carry), step.hyper), buffers_at=2)
+    after: list[After] = []
 
     def ends(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         *state, hyper = inputs.filled(values)
@@ -202,6 +335,8 @@ def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangent
             [*given.state, given.loss, *given.of_aux(aux)],
         )
         inputs.note(found, values)
+        if mode() is not Mode.COMPILING:
+            after.append(After(*_plain((new.params, new.buffers, aux))))
         return found, loss
 
     _, pull, loss = _vjp(ends, inputs.values, has_aux=True)
@@ -209,7 +344,7 @@ def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangent
     (values,) = pull([c for c in cotangents if c is not None])
     found = inputs.aligned(values)
     count = len(found) - len(step.wanted)
-    return InputCotangents(found[:count], found[count:], loss)
+    return InputCotangents(found[:count], found[count:], loss, after[0] if after else None)
 
 
 def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
@@ -228,10 +363,13 @@ def mixed(step: Step, given: OutputCotangents, gradient: Params | None = None) -
 
 def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) -> InputCotangents:
     """Pull back by a central difference of the inner gradient."""
+    besides = _Besides()
 
     def value() -> Tensor:
         carry = step.carry
-        return step.problem.evaluate(carry.params, carry.buffers, step.hyper, step.batch)[0]
+        loss, found = step.problem.evaluate(carry.params, carry.buffers, step.hyper, step.batch)
+        besides.note(*found)
+        return loss
 
     def product(gradients: Gradients, values: list[Tensor], along: list[Tensor]) -> SecondProduct:
         return central_difference(
@@ -246,7 +384,7 @@ def finite(step: Step, given: OutputCotangents, gradient: Params | None = None) 
 
     _check_factors(step, "finite")
     with assuming_symmetry("finite"):
-        return _through_factors(step, given, gradient, product)
+        return _through_factors(step, given, gradient, product, besides)
 
 
 def _check_factors(step: Step, product: str) -> None:
@@ -355,27 +493,54 @@ def used_hyper(loop: Loop, wanted: Sequence[bool], steps: int) -> set[int]:
     return used
 
 
+class _Besides:
+    """What the last evaluation of a loss gave besides its value.
+
+    Attributes:
+        buffers, aux: constants in their plain form; None before the first evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: Params | None = None
+        self.aux: Any = None
+
+    def note(self, aux: object, buffers: Params) -> None:
+        """Note ``aux`` and ``buffers``."""
+        if mode() is not Mode.COMPILING:
+            self.buffers, self.aux = _plain((dict(buffers), aux))
+
+
 def _through_factors(
-    step: Step, given: OutputCotangents, gradient: Params | None, product: Product
+    step: Step,
+    given: OutputCotangents,
+    gradient: Params | None,
+    product: Product,
+    besides: _Besides | None = None,
 ) -> InputCotangents:
     """Pull through the update, through the gradient by ``product``, and through buffers and aux."""
     sizes = [len(tree.leaves(part)) for part in state_of(step.carry)]
-    after: After | None = None
+    kept = gradient is not None
+    seen = noted = _Besides() if besides is None else besides
     buffers_at = len(given.state) - sizes[2]
     if gradient is None:
         step.rewind()
         gradient, _, aux, buffers = step.problem.gradient(
             step.carry.params, step.carry.buffers, step.hyper, step.batch
         )
-        if mode() is Mode.EAGER and product is not _no_product:
-            new = step.problem.update(step.carry, gradient, buffers, step.hyper, step.t)
-            after = (new.params, new.buffers), aux
-    of_gradient, of_params, of_optimizer, of_hyper = _through_update(
+        seen = _Besides()
+        seen.note(aux, buffers)
+    (of_gradient, of_params, of_optimizer, of_hyper), new_params = _through_update(
         step, gradient, given.state[:buffers_at]
     )
 
     inputs = _Inputs(step, (step.carry.params, step.carry.buffers, step.hyper), buffers_at=1)
-    total, loss = _through_gradient(step, inputs, of_gradient, given.loss, product)
+    total, loss, again = _through_gradient(step, inputs, of_gradient, given.loss, product, noted)
+    after: After | None = None
+    if seen.buffers is not None and product is not _no_product:
+        after = After(new_params, seen.buffers, seen.aux)
+        if kept:
+            # The parameters follow from the gradient that was kept, so that is compared.
+            after = after._replace(params={}, gradient=again)
     more = _through_besides(step, inputs, given._replace(state=given.state[buffers_at:]))
     total = [add(a, b) for a, b in zip(total, more, strict=True)]
     params, of_buffers, hyper = (
@@ -388,19 +553,25 @@ def _through_factors(
     return InputCotangents([*of_params, *of_optimizer, *of_buffers], of_hyper, loss.detach(), after)
 
 
-def _through_update(step: Step, gradient: Params, given: Cotangents) -> list[Cotangents]:
+def _through_update(
+    step: Step, gradient: Params, given: Cotangents
+) -> tuple[list[Cotangents], Params]:
     """Pull the cotangents of the new params and optimizer state through the update.
 
     Returns:
-        The cotangents of gradient, params, optimizer state and hyper.
+        The cotangents of gradient, params, optimizer state and hyper; and the new params, in their
+        plain form (empty if nothing had a cotangent).
     """
     problem = step.problem
     parts = (gradient, step.carry.params, step.carry.optimizer_state, step.hyper)
     inputs = _Inputs(step, parts)
+    new_params: dict[str, Tensor] = {}
 
     def update(values: list[Tensor]) -> list[Tensor]:
         grads, params, state, hyper = inputs.filled(values)
         updated = problem.new_params(grads, state, params, problem.overrides(hyper, step.t))
+        if mode() is not Mode.COMPILING:
+            new_params.update(_plain(dict(updated[0])))
         ends = _selected(tree.leaves(updated), given)
         inputs.note(ends, values)
         return ends
@@ -411,7 +582,7 @@ def _through_update(step: Step, gradient: Params, given: Cotangents) -> list[Cot
         count = len(tree.leaves(part))
         split.append(row[:count])
         row = row[count:]
-    return split
+    return split, new_params
 
 
 def _through_gradient(
@@ -420,7 +591,8 @@ def _through_gradient(
     along: Cotangents,
     given: Tensor | None,
     product: Product,
-) -> tuple[Cotangents, Tensor]:
+    noted: _Besides,
+) -> tuple[Cotangents, Tensor, Params | None]:
     """Pull the cotangents of the gradient and of the loss through the evaluation of both.
 
     Args:
@@ -429,20 +601,22 @@ def _through_gradient(
         along: the cotangents of the gradient, along which the second derivative is taken.
         given: the cotangent of the loss, which multiplies the first derivative.
         product: takes the second derivative.
+        noted: is told what the evaluation gives besides the loss.
 
     Returns:
-        ``(cotangents, loss)``.
+        ``(cotangents, loss, gradient)``, the gradient in its plain form, or None: not taken.
     """
 
     def value(values: list[Tensor]) -> tuple[Tensor, Tensor]:
         params, buffers, hyper = inputs.filled(values)
-        loss, _ = step.problem.evaluate(params, buffers, hyper, step.batch)
+        loss, besides = step.problem.evaluate(params, buffers, hyper, step.batch)
+        noted.note(*besides)
         inputs.note([loss], values)
         return loss, loss
 
     if given is None and all(a is None for a in along):
         step.rewind()
-        return [None] * len(inputs.leaves), value(inputs.values)[0]
+        return [None] * len(inputs.leaves), value(inputs.values)[0], None
     tangents = [torch.zeros_like(v) for v in inputs.values]
     for i, a in enumerate(along):
         if a is not None:
@@ -450,7 +624,10 @@ def _through_gradient(
     first, slope, loss = product(tree.grad_with_aux(value), inputs.values, tangents)
     if given is not None:
         slope = [a + given * b for a, b in zip(slope, first, strict=True)]
-    return inputs.aligned(slope), loss
+    gradient: Params | None = None
+    if mode() is not Mode.COMPILING:
+        gradient = _plain(dict(zip(step.carry.params, first, strict=False)))
+    return inputs.aligned(slope), loss, gradient
 
 
 def _through_besides(step: Step, inputs: _Inputs, given: OutputCotangents) -> Cotangents:
