@@ -26,8 +26,6 @@ class Bandit(TensorEnv):
         tensor([3.])
     """
 
-    action_space: Discrete
-
     def __init__(self, arms: int = 5, noise: float | None = None, horizon: int = 1) -> None:
         self.observation_space = Box(1)
         self.action_space: Discrete = Discrete(arms)

@@ -32,8 +32,6 @@ class TabularMDP(TensorEnv):
         tensor([1., 1., 1.])
     """
 
-    action_space: Discrete
-
     def __init__(
         self, states: int = 10, actions: int = 5, horizon: int = 10, noise: float = 1.0
     ) -> None:
