@@ -239,10 +239,10 @@ def test_every_autoreset_of_gymnasium_gives_the_same_episodes(mode: str) -> None
                 row = (seen[i], found.reward[i], found.final_observation[i], found.truncated[i])
                 rows[i].append(tuple(float(x) for x in row))
         seen = found.observation
-    for horizon, row in zip((3, 4), rows, strict=True):  # type: ignore[assignment]
+    for horizon, steps in zip((3, 4), rows, strict=True):
         episode = [(t, t + 1, t + 1, t + 1 == horizon) for t in range(horizon)]
-        assert row == (episode * 4)[: len(row)]  # type: ignore[comparison-overlap]
-        assert len(row) >= 9
+        assert steps == (episode * 4)[: len(steps)]
+        assert len(steps) >= 9
 
 
 def test_a_tensor_environment_as_one_of_gymnasium_is_the_same() -> None:

@@ -77,7 +77,7 @@ def expected_outer_gradient(algorithm: str) -> Tensor:
         for arm in range(3):
             # Pulls of all arms, weighted by their chances: the outer loss is a mean over pulls.
             outer = pulls(torch.tensor([arm]), adapted)
-            learner.optimizer.step = lambda *_: None  # type: ignore[assignment, method-assign]
+            learner.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
                 learner._update([inner], [inner], outer)
@@ -126,7 +126,7 @@ def test_the_outer_gradient_equals_finite_differences(algorithm: str, inner: str
             {i: p.grad.clone() for i, p in enumerate(weights(learner)) if p.grad is not None}
         )
 
-    learner.optimizer.step = keep  # type: ignore[assignment, method-assign]
+    learner.optimizer.step = keep  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
         learner._update(batches, data[:1], data[1])
@@ -253,8 +253,14 @@ def test_evaluation_changes_nothing() -> None:
 
 def test_meta_learning_makes_one_step_of_adaptation_pay() -> None:
     """Bandits of three arms: after meta-training one step finds the best arm more often."""
-    settings = {"env": "bandit", "gamma": 1.0, "episodes": 30, "tasks": 30, "hidden": ()}
-    config = MetaConfig(**settings, algorithm="meta-sgd", inner_lr=0.5, outer_lr=0.1, iterations=40)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "env": "bandit",
+        "gamma": 1.0,
+        "episodes": 30,
+        "tasks": 30,
+        "hidden": (),
+    }
+    config = MetaConfig(**settings, algorithm="meta-sgd", inner_lr=0.5, outer_lr=0.1, iterations=40)
     learner = MetaLearner(config)
     untrained = learner.evaluate(200, steps=1, episodes=100)
     learner.train()

@@ -23,7 +23,7 @@ from innerloop.rl import Categorical, Rollout, envs
 from innerloop.rl.ppo import PPO, ActorCritic, PPOConfig, ppo_problem
 from tests.test_rl_envs import Counter
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "env": "cartpole",
     "total_steps": 320,
     "num_envs": 2,
@@ -48,7 +48,7 @@ def same(a: PPO, b: PPO) -> bool:
 def test_a_resumed_run_equals_one_in_a_piece(env: str, tmp_path: Path) -> None:
     if env == "CartPole-v1":
         pytest.importorskip("gymnasium")
-    config = PPOConfig(**{**SMALL, "env": env}, normalize_observations=True, normalize_rewards=True)  # type: ignore[arg-type]
+    config = PPOConfig(**{**SMALL, "env": env}, normalize_observations=True, normalize_rewards=True)
     whole = PPO(config)
     whole.train()
 
@@ -94,24 +94,24 @@ def test_a_killed_run_goes_on_with_the_same_weights(tmp_path: Path) -> None:
             process.stdout.readline()
         time.sleep(random.Random().random() / 50)
         process.send_signal(signal.SIGKILL)
-    resumed, whole = PPO(PPOConfig(**SMALL)), PPO(PPOConfig(**SMALL))  # type: ignore[arg-type]
+    resumed, whole = PPO(PPOConfig(**SMALL)), PPO(PPOConfig(**SMALL))
     resumed.train(tmp_path, resume=True)
     whole.train()
     assert same(whole, resumed)
 
 
 def test_a_run_is_not_overwritten_and_belongs_to_its_settings(tmp_path: Path) -> None:
-    config = PPOConfig(**SMALL)  # type: ignore[arg-type]
+    config = PPOConfig(**SMALL)
     PPO(config).train(tmp_path)
     with pytest.raises(InvalidInputError, match="holds a run already"):
         PPO(config).train(tmp_path)
-    other = PPO(PPOConfig(**{**SMALL, "gamma": 0.5}))  # type: ignore[arg-type]
+    other = PPO(PPOConfig(**{**SMALL, "gamma": 0.5}))
     before = [p.clone() for p in other.policy.parameters()]
     with pytest.raises(InvalidInputError, match=r"other settings \(gamma=0.98 not 0.5\)"):
         other.train(tmp_path, resume=True)
     assert all(map(torch.equal, before, other.policy.parameters()))
     assert other.counters["iteration"] == 0
-    longer = PPO(PPOConfig(**{**SMALL, "total_steps": 360}))  # type: ignore[arg-type]
+    longer = PPO(PPOConfig(**{**SMALL, "total_steps": 360}))
     assert longer.train(tmp_path, resume=True)["steps"][-1] == 360
     with pytest.raises(InvalidInputError, match="needs the folder"):
         PPO(config).train(resume=True)
@@ -119,7 +119,7 @@ def test_a_run_is_not_overwritten_and_belongs_to_its_settings(tmp_path: Path) ->
 
 def test_a_run_leaves_the_users_random_numbers_alone() -> None:
     state = torch.get_rng_state()
-    PPO(PPOConfig(**SMALL)).train()  # type: ignore[arg-type]
+    PPO(PPOConfig(**SMALL)).train()
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -144,7 +144,7 @@ def test_the_command_line_trains_resumes_and_draws(
 
 
 def test_a_rollout_holds_what_the_policy_did() -> None:
-    learner = PPO(PPOConfig(**SMALL))  # type: ignore[arg-type]
+    learner = PPO(PPOConfig(**SMALL))
     rollout = learner.collect()
     distribution, values = learner.policy(rollout.observations)
     assert torch.allclose(distribution.log_prob(rollout.actions), rollout.log_probs)
@@ -154,7 +154,8 @@ def test_a_rollout_holds_what_the_policy_did() -> None:
     # The first row of the next rollout follows the last row of this one.
     following = learner.collect()
     assert rollout.last_value is not None
-    assert torch.allclose(learner.policy(following.observations[0])[1], rollout.last_value)  # type: ignore[index]
+    assert isinstance(following.observations, Tensor)
+    assert torch.allclose(learner.policy(following.observations[0])[1], rollout.last_value)
 
 
 class Ones(nn.Module):
@@ -173,7 +174,7 @@ class Ones(nn.Module):
 def test_truncated_episodes_are_bootstrapped_and_terminated_ones_are_not(
     horizon: int, end: int
 ) -> None:
-    config = PPOConfig(**{**SMALL, "steps": 10})  # type: ignore[arg-type]
+    config = PPOConfig(**{**SMALL, "steps": 10})
     learner = PPO(config, env=Counter(horizon, end), policy=Ones())
     found = learner.collect().gae(gamma=0.5, lam=1.0)
     # The rewards of an episode are 1, 2, 3; the value of its last observation is 3.
@@ -186,7 +187,7 @@ def test_truncated_episodes_are_bootstrapped_and_terminated_ones_are_not(
 
 def test_steps_that_only_reset_are_masked() -> None:
     pytest.importorskip("gymnasium")
-    learner = PPO(PPOConfig(**{**SMALL, "env": "CartPole-v1", "steps": 60, "minibatch": 60}))  # type: ignore[arg-type]
+    learner = PPO(PPOConfig(**{**SMALL, "env": "CartPole-v1", "steps": 60, "minibatch": 60}))
     rollout = learner.collect()
     assert rollout.mask is not None
     assert rollout.terminated is not None
@@ -271,7 +272,7 @@ class Broken(envs.CartPole):
 
 
 def test_rewards_that_are_no_numbers_are_named() -> None:
-    learner = PPO(PPOConfig(**SMALL), env=Broken())  # type: ignore[arg-type]
+    learner = PPO(PPOConfig(**SMALL), env=Broken())
     before = [p.clone() for p in learner.policy.parameters()]
     with pytest.raises(InvalidInputError, match="rewards is nan at step 0 of environment 0"):
         learner.train()
@@ -411,11 +412,13 @@ def test_the_inner_loop_is_mapped_over_tasks() -> None:
 
     def stacked(rows: list[Rollout]) -> Rollout:
         columns = zip(*rows, strict=True)
-        return Rollout(*(None if c[0] is None else torch.stack(c) for c in columns))  # type: ignore[arg-type]
+        found: list[Any] = [None if c[0] is None else torch.stack(c) for c in columns]
+        return Rollout(*found)
 
     both = torch.func.grad(one, argnums=(0, 1))
     many = stacked(rollouts)
-    dims = Rollout(*(None if x is None else 0 for x in many))  # type: ignore[arg-type]
+    zeros: list[Any] = [None if x is None else 0 for x in many]
+    dims = Rollout(*zeros)
     mapped = torch.func.vmap(both, in_dims=(None, None, dims, dims))(
         params, gamma, many, stacked(tests)
     )
@@ -426,7 +429,12 @@ def test_the_inner_loop_is_mapped_over_tasks() -> None:
         assert torch.allclose(mapped[1][i], single[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("types_unchecked")
 def test_advantages_come_by_way_of_hyper() -> None:
     policy = Tanh()
-    with pytest.raises(InvalidInputError, match="takes its advantages from hyper"):
-        innerloop.unroll(ppo_problem(policy), None or dict(policy.named_parameters()), [None])
+    batches = rollout_of(policy).minibatches(1, 8)
+    for hyper in (None, {"gamma": torch.tensor(0.9)}):
+        with pytest.raises(InvalidInputError, match="takes its advantages from hyper"):
+            innerloop.unroll(
+                ppo_problem(policy), dict(policy.named_parameters()), batches, hyper=hyper
+            )

@@ -78,7 +78,9 @@ def reinforcement_learning(options: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        config = kind(**{name: getattr(options, name) for name in fields})
+        given = {name: getattr(options, name) for name in fields}
+        lists = {name: tuple(x) for name, x in given.items() if isinstance(x, list)}
+        config = kind(**{**given, **lists})
         trainer = learner(config)
         trainer.train(options.out, resume=options.resume)
         print(trainer.summary())
