@@ -95,5 +95,8 @@ def test_every_strategy_and_front_end_is_drawn() -> None:
         and issubclass(cls, innerloop.strategy.Strategy)
         and not inspect.isabstract(cls)
     }
-    assert concrete <= {type(s) for s in case.STRATEGIES}
+    # Implicit differentiates the limit of training, and Evolution samples: the differences of a
+    # training of a few steps are not their truth.
+    others = {innerloop.Implicit, innerloop.Evolution}
+    assert concrete - others <= {type(s) for s in case.STRATEGIES}
     assert set(case.FRONT_ENDS) == set(answers.ASK)

@@ -64,31 +64,58 @@ def test_it_is_said_once_for_each_episode(options: dict[str, Any]) -> None:
     outer.backward(retain_graph=True)
 
 
+class Keeper:
+    """An object of the user's own that holds a layer of the model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
 class Closes(nn.Module):
-    """A function kept as an attribute, and a hook, that have taken hold of the model itself."""
+    """A function or an object kept as an attribute, or a hook, that holds a part of the model."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.hidden, self.last = nn.Linear(2, 2), nn.Linear(2, 1)
-        self.function = (lambda x: self.hidden(x)) if way == "function" else None
+        self.way = way
+        self.function: Any = None
+        if way == "function":
+            self.function = lambda x: self.hidden(x)
+        if way == "object":
+            self.function = Keeper(self.hidden)
         if way == "hook":
             self.hidden.register_forward_hook(
                 lambda module, args, output: output + self.hidden.bias
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last((self.function or self.hidden)(x))
+        hidden = (self.function or self.hidden)(x)
+        return self.last(hidden + self.hidden.bias if self.way == "added" else hidden)
 
 
-@pytest.mark.parametrize("way", ["function", "hook"])
-def test_weights_of_the_model_itself(way: str) -> None:
-    model = Closes(way)
+def test_weights_of_the_model_itself() -> None:
+    model = Closes("object")
     with pytest.warns(
         CapturedParameterWarning, match=r"own parameter 'hidden\.(weight|bias)'"
     ) as caught:
         episode(model, copy_initial_weights=False)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(("way", "same_as"), [("function", "plainly"), ("hook", "added")])
+def test_functions_and_hooks_use_the_layers_of_the_copy(way: str, same_as: str) -> None:
+    models = [Closes(way), Closes(same_as)]
+    for model in models:
+        _, outer = episode(model, copy_initial_weights=False)
+        outer.backward()
+    for p, truth in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p.grad, truth.grad)
 
 
 def test_a_proximal_term() -> None:

@@ -274,7 +274,12 @@ class TrackedLoop:
                         grads, before, params, overrides, **more
                     )
                     # One that was skipped may be edited later; the times before must not change.
-                    updated = {n: p.clone() if p is params[n] else p for n, p in updated.items()}
+                    # What is frozen stays the tensor that it is.
+                    updated = {
+                        n: p.clone() if p is params[n] else p
+                        for n, p in updated.items()
+                        if n not in self._frozen
+                    }
                 if not self._cut.reached:
                     self._cut.note_outside_leaves(updated.values(), current.values())
                 # Clone: a fused loss shares storage with the whole batch's output.
