@@ -115,10 +115,13 @@ def test_another_mode_may_begin_inside_the_block() -> None:
         loop.step(loop.model(1))
 
 
-def test_a_loop_without_such_operations_looks_at_its_first_step_only() -> None:
+def test_a_loop_without_such_operations_looks_at_its_first_two_steps_only() -> None:
+    """The first for operations to replace, both for edits of weights."""
     model = nn.Linear(2, 1)
     with innerloop.track(model, sgd(model)) as loop:
-        loop.step(loop.model(torch.ones(2)).square().sum())
+        for _ in range(2):
+            assert torch_private.function_mode() is not None
+            loop.step(loop.model(torch.ones(2)).square().sum())
         assert torch_private.function_mode() is None
 
 
