@@ -380,11 +380,13 @@ def test_a_compiled_loss(part: str, step: int, learn: Any):
     """torch drops the second-order term through compiled code, in part without an error: at
     whichever step it first occurs."""
     model = network()
-    with innerloop.track(model, sgd(model), learn=learn, hyper={"lr": leaf(0.1)}) as loop:
+    with (
+        refused(NOT_DIFFERENTIABLE, "torch.compile", "uncompiled"),
+        innerloop.track(model, sgd(model), learn=learn, hyper={"lr": leaf(0.1)}) as loop,
+    ):
         for t in range(step):
             loop.step(regression(loop.model, t))
-        with refused(NOT_DIFFERENTIABLE, "torch.compile", "uncompiled"):
-            loop.step(COMPILED[part](loop.model, step))
+        loop.step(COMPILED[part](loop.model, step))
 
 
 @ASKS_FOR_GRAD
@@ -405,6 +407,23 @@ def test_a_compiled_loss_where_no_second_derivative_is_taken(arguments: dict[str
             outer.backward()
         found.append((outer.item(), gradients(model)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+@ASKS_FOR_GRAD
+@pytest.mark.compiled
+def test_an_outer_loss_with_the_model_may_be_compiled_after_the_block():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        for t in range(STEPS):
+            loop.step(regression(loop.model, t))
+    outer = sum(
+        compiled(lambda w: w.pow(3).sum())(loop.parameters(t)["body.weight"]) for t in (1, STEPS)
+    )
+    again = sum(loop.parameters(t)["body.weight"].pow(3).sum() for t in (1, STEPS))
+    own = list(model.parameters())
+    found = torch.autograd.grad(outer, own, retain_graph=True, allow_unused=True)
+    truth = torch.autograd.grad(again, own, allow_unused=True)
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-12, atol=1e-14)
 
 
 @ASKS_FOR_GRAD

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from innerloop._types import Params
 from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
-from innerloop.errors import InvalidInputError
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.optim._base import Optimizer
 from innerloop.optim._from_torch.from_torch import FromTorch
 
@@ -89,7 +89,7 @@ def _refuse_step(*_: object) -> None:
     )
 
 
-def explained(error: BaseException | None, names: Collection[str]) -> InvalidInputError | None:
+def explained(error: BaseException | None, names: Collection[str]) -> InnerLoopError | None:
     """Return what to raise for an error of PyTorch's that comes of a habit inside the block.
 
     Args:
@@ -106,6 +106,12 @@ def explained(error: BaseException | None, names: Collection[str]) -> InvalidInp
                 f'only. Write loop.assign({{"{full[0]}": tensor}}), which keeps the derivative of '
                 "the tensor"
             )
+    if isinstance(error, TypeError) and "Multiple dispatch failed" in text:
+        return NotDifferentiableError(
+            "code compiled by torch.compile was given parameters of loop.model inside the block, "
+            "where it has no second derivative: write the loss and the model uncompiled there (or "
+            "first_order=True). After the block they may be compiled"
+        )
     if isinstance(error, RuntimeError) and "can only change requires_grad flags of leaf" in text:
         return InvalidInputError(
             "requires_grad of a parameter of loop.model was changed: it is the result of the "

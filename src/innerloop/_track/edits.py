@@ -206,16 +206,22 @@ class Placed:
     PyTorch counts edits under ``torch.no_grad``. Those through ``.data``, and through an array that
     shares memory, leave no trace but other numbers: a parameter whose memory was handed out is
     compared with a copy.
+
+    Args:
+        params: the parameters, by name.
+        watch: is told when the memory of one is handed out.
+        marks: False if it is not told (compiled code takes plain tensors only).
     """
 
-    def __init__(self, params: Params, watch: EditWatch) -> None:
+    def __init__(self, params: Params, watch: EditWatch, *, marks: bool) -> None:
         self._params = params
         self._versions = torch_private.versions(params.values())
         self._nodes_so_far = torch_private.nodes_so_far()
         watch.placed = params
-        for p in params.values():
-            if type(p) is Tensor:
-                p.__class__ = Weight
+        if marks:
+            for p in params.values():
+                if type(p) is Tensor:
+                    p.__class__ = Weight
 
     def check(self, now: Mapping[str, Tensor], handed_out: Mapping[int, Tensor]) -> None:
         """Raise if one of the parameters was edited, and autograd did not see it.
@@ -297,6 +303,13 @@ class Weight(Tensor, metaclass=_TensorClass):
             return function(self)
         finally:
             self.__class__ = Weight
+
+
+def as_plain(params: Params) -> None:
+    """Let parameters be plain tensors again, in place."""
+    for p in params.values():
+        if type(p) is Weight:
+            p.__class__ = Tensor
 
 
 _watching: list[weakref.ref[EditWatch]] = []

@@ -31,7 +31,7 @@ from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
-from innerloop._track.edits import EditWatch, Placed
+from innerloop._track.edits import EditWatch, Placed, as_plain
 from innerloop._track.start import (
     Learn,
     Model,
@@ -168,6 +168,8 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.leave()
         handed_out = self._edits.stop()
+        for carry in self._states.values():
+            as_plain(carry.params)
         if self._grad_mode is not None:
             self._grad_mode.__exit__(kind, error, traceback)
             self._grad_mode = None
@@ -463,7 +465,7 @@ class TrackedLoop:
         if self._kernels is not None:
             placed = self._view.read() if placed is None else placed
             trained = {name: placed[name] for name in self._trained}
-            self._placed = Placed(trained, self._edits)
+            self._placed = Placed(trained, self._edits, marks=self._second_order)
             self._edits.handed_out.clear()
             if self._kernels.watches:
                 self._edits.start(trained)

@@ -530,8 +530,10 @@ class MetaLearner:
         loss = losses.mean()
         if self.algorithm.score_term:
             value = -outer.returns() / outer.rewards.shape[1]
+            # The mean over the other tasks: one that held the task itself would shrink its term.
+            others = (value.sum() - value) / max(len(value) - 1, 1)
             terms = [
-                score_term(acted[i], value[i], baseline=value.mean(), mask=before[0].mask[i])
+                score_term(acted[i], value[i], baseline=others[i], mask=before[0].mask[i])
                 for i in range(len(value))
             ]
             loss = loss + torch.stack(terms).mean()
