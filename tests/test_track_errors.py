@@ -416,10 +416,9 @@ def test_an_outer_loss_with_the_model_may_be_compiled_after_the_block():
     with innerloop.track(model, sgd(model)) as loop:
         for t in range(STEPS):
             loop.step(regression(loop.model, t))
-    outer = sum(
-        compiled(lambda w: w.pow(3).sum())(loop.parameters(t)["body.weight"]) for t in (1, STEPS)
-    )
-    again = sum(loop.parameters(t)["body.weight"].pow(3).sum() for t in (1, STEPS))
+    weights = [loop.parameters(t)["body.weight"] for t in (1, STEPS)]
+    outer = torch.stack([compiled(lambda w: w.pow(3).sum())(w) for w in weights]).sum()
+    again = torch.stack([w.pow(3).sum() for w in weights]).sum()
     own = list(model.parameters())
     found = torch.autograd.grad(outer, own, retain_graph=True, allow_unused=True)
     truth = torch.autograd.grad(again, own, allow_unused=True)

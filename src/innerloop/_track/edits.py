@@ -309,7 +309,7 @@ def as_plain(params: Params) -> None:
     """Let parameters be plain tensors again, in place."""
     for p in params.values():
         if type(p) is Weight:
-            p.__class__ = Tensor
+            p.__class__ = Tensor  # type: ignore[assignment]
 
 
 _watching: list[weakref.ref[EditWatch]] = []
