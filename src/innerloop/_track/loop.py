@@ -292,7 +292,7 @@ class TrackedLoop:
             self._edits.is_on = True
         if self._kernels is not None:
             if self._steps == 1:
-                self._kernels.after_first_step(keeps_watch=True)
+                self._kernels.after_first_step()
                 if self.learn == "outer":
                     self._watch(updated)
             elif self._steps == 2 and not self._edits.seen:

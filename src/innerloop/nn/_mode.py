@@ -247,12 +247,13 @@ def _replacing_in_loop() -> Iterator[None]:
 class LoopMode:
     """The replacement mode of one hand-written loop, on while the user's code runs.
 
-    Looking at every operation costs 1.5 to 3 % of a small network's step, so the mode is switched
-    off after a first step that met no operation of the catalogue. A later step that does meet one
-    is noticed in its graph (`_inner_gradient.graph`) and refused.
+    Looking at every operation costs 1.5 to 3 % of a small network's step. So nothing is replaced
+    after a first step that met no operation of the catalogue, and the mode is switched off when
+    nothing is watched any more. A later step that does meet one is noticed in its graph
+    (`_inner_gradient.graph`) and refused.
 
     Args:
-        watch: looks at every operation of the user's code until the second step begins.
+        watch: looks at every operation of the user's code, until `stop_watching`.
         replaces: False if the mode is there for the watch only.
     """
 
@@ -289,16 +290,10 @@ class LoopMode:
         while isinstance(top := torch_private.function_mode(), ReplacementMode) and not top.on:
             top.__exit__(None, None, None)
 
-    def after_first_step(self, *, keeps_watch: bool = False) -> None:
-        """Switch the mode off for good if the first step met no operation of the catalogue.
-
-        Args:
-            keeps_watch: only stop replacing, and go on watching.
-        """
+    def after_first_step(self) -> None:
+        """Stop replacing if the first step met no operation of the catalogue; go on watching."""
         if self._is_on and not self._mode.met:
             self._mode.replaces = False
-            if not keeps_watch:
-                self._switch_off()
 
     def stop_watching(self) -> None:
         """Look at the user's operations no longer, only at those to be replaced, if any."""
