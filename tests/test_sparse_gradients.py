@@ -163,8 +163,11 @@ def refusal(name: str, how: str, kind: str, front: str) -> str:
     """What the error says where there has to be one, "" elsewhere."""
     if name == "sparse adam" and kind != "sparse":
         return "given a dense gradient|in neither order"
-    if name == "lbfgs" and ("mixed" in front or "finite" in front):
-        return "evaluates the loss within its update"
+    if "mixed" in front or "finite" in front:
+        if name == "lbfgs":
+            return "evaluates the loss within its update"
+        if name == "adapted":
+            return "inside torch.func"
     if "mixed" in front and (how == "function" or name == "sparse adam"):
         return "mixed.* needs forward-mode|in neither order"
     return "in neither order" if (how, kind) == ("function", "sum") else ""
