@@ -128,7 +128,7 @@ def central_difference(
     products are then taken, one for these entries and one for the rest, and added. Under ``vmap``,
     where no value can be looked at, this is always done.
     """
-    along = [v.to_dense() if v.layout is not torch.strided else v for v in along]
+    along = [_dense(v) for v in along]
     found = _one_difference(gradients, at, along, before_each, value, moved, relative_step)
     apart = _at_zero_gradients(along, found.gradient, moved)
     if apart is None:
@@ -149,7 +149,7 @@ def _at_zero_gradients(
 
     None if there is no need to, because the latter do not outweigh the others.
     """
-    pairs = list(zip(along[:moved], found[:moved], strict=True))
+    pairs = [(v, _dense(g)) for v, g in zip(along[:moved], found[:moved], strict=True)]
     largest = torch.stack([g.abs().max() for _, g in pairs if g.numel()]).max()
     zero = [g.abs() <= torch.finfo(g.dtype).eps * largest for _, g in pairs]
     rest = [v.masked_fill(z, 0) for (v, _), z in zip(pairs, zero, strict=True)]
@@ -162,6 +162,10 @@ def _at_zero_gradients(
         if not sizes[1] > 10 * sizes[0] > 0:
             return None
     return [*rest, *along[moved:]], [*there, *along[moved:]]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def _one_difference(
