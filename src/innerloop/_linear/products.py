@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private
-from innerloop._utils.execution import may_call_autograd
+from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.finite import have_values
 from innerloop.errors import NotDifferentiableError
 
 Gradients = Callable[[list[Tensor]], tuple[list[Tensor], Tensor]]
@@ -154,7 +155,7 @@ def _at_zero_gradients(
     zero = [g.abs() <= torch.finfo(g.dtype).eps * largest for _, g in pairs]
     rest = [v.masked_fill(z, 0) for (v, _), z in zip(pairs, zero, strict=True)]
     there = [v.masked_fill(~z, 0) for (v, _), z in zip(pairs, zero, strict=True)]
-    if not torch_private.inside_vmap() and not torch.compiler.is_compiling():
+    if mode() is not Mode.COMPILING and have_values(along[:moved]):
         sizes = [
             float(torch.stack([v.detach().abs().max() for v in part if v.numel()]).max())
             for part in (rest, there)

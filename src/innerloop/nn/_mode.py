@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from innerloop._utils import caches, inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.warn import warn_user
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
 from innerloop.nn._replacements.embedding_bag import padded_embedding, pads
@@ -131,6 +132,8 @@ class ReplacementMode(TorchFunctionMode):
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
         found = _intercepted.get(func) if self.replaces else None
+        if found is None and func in _SIZED:
+            args, kwargs = _of_one_size(func, args, kwargs or {})
         if found is None or not self.on:
             return func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(found, Operation):
@@ -151,6 +154,8 @@ class ReplacementMode(TorchFunctionMode):
         if (operation.when is not None and not operation.when(args, kwargs)) or (
             not operation.silent and (self.only_silent or _thread.kept)
         ):
+            if func in _SIZED:
+                args, kwargs = _of_one_size(func, args, kwargs)
             return func(*args, **kwargs)
         self.met = True
         replacement = operation.replacements[func]
@@ -325,6 +330,33 @@ class LoopMode:
             yield
         finally:
             self._mode.__enter__()
+
+
+_SIZED = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
+
+
+def _of_one_size(func: Callable[..., object], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Broadcast the two arguments of a loss, and say what PyTorch says then.
+
+    PyTorch would say it at a line of ours, the caller of its function while the mode is on.
+    """
+    given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+    a, b = given.get("input"), given.get("target")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape == b.shape:
+        return args, kwargs
+    if mode() is Mode.COMPILING:
+        return args, kwargs
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:  # PyTorch says that in words of its own
+        return args, kwargs
+    warn_user(
+        f"Using a target size ({given['target'].shape}) that is different to the input size "
+        f"({given['input'].shape}). This will likely lead to incorrect results due to "
+        "broadcasting. Please ensure they have the same size."
+    )
+    rest = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
+    return (a, b, *args[2:]), rest
 
 
 # One table for all, because the mode looks every call of PyTorch up in it.
