@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ class LookUp(nn.Module):
             self.table = nn.EmbeddingBag(5, 3, mode="mean", sparse=sparse)
         else:
             self.table = nn.ParameterDict({"weight": nn.Parameter(torch.empty(5, 3))})
-        self.table.weight.data.copy_(start)  # type: ignore[union-attr, operator]
+        self.table.weight.data.copy_(start)  # type: ignore[operator]
 
     def forward(self, t: int) -> Tensor:
         if self.how == "function":
@@ -89,7 +90,7 @@ FRONTS: dict[str, Callable[[nn.Module, Any, str], Tensor]] = {
     "track": by_track,
     "bridge": by_bridge,
     **{
-        repr(strategy): lambda *args, strategy=strategy: by_unroll(*args, strategy)  # type: ignore[misc]
+        repr(strategy): partial(by_unroll, strategy=strategy)
         for strategy in (
             innerloop.StoreAll(),
             innerloop.Checkpointed(product="reverse"),
@@ -109,7 +110,7 @@ def truth(name: str, settings: dict[str, Any], how: str, kind: str) -> float:
         optimizer = RULES[name].torch(model.parameters(), **settings)
         for t in range(STEPS):
 
-            def closure(t: int = t) -> Tensor:
+            def closure(t: int = t) -> Any:
                 optimizer.zero_grad()
                 loss = inner_loss(model, t, kind)
                 loss.backward()

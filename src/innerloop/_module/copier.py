@@ -334,7 +334,7 @@ class _Copier:
 
     def _module(self, module: nn.Module) -> nn.Module:
         check_module(module)  # a part may be what the whole must not be
-        new = object.__new__(_class_of_copy(type(module)))
+        new: Any = object.__new__(_class_of_copy(type(module)))
         self.done[id(module)] = new
         self.keep.append(module)
         self.modes.append((new, module))

@@ -340,7 +340,7 @@ def _of_one_size(func: Callable[..., object], args: Args, kwargs: Kwargs) -> tup
 
     PyTorch would say it at a line of ours, the caller of its function while the mode is on.
     """
-    given = dict(zip(("input", "target"), args, strict=False)) | kwargs
+    given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
     a, b = given.get("input"), given.get("target")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape == b.shape:
         return args, kwargs
