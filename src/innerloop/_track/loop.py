@@ -236,16 +236,19 @@ class TrackedLoop:
             if self._second_order:
                 self._late_hooks.check(current.items())
             self._check_edits(current, self._edits.handed_out)
-            if closure is not None or transform is not None:
-                return self._step(loss, closure, current, hyper, transform)
-            # None of the user's code runs from here on, and operations on plain tensors cost less.
-            as_plain(current)
+            if closure is None and transform is None:
+                # None of the user's code runs from here on, and operations on plain tensors cost
+                # less.
+                as_plain(current)
             try:
-                return self._step(loss, None, current, hyper, None)
+                number = self._step(loss, closure, current, hyper, transform)
             except BaseException:
                 if self._kernels is not None:
                     self._placed.mark()
                 raise
+        if self._kernels is not None and self._steps <= 2:
+            self._decide_on_watching(self._kernels)
+        return number
 
     def _step(
         self,
@@ -311,19 +314,17 @@ class TrackedLoop:
             self._place(self._advance(current, updated, state, value, number))
         finally:
             self._edits.is_on = True
-        self._decide_on_watching(updated)
         return number
 
-    def _decide_on_watching(self, updated: Params) -> None:
+    def _decide_on_watching(self, kernels: replace.LoopMode) -> None:
         """Look at the user's operations no longer once nothing has been met in two steps."""
-        if self._kernels is None:
-            return
         if self._steps == 1:
-            self._kernels.after_first_step()
+            kernels.after_first_step()
             if self.learn == "outer":
-                self._watch(updated)
+                newest = self._view.read()
+                self._watch({name: newest[name] for name in self._trained})
         elif self._steps == 2 and not self._edits.seen:
-            self._kernels.stop_watching()
+            kernels.stop_watching()
             self._edits.forget()
 
     def assign(self, params: Params) -> None:
