@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from innerloop._inner_gradient.graph import check_graph as check_graph
+from innerloop._inner_gradient.graph import sent_sparse as sent_sparse
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._utils.inner_pass import inner_pass
@@ -106,7 +107,8 @@ def with_dense_gradients(params: Mapping[K, Tensor], chosen: Collection[K]) -> d
     """Return ``params`` with an alias, whose gradient is always dense, for the chosen ones.
 
     Where the inner gradient of a parameter was sparse, so is what an outer loss sends back to it
-    through the same operation, and few update rules have a derivative for that.
+    through the same operation, and few update rules have a derivative for that. The inner gradient
+    need not show it: see `sent_sparse`.
     """
     if not chosen:
         return dict(params)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ COMPILED = (
     "innerloop.metagradient(..., compile=True)"
 )
 
+_LOOK_UPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
+K = TypeVar("K", str, int)
+
 _REENTRANT = (
     "the loss was computed under activation checkpointing with use_reentrant=True "
     "(torch.utils.checkpoint; gradient_checkpointing_enable() of older packages), which hides the "
@@ -36,11 +39,16 @@ _harmless: MutableMapping[type, bool] = caches.cache("classes of nodes that need
 
 
 def check_graph(
-    ends: Iterable[Tensor], params: Iterable[Tensor], *, second_order: bool
+    ends: Iterable[Tensor],
+    params: Iterable[Tensor],
+    *,
+    second_order: bool,
+    sparse: list[Node] | None = None,
 ) -> list[Tensor]:
     """Raise if an operation between ``ends`` and ``params`` lacks a second derivative.
 
     The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters.
+    Nodes that send a sparse gradient back are appended to ``sparse``, if given: see `sent_sparse`.
 
     Returns:
         The leaves at which the walk ended, parameters that are leaves among them.
@@ -90,6 +98,9 @@ def check_graph(
                 "strategy=innerloop.FirstOrder() (track: first_order=True; "
                 "innerloop.higher: track_higher_grads=False)"
             )
+        elif kind in _LOOK_UPS:
+            if sparse is not None and torch_private.sends_sparse(node):
+                sparse.append(node)
         elif kind[-1:].isdigit() and kind not in NODES:
             # One of PyTorch's own, about which there is nothing else to ask.
             harmless[type(node)] = True
@@ -98,6 +109,15 @@ def check_graph(
         if _reaches(node, current):
             raise NotDifferentiableError(_lacks_derivative(operation, type(node).__name__))
     return leaves
+
+
+def sent_sparse(nodes: Iterable[Node], params: Mapping[K, Tensor]) -> set[K]:
+    """Return which of ``params`` the nodes send their sparse gradients to.
+
+    The gradient of a loss need not tell: in a sum with a dense one (of a penalty) it is dense, and
+    another loss of the same parameter sends a sparse one back alone.
+    """
+    return {key for key, p in params.items() if any(_reaches(node, [p]) for node in nodes)}
 
 
 _refusing: list[int] = []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
@@ -20,13 +21,14 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
+    sent_sparse,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import LateHooks, check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
-from innerloop._module.view import ModuleView, keep_running_statistics
+from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
@@ -96,6 +98,8 @@ class TrackedLoop:
             )
         self._frozen = {name for name, p in own.items() if not p.requires_grad}
         self._optimizer = pure_optimizer(optimizer, own)
+        if not self._optimizer.takes_sparse:
+            look_up_densely(self._view.modules)
         self.hyper = checked_hyper(hyper, self._optimizer)
         self._names = (
             self._optimizer.names
@@ -139,7 +143,7 @@ class TrackedLoop:
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
-        self._sparse: set[str] = set()
+        self._sparse = set(self._view.sparse)
 
     @property
     def model(self) -> Any:
@@ -629,7 +633,10 @@ class TrackedLoop:
             )
 
         with self._own_code():
-            leaves = check_graph([loss], current.values(), second_order=self._second_order)
+            nodes: list[Node] = []
+            leaves = check_graph(
+                [loss], current.values(), second_order=self._second_order, sparse=nodes
+            )
             wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
             if not wanted:
                 refuse_transform()
@@ -643,8 +650,9 @@ class TrackedLoop:
             )
             self._gate.closed = self._second_order
             self._check_origin(found, leaves)
-            if sparse := sparse_ones(found):
-                self._sparse |= sparse
+            sparse = sparse_ones(found)
+            if nodes or sparse:
+                self._sparse |= sparse | sent_sparse(nodes, wanted)
         # Where none is sparse, `finish` need not look again.
         as_they_are = not sparse or self._optimizer.takes_sparse
         with self._users_code() if self._hooks or transform is not None else nullcontext():

@@ -114,6 +114,11 @@ def is_once_differentiable(node: object) -> bool:
     )
 
 
+def sends_sparse(node: Any) -> bool:
+    """True if a node of an embedding sends a sparse gradient to its table (``sparse=True``)."""
+    return bool(getattr(node, "_saved_sparse", False))
+
+
 def function_of(node: Any) -> type | None:
     """Return the ``torch.autograd.Function`` that a node of the graph belongs to, None if none.
 
