@@ -396,7 +396,7 @@ class Problem(Generic[Batch, Aux]):
                     loss,
                     alias,
                     create_graph=recording,
-                    independent=NotDifferentiableError(INDEPENDENT),
+                    independent=lambda: NotDifferentiableError(INDEPENDENT),
                 ),
                 params,
             )

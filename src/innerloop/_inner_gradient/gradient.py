@@ -35,7 +35,7 @@ def inner_gradient(
     params: Mapping[K, Tensor],
     *,
     create_graph: bool,
-    independent: Exception,
+    independent: Callable[[], Exception],
     gate: Gate | None = None,
 ) -> dict[K, Tensor | None]:
     """Differentiate ``loss`` by ``params``; None for those that it does not use.
@@ -44,7 +44,8 @@ def inner_gradient(
         loss: a scalar.
         params: what to differentiate by; may be empty.
         create_graph: let the gradients have derivatives of their own.
-        independent: raised if the loss uses none of ``params``, in the words of the front end.
+        independent: makes the error for a loss that uses none of ``params``, in the words of the
+            front end.
         gate: opened while the backward pass runs, which may read the weights of its own step,
             and then put back as it was.
 
@@ -54,7 +55,7 @@ def inner_gradient(
     if not params:
         return {}
     if not loss.requires_grad:
-        raise independent
+        raise independent()
     before = True
     if gate is not None:
         before, gate.closed = gate.closed, False
@@ -71,7 +72,7 @@ def inner_gradient(
         if gate is not None:
             gate.closed = before
     if all(g is None for g in values):
-        raise independent
+        raise independent()
     return dict(zip(params, values, strict=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from innerloop._utils import torch_private
+from innerloop._utils import caches, torch_private
 from innerloop.errors import NotDifferentiableError
 from innerloop.nn._catalogue import NODES, Operation
 
@@ -34,6 +34,8 @@ _REENTRANT = (
     "parameters inside of it: they would not be trained, without an error. Switch checkpointing "
     "off inside the loop"
 )
+
+_harmless: MutableMapping[type, bool] = caches.cache("classes of nodes that need no second look")
 
 
 def check_graph(
@@ -58,11 +60,15 @@ def check_graph(
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
+    harmless = _harmless
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node) in harmless:
+            stack.extend([child for child, _ in node.next_functions])
+            continue
         kind = type(node).__name__
         if kind == "AccumulateGrad":
             leaves.append(node.variable)
@@ -92,8 +98,12 @@ def check_graph(
                 "strategy=innerloop.FirstOrder() (track: first_order=True; "
                 "innerloop.higher: track_higher_grads=False)"
             )
-        elif sparse is not None and kind in _LOOK_UPS and torch_private.sends_sparse(node):
-            sparse.append(node)
+        elif kind in _LOOK_UPS:
+            if sparse is not None and torch_private.sends_sparse(node):
+                sparse.append(node)
+        elif kind[-1:].isdigit() and kind not in NODES:
+            # One of PyTorch's own, about which there is nothing else to ask.
+            harmless[type(node)] = True
         stack.extend([child for child, _ in node.next_functions])
     for node, operation in suspects:
         if _reaches(node, current):

@@ -219,7 +219,7 @@ class _Parameters(dict[str, Any]):
         """What was read in checkpointed forward passes: the tensor and its version, None if two."""
 
     def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
+        found = dict.__getitem__(self, name)
         # Checkpointed reads are noted from the first step on, when the gate is still open.
         if torch_private.inside_saved_tensors_hooks() and isinstance(found, Tensor):
             now = (found, torch_private.version(found))
@@ -230,7 +230,8 @@ class _Parameters(dict[str, Any]):
             elif same:
                 # A repetition reads what the checkpointed forward pass has read.
                 return found
-        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
+        gate = self.gate
+        if gate.closed and gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
 
@@ -342,7 +343,7 @@ class _Copier:
         for key, value in vars(module).items():
             if key in torch_private.TENSOR_TABLES:
                 own[key] = table = self._table(value, value is parameters)
-                for name, tensor in table.items():
+                for name, tensor in dict.items(table):
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
             elif type(value) in _PLAIN:

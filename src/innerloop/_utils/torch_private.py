@@ -342,7 +342,8 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> int:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    return sum(not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values())
+    hooks = [hook for table in tables if table for hook in table.values()]
+    return len([hook for hook in hooks if not isinstance(hook, OwnStepHook)])
 
 
 def is_initialised(optimizer: torch.optim.Optimizer) -> bool:

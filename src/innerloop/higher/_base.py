@@ -297,7 +297,7 @@ class DifferentiableOptimizer(abc.ABC):
             loss,
             {i: params[i] for i in wanted},
             create_graph=self._track_higher_grads,
-            independent=InvalidInputError(
+            independent=lambda: InvalidInputError(
                 "the loss depends on none of the parameters: compute it with the patched module, "
                 "after the last step (a function that "
                 "is kept in the model, and has taken hold of the model itself, computes with the "

@@ -314,7 +314,7 @@ class LoopMode:
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""
         if self._is_on and torch_private.function_mode() is self._mode:
-            return self._paused()
+            return _Paused(self._mode)
         return nullcontext()
 
     def resumed(self) -> AbstractContextManager[object]:
@@ -323,13 +323,18 @@ class LoopMode:
             return self._mode
         return nullcontext()
 
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
+
+class _Paused:
+    """A block in which a mode that lies on top is off."""
+
+    def __init__(self, on_top: TorchFunctionMode) -> None:
+        self._mode = on_top
+
+    def __enter__(self) -> None:
         self._mode.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self._mode.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._mode.__enter__()
 
 
 _SIZED = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
