@@ -835,7 +835,7 @@ def test_a_setting_switched_off_and_on_keeps_what_was_kept(name: str, front: str
     def loss(model: Any, t: int) -> Tensor:
         return ((model.weight - 0.3 * (t + 1)).sin() * (t + 1)).sum()
 
-    def fresh(h: float) -> nn.Module:
+    def fresh(h: float) -> nn.Linear:
         model = nn.Linear(2, 2, bias=False, dtype=torch.float64)
         start = torch.tensor([[0.2, -0.4], [0.7, 0.1]], dtype=torch.float64)
         with torch.no_grad():

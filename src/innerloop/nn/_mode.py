@@ -351,13 +351,14 @@ def _of_one_size(func: Callable[..., object], args: Args, kwargs: Kwargs) -> tup
         return args, kwargs
     if mode() is Mode.COMPILING:
         return args, kwargs
+    sizes = a.shape, b.shape
     try:
         a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:  # PyTorch says that in words of its own
         return args, kwargs
     warn_user(
-        f"Using a target size ({given['target'].shape}) that is different to the input size "
-        f"({given['input'].shape}). This will likely lead to incorrect results due to "
+        f"Using a target size ({sizes[1]}) that is different to the input size "
+        f"({sizes[0]}). This will likely lead to incorrect results due to "
         "broadcasting. Please ensure they have the same size."
     )
     rest = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
