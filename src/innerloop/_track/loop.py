@@ -295,7 +295,8 @@ class TrackedLoop:
                 if closure is not None and self._optimizer.needs_closure:
 
                     def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                        found, grads = evaluate({**current, **trial}, self._as_loss)
+                        at = {**current, **with_dense_gradients(trial, self._sparse)}
+                        found, grads = evaluate(at, self._as_loss)
                         return self._as_seen(found), grads
 
                     more["value_and_grad"] = CachedFirstEvaluation(
