@@ -3,6 +3,7 @@ other, tabular MDPs, navigation, CartPole.
 
     python examples/rl_figures.py lola          # exact iterated prisoner's dilemma, two settings
     python examples/rl_figures.py lola-dice     # the same game from samples
+    python examples/rl_figures.py discounts     # learned discounts where noise and signal alternate
     python examples/rl_figures.py mdp           # Meta-SGD on tabular MDPs
     python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
     python examples/rl_figures.py cartpole      # plain PPO
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import innerloop
-from innerloop.rl import envs, surrogate
+from innerloop.rl import discounted_returns, envs, surrogate
 from innerloop.rl.meta import MetaConfig, MetaLearner
 from innerloop.rl.ppo import PPO, PPOConfig
 
@@ -173,6 +174,61 @@ def lola_dice(seeds: int = 5) -> None:
         )
 
 
+# -- learned discounts -----------------------------------------------------------------------------
+
+
+def learned_discounts(
+    seeds: int = 20, iterations: int = 5000, meta_lr: float = 0.02
+) -> tuple[Tensor, Tensor]:
+    """Return the discounts behind which a signal comes, and those behind which noise comes.
+
+    Xu et al., "Meta-gradient reinforcement learning", 2018: ten states in a row, which pay noise,
+    N(0, 1), and a signal, .1, in turns. A table of values moves to the return under a discount for
+    each state, all of them .5 at first; the discounts learn from how well the new values predict
+    the undiscounted return of another episode. That return is the same for all states but for the
+    noise, which a discount of 0 keeps out.
+
+    Returns:
+        Two tensors, ``[states, seeds]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def rewards() -> Tensor:
+        paid = torch.full((10, seeds), 0.1)
+        paid[::2] = torch.randn(5, seeds, generator=generator)
+        return paid
+
+    problem = innerloop.Problem(
+        lambda params, discounts, paid: (
+            (params["values"] - discounted_returns(paid, gamma=discounts)).square().sum() / 2
+        ),
+        innerloop.optim.sgd(lr=1.0),
+    )
+    logits = torch.zeros(10, seeds, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=meta_lr)
+    values = torch.zeros(10, seeds)
+    for _ in range(iterations):
+        traj = innerloop.unroll(problem, {"values": values}, [rewards()], hyper=logits.sigmoid())
+        error = traj.params["values"] - discounted_returns(rewards(), gamma=1.0)
+        optimizer.zero_grad()
+        (error.square().sum() / 2).backward()
+        optimizer.step()
+        values = traj.params["values"].detach()
+    # The last state has nothing behind it.
+    found = logits.detach().sigmoid()[:-1]
+    return found[::2], found[1::2]
+
+
+def discounts() -> None:
+    """Figure 7: state-dependent discounts."""
+    for name, found in zip(("signal", "noise"), learned_discounts(), strict=True):
+        print(
+            f"in front of {name}: mean discount {found.mean():.3f}, for each state "
+            f"{[round(x, 3) for x in found.mean(1).tolist()]}, deviation over seeds "
+            f"{found.mean(0).std():.3f}"
+        )
+
+
 # -- meta-learners and PPO -------------------------------------------------------------------------
 
 
@@ -217,6 +273,7 @@ def cartpole(seeds: int = 3) -> None:
 COMMANDS: dict[str, Callable[[], None]] = {
     "lola": lola,
     "lola-dice": lola_dice,
+    "discounts": discounts,
     "mdp": mdp,
     "navigation": navigation,
     "cartpole": cartpole,

@@ -19,6 +19,7 @@ from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.rl import _run
 from innerloop.rl._checks import check_constant
 from innerloop.rl._loss import ppo_loss
+from innerloop.rl._meta_gradient import MetaGradient, MetaGradientConfig
 from innerloop.rl._policy import ActorCritic, check_fits
 from innerloop.rl._returns import gae
 from innerloop.rl._rollout import minibatch_order
@@ -34,7 +35,14 @@ from innerloop.rl.envs._tensor_env import (
     repeat,
 )
 
-__all__ = ["ALGORITHMS", "Episodes", "MetaConfig", "MetaLearner"]
+__all__ = [
+    "ALGORITHMS",
+    "Episodes",
+    "MetaConfig",
+    "MetaGradient",
+    "MetaGradientConfig",
+    "MetaLearner",
+]
 
 Params = Mapping[str, Tensor]
 
