@@ -4,6 +4,7 @@ other, tabular MDPs, navigation, CartPole.
     python examples/rl_figures.py lola          # exact iterated prisoner's dilemma, two settings
     python examples/rl_figures.py lola-dice     # the same game from samples
     python examples/rl_figures.py discounts     # learned discounts where noise and signal alternate
+    python examples/rl_figures.py meta-gradient # PPO that learns γ, λ and the entropy coefficient
     python examples/rl_figures.py mdp           # Meta-SGD on tabular MDPs
     python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
     python examples/rl_figures.py cartpole      # plain PPO
@@ -16,13 +17,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import innerloop
 from innerloop.rl import discounted_returns, envs, surrogate
-from innerloop.rl.meta import MetaConfig, MetaLearner
+from innerloop.rl.meta import MetaConfig, MetaGradient, MetaGradientConfig, MetaLearner
 from innerloop.rl.ppo import PPO, PPOConfig
 
 GAMMA = 0.96
@@ -270,10 +272,33 @@ def cartpole(seeds: int = 3) -> None:
         print(f"seed {seed}: {learner.summary()}", flush=True)
 
 
+def meta_gradient(seeds: int = 3, steps: int = 100_000) -> None:
+    """Figure 9: CartPole from a bad discount, which is kept, learned, or replaced by a good one."""
+    learn = ("gamma", "lam", "entropy_coef")
+    for seed in range(seeds):
+        bad: dict[str, Any] = {"gamma": 0.5, "total_steps": steps, "seed": seed}
+        learners: dict[str, PPO] = {
+            "γ = .5": PPO(PPOConfig(**bad)),
+            "γ from .5, λ from .9, entropy coefficient from .01": MetaGradient(
+                MetaGradientConfig(**bad, learn=learn)
+            ),
+            "γ = .98": PPO(PPOConfig(total_steps=steps, seed=seed)),
+        }
+        for name, learner in learners.items():
+            history = learner.train()
+            drawn = learner.evaluate(40, sample=True)
+            print(
+                f"seed {seed}, {name}: {learner.summary()}; of drawn actions {drawn.mean():.1f}; "
+                f"last 100 training episodes {history['return'][-1]:.1f}",
+                flush=True,
+            )
+
+
 COMMANDS: dict[str, Callable[[], None]] = {
     "lola": lola,
     "lola-dice": lola_dice,
     "discounts": discounts,
+    "meta-gradient": meta_gradient,
     "mdp": mdp,
     "navigation": navigation,
     "cartpole": cartpole,
