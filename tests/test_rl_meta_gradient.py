@@ -141,7 +141,6 @@ def test_the_objective_knows_neither_the_critic_nor_the_discount_of_the_policy()
                 p += 1.0
         learner.learned["gamma"] -= 3.0
     assert torch.equal(first, learner._objective(params, outer))
-    assert learner.critic is not None
     values = learner.critic(outer.observations).squeeze(-1)
     assert torch.allclose(values, outer.values, atol=1e-6)
 
@@ -195,7 +194,6 @@ def same(a: MetaGradient, b: MetaGradient) -> bool:
 
 
 def tensors(learner: MetaGradient) -> list[Tensor]:
-    assert learner.critic is not None
     modules = learner.policy, learner.critic
     return [*(p for m in modules for p in m.parameters()), *learner.learned.values()]
 

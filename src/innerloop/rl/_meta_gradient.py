@@ -120,13 +120,14 @@ class MetaGradient(PPO):
         config = MetaGradientConfig() if config is None else config
         super().__init__(config, env=env, policy=policy)
         self._call, _, _ = innerloop.functional(self.policy)
-        self.critic = ActorCritic(
+        critic = ActorCritic(
             self.envs.observation_space.size,
             self.envs.action_space,
             hidden=config.hidden,
             generator=self.generator,
         ).critic
-        assert self.critic is not None
+        assert critic is not None
+        self.critic: nn.Module = critic
         self.critic_optimizer = torch.optim.Adam(
             self.critic.parameters(), lr=config.critic_lr, eps=1e-5
         )
@@ -267,7 +268,6 @@ class MetaGradient(PPO):
 
     def _values(self, observations: Any) -> Tensor:
         """Return the values of the outer critic."""
-        assert self.critic is not None
         return self.critic(observations).squeeze(-1)
 
 
