@@ -89,7 +89,7 @@ def influence(learner: MetaLearner) -> list[float]:
     return found
 
 
-def draw_returns(trained: Tensor, random: Tensor, path: Path) -> None:
+def draw_returns(trained: Tensor, random: Tensor, path: Path, dpi: int = 150) -> None:
     """Draw returns before and after one PPO update."""
     figure = matplotlib.figure.Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
@@ -102,10 +102,10 @@ def draw_returns(trained: Tensor, random: Tensor, path: Path) -> None:
     axes.set_ylabel("return on held-out tasks")
     axes.axhline(0, color="black", lw=0.8)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)
 
 
-def draw_influence(found: list[float], path: Path) -> None:
+def draw_influence(found: list[float], path: Path, dpi: int = 150) -> None:
     """Draw the influence of the parameters at each step on the adapted policy."""
     figure = matplotlib.figure.Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -118,10 +118,10 @@ def draw_influence(found: list[float], path: Path) -> None:
     axes.set_ylim(0, top * 1.2)
     axes.set_xlabel("PPO steps taken")
     axes.set_ylabel("influence on the adapted policy")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)
 
 
-def draw_paths(learner: MetaLearner, path: Path) -> None:
+def draw_paths(learner: MetaLearner, path: Path, dpi: int = 150) -> None:
     """Draw paths on the plane before and after one PPO update, for four goals."""
     goals = {"goal": torch.tensor([[0.4, 0.4], [-0.4, 0.3], [-0.3, -0.4], [0.4, -0.3]])}
     generator = torch.Generator().manual_seed(1)
@@ -139,7 +139,7 @@ def draw_paths(learner: MetaLearner, path: Path) -> None:
             axes.plot(*goals["goal"][i].tolist(), "*", color=f"C{i}", ms=13, mec="black", zorder=5)
         axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), title=title)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=dpi)
 
 
 def run(config: MetaConfig, tasks: int, out: Path) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import nbformat
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def imported(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def imported(name: str, folder: Path = EXAMPLES) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -110,3 +112,58 @@ def test_naive_learners_defect_and_those_that_look_ahead_cooperate(figures: Modu
     found = figures.lola_exact(1)
     assert found.mean() == pytest.approx(-1.04, abs=0.02)
     assert (found > -1.2).float().mean() >= 0.9
+
+
+# -- the notebook ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def builder() -> ModuleType:
+    return imported("build_notebook", EXAMPLES.parent / "scripts")
+
+
+def test_the_stored_notebook_is_the_one_its_source_makes(builder: ModuleType) -> None:
+    path = EXAMPLES / "meta_policy.ipynb"
+    stored = nbformat.read(path, as_version=4)
+    made = builder.unexecuted(builder.NOTEBOOKS[path].read_text(encoding="utf-8"))
+    assert [(cell.cell_type, cell.source, cell.id) for cell in stored.cells] == [
+        (cell.cell_type, cell.source, cell.id) for cell in made.cells
+    ], "run python scripts/build_notebook.py meta_policy"
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    pictures = [output for cell in code for output in cell.outputs if "data" in output]
+    assert sum("image/png" in output.data for output in pictures) == 4
+    printed = "".join(o.text for cell in code for o in cell.outputs if o.output_type == "stream")
+    assert "d new / d old = 0.5" in printed
+    assert "reinforce                     16.8%    15.8%" in printed
+    found = {
+        name: [float(x) for x in re.findall(rf"{name}: .*, (-[\d.]+) ± ([\d.]+) after", printed)[0]]
+        for name in ("meta-learned", "random start")
+    }
+    lower = found["meta-learned"][0] - found["meta-learned"][1]
+    assert lower > sum(found["random start"]), "the intervals overlap"
+
+
+def test_the_cells_of_the_notebook_run_in_small(
+    builder: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of them in one process, without a kernel."""
+    pytest.importorskip("IPython")
+    source = builder.NOTEBOOKS[EXAMPLES / "meta_policy.ipynb"].read_text(encoding="utf-8")
+    code = "\n\n".join(text for kind, text in builder.cells(source) if kind == "code")
+    for old, new in {
+        "ITERATIONS, TASKS = CONFIG.iterations, 200": "ITERATIONS, TASKS = 1, 2",
+        "dataclasses.replace(CONFIG,": "dataclasses.replace(CONFIG, tasks=2, episodes=2,",
+        "times = [0, 30, 60, 125, 250, 500, 1000]": "times = [0, 5]",
+    }.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    (tmp_path / "cells.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(imported("meta_policy"), "RATES", (0.1,))
+    monkeypatch.setattr(sys.modules["meta_policy"], "CLIPS", (0.5,))
+    imported("cells", tmp_path)
+    assert "random start: -" in capsys.readouterr().out

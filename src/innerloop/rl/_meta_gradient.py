@@ -29,7 +29,8 @@ class MetaGradientConfig(PPOConfig):
 
     Attributes:
         learn: which of γ, λ, the entropy coefficient and the learning rate are learned.
-        meta_lr: learning rate of Adam for their logits (γ, λ) or logarithms.
+        meta_lr: learning rate of Adam for their logits (γ, λ) or logarithms; ``anneal`` lets it
+            fall too.
         outer_gamma: discount of the outer objective: fixed, or it would choose its own measure.
         outer_lam: λ of the outer advantages.
         critic_lr: learning rate of the outer critic.
@@ -249,6 +250,9 @@ class MetaGradient(PPO):
             )
         for x, grad in zip(leaves, grads, strict=True):
             x.grad = grad
+        # What an update earns shrinks with its learning rate, and Adam would magnify the noise.
+        for group in self.meta_optimizer.param_groups:
+            group["lr"] = self.config.meta_lr * self._left()
         self.meta_optimizer.step()
 
     def _fit(self, outer: Rollout) -> None:
