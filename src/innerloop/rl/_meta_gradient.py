@@ -239,17 +239,15 @@ class MetaGradient(PPO):
 
     def _learn(self, objective: Tensor) -> None:
         """Move the hyper-parameters along the outer gradient."""
-        leaves = list(self.learned.values())
-        grads = torch.autograd.grad(objective, leaves, materialize_grads=True)
-        wrong = [n for n, g in zip(self.learned, grads, strict=True) if not bool(g.isfinite())]
+        self.meta_optimizer.zero_grad()
+        objective.backward(inputs=list(self.learned.values()))
+        wrong = [n for n, x in self.learned.items() if not _is_finite(x.grad)]
         if wrong:
             raise NonFiniteError(
                 f"the outer gradient of {', '.join(wrong)} in iteration "
                 f"{self.counters['iteration']} is not finite (lower the lr?); the hyper-parameters "
                 "were not changed"
             )
-        for x, grad in zip(leaves, grads, strict=True):
-            x.grad = grad
         # What an update earns shrinks with its learning rate, and Adam would magnify the noise.
         for group in self.meta_optimizer.param_groups:
             group["lr"] = self.config.meta_lr * self._left()
@@ -284,3 +282,7 @@ def _free(name: str, value: float) -> Tensor:
 def _bounded(name: str, x: Tensor) -> Tensor:
     """Return the hyper-parameter that a number without bounds stands for."""
     return x.sigmoid() if name in FRACTIONS else x.exp()
+
+
+def _is_finite(grad: Tensor | None) -> bool:
+    return grad is None or bool(grad.isfinite())
