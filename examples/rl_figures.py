@@ -7,6 +7,7 @@ other, tabular MDPs, navigation, CartPole.
     python examples/rl_figures.py meta-gradient # PPO that learns γ, λ and the entropy coefficient
     python examples/rl_figures.py mdp           # Meta-SGD on tabular MDPs
     python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
+    python examples/rl_figures.py cheetah       # ProMP on the half cheetah; needs MuJoCo
     python examples/rl_figures.py cartpole      # plain PPO
 
 Each prints what it reached, for each seed; docs/rl-results.md has the numbers.
@@ -234,7 +235,7 @@ def discounts() -> None:
 # -- meta-learners and PPO -------------------------------------------------------------------------
 
 
-def mdp(seeds: int = 1, iterations: int = 500) -> None:
+def mdp(seeds: int = 3, iterations: int = 500) -> None:
     """Figure 3: tabular MDPs, one inner step with learned rates for all numbers."""
     for seed in range(seeds):
         config = MetaConfig(
@@ -252,7 +253,9 @@ def mdp(seeds: int = 1, iterations: int = 500) -> None:
         )
         learner = MetaLearner(config)
         learner.train()
-        print(f"seed {seed}: {learner.summary()}", flush=True)
+        found = learner.evaluate(400, steps=1)
+        before, after = (f"{x.mean():.2f} ± {1.96 * x.std() / 20:.2f}" for x in found)
+        print(f"seed {seed}, 400 held-out tasks: {before} before, {after} after", flush=True)
 
 
 def navigation(seeds: int = 1, iterations: int = 40) -> None:
@@ -262,6 +265,23 @@ def navigation(seeds: int = 1, iterations: int = 40) -> None:
         print(f"seed {seed}, untrained: {learner.summary()}", flush=True)
         learner.train()
         print(f"seed {seed}: {learner.summary()}", flush=True)
+
+
+def cheetah(iterations: int = 100) -> None:
+    """Figure 8: which way to run, episodes of 200 steps."""
+    learner = MetaLearner(
+        MetaConfig(
+            env="cheetah",
+            iterations=iterations,
+            tasks=8,
+            episodes=8,
+            inner_lr=0.1,
+            outer_lr=0.003,
+            outer_epochs=5,
+        )
+    )
+    learner.train()
+    print(learner.summary(), flush=True)
 
 
 def cartpole(seeds: int = 3) -> None:
@@ -301,6 +321,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "meta-gradient": meta_gradient,
     "mdp": mdp,
     "navigation": navigation,
+    "cheetah": cheetah,
     "cartpole": cartpole,
 }
 
