@@ -138,8 +138,8 @@ def test_the_objective_knows_neither_the_critic_nor_the_discount_of_the_policy()
     with torch.no_grad():
         for name, p in learner.policy.named_parameters():
             if name.startswith("critic"):
-                p += 1.0
-        learner.learned["gamma"] -= 3.0
+                p.add_(1.0)
+        learner.learned["gamma"].sub_(3.0)
     assert torch.equal(first, learner._objective(params, outer))
     values = learner.critic(outer.observations).squeeze(-1)
     assert torch.allclose(values, outer.values, atol=1e-6)
@@ -149,10 +149,15 @@ def test_the_outer_critic_learns_the_returns_under_the_fixed_discount() -> None:
     """A reward of 1 for ever is worth 1/(1 - γ')."""
     learner = MetaGradient(small(outer_gamma=0.5, outer_lam=0.0, critic_lr=0.02, epochs=30))
     _, outer = learner._collect_both()
-    always = {"rewards": torch.ones_like(outer.rewards), "terminated": None, "truncated": None}
+    always: dict[str, Any] = {
+        "rewards": torch.ones_like(outer.rewards),
+        "terminated": None,
+        "truncated": None,
+    }
+    seen = outer.observations
+    assert isinstance(seen, Tensor)
     for _ in range(25):
-        values = learner._values(torch.cat([outer.observations, outer.observations[-1:]]))
-        values = values.detach()
+        values = learner._values(torch.cat([seen, seen[-1:]])).detach()
         learner._fit(outer._replace(**always, values=values[:-1], last_value=values[-1]))
     assert torch.allclose(learner._values(outer.observations), torch.tensor(2.0), atol=0.1)
 
@@ -235,5 +240,5 @@ def test_an_outer_gradient_that_is_no_number_changes_nothing() -> None:
     learner = MetaGradient(small())
     before = {n: x.detach().clone() for n, x in learner.learned.items()}
     with pytest.raises(NonFiniteError, match=r"outer gradient of gamma, .* is not finite"):
-        learner._learn(sum(x * float("nan") for x in learner.learned.values()))
+        learner._learn(torch.stack(list(learner.learned.values())).sum() * float("nan"))
     assert all(torch.equal(x, before[n]) for n, x in learner.learned.items())
