@@ -134,6 +134,23 @@ def test_chaos_is_not_trusted_at_the_size_that_is_meant() -> None:
     assert short.trusted
 
 
+def test_trainings_at_once_are_those_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a loop that vmap cannot run, for reading a number, is judged all the same."""
+    problem = innerloop.Problem(loss, optim.sgd(), optimizer_hyper=("lr",))
+    at_once = found(problem, hyper=SGD, probes=2)
+    monkeypatch.setattr("innerloop.inspect._diagnose.TOGETHER", 0)
+    assert found(problem, hyper=SGD, probes=2).kept == pytest.approx(at_once.kept, rel=1e-3)
+
+    def reads(traj: Any, hyper: Any) -> Tensor:
+        value = outer(traj, hyper)
+        return value if float(value.detach()) > 0 else -value
+
+    monkeypatch.setattr("innerloop.inspect._diagnose.TOGETHER", 10**9)
+    assert found(problem, hyper=SGD, probes=2, outer=reads).kept == pytest.approx(
+        at_once.kept, rel=1e-3
+    )
+
+
 def test_what_cannot_be_asked() -> None:
     problem = innerloop.Problem(loss, LEARNED)
     for wrong in ({"probes": 0}, {"size": 0.0}, {"size": 2.0}):
