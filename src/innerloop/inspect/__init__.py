@@ -9,6 +9,7 @@ from innerloop.inspect._influence import Influence, influence
 from innerloop.inspect._jacobian import jacobian, jvp, vjp
 from innerloop.inspect._lyapunov import Lyapunov, lyapunov
 from innerloop.inspect._paths import Paths, paths
+from innerloop.inspect._report.report import ReportPage, report
 
 __all__ = [
     "Attribution",
@@ -19,6 +20,7 @@ __all__ = [
     "Influence",
     "Lyapunov",
     "Paths",
+    "ReportPage",
     "StrategyComparison",
     "attribute",
     "compare",
@@ -30,5 +32,6 @@ __all__ = [
     "jvp",
     "lyapunov",
     "paths",
+    "report",
     "vjp",
 ]

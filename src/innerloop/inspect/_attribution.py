@@ -55,6 +55,28 @@ class Check(NamedTuple):
             f"{len(self.real)} trainings)"
         )
 
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw real over predicted change; needs matplotlib (``pip install 'innerloop[plot]'``).
+
+        The outcomes are of different size, so each is drawn in units of its own largest change.
+        """
+        ax = axes_of(ax, "Check.plot", (4.2, 4.0))
+        p, r = (x.detach().double().cpu() for x in (self.predicted, self.real))
+        for i in range(p.shape[1]):
+            unit = float(torch.cat([p[:, i], r[:, i]]).abs().max()) or 1.0
+            ax.plot(
+                (p[:, i] / unit).tolist(),
+                (r[:, i] / unit).tolist(),
+                "o",
+                markersize=3,
+                alpha=0.5,
+                color=COLOURS[0],
+            )
+        ax.plot([-1, 1], [-1, 1], color="#767676", linewidth=0.8)
+        title = f"rank correlation {float(self.correlation.mean()):.3f}"
+        tidy(ax, x="predicted change", y="real change", title=title)
+        return figure_with(ax)
+
 
 class Attribution:
     """What each training example does to each outcome; made by `attribute`.
@@ -66,6 +88,7 @@ class Attribution:
         losses: ``[Q]``, the outcomes.
         by_step: ``[T, Q, N]`` with ``attribute(..., by_step=True)``: the same, split by the step in
             which the example was drawn; else None.
+        checked: what `check` found when it was last called; None before.
     """
 
     def __init__(
@@ -79,6 +102,7 @@ class Attribution:
         self.scores = scores
         self.losses = losses
         self.by_step = by_step
+        self.checked: Check | None = None
         self._again = again
         self._weights = weights
 
@@ -149,7 +173,8 @@ class Attribution:
         p, r = torch.stack(predicted).double(), torch.stack(real).double()
         correlation = torch.stack([_rank_correlation(a, b) for a, b in zip(p.T, r.T, strict=True)])
         slope = (p * r).sum(0) / (p * p).sum(0).clamp_min(1e-300)
-        return Check(p, r, correlation, slope)
+        self.checked = Check(p, r, correlation, slope)
+        return self.checked
 
     def _mask(self, dropped: Sequence[int] | Tensor) -> Tensor:
         index = torch.as_tensor(dropped, device=self._weights.device)
