@@ -128,13 +128,23 @@ def test_influence_of_a_quadratic(rule: str, how: str) -> None:
     assert repr(found).startswith("Influence on an outer loss of")
 
 
-@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=2)])
-def test_influence_of_hyper_in_each_step(strategy: innerloop.strategy.Strategy) -> None:
+@pytest.mark.parametrize(
+    "strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=2), "track"]
+)
+def test_influence_of_hyper_in_each_step(strategy: Any) -> None:
     """Step t adds -a_{t+1}' A x_t to dL/dlr; L also depends on lr directly."""
     hyper: Any = {"lr": torch.tensor(LR, requires_grad=True), "text": "kept"}
     problem = innerloop.Problem(quadratic, innerloop.optim.sgd(), optimizer_hyper=("lr",))
     start = {"a": START[0].clone().requires_grad_(), "b": START[1:].clone().requires_grad_()}
-    traj = innerloop.unroll(problem, start, None, steps=T, hyper=hyper, strategy=strategy)
+    traj: Any
+    if strategy == "track":
+        model, hyper = Quadratic(), {"lr": hyper["lr"]}
+        rule = torch.optim.SGD(model.parameters(), lr=1.0)
+        with innerloop.track(model, rule, hyper=hyper) as traj:
+            for _ in range(T):
+                traj.step(traj.model())
+    else:
+        traj = innerloop.unroll(problem, start, None, steps=T, hyper=hyper, strategy=strategy)
 
     def with_penalty(traj: Any, hyper: Any) -> Tensor:
         return outer(traj, hyper) + 3 * hyper["lr"]
@@ -151,6 +161,17 @@ def test_influence_of_hyper_in_each_step(strategy: innerloop.strategy.Strategy) 
     close(split.steps["lr"], torch.stack([*truth, torch.tensor(3.0)]))
     close(split.total["lr"], sum(truth) + 3)
     close(sum(row["lr"] for row in split.through.values()) + split.direct["lr"], sum(truth) + 3)
+
+
+def test_a_step_that_reads_another_rate_adds_nothing() -> None:
+    model, rate = Quadratic(), torch.tensor(LR, requires_grad=True)
+    with innerloop.track(model, innerloop.optim.sgd(), hyper={"lr": rate}) as loop:
+        loop.step(loop.model())
+        loop.step(loop.model(), hyper={"lr": torch.tensor(LR, requires_grad=True)})
+        loop.step(loop.model())
+    found = inspect.influence(loop, outer).hyper["['lr']"]
+    assert found[1] == 0
+    assert bool((found[[0, 2]] > 0).all())
 
 
 @EVERY_LOOP

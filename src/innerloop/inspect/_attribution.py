@@ -134,6 +134,34 @@ class Attribution:
         order = self.scores[query].argsort()
         return {"helpful": order[:count], "harmful": order.flip(0)[:count]}
 
+    def retrain(self, weights: Tensor) -> Tensor:
+        """Return the outcomes ``[Q]`` of training again with other weights ``[N]``.
+
+        Example:
+            >>> import torch, innerloop
+            >>> x = torch.tensor([1.0, 2.0, 4.0])
+            >>> problem = innerloop.Problem(
+            ...     lambda params, hyper, batch: (hyper["weights"] * (params["p"] - x) ** 2).sum(),
+            ...     innerloop.optim.sgd(lr=0.5),
+            ... )
+            >>> found = innerloop.attribute(
+            ...     lambda params: params["p"][None],
+            ...     problem,
+            ...     {"p": torch.tensor(0.0)},
+            ...     None,
+            ...     steps=1,
+            ...     hyper={"weights": torch.ones(3)},
+            ... )
+            >>> found.losses, found.retrain(torch.tensor([1.0, 1.0, 0.0]))  # the sum of w x
+            (tensor([7.]), tensor([3.]))
+        """
+        if weights.shape != self._weights.shape:
+            raise InvalidInputError(
+                f"weights has shape {tuple(weights.shape)}: write one number for each of the "
+                f"{len(self._weights)} examples"
+            )
+        return self._again(weights.to(self._weights))
+
     def check(
         self, subsets: int = 16, drop: float = 0.03, *, to: float = 0.0, seed: int = 0
     ) -> Check:
