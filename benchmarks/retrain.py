@@ -153,7 +153,7 @@ def tracin(case: Case, data: Digits) -> Tensor:
 
 def retrained(found: innerloop.inspect.Attribution) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Predicted and real changes of 60 retrainings, and what each left out."""
-    predicted, real, left_out = [], [], []
+    predicted, kept, left_out = [], [], []
     g = torch.Generator().manual_seed(7)
     for share in SHARES:
         for _ in range(EACH):
@@ -161,9 +161,10 @@ def retrained(found: innerloop.inspect.Attribution) -> tuple[Tensor, Tensor, lis
             weights = torch.ones(EXAMPLES, dtype=torch.float64)
             weights[dropped] = 0
             predicted.append(found.predicted(dropped))
-            real.append(found.retrain(weights) - found.losses)
+            kept.append(weights)
             left_out.append(dropped)
-    return torch.stack(predicted), torch.stack(real), left_out
+    real = found.retrain(torch.stack(kept)) - found.losses
+    return torch.stack(predicted), real, left_out
 
 
 def correlation(predicted: Tensor, real: Tensor) -> float:

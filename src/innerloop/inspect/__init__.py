@@ -8,6 +8,7 @@ from innerloop.inspect._gains import Gains, gains
 from innerloop.inspect._influence import Influence, influence
 from innerloop.inspect._jacobian import jacobian, jvp, vjp
 from innerloop.inspect._lyapunov import Lyapunov, lyapunov
+from innerloop.inspect._metajacobian import metajacobian
 from innerloop.inspect._paths import Paths, paths
 from innerloop.inspect._report.report import ReportPage, report
 
@@ -31,6 +32,7 @@ __all__ = [
     "jacobian",
     "jvp",
     "lyapunov",
+    "metajacobian",
     "paths",
     "report",
     "vjp",
