@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--tol", type=float, default=1e-2)
     parser.add_argument("--products", type=int, default=24)
+    parser.add_argument("--verify", type=int, default=5, help="directions to multiply again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -74,12 +75,16 @@ def main() -> None:
     def outer(traj: innerloop.Trajectory, hyper: object) -> Tensor:
         return loss(traj.params, hyper, batches[-1])
 
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     traj = innerloop.unroll(problem, params, batches[:-1], strategy=innerloop.Checkpointed())
     trained = time.perf_counter()
     curve = inspect.influence(traj, outer)
     swept = time.perf_counter()
     print(curve, flush=True)
+
+    def told(phase: str, done: int, total: int | None) -> None:
+        print(f"{done} {phase}, {time.process_time() - used:.0f} s of processor", flush=True)
+
     found = inspect.gains(
         traj, k=options.count, tol=options.tol, max_products=options.products, progress=True
     )
@@ -90,14 +95,16 @@ def main() -> None:
         f"{'MKL' if torch.backends.mkl.is_available() else 'other BLAS'}\n"
         f"{sum(p.numel() for p in params.values()):,} parameters, {options.steps} steps: training "
         f"{trained - begin:.0f} s, influence curve {swept - trained:.0f} s, {found.products} pairs "
-        f"of products {done - swept:.0f} s, together {done - begin:.0f} s; "
+        f"of products {done - swept:.0f} s, together {done - begin:.0f} s, "
+        f"{time.process_time() - used:.0f} s of processor; "
         f"peak memory {high_water():.0f} MB",
         flush=True,
     )
     print(
         "\n| direction | singular value | ‖J v - s u‖ / s | ‖Jᵀ u - s v‖ / s |\n|---|---|---|---|"
     )
-    for i, s in enumerate(found.values.tolist()):
+    print("residuals:", [f"{r:.1e}" for r in found.residuals.tolist()], flush=True)
+    for i, s in enumerate(found.values.tolist()[: options.verify]):
         v, u = ({n: x[i] for n, x in side.items()} for side in (found.inputs, found.outputs))
         right = norm(less(inspect.jvp(traj, -1, 0, v), s, u)) / s
         left = norm(less(inspect.vjp(traj, -1, 0, u), s, v)) / s
