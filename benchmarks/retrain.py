@@ -34,7 +34,6 @@ class Case(NamedTuple):
     rule: Callable[[], innerloop.optim.Optimizer]
     rate: float
     steps: int
-    mislabelled: float = 0.0
 
 
 CASES = {
@@ -61,7 +60,7 @@ class Digits(NamedTuple):
     yq: Tensor
 
 
-def digits(mislabelled: float = 0.0) -> Digits:
+def digits(mislabelled: float = 0.0, queries: int = QUERIES) -> Digits:
     """Training digits, some of whose labels are wrong, and held-out ones."""
     from sklearn.datasets import load_digits
 
@@ -70,7 +69,7 @@ def digits(mislabelled: float = 0.0) -> Digits:
     y = torch.tensor(data.target)
     g = torch.Generator().manual_seed(3)
     order = torch.randperm(len(x), generator=g)
-    train, held = order[:EXAMPLES], order[EXAMPLES : EXAMPLES + QUERIES]
+    train, held = order[:EXAMPLES], order[EXAMPLES : EXAMPLES + queries]
     labels = y[train].clone()
     wrong = torch.randperm(EXAMPLES, generator=g)[: round(mislabelled * EXAMPLES)]
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=g)) % 10
@@ -177,7 +176,7 @@ def correlation(predicted: Tensor, real: Tensor) -> float:
 
 def row(case: Case) -> Sequence[str]:
     """The figures of one training."""
-    data = digits(case.mislabelled)
+    data = digits()
     found = trace(case, data)
     predicted, real, left_out = retrained(found)
     simple = tracin(case, data)
@@ -193,11 +192,44 @@ def row(case: Case) -> Sequence[str]:
     ]
 
 
+def draw(file: str) -> str:
+    """Draw the most harmful digits of a training set with wrong labels; say how many are found."""
+    from matplotlib.figure import Figure
+
+    data = digits(mislabelled=0.1, queries=500)
+    harm = trace(CASES["mlp"], data).scores.mean(0)
+    wrong = data.y != data.true
+    count = int(wrong.sum())
+    order = harm.argsort(descending=True)
+    found = int(wrong[order[:count]].sum())
+    figure = Figure(figsize=(9.6, 5.4), facecolor="white", layout="constrained")
+    for ax, i in zip(figure.subplots(3, 8).flat, order.tolist(), strict=False):
+        ax.imshow(data.x[i].view(8, 8), cmap="gray_r")
+        ax.set_xticks([]), ax.set_yticks([])
+        title = f"labelled {int(data.y[i])}"
+        if wrong[i]:
+            title += f"\nis a {int(data.true[i])}"
+        colour = "#D55E00" if wrong[i] else "#222222"
+        ax.set_title(title, fontsize=10, color=colour)
+        for spine in ax.spines.values():
+            spine.set_color(colour)
+    figure.savefig(file, dpi=100)
+    return (
+        f"{count} of {EXAMPLES} labels are wrong; of the {count} most harmful examples {found} have"
+        f" a wrong label, of the 24 in the picture {int(wrong[order[:24]].sum())}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=CASES)
-    only = parser.parse_args().only
+    parser.add_argument("--picture", metavar="FILE", help="draw the most harmful digits instead")
+    options = parser.parse_args()
+    only = options.only
     torch.set_num_threads(1)
+    if options.picture:
+        print(draw(options.picture))
+        return
     facts = machine.describe()
     print(f"{facts['date']}, {facts['machine']}, torch {facts['torch']}")
     print("\n| training | scores | TracIn | real over predicted | `.check()`, 16 trainings |")
