@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import _alias
+from innerloop._inner_gradient.gradient import with_dense_gradients
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import tree
@@ -29,6 +30,10 @@ def plain_run(loop: Loop) -> Trajectory:
         states[t + 1] = carry
         outputs.add(loss, aux)
         loop.report("forward", t + 1, loop.batches.steps)
+    if mode() is Mode.EAGER and torch.is_grad_enabled():
+        # An outer loss may look them up sparsely, through a module of its own.
+        dense = with_dense_gradients(carry.params, carry.params)
+        states[max(states)] = carry._replace(params=dense)
     traj = Trajectory(states, *outputs.stacked(), len(outputs))
     traj.hypers = hypers
     return traj
