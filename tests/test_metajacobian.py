@@ -51,11 +51,12 @@ def test_outcomes_of_a_quadratic() -> None:
     )
     by_rate = -T * torch.linalg.matrix_power(step, T - 1) @ HESSIAN @ START
     direct = torch.stack([torch.tensor(0.0), torch.tensor(0.0), w[1], torch.tensor(2 * LR)])
-    close = {"rtol": 1e-12, "atol": 1e-12}
     truth = torch.stack([w[0].sin(), w @ w, w[1] * LR, LR**2 + w[0]])
-    torch.testing.assert_close(values, truth, **close)
-    torch.testing.assert_close(found["params"]["w"], by_end @ power, **close)
-    torch.testing.assert_close(found["hyper"]["lr"], by_end @ by_rate + direct, **close)
+    torch.testing.assert_close(values, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["params"]["w"], by_end @ power, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found["hyper"]["lr"], by_end @ by_rate + direct, rtol=1e-12, atol=1e-12
+    )
     assert found["hyper"]["text"] == "kept"
 
 

@@ -667,7 +667,7 @@ class _Case:
             steps=self.steps,
         )
         found = self.outer(traj, hyper)
-        return found[0] if isinstance(found, tuple) else found  # type: ignore[return-value]
+        return found[0] if isinstance(found, tuple) else found
 
     def _outer_values(self, moved: Sequence[dict[str, Tensor]]) -> list[float]:
         """Train from each of ``moved``, small models all at once."""

@@ -100,10 +100,11 @@ def report(
         ...     written.file.name, written.results["influence"].whole.tolist()
         ('report.html', [0.125, 0.25, 0.5, 1.0])
     """
-    parts = list(what) if isinstance(what, (list, tuple)) and not hasattr(what, "_fields") else what
-    parts = parts if isinstance(parts, list) else [parts]
+    known = (Trajectory, TrackedLoop, Diagnosis, Attribution)
+    # A Diagnosis is a tuple, too.
+    parts: list[Reportable] = [what] if isinstance(what, known) else _parts(what)
     for part in parts:
-        if not isinstance(part, (Trajectory, TrackedLoop, Diagnosis, Attribution)):
+        if not isinstance(part, known):
             raise InvalidInputError(
                 f"a report of {type(part).__name__} is not known: pass a trajectory, a tracked "
                 "loop, what diagnose or attribute returned, or a list of these"
@@ -141,6 +142,10 @@ def report(
     target = Path(file)
     target.write_text(page(title or "A look inside a training", sections), encoding="utf-8")
     return ReportPage(target, results, left_out)
+
+
+def _parts(what: object) -> list[Any]:
+    return list(what) if isinstance(what, (list, tuple)) else [what]
 
 
 def versions(**more: str) -> Section:
