@@ -83,10 +83,13 @@ def main() -> None:
     print(curve, flush=True)
 
     def told(phase: str, done: int, total: int | None) -> None:
-        print(f"{done} {phase}, {time.process_time() - used:.0f} s of processor", flush=True)
+        print(
+            f"{done} {phase} of {total}, {time.process_time() - used:.0f} s of processor",
+            flush=True,
+        )
 
     found = inspect.gains(
-        traj, k=options.count, tol=options.tol, max_products=options.products, progress=True
+        traj, k=options.count, tol=options.tol, max_products=options.products, progress=told
     )
     done = time.perf_counter()
     facts = machine.describe()

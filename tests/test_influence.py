@@ -354,6 +354,7 @@ def network(width: int = 4) -> tuple[innerloop.Problem, dict[str, Tensor], Tenso
     return problem, {n: p.requires_grad_() for n, p in params.items()}, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed(slots=3)])
 def test_gains_of_a_network_against_a_dense_svd(strategy: innerloop.strategy.Strategy) -> None:
     problem, params, x = network()
@@ -414,6 +415,7 @@ def test_exponents_of_a_linear_map(rule: str, how: str) -> None:
     assert "shrinks e-fold" in repr(found)
 
 
+@pytest.mark.slow
 @EVERY_RULE
 def test_exponents_of_a_long_linear_map(rule: str) -> None:
     """Zero is a fixed point, so the steps may be many."""
@@ -434,7 +436,7 @@ def test_a_chaotic_learning_rate_on_a_quartic() -> None:
         lambda p, h, b: p["w"] ** 4 / 4 - p["w"] ** 2 / 2, innerloop.optim.sgd(lr=1.4)
     )
     start = {"w": torch.tensor(0.3, requires_grad=True)}
-    steps = 100
+    steps = 40
     traj = innerloop.unroll(problem, start, None, steps=steps)
     logs = []
     for t in range(steps):
@@ -445,8 +447,8 @@ def test_a_chaotic_learning_rate_on_a_quartic() -> None:
     close(found.exponents[0], torch.tensor(sum(logs) / steps))
     assert float(found.exponents[0]) > 0.1
     assert "grows e-fold" in repr(found)
-    twin = inspect.lyapunov(traj, start=50, end=100, skip=20)
-    close(twin.exponents[0], torch.tensor(sum(logs[70:100]) / 30))
+    twin = inspect.lyapunov(traj, start=20, end=40, skip=10)
+    close(twin.exponents[0], torch.tensor(sum(logs[30:40]) / 10))
 
 
 # -- curvature -------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 1)
     with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
         loop.step(loop.model(torch.ones(3, 2)).square().mean())
-        written = inspect.report(loop, str(tmp_path / "page.html"))
+        written = inspect.report(loop, str(tmp_path / "page.html"), directions=0)
     check_page(written.file, "Left out", "pass outer=, the outer loss")
     assert {"course", "reach"} <= set(written.results)
     assert written.results["course"].params["weight[0]"].shape == (2,)
