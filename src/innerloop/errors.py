@@ -67,6 +67,10 @@ class CostWarning(UserWarning):
     """What was asked for will take long; it says how long, and what would be cheaper."""
 
 
+class RecompilationWarning(UserWarning):
+    """Compiled code is compiled again and again, which takes longer than it saves."""
+
+
 class MissingExtraError(InnerLoopError, ImportError):
     """An optional dependency is not installed."""
 

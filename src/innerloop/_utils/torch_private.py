@@ -7,7 +7,7 @@ by a test and mended here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -523,3 +523,16 @@ def uncompiled_name(name: str) -> str:
 def forget_compiled_call(module: nn.Module) -> None:
     """Let a copied module run its own forward, not what ``module.compile()`` made of another."""
     vars(module)["_compiled_call_impl"] = None
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, object]
+) -> Any:
+    """Compile a graph by inductor, as ``torch.compile(backend="inductor", options=options)`` does.
+
+    ``torch.compile`` takes options or a backend of one's own, not both.
+    """
+    # Imported late: it takes a second.
+    from torch._inductor import compile_fx
+
+    return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))

@@ -1,0 +1,82 @@
+"""``torch.compile`` as innerloop uses it: its options, and how often it had to compile."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from innerloop._utils import torch_private
+from innerloop.errors import InnerLoopError, NotDifferentiableError, RecompilationWarning
+
+OPTIONS: dict[str, object] = {
+    # With it, two max-pools and inputs that require grad give a wrong first derivative (torch 2.13,
+    # CPU).
+    "layout_optimization": False,
+    # Halves the time that compiling takes; the code is no slower.
+    "cpp.max_horizontal_fusion_size": 1,
+    # Random numbers are those of eager code, so a step can be compared with it and replayed.
+    "fallback_random": True,
+}
+"""The options of inductor."""
+
+MANY = 4
+"""Code paths of one function from which on a warning says what recompiles."""
+
+BACKEND: Callable[..., Any] | None = None
+"""What compiles a graph; None: inductor. Tests set it."""
+
+_numbers = itertools.count()
+
+
+class Compiled:
+    """A function that is compiled when it is first called.
+
+    Args:
+        function: a function defined inside another one, so that its code is nobody else's: it gets
+            a name of its own.
+        what: names the function in errors and warnings.
+
+    Attributes:
+        compilations: how often PyTorch has compiled it so far, each time for another code path.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str) -> None:
+        self.compilations = 0
+        self._what = what
+        # torch.compile counts recompilations per code object, and refuses a ninth: each function
+        # gets code of its own.
+        function.__code__ = function.__code__.replace(
+            co_name=f"{function.__name__}_{next(_numbers)}"
+        )
+        self._compiled = torch.compile(function, fullgraph=True, backend=self._compile)
+
+    def __call__(self, *args: Any) -> Any:
+        before = self.compilations
+        try:
+            found = self._compiled(*args)
+        except InnerLoopError:
+            raise
+        except Exception as error:
+            raise NotDifferentiableError(
+                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
+            ) from error
+        if before < MANY <= self.compilations:
+            warnings.warn(
+                f"{self._what} was compiled {self.compilations} times so far, because its inputs "
+                "change in shape, in dtype, in which of them require grad, or in the Python "
+                "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
+                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles shows each reason",
+                RecompilationWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.compilations += 1
+        if BACKEND is not None:
+            return BACKEND(graph, inputs)
+        return torch_private.compile_graph(graph, inputs, OPTIONS)
