@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,13 +39,21 @@ class Compiled:
         function: a function defined inside another one, so that its code is nobody else's: it gets
             a name of its own.
         what: names the function in errors and warnings.
+        replaced: functions of PyTorch, which a mode does not see in compiled code, and what runs in
+            place of them.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far, each time for another code path.
     """
 
-    def __init__(self, function: Callable[..., Any], what: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        what: str,
+        replaced: Mapping[object, Callable[..., object]] | None = None,
+    ) -> None:
         self.compilations = 0
+        self._replaced = replaced or {}
         self._what = what
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
         # gets code of its own.
@@ -57,7 +65,10 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
         try:
-            found = self._compiled(*args)
+            with warnings.catch_warnings():
+                # The compiler looks at the .grad of its inputs, which are results of earlier steps.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a")
+                found = self._compiled(*args)
         except InnerLoopError:
             raise
         except Exception as error:
@@ -77,6 +88,10 @@ class Compiled:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target in self._replaced:
+                node.target = self._replaced[node.target]
+        graph.recompile()
         if BACKEND is not None:
             return BACKEND(graph, inputs)
         return torch_private.compile_graph(graph, inputs, OPTIONS)
