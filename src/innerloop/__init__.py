@@ -4,6 +4,7 @@ from innerloop import higher, inspect, nn, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._metagradient.metagradient import metagradient
+from innerloop._metagradient.tasks import map_tasks
 from innerloop._module.functional import functional
 from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
@@ -27,6 +28,7 @@ from innerloop.errors import (
     NotConvergedWarning,
     NotDifferentiableError,
     PrecisionWarning,
+    ProcessGroupError,
     RecompilationWarning,
     SingularSystemError,
     SolverError,
@@ -74,6 +76,7 @@ __all__ = [
     "Plan",
     "PrecisionWarning",
     "Problem",
+    "ProcessGroupError",
     "RecompilationWarning",
     "SingularSystemError",
     "SolverError",
@@ -91,6 +94,7 @@ __all__ = [
     "higher",
     "implicit_root",
     "inspect",
+    "map_tasks",
     "metagradient",
     "nn",
     "optim",

@@ -43,6 +43,10 @@ class SolverNotConvergedError(SolverError):
     """An iterative solver stopped before it reached its tolerance."""
 
 
+class ProcessGroupError(InnerLoopError):
+    """Another process of a group has ended or raised an error."""
+
+
 class NotConvergedWarning(UserWarning):
     """An inner problem was differentiated implicitly before it had converged."""
 

@@ -98,7 +98,7 @@ def _explain(eager: Any) -> None:
         eager()
     except InnerLoopError:
         raise
-    except Exception:  # noqa: BLE001  the compiler's own message is the better one
+    except Exception:
         return
 
 

@@ -11,7 +11,7 @@ calls; the graph of the eager code is searched for backward rules that compiled 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ class _Checked:
                 self.eager(*arguments)
             except InnerLoopError:
                 raise
-            except Exception:  # noqa: BLE001  the compiler's own message is the better one
+            except Exception:
                 return
 
 

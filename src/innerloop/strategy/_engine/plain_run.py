@@ -15,7 +15,6 @@ from innerloop._utils import tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.strategy._base import Loop, StepOutputs
 
-
 StepFunction = Callable[[Carry, HyperTree, Any, int], tuple[Carry, Tensor, Any]]
 """``step(carry, hyper, batch, t) -> (new_carry, loss, aux)``."""
 
