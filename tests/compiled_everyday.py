@@ -271,7 +271,9 @@ def huggingface_gpt2() -> Everyday:
     )
     return Everyday(
         transformers.GPT2LMHeadModel(config),
-        lambda model, h, rows: model(input_ids=rows, labels=rows).loss,
+        lambda model, h, rows: F.cross_entropy(
+            model(input_ids=rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()
+        ),
         tokens,
     )
 
@@ -298,14 +300,27 @@ def kl() -> Everyday:
     return Everyday(hidden(nn.Tanh(), 4), loss, values())
 
 
-def found_by(case: Everyday, rule: str, strategy: Strategy, *, whole: bool = False) -> list[Tensor]:
-    """The outer loss and its gradient behind three steps, in float32."""
+def found_by(
+    case: Everyday,
+    rule: str,
+    strategy: Strategy,
+    *,
+    whole: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The outer loss and its gradient behind three steps."""
+
+    def batch(phase: float) -> Any:
+        cast = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
+        return torch.utils._pytree.tree_map(cast, case.batch(phase))
+
     with torch.no_grad():
         for i, p in enumerate(case.model.parameters()):
             if p.dim() > 1:
                 p.copy_(0.5 * noise(*p.shape, phase=float(i)))
+    case.model.to(dtype)
     problem = innerloop.Problem.from_module(case.model, case.loss, RULES[rule])
-    final, (call, _, _) = case.batch(90.0), innerloop.functional(case.model)
+    final, (call, _, _) = batch(90.0), innerloop.functional(case.model)
 
     def outer(traj: innerloop.Trajectory, hyper: Any) -> Tensor:
         moved = functools.partial(call, traj.params)
@@ -315,7 +330,7 @@ def found_by(case: Everyday, rule: str, strategy: Strategy, *, whole: bool = Fal
         outer,
         problem,
         {n: p for n, p in case.model.named_parameters() if p.requires_grad},
-        [case.batch(10.0 + t) for t in range(STEPS)],
+        [batch(10.0 + t) for t in range(STEPS)],
         wrt="params",
         strategy=strategy,
         compile=whole,

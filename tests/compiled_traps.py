@@ -1,8 +1,8 @@
 """Forty traps for compiled steps: each says beforehand that it compiles, or why it is refused.
 
-**To add a trap, write a function under ``@trap(...)``** that takes a strategy and returns a pytree of
-results. It may call `gradients` several times, change what the loss reads in between, and so on. A
-trap that compiles gives the results of eager `innerloop.StoreAll`; one that is refused raises an
+**To add a trap, write a function under ``@trap(...)``** that takes a strategy and returns a pytree
+of results. It may call `gradients` several times, change what the loss reads in between, and so on.
+A trap that compiles gives the results of eager `innerloop.StoreAll`; one that is refused raises an
 `innerloop.InnerLoopError` that matches.
 """
 
@@ -416,7 +416,7 @@ def _(strategy: Strategy) -> Any:
     return gradients(strategy, loss)
 
 
-@trap("a boolean mask, whose result has a shape of its own", CANNOT, kind="branch")
+@trap("a boolean mask, whose result has a shape of its own", kind="branch")
 def _(strategy: Strategy) -> Any:
     def loss(p: Any, h: Any, x: Tensor) -> Tensor:
         y = predict(p, x)
@@ -606,7 +606,7 @@ def _(strategy: Strategy) -> Any:
     return of_module(strategy, nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 1)))
 
 
-@trap("weight_norm of the old kind")
+@trap("weight_norm of the old kind", CANNOT)
 def _(strategy: Strategy) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -712,7 +712,7 @@ def _(strategy: Strategy) -> Any:
     return simple(hooked)(strategy)
 
 
-@trap("activation checkpointing")
+@trap("activation checkpointing", "checkpoint")
 def _(strategy: Strategy) -> Any:
     from torch.utils.checkpoint import checkpoint
 

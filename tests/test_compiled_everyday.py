@@ -32,16 +32,19 @@ def check(name: str, rule: str, route: str, backend: str, monkeypatch: pytest.Mo
     expected = found_by(LOSSES[name](), rule, innerloop.StoreAll())
     strategy, whole = ROUTES[route]
     found = found_by(LOSSES[name](), rule, strategy, whole=whole)
-    assert_equal(found, expected)
+    precise = found_by(LOSSES[name](), rule, innerloop.StoreAll(), dtype=torch.float64)
+    # Where rounding alone moves the eager result by more than a third of 3e-6, three times that.
+    assert error(found, expected) <= max(3e-6, 3 * error(expected, precise))
 
 
-def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Equal to 3e-6 of the largest entry of each tensor; a gradient that cancels keeps the rounding
-    of its terms, so the largest of all gradients counts a hundredth."""
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error of all tensors; a gradient that cancels keeps the rounding of its
+    terms, so a hundredth of the largest of all gradients counts."""
     largest = max(float(x.abs().max()) for x in expected[1:])
-    for ours, theirs in zip(found, expected, strict=True):
-        scale = max(float(theirs.abs().max()), 0.01 * largest)
-        assert float((ours - theirs).abs().max()) <= 3e-6 * scale
+    return max(
+        float((ours - theirs).abs().max()) / max(float(theirs.abs().max()), 0.01 * largest)
+        for ours, theirs in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("route", ROUTES)

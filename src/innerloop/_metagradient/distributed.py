@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from innerloop._utils import tree
 from innerloop.errors import InvalidInputError, ProcessGroupError
 
-_PATIENCE = datetime.timedelta(hours=12)
+_PATIENCE = dt.timedelta(hours=12)
 """How long a process waits for others that live and compute. One that ends is noticed at once."""
 
 

@@ -58,8 +58,8 @@ def map_tasks(
         chunk_size: how many tasks run at once; default: all of them.
         randomness: ``"different"``: each task draws torch's random numbers from a generator of its
             own, whose seed is made of the task's number and of one number that this function draws,
-            so they do not depend on the chunks and processes; ``"same"``: all tasks draw the same numbers; ``"error"``:
-            drawing raises.
+            so they do not depend on the chunks and processes; ``"same"``: all tasks draw the same
+            numbers; ``"error"``: drawing raises.
         reduce: ``"mean"`` or ``"sum"`` over all tasks, of every leaf; None: the results of all
             tasks are stacked along a new first dimension.
         compile: compile a chunk as a whole. It is compared with eager code at the first call and at
@@ -248,7 +248,8 @@ class _Draws:
                 # An operation that vmap cannot draw differently raises; it may in the second try.
                 found = call(self._randomness)
                 after = RandomState.now()
-            assert self._start is not None and after is not None
+            assert self._start is not None
+            assert after is not None
             if self._randomness == "same" or after.equals(self._start):
                 return found
             self._drew = True

@@ -53,7 +53,7 @@ def check_compiled(
             difference = difference_beyond_rounding(ours, theirs, slack)
             if difference is not None and perturbed is not None:
                 moved = perturbed() if moved is None else moved
-                again = dict((i, x) for i, x, _ in _pairs(moved[group], expected))
+                again = {i: x for i, x, _ in _pairs(moved[group], expected)}
                 noise = (again[place] - theirs).detach().abs().nan_to_num(0.0, 0.0, 0.0).max()
                 slack += 10 * float(noise)
                 difference = difference_beyond_rounding(ours, theirs, slack)
@@ -62,9 +62,9 @@ def check_compiled(
                 path = _named(group, expected, place)
                 raise MetaGradientError(
                     f"{what}, compiled, differs from the eager one in {path} by "
-                    f"{error:.3e}, where values are up to {scale:.3e}: PyTorch's compiler gives wrong "
-                    "numbers here, or the loss is not a function of its arguments (numbers of "
-                    "NumPy or of a generator are drawn, say). Write compile=False"
+                    f"{error:.3e}, where values are up to {scale:.3e}: PyTorch's compiler gives "
+                    "wrong numbers here, or the loss is not a function of its arguments (numbers "
+                    "of NumPy or of a generator are drawn, say). Write compile=False"
                 )
 
 

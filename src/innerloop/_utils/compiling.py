@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ BACKEND: Callable[..., Any] | None = None
 """What compiles a graph; None: inductor. Tests set it."""
 
 _numbers = itertools.count()
+
+
+@contextmanager
+def silent_about_grad() -> Iterator[None]:
+    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 class Compiled:
@@ -65,9 +74,7 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
         try:
-            with warnings.catch_warnings():
-                # The compiler looks at the .grad of its inputs, which are results of earlier steps.
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a")
+            with silent_about_grad():
                 found = self._compiled(*args)
         except InnerLoopError:
             raise
@@ -80,7 +87,7 @@ class Compiled:
                 f"{self._what} was compiled {self.compilations} times so far, because its inputs "
                 "change in shape, in dtype, in which of them require grad, or in the Python "
                 "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
-                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles shows each reason",
+                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles shows the reasons",
                 RecompilationWarning,
                 stacklevel=2,
             )

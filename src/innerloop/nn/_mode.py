@@ -130,6 +130,9 @@ class ReplacementMode(TorchFunctionMode):
         return self._replaced(func, args, kwargs)
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
+        if mode() is Mode.COMPILING:
+            # The compiler does not find a method in a table, and guards that it is not there.
+            func = _METHODS.get(getattr(func, "__name__", ""), func)
         found = _intercepted.get(func) if self.replaces else None
         if found is None or not self.on:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -326,6 +329,9 @@ class LoopMode:
         finally:
             self._mode.__enter__()
 
+
+_METHODS: Mapping[str, Callable[..., object]] = {"norm": torch.norm}
+"""Functions that are the same as the method of this name."""
 
 # One table for all, because the mode looks every call of PyTorch up in it.
 _intercepted: Mapping[Callable[..., object], Operation | Callable[..., object]] = {

@@ -24,7 +24,7 @@ from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, check_compiled, fields_of
-from innerloop._utils.compiling import Compiled
+from innerloop._utils.compiling import Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.nn._catalogue import HIDDEN
@@ -191,7 +191,7 @@ class _Checked:
             if not self._later.due():
                 return found
         self._eager_seconds = 0.0
-        with refusing_own_functions():
+        with refusing_own_functions(), silent_about_grad():
             verify(found, random_state)
         seconds = time.perf_counter() - end
         if kind not in self._verified:
