@@ -158,7 +158,7 @@ class _Checked:
         self._eager = eager
         self._eager_seconds = 0.0
         self.compiled = Compiled(eager, what, HIDDEN)
-        self._verified: set[object] = set()
+        self._verified = False
         self._later = LaterChecks()
 
     def eager(self, *arguments: Any) -> Any:
@@ -174,8 +174,8 @@ class _Checked:
     ) -> Any:
         """Call the compiled function; ``verify(found, random_state)`` compares what it found.
 
-        A path of its code is new where PyTorch compiled it in this call, or where the arguments are
-        of another kind than before.
+        A path of its code is new where PyTorch compiled it in this call: it compiles whenever
+        anything changes that the code was specialised for.
         """
         before, random_state = self.compiled.compilations, RandomState.now()
         begin = time.perf_counter()
@@ -185,8 +185,8 @@ class _Checked:
             self._explain(arguments, random_state)
             raise
         end = time.perf_counter()
-        kind = _variant(arguments)
-        if self.compiled.compilations == before and kind in self._verified:
+        known = self._verified and self.compiled.compilations == before
+        if known:
             self._later.called(end - begin)
             if not self._later.due():
                 return found
@@ -194,10 +194,10 @@ class _Checked:
         with refusing_own_functions(), silent_about_grad():
             verify(found, random_state)
         seconds = time.perf_counter() - end
-        if kind not in self._verified:
+        if not known:
             # The pullback may have been compiled meanwhile: that is not what a later check takes.
             seconds = min(seconds, 4 * self._eager_seconds)
-            self._verified.add(kind)
+            self._verified = True
         self._later.checked(seconds)
         return found
 
@@ -303,18 +303,6 @@ def _gradients(
     }
 
 
-def _variant(arguments: tuple[Any, ...]) -> object:
-    """Return what the compiler specialises its code for, as far as it is in the arguments."""
-    found: list[object] = []
-    for x in tree.leaves(arguments):
-        if isinstance(x, Tensor):
-            found.append((x.shape, x.dtype, x.device, x.requires_grad))
-        else:
-            # A branch may depend on a name or a flag; numbers vary from step to step.
-            found.append(x if isinstance(x, (bool, str)) else type(x))
-    return tuple(found)
-
-
 def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:
     """Return what a step gives, by groups of one scale."""
     (params, optimizer_state, buffers), loss, aux = found
@@ -380,23 +368,32 @@ class CompiledProblem:
     ) -> tuple[Carry, Tensor, Any]:
         """Run a step as `Problem.step` does, so that its results can be differentiated."""
         both = (hyper, self.problem.overrides(hyper, t))
-        params, optimizer_state, buffers = _counted(state_of(carry))
         recording = torch.is_grad_enabled() and any(
-            x.requires_grad for x in tree.tensors((params, optimizer_state, both))
+            x.requires_grad
+            for x in (*carry.params.values(), *tree.tensors((both, carry.optimizer_state)))
         )
-        if recording:
-            # All of them, so that one compilation serves the first step, whose optimizer state is
-            # constant, and the later ones.
-            params, optimizer_state = tree.map_tensors(_recording, (params, optimizer_state))
-        else:
-            params, optimizer_state, both = tree.map_tensors(
-                Tensor.detach, (params, optimizer_state, both)
+        if not recording:
+            carry, both = (
+                carry.detach()._replace(time=carry.time),
+                tree.map_tensors(Tensor.detach, both),
             )
-        with torch.enable_grad():
-            run = self.core.record if recording else self.core.advance
-            state, loss, aux = run((params, optimizer_state, buffers), both, batch)
-        if not torch.is_grad_enabled():
-            state, loss, aux = tree.map_tensors(Tensor.detach, (state, loss, aux))
+            with torch.enable_grad():
+                state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+            state = tree.map_tensors(Tensor.detach, state)
+            return _after(carry, state), *tree.map_tensors(Tensor.detach, (loss, aux))
+        device = next(iter(carry.params.values())).device
+
+        def prepare(x: Any) -> Any:
+            # Everything requires grad, so that one compilation serves the first step, whose
+            # optimizer state is constant, and the later ones.
+            if type(x) is int:
+                return torch.tensor(x, device=device)
+            if not isinstance(x, Tensor) or x.requires_grad or not tree.differentiable(x):
+                return x
+            return x.detach().requires_grad_()
+
+        params, optimizer_state = tree.map_leaves(prepare, (carry.params, carry.optimizer_state))
+        state, loss, aux = self.core.record((params, optimizer_state, carry.buffers), both, batch)
         return _after(carry, state), loss, aux
 
     def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
@@ -453,10 +450,6 @@ class CompiledProblem:
 
 def _after(carry: Carry, state: State) -> Carry:
     return carry_of(state, RandomState.now())._replace(time=carry.time + 1)
-
-
-def _recording(x: Tensor) -> Tensor:
-    return x if x.requires_grad or not tree.differentiable(x) else x.detach().requires_grad_()
 
 
 def _counted(state: State) -> State:
