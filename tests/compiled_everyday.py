@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
+from innerloop import rl
 from innerloop.strategy import Strategy
 from tests.oracles import smooth_noise
 
@@ -298,6 +299,29 @@ def kl() -> Everyday:
         return F.kl_div(model(b[0]).log_softmax(-1), target, reduction="batchmean")
 
     return Everyday(hidden(nn.Tanh(), 4), loss, values())
+
+
+@everyday
+def ppo() -> Everyday:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    def loss(model: Any, h: Any, b: Any) -> Tensor:
+        out = model(b[0])
+        policy = rl.Categorical(out[:, :4])
+        return rl.ppo_loss(
+            policy.log_prob(b[1]),
+            b[2],
+            b[3],
+            values=out[:, 4],
+            returns=b[3],
+            entropy=policy.entropy(),
+        ).loss
+
+    def batch(phase: float) -> Any:
+        old = -1.4 + 0.1 * noise(6, phase=phase)
+        return noise(6, 5, phase=phase), labels(6, 4, phase), old, noise(6, phase=phase + 1)
+
+    return Everyday(model, loss, batch)
 
 
 def found_by(

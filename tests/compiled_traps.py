@@ -724,6 +724,20 @@ def _(strategy: Strategy) -> Any:
     return simple(torch.compile(lambda y: y.sin() * y, backend="aot_eager"))(strategy)
 
 
+@trap("a GRU", "RNN, GRU, or LSTM")
+def _(strategy: Strategy) -> Any:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(3, 4, batch_first=True)
+            self.head = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.head(self.gru(x[None])[0][0]))
+
+    return of_module(strategy, Recurrent())
+
+
 @trap("aux and buffers")
 def _(strategy: Strategy) -> Any:
     def loss(model: nn.Module, h: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from innerloop._track.loop import TrackedLoop
 from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
+from innerloop._utils.compiling import compile_cache
 from innerloop._utils.tree import assign
 from innerloop.errors import (
     BiasedSurrogateWarning,
@@ -89,6 +90,7 @@ __all__ = [
     "assign",
     "attribute",
     "check_metagradient",
+    "compile_cache",
     "diagnose",
     "functional",
     "higher",

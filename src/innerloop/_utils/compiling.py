@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from innerloop._utils import torch_private
-from innerloop.errors import InnerLoopError, NotDifferentiableError, RecompilationWarning
+from innerloop.errors import (
+    InnerLoopError,
+    InvalidInputError,
+    NotDifferentiableError,
+    RecompilationWarning,
+)
 
 OPTIONS: dict[str, object] = {
     # With it, two max-pools and inputs that require grad give a wrong first derivative (torch 2.13,
@@ -87,7 +94,7 @@ class Compiled:
                 f"{self._what} was compiled {self.compilations} times so far, because its inputs "
                 "change in shape, in dtype, in which of them require grad, or in the Python "
                 "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
-                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles shows the reasons",
+                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles says why",
                 RecompilationWarning,
                 stacklevel=2,
             )
@@ -102,3 +109,33 @@ class Compiled:
         if BACKEND is not None:
             return BACKEND(graph, inputs)
         return torch_private.compile_graph(graph, inputs, OPTIONS)
+
+
+def compile_cache(directory: str | os.PathLike[str]) -> None:
+    """Keep compiled code in a directory, so that a second process starts in seconds.
+
+    PyTorch keeps it in a temporary directory of the user otherwise, which a container or a cluster
+    job loses. This sets the environment variable ``TORCHINDUCTOR_CACHE_DIR``; call it before
+    anything is compiled. Code is looked up by its content, the options and the versions, so old
+    entries do no harm, and the directory may be deleted at any time.
+
+    Args:
+        directory: where the code is kept; it is made if it is missing.
+
+    Raises:
+        InvalidInputError: the directory cannot be made.
+
+    Example:
+        >>> import tempfile, innerloop
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     innerloop.compile_cache(directory)
+    """
+    path = Path(directory).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"compile_cache({str(path)!r}): the directory cannot be made ({error}). Pass one in "
+            "which this process may write"
+        ) from error
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)

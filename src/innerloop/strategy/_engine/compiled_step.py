@@ -368,9 +368,9 @@ class CompiledProblem:
     ) -> tuple[Carry, Tensor, Any]:
         """Run a step as `Problem.step` does, so that its results can be differentiated."""
         both = (hyper, self.problem.overrides(hyper, t))
-        recording = torch.is_grad_enabled() and any(
-            x.requires_grad
-            for x in (*carry.params.values(), *tree.tensors((both, carry.optimizer_state)))
+        recording = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in carry.params.values())
+            or any(x.requires_grad for x in tree.tensors((both, carry.optimizer_state)))
         )
         if not recording:
             carry, both = (
