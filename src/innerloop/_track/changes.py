@@ -89,6 +89,19 @@ def _refuse_step(*_: object) -> None:
     )
 
 
+def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
+    """Return the error for an edit of a weight of which the derivative would know nothing."""
+    return NotDifferentiableError(
+        f"the weight {weight!r} of loop.model was edited {how} under torch.no_grad or through "
+        ".data (clamp_, mul_, load_state_dict, an average of weights): the derivative would pass "
+        "as if the edit had not happened. Write "
+        f'loop.assign({{"{weight}": 0.5 * loop.parameters()["{weight}"]}}), with gradients on, '
+        "which is differentiated (a detached tensor is a constant, and cuts there). Adding a "
+        "constant in place is right as it stands if the loop does it from its first step on; "
+        'with learn="nothing" everything is'
+    )
+
+
 def explained(error: BaseException | None, names: Collection[str]) -> InnerLoopError | None:
     """Return what to raise for an error of PyTorch's that comes of a habit inside the block.
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from innerloop.higher._base import Override
+from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher.optim import DifferentiableOptimizer, get_diff_optim
 from innerloop.higher.patch import monkeypatch
 from innerloop.nn._mode import LoopMode
@@ -62,11 +63,19 @@ def innerloop_ctx(
         override=override,
         track_higher_grads=track_higher_grads,
     )
-    loop = LoopMode()  # losses are computed outside of the module, too
+    fast = fast_weights(fmodel)
+    loop = LoopMode(fast.edits)  # losses are computed outside of the module, too
     if track_higher_grads:
         loop.enter()
-        diffopt.around_rule = loop.paused
+        fast.watch(loop)
     try:
         yield fmodel, diffopt
+        fast.check_edits()
+    except RuntimeError as error:
+        # load_state_dict makes an error of its own out of every one.
+        if fast.edits.refused is not None and "in loading state_dict" in str(error):
+            raise fast.edits.refused from error
+        raise
     finally:
         loop.leave()
+        fast.stop_watching()

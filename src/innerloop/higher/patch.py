@@ -67,6 +67,7 @@ class PatchedModule(nn.Module):
             raise InvalidInputError(f"track_higher_grads={value!r}: write True or False")
         fast = fast_weights(self)
         fast.track = value
+        fast.place()
         if not value:
             fast.gate.closed = False
             del fast.history[:-1]

@@ -46,7 +46,10 @@ class EditWatch:
     """Looks at the operations of the user's code for edits that have another derivative than 1.
 
     Adding a constant to a weight is right unrecorded. Everything else is refused: clamping,
-    scaling, loading.
+    scaling, loading. Of a leaf no derivative leads anywhere, and it may be edited at will.
+
+    Args:
+        refusal: makes the error, of the weight's name and of how it was edited.
 
     Attributes:
         seen: True if a weight was ever edited.
@@ -58,14 +61,16 @@ class EditWatch:
         refused: the error that was raised, if any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refusal: Callable[[str, str], NotDifferentiableError]) -> None:
+        self.refusal = refusal
         self.seen = self.written = False
         self.refused: NotDifferentiableError | None = None
         self.is_on = False
         self.placed: Params = {}
         self.handed_out: dict[int, Tensor] = {}
         self._params: dict[int, str] = {}
-        self._kinds: dict[int, tuple[Tensor, _Kind]] = {}
+        # A strong reference would keep what is computed from weights, an evaluation say, in memory.
+        self._kinds: dict[int, tuple[weakref.ref[Tensor], _Kind]] = {}
 
     def hand_out(self, p: Tensor) -> None:
         """Keep a copy of a parameter whose memory can be written from now on."""
@@ -78,7 +83,7 @@ class EditWatch:
     def enter(self) -> None:
         """Look at the user's code from now on."""
         self.is_on = True
-        _watching.append(weakref.ref(self))
+        _watching.append(weakref.ref(self, _watching.remove))
 
     def stop(self) -> dict[int, Tensor]:
         """Look at nothing any more, and keep nothing; return what was handed out."""
@@ -169,10 +174,11 @@ class EditWatch:
             )
         else:
             allowed = False
-        if not allowed:
+        weight = self.placed.get(target.weight)
+        if not allowed and not (weight is not None and weight.is_leaf):
             how = "by load_state_dict or copy_" if name == "copy_" else f"by {name.strip('_')}_"
             how = "by .data = ..." if name == "data" else how
-            self.refused = unseen_edit(target.weight, how)
+            self.refused = self.refusal(target.weight, how)
             raise self.refused
 
     def _kind(self, x: object) -> _Kind | None:
@@ -181,12 +187,17 @@ class EditWatch:
             return next(filter(None, kinds), None)
         if id(x) in self._params:
             return _Kind(_WHOLE, self._params[id(x)])
-        return self._kinds[id(x)][1] if id(x) in self._kinds else None
+        reference, kind = self._kinds.get(id(x), (_nothing, None))
+        return kind if reference() is x else None
 
     def _note(self, found: object, kind: _Kind) -> None:
         for x in found if isinstance(found, (list, tuple)) else (found,):
             if isinstance(x, Tensor) and id(x) not in self._params:
-                self._kinds[id(x)] = (x, kind)
+                self._kinds[id(x)] = (weakref.ref(x), kind)
+
+
+def _nothing() -> None:
+    """Return None, as a reference to a tensor does that is gone."""
 
 
 def _is_itself(args: tuple[object, ...]) -> bool:
@@ -221,6 +232,7 @@ class Placed:
         self._versions = torch_private.versions(params.values())
         self._nodes_so_far = torch_private.nodes_so_far()
         self._marks = marks
+        self._refusal = watch.refusal
         watch.placed = params
         self.mark()
 
@@ -231,26 +243,28 @@ class Placed:
                 if type(p) is Tensor:
                     p.__class__ = Weight
 
-    def check(self, now: Mapping[str, Tensor], handed_out: Mapping[int, Tensor]) -> None:
+    def check(
+        self, now: Callable[[], Mapping[str, Tensor]], handed_out: Mapping[int, Tensor]
+    ) -> None:
         """Raise if one of the parameters was edited, and autograd did not see it.
 
         Args:
-            now: the parameters as they are now.
-            placed: the newest parameters.
-        handed_out: copies of those whose memory was handed out, by identity.
+            now: returns the parameters as they are now.
+            handed_out: copies of those whose memory was handed out, by identity.
         """
         versions = torch_private.versions(self.params.values())
         if versions == self._versions and not handed_out:
             return
+        newest = now()
         for (name, p), was, is_now in zip(
             self.params.items(), self._versions, versions, strict=True
         ):
-            if now[name] is p and not self._is_recorded(p):
+            if newest[name] is p and not p.is_leaf and not self._is_recorded(p):
                 if was != is_now:
-                    raise unseen_edit(name, "in place")
+                    raise self._refusal(name, "in place")
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
-                    raise unseen_edit(name, "in place")
+                    raise self._refusal(name, "in place")
 
     def _is_recorded(self, p: Tensor) -> bool:
         """True if autograd has recorded an edit of ``p`` since it was placed."""
@@ -270,7 +284,7 @@ class _TensorClass(type(Tensor)):  # type: ignore[misc]
 
 
 class Weight(Tensor, metaclass=_TensorClass):
-    """A parameter of ``loop.model``, which tells when its memory is handed out.
+    """The newest value of a parameter in a loop, which tells when its memory is handed out.
 
     Operations see a plain tensor, as they do for `torch.nn.Parameter`.
     """
@@ -335,16 +349,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     b = b.detach()
     same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
-    """Return the error for an edit of a weight of which the derivative would know nothing."""
-    return NotDifferentiableError(
-        f"the weight {weight!r} of loop.model was edited {how} under torch.no_grad or through "
-        ".data (clamp_, mul_, load_state_dict, an average of weights): the derivative would pass "
-        "as if the edit had not happened. Write "
-        f'loop.assign({{"{weight}": 0.5 * loop.parameters()["{weight}"]}}), with gradients on, '
-        "which is differentiated (a detached tensor is a constant, and cuts there). Adding a "
-        "constant in place is right as it stands if the loop does it from its first step on; "
-        'with learn="nothing" everything is'
-    )
