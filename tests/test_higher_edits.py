@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import innerloop
 from innerloop import higher
-from tests.networks import adam, detached, direction, network, outer_value, sgd, train
+from tests.networks import adam, direction, network, outer_value, sgd, train
 from tests.oracles import assert_derivative, derivative
-from tests.situations import STEPS, TwoLayers, along, regression
+from tests.situations import STEPS, along, regression
 from tests.test_track_changes import (
     HABITS,
-    INVALID,
     NOT_DIFFERENTIABLE,
     refused,
 )
@@ -36,7 +34,7 @@ LOOP = 4
 
 def scale_many(model: Any) -> None:
     with torch.no_grad():
-        torch._foreach_mul_(list(model.parameters()), 0.5)  # noqa: SLF001
+        torch._foreach_mul_(list(model.parameters()), 0.5)
 
 
 def copy_in(model: Any) -> None:
@@ -82,7 +80,7 @@ def noise_in_data(model: Any) -> None:
 
 def noise_of_many(model: Any) -> None:
     with torch.no_grad():
-        torch._foreach_add_(  # noqa: SLF001
+        torch._foreach_add_(
             list(model.parameters()), [0.1 * d for d in direction(model).values()]
         )
 
@@ -131,11 +129,12 @@ def bridge_run(make: Any, edit: Edit, times: range, *, context: bool = True) -> 
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("context", [True, False], ids=["context", "none"])
 @pytest.mark.parametrize("at", [0, 1, 3, LOOP])
 @pytest.mark.parametrize("edit", REFUSED)
-def test_an_edit_with_a_derivative(edit: Edit, at: int, make: Any):
+def test_an_edit_with_a_derivative(edit: Edit, at: int, context: bool, make: Any):
     with refused(NOT_DIFFERENTIABLE, "was edited", "fmodel.update_params"):
-        bridge_run(make, edit, range(at, at + 1))
+        bridge_run(make, edit, range(at, at + 1), context=context)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -144,6 +143,53 @@ def test_an_edit_with_a_derivative(edit: Edit, at: int, make: Any):
 def test_an_added_constant(edit: Edit, times: range, make: Any):
     truth = derivative(lambda h: value_behind(make, edit, times, h))
     assert_derivative(bridge_run(make, edit, times), truth, "start")
+    # Outside of a block nobody sees what is done with .data.
+    if edit in (noise, noise_of_many):
+        assert_derivative(bridge_run(make, edit, times, context=False), truth, "start")
+    else:
+        with refused(NOT_DIFFERENTIABLE, "innerloop_ctx"):
+            bridge_run(make, edit, times, context=False)
+
+
+def scale_data(model: Any) -> None:
+    model.body.weight.data.mul_(0.5)
+
+
+def scale_data_and_set_it(model: Any) -> None:
+    model.body.weight.data *= 0.5
+
+
+@pytest.mark.parametrize("context", [True, False], ids=["context", "none"])
+@pytest.mark.parametrize("scaled", [scale_data, scale_data_and_set_it])
+@pytest.mark.parametrize("noise_first", [True, False])
+def test_an_edit_beside_an_added_constant(noise_first: bool, scaled: Edit, context: bool):
+    """What is right does not hide what is not."""
+
+    def both(model: Any) -> None:
+        for edit in (noise, scaled) if noise_first else (scaled, noise):
+            edit(model)
+
+    with refused(NOT_DIFFERENTIABLE, "'body.weight'"):
+        bridge_run(sgd, both, range(1, 2), context=context)
+
+
+def test_an_array_beside_an_added_constant():
+    """No mode sees what is written through numpy."""
+
+    def both(model: Any) -> None:
+        model.body.bias.detach().numpy()[:] *= 0.5
+        noise(model)
+
+    with refused(NOT_DIFFERENTIABLE, "'body.bias'"):
+        bridge_run(sgd, both, range(1, 2))
+    model = network()
+    with (
+        refused(NOT_DIFFERENTIABLE, "'body.bias'"),
+        innerloop.track(model, sgd(model)) as loop,
+    ):
+        loop.step(regression(loop.model, 0))
+        both(loop.model)
+        loop.step(regression(loop.model, 1))
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

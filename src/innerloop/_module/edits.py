@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
@@ -53,9 +53,8 @@ class EditWatch:
 
     Attributes:
         seen: True if a weight was ever edited.
-        written: True if one was edited since the newest ones were placed.
         is_on: True while the user's code runs in the block.
-        placed: the newest parameters.
+        placed: the newest parameters, as they were placed.
         handed_out: copies of those parameters whose memory was handed out since they were placed,
             by identity.
         refused: the error that was raised, if any.
@@ -63,10 +62,10 @@ class EditWatch:
 
     def __init__(self, refusal: Callable[[str, str], NotDifferentiableError]) -> None:
         self.refusal = refusal
-        self.seen = self.written = False
+        self.seen = False
         self.refused: NotDifferentiableError | None = None
         self.is_on = False
-        self.placed: Params = {}
+        self.placed: Placed | None = None
         self.handed_out: dict[int, Tensor] = {}
         self._params: dict[int, str] = {}
         # A strong reference would keep what is computed from weights, an evaluation say, in memory.
@@ -88,7 +87,7 @@ class EditWatch:
     def stop(self) -> dict[int, Tensor]:
         """Look at nothing any more, and keep nothing; return what was handed out."""
         self.is_on = False
-        self.placed = {}
+        self.placed = None
         _watching[:] = [other for other in _watching if other() not in (None, self)]
         handed_out, self.handed_out = self.handed_out, {}
         self.forget()
@@ -102,7 +101,6 @@ class EditWatch:
         """Look at these parameters from now on."""
         self._params = {id(p): name for name, p in params.items()}
         self._kinds.clear()
-        self.written = False
 
     def wants(self, func: Callable[..., object]) -> bool:
         """True unless autograd records the operation, and it works on weights themselves."""
@@ -123,8 +121,7 @@ class EditWatch:
                 if func == _GET_GRAD:
                     refuse_clipping()
                 if func == _SET_DATA:
-                    self._write("data", _Kind(_WHOLE, self._params[id(first)]), args)
-                    return result()
+                    return self._write("data", _Kind(_WHOLE, self._params[id(first)]), args, result)
                 if func != _GET_DATA and func not in _DETACH:
                     return result()
             elif not self._kinds:
@@ -137,9 +134,7 @@ class EditWatch:
             or name in _ADD_IN_PLACE
         ):  # fmt: skip
             assert kind is not None
-            if name not in _HARMLESS:
-                self._write(name, kind, args)
-            found = result()
+            found = result() if name in _HARMLESS else self._write(name, kind, args, result)
             self._note(found, kind)
             return found
         if func == _GET_GRAD:
@@ -159,8 +154,15 @@ class EditWatch:
         self._note(found, _Kind(what, known.weight))
         return found
 
-    def _write(self, name: str, target: _Kind, args: tuple[object, ...]) -> None:
-        self.seen = self.written = True
+    def _write(
+        self, name: str, target: _Kind, args: tuple[object, ...], result: Callable[[], object]
+    ) -> object:
+        """Run an edit by ``result()``; raise unless its derivative is 1, or is none at all."""
+        placed = self.placed
+        own = {} if placed is None else placed.params
+        if name == "data" and _is_same_memory(args[-1], own.get(target.weight)):
+            return result()  # the end of p.data += 1
+        self.seen = True
         kinds = [self._kind(x) for x in args[1:]]
         if name in _ADD_IN_PLACE:
             allowed = not any(kinds)
@@ -174,12 +176,26 @@ class EditWatch:
             )
         else:
             allowed = False
-        weight = self.placed.get(target.weight)
+        weight = own.get(target.weight)
         if not allowed and not (weight is not None and weight.is_leaf):
             how = "by load_state_dict or copy_" if name == "copy_" else f"by {name.strip('_')}_"
             how = "by .data = ..." if name == "data" else how
             self.refused = self.refusal(target.weight, how)
             raise self.refused
+        if placed is None:
+            return result()
+        # An earlier edit that was not seen is not to be taken for a part of this one.
+        placed.check(lambda: own, self.handed_out)
+        found = result()
+        self.is_on = False
+        placed.accept(self._weights(args[0]), self.handed_out)
+        self.is_on = True
+        return found
+
+    def _weights(self, x: object) -> set[str]:
+        """Return the names of the weights that ``x`` is, or that are among its elements."""
+        parts = x if isinstance(x, (list, tuple)) else [x]
+        return {kind.weight for part in parts if (kind := self._kind(part)) is not None}
 
     def _kind(self, x: object) -> _Kind | None:
         if isinstance(x, (list, tuple)):
@@ -211,6 +227,15 @@ def _is_itself(args: tuple[object, ...]) -> bool:
     )  # fmt: skip
 
 
+def _is_same_memory(value: object, weight: Tensor | None) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and weight is not None
+        and (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        == (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    )
+
+
 class Placed:
     """The parameters as a step placed them, to tell later whether one was edited unrecorded.
 
@@ -222,26 +247,32 @@ class Placed:
         params: the parameters, by name.
         watch: is told when the memory of one is handed out.
         marks: False if it is not told (compiled code takes plain tensors only).
+        in_mode: False if no mode looks at operations: the parameters then hand them to ``watch``.
 
     Attributes:
         params: the parameters, by name.
     """
 
-    def __init__(self, params: Params, watch: EditWatch, *, marks: bool) -> None:
+    def __init__(
+        self, params: Params, watch: EditWatch, *, marks: bool, in_mode: bool = True
+    ) -> None:
         self.params = params
         self._versions = torch_private.versions(params.values())
         self._nodes_so_far = torch_private.nodes_so_far()
-        self._marks = marks
+        self._class = (Weight if in_mode else WatchedWeight) if marks else None
+        if not in_mode:
+            for p in params.values():
+                vars(p)["_innerloop_watch"] = weakref.ref(watch)
         self._refusal = watch.refusal
-        watch.placed = params
+        watch.placed = self
         self.mark()
 
     def mark(self) -> None:
         """Let the parameters tell when their memory is handed out."""
-        if self._marks:
+        if self._class is not None:
             for p in self.params.values():
                 if type(p) is Tensor:
-                    p.__class__ = Weight
+                    p.__class__ = self._class
 
     def check(
         self, now: Callable[[], Mapping[str, Tensor]], handed_out: Mapping[int, Tensor]
@@ -265,6 +296,15 @@ class Placed:
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
                     raise self._refusal(name, "in place")
+
+    def accept(self, names: Collection[str], handed_out: dict[int, Tensor]) -> None:
+        """Take weights as they are now for what was placed."""
+        for i, (name, p) in enumerate(self.params.items()):
+            if name in names:
+                (self._versions[i],) = torch_private.versions([p])
+                if id(p) in handed_out:
+                    with torch.no_grad():
+                        handed_out[id(p)] = p.clone()
 
     def _is_recorded(self, p: Tensor) -> bool:
         """True if autograd has recorded an edit of ``p`` since it was placed."""
@@ -320,28 +360,61 @@ class Weight(Tensor, metaclass=_TensorClass):
         return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
 
     def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
+        own = type(self)
         self.__class__ = Tensor  # type: ignore[assignment]
         try:
             return function(self)
         finally:
-            self.__class__ = Weight
+            self.__class__ = own
+
+
+class WatchedWeight(Weight):
+    """A parameter of a loop without a mode, which lets its watch look at operations on it."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run ``func``, and raise if it edits a weight in a way that has a derivative."""
+        with torch_private.plain_tensors():
+            watch = _watch_of(args)
+            if watch is None or not watch.wants(func):
+                return func(*args, **(kwargs or {}))
+            return watch(func, args, lambda: func(*args, **(kwargs or {})))
 
 
 def as_plain(params: Params) -> None:
     """Let parameters be plain tensors again, in place."""
     for p in params.values():
-        if type(p) is Weight:
+        if type(p) in (Weight, WatchedWeight):
             p.__class__ = Tensor  # type: ignore[assignment]
 
 
 _watching: list[weakref.ref[EditWatch]] = []
 
 
+def _watch_of(args: tuple[object, ...]) -> EditWatch | None:
+    """Return the watch of the first parameter among the arguments that has one."""
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            if (found := _watch_of(tuple(x))) is not None:
+                return found
+        elif type(x) is WatchedWeight:
+            return vars(x)["_innerloop_watch"]()
+    return None
+
+
 def _hand_out(p: Tensor) -> None:
     """Tell the loop whose newest parameter ``p`` is that its memory can be written from now on."""
     for reference in tuple(_watching):
         watch = reference()
-        if watch is not None and watch.is_on and any(q is p for q in watch.placed.values()):
+        if watch is None or not watch.is_on or watch.placed is None:
+            continue
+        if any(q is p for q in watch.placed.params.values()):
             watch.hand_out(p)
 
 

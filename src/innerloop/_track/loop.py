@@ -503,7 +503,7 @@ class TrackedLoop:
 
     def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
         """Raise if a parameter was edited while nobody looked."""
-        if self._kernels is not None and not self._edits.written:
+        if self._kernels is not None:
             self._placed.check(lambda: current, handed_out)
 
     def _own_code(self) -> AbstractContextManager[object]:

@@ -71,11 +71,6 @@ def innerloop_ctx(
     try:
         yield fmodel, diffopt
         fast.check_edits()
-    except RuntimeError as error:
-        # load_state_dict makes an error of its own out of every one.
-        if fast.edits.refused is not None and "in loading state_dict" in str(error):
-            raise fast.edits.refused from error
-        raise
     finally:
         loop.leave()
         fast.stop_watching()

@@ -38,11 +38,13 @@ class FastWeights:
         self.history: list[list[Tensor]] = []
         self.track = True
         self.edits = EditWatch(unseen_edit)
+        self.edits.enter()
         self.shapes = {name: p.shape for name, p in view.source.items()}
         self._numbers = [p.is_floating_point() or p.is_complex() for p in view.source.values()]
         self._view = view
         self._root = weakref.ref(root)
         self._placed: Placed | None = None
+        self._watches = True
         self._kernels: LoopMode | None = None
 
     def sparse(self) -> set[int]:
@@ -155,15 +157,15 @@ class FastWeights:
         """Look for edits in a block from now on.
 
         Args:
-            kernels: the mode of the block, which looks at operations.
+            kernels: the mode of the block, which looks at operations; without a block the
+                parameters themselves do.
         """
         self._kernels = kernels
-        self.edits.enter()
         self.place()
 
     def stop_watching(self) -> None:
         """Look for edits no longer."""
-        self._kernels = None
+        self._kernels, self._watches = None, False
         self.edits.stop()
         self.place()
 
@@ -174,21 +176,20 @@ class FastWeights:
         """
         if self._placed is not None:
             as_plain(self._placed.params)
-            self._placed = None
-        kernels = self._kernels
-        if kernels is None or not self.track or not self.history or mode() is not Mode.EAGER:
+            self._placed = self.edits.placed = None
+        if not (self.track and self._watches and self.history) or mode() is not Mode.EAGER:
             return
+        kernels = self._kernels
         watched = {
             name: p for name, p in zip(self.shapes, self.history[-1], strict=True) if not p.is_leaf
         }
-        self._placed = Placed(watched, self.edits, marks=True)
+        self._placed = Placed(watched, self.edits, marks=True, in_mode=kernels is not None)
         self.edits.handed_out.clear()
-        if kernels.watches:
-            self.edits.start(watched)
+        self.edits.start(watched)
 
     def check_edits(self) -> None:
         """Raise if a parameter was edited since it was placed, and autograd did not see it."""
-        if self._placed is not None and not self.edits.written:
+        if self._placed is not None:
             self._placed.check(self._view.read, self.edits.handed_out)
 
     @contextmanager
