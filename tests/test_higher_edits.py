@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import innerloop
 from innerloop import higher
 from tests.networks import adam, direction, network, outer_value, sgd, train
 from tests.oracles import assert_derivative, derivative
 from tests.situations import STEPS, along, regression
 from tests.test_track_changes import (
     HABITS,
+    INVALID,
     NOT_DIFFERENTIABLE,
     refused,
 )
@@ -80,9 +82,7 @@ def noise_in_data(model: Any) -> None:
 
 def noise_of_many(model: Any) -> None:
     with torch.no_grad():
-        torch._foreach_add_(
-            list(model.parameters()), [0.1 * d for d in direction(model).values()]
-        )
+        torch._foreach_add_(list(model.parameters()), [0.1 * d for d in direction(model).values()])
 
 
 def copied_sum(model: Any) -> None:
@@ -342,3 +342,73 @@ def test_an_edit_inside_of_a_step(step: Any):
     ):
         diffopt.step(regression(fmodel, 0))
         step(fmodel, diffopt)
+
+
+def test_freezing_in_the_loop_and_the_line_that_the_error_shows():
+    """Truth is PyTorch, frozen in the same step."""
+
+    def plain(h: float) -> float:
+        model = network(h)
+        optimizer = adam(model)
+        for t in range(STEPS):
+            model.body.requires_grad_(t != 1)
+            for p in model.parameters():
+                p.grad = None
+            train(model, optimizer, steps=range(t, t + 1))
+        return outer_value(model)
+
+    model = network()
+    with (
+        pytest.raises(INVALID, match="requires_grad") as error,
+        higher.innerloop_ctx(model, adam(model)) as (fmodel, diffopt),
+    ):
+        diffopt.step(regression(fmodel, 0))
+        fmodel.body.requires_grad_(False)
+    message = str(error.value)
+    line = message[message.index("diffopt.step(loss") :]
+    with higher.innerloop_ctx(model, adam(model), copy_initial_weights=False) as (fmodel, diffopt):
+        for t in range(STEPS):
+            resting = {"body.weight", "body.bias"} if t == 1 else set()
+            names = {"fmodel": fmodel, "diffopt": diffopt, "resting": resting}
+            eval(line, {**names, "loss": regression(fmodel, t)})
+        regression(fmodel, STEPS).backward()
+    found = along({name: p.grad for name, p in model.named_parameters()}, direction(model))
+    assert_derivative(found, derivative(plain), "start")
+
+
+def load_state(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def clear_state(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize("front_end", ["track", "higher"])
+@pytest.mark.parametrize("change", [load_state, clear_state])
+def test_the_state_of_the_torch_optimizer_in_the_loop(change: Any, front_end: str):
+    """The loop has a copy: a reset would have no effect."""
+    model = network()
+    optimizer = adam(model)
+    train(model, optimizer)
+    with refused(INVALID, "state of the torch optimizer", "load"):
+        if front_end == "track":
+            with innerloop.track(model, optimizer) as loop:
+                loop.step(regression(loop.model, 0))
+                change(optimizer)
+                loop.step(regression(loop.model, 1))
+        else:
+            with higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
+                diffopt.step(regression(fmodel, 0))
+                change(optimizer)
+                diffopt.step(regression(fmodel, 1))
+
+
+def test_a_committed_state_is_no_change():
+    model = network()
+    optimizer = adam(model)
+    with innerloop.track(model, optimizer) as loop:
+        for t in range(STEPS):
+            loop.step(regression(loop.model, t))
+            loop.commit()
+    assert len(optimizer.state) == 4

@@ -30,7 +30,7 @@ from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_m
 from innerloop.higher.patch import PatchedModule
 from innerloop.optim._engine.callback import call_back, refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
-from innerloop.optim._from_torch.from_torch import refuse_hooks, refuse_wrapper
+from innerloop.optim._from_torch.from_torch import StateMark, refuse_hooks, refuse_wrapper
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 GradList = list[Tensor | None]
@@ -91,6 +91,11 @@ class DifferentiableOptimizer(abc.ABC):
         ]
         self.param_groups = [{**g, "params": [None] * len(g["params"])} for g in other.param_groups]
         self._seen = [settings_of(group) for group in other.param_groups]
+        self._state_mark = StateMark(
+            [other],
+            "Edit, assign or clear diffopt.state, which takes effect at the next step; or load it "
+            "before the loop",
+        )
         self._overridden: set[str] = set()
         self._states = self._initial_state(device)
         self._apply_override(override)
@@ -409,6 +414,7 @@ class DifferentiableOptimizer(abc.ABC):
             raise InvalidInputError(
                 "the torch optimizer got another param group inside the loop: make a new diffopt"
             )
+        self._state_mark.check()
         for group, theirs, seen in zip(
             self.param_groups, self._other.param_groups, self._seen, strict=True
         ):
