@@ -358,7 +358,7 @@ def test_freezing_in_the_loop_and_the_line_that_the_error_shows():
         return outer_value(model)
 
     model = network()
-    with (
+    with (  # noqa: PT012
         pytest.raises(INVALID, match="requires_grad") as error,
         higher.innerloop_ctx(model, adam(model)) as (fmodel, diffopt),
     ):
@@ -370,7 +370,7 @@ def test_freezing_in_the_loop_and_the_line_that_the_error_shows():
         for t in range(STEPS):
             resting = {"body.weight", "body.bias"} if t == 1 else set()
             names = {"fmodel": fmodel, "diffopt": diffopt, "resting": resting}
-            eval(line, {**names, "loss": regression(fmodel, t)})
+            eval(line, {**names, "loss": regression(fmodel, t)})  # noqa: S307
         regression(fmodel, STEPS).backward()
     found = along({name: p.grad for name, p in model.named_parameters()}, direction(model))
     assert_derivative(found, derivative(plain), "start")

@@ -29,6 +29,8 @@ _VIEW = {
 _WRITE = {"__imul__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"}
 _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 _INDEPENDENT = ("_like", "new_")
+_WATCH = "_innerloop_watch"
+"""Where a parameter outside of a block keeps who looks at it."""
 
 _LOOKED_AT = frozenset({_GET_DATA, _SET_DATA, _GET_GRAD, *_DETACH})
 _WHOLE, _PIECE = "the memory of a weight", "a part of that memory, or in another order"
@@ -262,7 +264,7 @@ class Placed:
         self._class = (Weight if in_mode else WatchedWeight) if marks else None
         if not in_mode:
             for p in params.values():
-                vars(p)["_innerloop_watch"] = weakref.ref(watch)
+                vars(p)[_WATCH] = weakref.ref(watch)
         self._refusal = watch.refusal
         watch.placed = self
         self.mark()
@@ -360,12 +362,14 @@ class Weight(Tensor, metaclass=_TensorClass):
         return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
 
     def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
-        own = type(self)
+        own, watch = type(self), vars(self).pop(_WATCH, None)
         self.__class__ = Tensor  # type: ignore[assignment]
         try:
             return function(self)
         finally:
             self.__class__ = own
+            if watch is not None:
+                vars(self)[_WATCH] = watch
 
 
 class WatchedWeight(Weight):
@@ -392,6 +396,7 @@ def as_plain(params: Params) -> None:
     for p in params.values():
         if type(p) in (Weight, WatchedWeight):
             p.__class__ = Tensor  # type: ignore[assignment]
+            vars(p).pop(_WATCH, None)
 
 
 _watching: list[weakref.ref[EditWatch]] = []
@@ -404,7 +409,8 @@ def _watch_of(args: tuple[object, ...]) -> EditWatch | None:
             if (found := _watch_of(tuple(x))) is not None:
                 return found
         elif type(x) is WatchedWeight:
-            return vars(x)["_innerloop_watch"]()
+            reference: weakref.ref[EditWatch] = vars(x)[_WATCH]
+            return reference()
     return None
 
 

@@ -453,6 +453,11 @@ def plain_tensors() -> Any:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def unseen() -> Any:
+    """Return the block in which neither modes nor subclasses are handed an operation."""
+    return torch._C.DisableTorchFunction()
+
+
 def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
     """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
     return Tensor._make_subclass(cls, tensor)

@@ -180,17 +180,19 @@ class FastWeights:
         if not (self.track and self._watches and self.history) or mode() is not Mode.EAGER:
             return
         kernels = self._kernels
-        watched = {
-            name: p for name, p in zip(self.shapes, self.history[-1], strict=True) if not p.is_leaf
-        }
-        self._placed = Placed(watched, self.edits, marks=True, in_mode=kernels is not None)
+        with torch_private.unseen():
+            watched = {
+                n: p for n, p in zip(self.shapes, self.history[-1], strict=True) if not p.is_leaf
+            }
+            self._placed = Placed(watched, self.edits, marks=True, in_mode=kernels is not None)
         self.edits.handed_out.clear()
         self.edits.start(watched)
 
     def check_edits(self) -> None:
         """Raise if a parameter was edited since it was placed, and autograd did not see it."""
         if self._placed is not None:
-            self._placed.check(self._view.read, self.edits.handed_out)
+            with torch_private.unseen():
+                self._placed.check(self._view.read, self.edits.handed_out)
 
     @contextmanager
     def own_code(self, *, users_too: bool) -> Iterator[None]:
