@@ -448,6 +448,16 @@ NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
 """The ``__torch_function__`` of a class of tensors that has none, like that of `nn.Parameter`."""
 
 
+def plain_tensors() -> Any:
+    """Return the block in which subclasses of tensors are handed no operation."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def unseen() -> Any:
+    """Return the block in which neither modes nor subclasses are handed an operation."""
+    return torch._C.DisableTorchFunction()
+
+
 def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
     """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
     return Tensor._make_subclass(cls, tensor)
