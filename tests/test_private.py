@@ -46,6 +46,8 @@ EXERCISED = {
     "hooks_so_far",
     "is_wrapped",
     "versions",
+    "plain_tensors",
+    "unseen",
     "nodes_so_far",
     "is_newer",
     "only_forward_mode",
@@ -188,6 +190,32 @@ def test_whether_the_innermost_grad_sees_a_tensor():
     torch.func.vmap(lambda x: note("grad in vmap", x))(torch.ones(3, 2))
     assert seen == {key: key.startswith(("inner", "both")) for key in seen}
     assert len(seen) == 16
+
+
+def test_blocks_in_which_operations_are_not_handed_over():
+    seen: list[str] = []
+
+    class Told(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append("class")
+            return super().__torch_function__(func, types, args, kwargs)
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append("mode")
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2).as_subclass(Told)
+    with Mode():
+        with torch_private.plain_tensors():
+            x.exp()
+        assert seen == ["mode"]
+        with torch_private.unseen():
+            x.exp()
+    assert seen == ["mode"]
+    x.exp()
+    assert seen == ["mode", "class"]
 
 
 def test_the_version_counts_writes_in_place():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, SupportsIndex, TypeVar
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from innerloop._module.checks import refuse_clipping
+from innerloop._module.copier import GONE
 from innerloop._types import Params
 from innerloop._utils import torch_private
-from innerloop.errors import NotDifferentiableError
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 
 Result = TypeVar("Result")
 
@@ -65,7 +67,7 @@ class EditWatch:
     def __init__(self, refusal: Callable[[str, str], NotDifferentiableError]) -> None:
         self.refusal = refusal
         self.seen = False
-        self.refused: NotDifferentiableError | None = None
+        self.refused: InnerLoopError | None = None
         self.is_on = False
         self.placed: Placed | None = None
         self.handed_out: dict[int, Tensor] = {}
@@ -182,7 +184,7 @@ class EditWatch:
         if not allowed and not (weight is not None and weight.is_leaf):
             how = "by load_state_dict or copy_" if name == "copy_" else f"by {name.strip('_')}_"
             how = "by .data = ..." if name == "data" else how
-            self.refused = self.refusal(target.weight, how)
+            self.refused = refused(self.refusal, target.weight, how)
             raise self.refused
         if placed is None:
             return result()
@@ -294,10 +296,10 @@ class Placed:
         ):
             if newest[name] is p and not p.is_leaf and not self._is_recorded(p):
                 if was != is_now:
-                    raise self._refusal(name, "in place")
+                    raise refused(self._refusal, name, "in place")
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
-                    raise self._refusal(name, "in place")
+                    raise refused(self._refusal, name, "in place")
 
     def accept(self, names: Collection[str], handed_out: dict[int, Tensor]) -> None:
         """Take weights as they are now for what was placed."""
@@ -370,6 +372,24 @@ class Weight(Tensor, metaclass=_TensorClass):
             self.__class__ = own
             if watch is not None:
                 vars(self)[_WATCH] = watch
+
+
+_PARAMETRIZING = (
+    "torch.nn.utils.parametriz",
+    "torch.nn.utils.prune",
+    "torch.nn.utils.spectral_norm",
+    "torch.nn.utils.weight_norm",
+)
+
+
+def refused(refusal: Callable[[str, str], InnerLoopError], weight: str, how: str) -> InnerLoopError:
+    """Return the error for an edit of a weight: that of a parametrization, where one is at work."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").startswith(_PARAMETRIZING):
+            return InvalidInputError(GONE.format(weight))
+        frame = frame.f_back
+    return refusal(weight, how)
 
 
 class WatchedWeight(Weight):
