@@ -230,7 +230,7 @@ def test_steps_and_gradients_are_those_of_the_class(cls: Any):
 EXACT = (innerloop.Checkpointed(slots=2), innerloop.Checkpointed(save="gradients"))
 
 
-@pytest.mark.parametrize(
+some_classes = pytest.mark.parametrize(
     "cls",
     [
         pytest.param(
@@ -239,6 +239,9 @@ EXACT = (innerloop.Checkpointed(slots=2), innerloop.Checkpointed(save="gradients
         for c in CLASSES
     ],
 )
+
+
+@some_classes
 @pytest.mark.parametrize("strategy", EXACT, ids=repr)
 def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
     task = Task()
@@ -264,7 +267,7 @@ def test_forward_mode(cls: Any):
     assert_params(found[1], found[0], 1e-10)
 
 
-@each_class
+@some_classes
 def test_a_second_derivative_of_the_loop(cls: Any):
     task = Task()
     along = directions(task.params(), 2)
@@ -291,7 +294,7 @@ def test_a_second_derivative_of_the_loop(cls: Any):
     assert_derivative(inner(second, [along[1]]), truth, f"{cls.__name__}: second derivative")
 
 
-@each_class
+@some_classes
 def test_update_changes_nothing_that_it_is_given(cls: Any):
     task = Task()
     params = task.params()

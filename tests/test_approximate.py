@@ -227,6 +227,7 @@ def trained(strategy: Strategy, rule: str, steps: int, second_too: bool) -> list
     return [outer.detach(), *(x.detach() for x in first), *second, torch.rand(1)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize(
     ("steps", "second_too"),

@@ -520,6 +520,7 @@ def _through_three_steps(problem: innerloop.Problem, **kwargs: Any) -> Any:
 AT = {"w": torch.tensor(2.0), "lr": torch.tensor(0.1)}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("how", ["detach", "no_grad", "data"])
 @pytest.mark.parametrize("strategy", [innerloop.StoreAll(), innerloop.Checkpointed()], ids=repr)
 def test_a_gradient_with_constant_targets_is_told_from_a_wrong_one(

@@ -236,6 +236,7 @@ def test_kept_gradients(rule: str, slots: int, product: str):
     assert_as_stored(Checkpointed(slots=slots, product=product, save="gradients"), rule, 7)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("save", ["params", "gradients"])
 @pytest.mark.parametrize("slots", [1, 3, "all"])
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
@@ -1074,6 +1075,7 @@ def second_truth(rule: str, how: str) -> Tensor:
     return SECOND[how](flat_objective(rule, StoreAll()))
 
 
+@pytest.mark.covering
 @each_product
 @pytest.mark.parametrize(
     ("rule", "how"),
@@ -1683,6 +1685,7 @@ WITHOUT_TRANSFORMS: list[Strategy] = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("strategy", WITHOUT_TRANSFORMS, ids=repr)
 @pytest.mark.parametrize("kind", LEAVES)
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
@@ -1797,6 +1800,7 @@ def _noisy(hidden: str, source: str) -> Any:
     return loss
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("strategy", REPLAYS, ids=repr)
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 @pytest.mark.parametrize("source", ["numpy", "generator"])
@@ -1838,6 +1842,7 @@ def _under(transform: str, loss: Any, strategy: Strategy) -> Any:
     return REPLAYING[transform](outer)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("product", ["reverse", "mixed"])
 @pytest.mark.parametrize("save", ["params", "gradients"])
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "hessian"])
@@ -1946,6 +1951,7 @@ SOURCES: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
     "strategy",

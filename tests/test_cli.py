@@ -369,6 +369,7 @@ def test_the_command_is_installed() -> None:
     assert script.load() is cli.main
 
 
+@pytest.mark.slow
 def test_a_terminal_without_greek_gets_question_marks_and_no_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "innerloop.cli", "walkthrough", "--no-picture"],

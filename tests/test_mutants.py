@@ -107,6 +107,7 @@ print(mutants.mutations.PACKAGE.joinpath(path).read_text()
 """
 
 
+@pytest.mark.slow
 def test_a_planted_mistake_is_caught_and_no_mistake_is_not(tmp_path: Path) -> None:
     """By the docstring of SGD, whose derivatives are a closed form."""
     if not (ROOT / ".git").exists():

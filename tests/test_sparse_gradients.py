@@ -126,6 +126,7 @@ def truth(name: str, settings: dict[str, Any], how: str, kind: str) -> float:
     return derivative(value)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("how", "kind"),
     [

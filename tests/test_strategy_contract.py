@@ -122,6 +122,7 @@ def test_precision_is_kept(strategy: Strategy):
 # -- gradients -------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @each_exact_strategy()
 @each_rule
 @each_outer
@@ -135,6 +136,7 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
         )
 
 
+@pytest.mark.covering(2)
 @each_exact_strategy()
 @each_rule
 @each_outer

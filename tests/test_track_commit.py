@@ -109,6 +109,7 @@ def assert_same(
     torch.testing.assert_close(state["state"], expected["state"], rtol=0, atol=0)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("learn", ["init", "nothing"])
 @pytest.mark.parametrize("size", [1, 3, 12])
 @pytest.mark.parametrize("kind", [TwoLayers, Images])

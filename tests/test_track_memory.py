@@ -94,6 +94,7 @@ EPISODES: dict[str, Callable[..., None]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 @pytest.mark.parametrize("kind", list(EPISODES))
 def test_episodes_leave_no_objects(kind: str, learn: str):

@@ -286,6 +286,7 @@ def test_forward_mode_equals_reverse_mode(case: Enrolled):
     )
 
 
+@pytest.mark.covering
 @each_exact_strategy()
 @few_always
 def test_every_exact_strategy_gives_what_store_all_gives(

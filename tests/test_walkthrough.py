@@ -343,6 +343,7 @@ def test_the_stored_notebook_is_the_one_its_source_makes(builder: ModuleType) ->
     assert stored.metadata == made.metadata
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_prints_the_known_numbers(builder: ModuleType) -> None:
     made = builder.execute(builder.unexecuted(builder.SOURCE.read_text(encoding="utf-8")))
     everything = "".join(printed(made))
