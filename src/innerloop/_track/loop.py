@@ -143,6 +143,7 @@ class TrackedLoop:
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
+        self._hypers: list[dict[str, object]] = []
         self._sparse = set(self._view.sparse)
 
     @property
@@ -286,16 +287,18 @@ class TrackedLoop:
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
-        overrides = {**self.hyper, **(hyper or {})}
         self._edits.is_on = False
         try:
             with torch.set_grad_enabled(self.learn != "nothing"):
+                own = self._aliased_hyper(hyper or {})
+                overrides = {**self.hyper, **own, **(hyper or {})}
                 params = {name: current[name] for name in self._names}
                 more: dict[str, Any] = {}
                 if closure is not None and self._optimizer.needs_closure:
 
                     def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                        found, grads = evaluate({**current, **trial}, self._as_loss)
+                        at = {**current, **with_dense_gradients(trial, self._sparse)}
+                        found, grads = evaluate(at, self._as_loss)
                         return self._as_seen(found), grads
 
                     more["value_and_grad"] = CachedFirstEvaluation(
@@ -316,6 +319,7 @@ class TrackedLoop:
             number = value.detach().clone()
             updated = with_dense_gradients(updated, self._sparse)
             self._place(self._advance(current, updated, state, value, number))
+            self._hypers.append(own)
         finally:
             self._edits.is_on = True
         return number
@@ -393,7 +397,23 @@ class TrackedLoop:
         """Return the states and losses so far."""
         states = {**self._states, self._steps: self._now()}
         missing = 'with learn="nothing" only time 0 and -1 are kept: use learn="init" or "outer"'
-        return Trajectory(states, self._stacked_losses, None, self._steps, missing)
+        found = Trajectory(states, self._stacked_losses, None, self._steps, missing)
+        found.hypers = tuple(self._hypers)
+        return found
+
+    def _aliased_hyper(self, instead: Mapping[str, object]) -> dict[str, object]:
+        """Return an alias of what is learned, so that each step's share of it can be told apart.
+
+        Args:
+            instead: what this step reads from somewhere else.
+        """
+        if self.learn == "nothing":
+            return {}
+        return {
+            name: tree.map_tensors(lambda x: _alias(x) if x.requires_grad else x, value)
+            for name, value in self.hyper.items()
+            if name not in instead
+        }
 
     def detach(self) -> None:
         """Cut the graph here: weights, buffers, optimizer state are kept, time restarts at 0.
@@ -413,7 +433,7 @@ class TrackedLoop:
             )
         self._states = {0: carry._replace(params=self._view.read())}
         self._steps = 0
-        self._losses = []
+        self._losses, self._hypers = [], []
         self._place()
 
     def commit(self) -> None:
