@@ -267,7 +267,7 @@ def navigation(seeds: int = 1, iterations: int = 40) -> None:
         print(f"seed {seed}: {learner.summary()}", flush=True)
 
 
-def cheetah(iterations: int = 200) -> None:
+def cheetah(iterations: int = 100) -> None:
     """Figure 8: which way to run, episodes of 200 steps."""
     learner = MetaLearner(
         MetaConfig(
