@@ -6,6 +6,7 @@ Nothing is compiled here. In place of the compiler stand functions that make the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import innerloop
 from innerloop._utils import tree
-from innerloop._utils.compiled_check import check_compiled, difference_beyond_rounding
+from innerloop._utils.compiled_check import LaterChecks, check_compiled, difference_beyond_rounding
 
 
 def numbers(*values: float) -> Tensor:
@@ -154,4 +155,56 @@ def test_a_wrong_meta_gradient_is_refused_and_named(
             hyper={"scale": torch.tensor(2.0)},
             steps=2,
             compile=True,
+        )
+
+
+def test_later_checks_take_less_than_two_percent_and_come_at_random() -> None:
+    checks = LaterChecks()
+    assert not checks.due()
+    checks.checked(0.05)
+    spent, calls, places = 0.0, 100_000, []
+    for i in range(calls):
+        checks.called(0.01)
+        if checks.due():
+            spent += 0.05
+            checks.checked(0.05)
+            places.append(i)
+    assert len(places) > 50
+    assert spent < 0.02 * 0.01 * calls
+    assert len({b - a for a, b in itertools.pairwise(places)}) > 20
+
+
+def test_a_compiler_that_goes_wrong_later_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [0]
+
+    def wrong_after_ten(found: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] < 10:
+            raise IndexError
+        result: Tensor = found[0][0]["w"]
+        return result
+
+    monkeypatch.setattr(torch, "compile", spoiled(wrong_after_ten))
+    monkeypatch.setattr(LaterChecks, "due", lambda self: True)
+    with pytest.raises(innerloop.MetaGradientError, match=r"the step, compiled,.* params\['w'\]"):
+        innerloop.metagradient(
+            lambda traj, hyper: traj.params["w"].sum(),
+            innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1)),
+            {"w": torch.tensor([0.5, -0.25])},
+            None,
+            hyper={"scale": torch.tensor(2.0)},
+            steps=20,
+            strategy=innerloop.StoreAll(compile=True),
+        )
+
+
+def test_rounding_that_a_derivative_magnifies_is_accepted() -> None:
+    eager = {"gradient of hyper": [numbers(1.0)]}
+    found = {"gradient of hyper": [numbers(1.005)]}
+    with pytest.raises(innerloop.MetaGradientError):
+        check_compiled(found, eager, "x")
+    check_compiled(found, eager, "x", perturbed=lambda: {"gradient of hyper": [numbers(1.001)]})
+    with pytest.raises(innerloop.MetaGradientError):
+        check_compiled(
+            found, eager, "x", perturbed=lambda: {"gradient of hyper": [numbers(1.0001)]}
         )

@@ -1,5 +1,5 @@
-"""``Checkpointed(compile=True)``: the step and its pullback, compiled once, are those of uncompiled
-code."""
+"""Compiled steps, of ``Checkpointed(compile=True)`` and ``StoreAll(compile=True)``, compiled loops
+and compiled chunks of tasks are those of uncompiled code."""
 
 from __future__ import annotations
 
@@ -140,9 +140,11 @@ def test_a_module(layer: type[nn.Module]):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_random_numbers_are_refused():
-    with pytest.raises(innerloop.InnerLoopError, match="random numbers"):
-        of_module(nn.LayerNorm, 0.5, Checkpointed(compile=True))
+def test_dropout_draws_the_numbers_of_eager_code():
+    expected = of_module(nn.LayerNorm, 0.5, StoreAll())
+    for strategy in (Checkpointed(slots=2, compile=True), StoreAll(compile=True)):
+        for ours, theirs in zip(of_module(nn.LayerNorm, 0.5, strategy), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_captured_tensors_are_refused():
@@ -244,3 +246,182 @@ def test_a_softmax_regression_compiled(rule: str):
         for strategy in (StoreAll(), Checkpointed(compile=True))
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+# -- StoreAll(compile=True) ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_store_all_compiled_equals_store_all(rule: str):
+    learned = problem(rule)
+    value, grads = gradients(StoreAll(), learned)
+    ours, found = gradients(StoreAll(compile=True), learned)
+    torch.testing.assert_close(ours, value, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found["params"], grads["params"], rtol=1e-12, atol=1e-13)
+    for name in ("log_lr", "decay", "data"):
+        torch.testing.assert_close(
+            found["hyper"][name], grads["hyper"][name], rtol=1e-12, atol=1e-13
+        )
+
+
+def test_one_compiled_step_serves_loops_of_every_length():
+    learned = innerloop.Problem(
+        lambda p, h, b: p["x"].sin().sum() * h, innerloop.optim.adam(lr=0.1, eps=0.1)
+    )
+
+    def run(steps: int, strategy: Strategy) -> Any:
+        return innerloop.metagradient(
+            lambda traj, h: sum(traj.at(t).params["x"].sum() for t in range(steps + 1)),
+            learned,
+            {"x": smooth_noise(3)},
+            None,
+            steps=steps,
+            hyper=torch.tensor(0.7),
+            strategy=strategy,
+        )
+
+    run(2, StoreAll(compile=True))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found = run(30, StoreAll(compile=True))
+    torch.testing.assert_close(found, run(30, StoreAll()), rtol=1e-12, atol=1e-13)
+
+
+def test_the_states_of_a_compiled_loop_are_those_of_an_eager_one():
+    learned = problem("adam")
+    trajs = [
+        innerloop.unroll(learned, start(), batches(), hyper=hyper(), strategy=strategy)
+        for strategy in (StoreAll(), StoreAll(compile=True))
+    ]
+    for t in trajs[0].times:
+        eager, compiled = (traj.at(t) for traj in trajs)
+        assert compiled.time == eager.time
+        assert compiled.optimizer_state.count == eager.optimizer_state.count
+        assert type(compiled.optimizer_state.count) is int
+        torch.testing.assert_close(compiled.params, eager.params, rtol=1e-12, atol=1e-13)
+    # One loop of four steps is two loops of two.
+    half, again = batches()[:2], batches()[2:]
+    first = innerloop.unroll(learned, start(), half, hyper=hyper(), strategy=StoreAll(compile=True))
+    second = innerloop.unroll(
+        learned, first.at(-1), again, hyper=hyper(), strategy=StoreAll(compile=True)
+    )
+    torch.testing.assert_close(second.params, trajs[0].params, rtol=1e-12, atol=1e-13)
+
+
+def test_compiled_steps_have_no_further_derivative():
+    learned = problem("momentum")
+    params = {n: p.requires_grad_() for n, p in start().items()}
+    traj = innerloop.unroll(
+        learned, params, batches(), hyper=hyper(), strategy=StoreAll(compile=True)
+    )
+    end = traj.params["weight"].sin().sum()
+    first, again = (
+        torch.autograd.grad(end, params["weight"], retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    (g,) = torch.autograd.grad(end, params["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(g.sum(), params["weight"])
+
+
+def test_inside_a_transform_nothing_is_compiled():
+    learned = problem("momentum")
+
+    def value(w: Tensor, strategy: Strategy) -> Tensor:
+        traj = innerloop.unroll(
+            learned, {**start(), "weight": w}, batches(), hyper=hyper(), strategy=strategy
+        )
+        return traj.params["weight"].sin().sum()
+
+    w = torch.stack([start()["weight"], 0.5 * start()["weight"]])
+    for transform in (torch.func.vmap, torch.func.hessian):
+        at = w if transform is torch.func.vmap else w[0]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = transform(lambda w: value(w, StoreAll(compile=True)))(at)
+        torch.testing.assert_close(found, transform(lambda w: value(w, StoreAll()))(at))
+
+
+def test_a_problem_that_changes_its_code_is_compiled_again_and_warned_about():
+    learned = innerloop.Problem(
+        lambda p, h, b: (p["x"] * b).square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
+
+    def run(columns: int) -> Any:
+        return innerloop.metagradient(
+            lambda traj, h: traj.params["x"].sum(),
+            learned,
+            {"x": torch.ones((2,) * columns)},
+            torch.ones(2, *(2,) * columns),
+            wrt="params",
+            strategy=StoreAll(compile=True),
+        )
+
+    for columns in range(1, 4):
+        run(columns)
+    with pytest.warns(innerloop.RecompilationWarning, match="compiled 4 times"):
+        run(4)
+
+
+def test_whole_loops_of_many_problems_and_outer_losses():
+    """More than the eight recompilations that torch.compile allows one function."""
+    for i in range(10):
+        learned = innerloop.Problem(scaled(i + 1), innerloop.optim.sgd(lr=0.007))
+        _, grads = innerloop.metagradient(
+            lambda traj, h: traj.params["x"].sum(),
+            learned,
+            {"x": torch.ones(2)},
+            None,
+            steps=2,
+            wrt="params",
+            compile=True,
+        )
+        torch.testing.assert_close(
+            grads["x"], torch.full((2,), (1 - 0.007 * (i + 1) ** 2) ** 2), rtol=1e-12, atol=0
+        )
+
+
+# -- map_tasks(compile=True) -----------------------------------------------------------------------
+
+
+def test_compiled_chunks_equal_eager_ones():
+    learned = innerloop.Problem(
+        lambda p, h, b: (b @ p["w"]).tanh().square().mean(), innerloop.optim.adam(lr=0.1, eps=0.1)
+    )
+
+    def one(task: dict[str, Tensor], params: dict[str, Tensor]) -> Any:
+        return innerloop.metagradient(
+            lambda traj, h: (task["outer"] @ traj.params["w"]).square().mean(),
+            learned,
+            params,
+            task["inner"],
+            wrt="params",
+        )
+
+    tasks = {"inner": smooth_noise(5, 2, 4, 3), "outer": smooth_noise(5, 4, 3, phase=2.0)}
+    params = {"w": smooth_noise(3, 2, phase=3.0)}
+    for reduce in (None, "mean"):
+        expected = innerloop.map_tasks(one, tasks, params, reduce=reduce)
+        # The last chunk is filled up: one compilation serves all.
+        found = innerloop.map_tasks(one, tasks, params, reduce=reduce, chunk_size=2, compile=True)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_chunks_refuse_foreign_rules_and_random_numbers():
+    tasks = torch.ones(3, 2)
+    for loss, says in (
+        (lambda p, h, b: _clipped(p["w"] * b).square().sum(), "_Clipped"),
+        (lambda p, h, b: nn.functional.dropout(p["w"] * b, 0.5).square().sum(), "random"),
+    ):
+        learned = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+
+        def one(task: Tensor, params: Any, learned: innerloop.Problem = learned) -> Any:
+            return innerloop.metagradient(
+                lambda traj, h: traj.params["w"].square().sum(),
+                learned,
+                params,
+                task[None].expand(2, 2),
+                wrt="params",
+            )
+
+        with pytest.raises((innerloop.InnerLoopError, RuntimeError), match=says):
+            innerloop.map_tasks(one, tasks, {"w": torch.ones(2)}, compile=True)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ EXERCISED = {
     "hooks_so_far",
     "is_wrapped",
     "versions",
+    "plain_tensors",
+    "unseen",
     "nodes_so_far",
     "is_newer",
     "only_forward_mode",
@@ -74,6 +77,9 @@ EXERCISED = {
     "data_getter",
     "backward_hooks",
     "wrap_backward_hooks",
+    "compile_graph",
+    "keeping_buffers",
+    "random_row_by_row",
 }
 
 
@@ -184,6 +190,32 @@ def test_whether_the_innermost_grad_sees_a_tensor():
     torch.func.vmap(lambda x: note("grad in vmap", x))(torch.ones(3, 2))
     assert seen == {key: key.startswith(("inner", "both")) for key in seen}
     assert len(seen) == 16
+
+
+def test_blocks_in_which_operations_are_not_handed_over():
+    seen: list[str] = []
+
+    class Told(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append("class")
+            return super().__torch_function__(func, types, args, kwargs)
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append("mode")
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2).as_subclass(Told)
+    with Mode():
+        with torch_private.plain_tensors():
+            x.exp()
+        assert seen == ["mode"]
+        with torch_private.unseen():
+            x.exp()
+    assert seen == ["mode"]
+    x.exp()
+    assert seen == ["mode", "class"]
 
 
 def test_the_version_counts_writes_in_place():
@@ -694,3 +726,40 @@ def test_forward_mode_in_one_thread_at_a_time():
     with torch_private.only_forward_mode(), torch_private.only_forward_mode():
         assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1
     assert not torch_private.inside_transform()
+
+
+def test_a_compiled_backward_pass_may_keep_its_graph():
+    before = torch._functorch.config.donated_buffer
+    with torch_private.keeping_buffers():
+        assert not torch._functorch.config.donated_buffer
+    assert torch._functorch.config.donated_buffer == before
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_graph_is_compiled_with_options():
+    graph = torch.fx.symbolic_trace(lambda x: (x.sin() + 1,))
+    x = torch.arange(3.0)
+    (found,) = torch_private.compile_graph(graph, [x], {"layout_optimization": False})(x)
+    torch.testing.assert_close(found, x.sin() + 1)
+
+
+def test_each_row_below_vmap_draws_its_own_random_numbers():
+    states = [torch.Generator().manual_seed(i).get_state() for i in range(3)]
+
+    @contextmanager
+    def use(row: int) -> Iterator[None]:
+        torch.set_rng_state(states[row])
+        yield
+        states[row] = torch.get_rng_state()
+
+    def draw(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.rand(2), torch.nn.functional.dropout(x), x.clone().normal_(), torch.randperm(5)
+
+    xs = torch.ones(3, 4)
+    with torch_private.random_row_by_row(3, use):
+        found = torch.func.vmap(draw, randomness="different")(xs)
+    for i in range(3):
+        torch.manual_seed(i)
+        for ours, theirs in zip(found, draw(xs[i]), strict=True):
+            assert torch.equal(ours[i], theirs)

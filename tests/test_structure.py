@@ -172,7 +172,7 @@ REGISTRIES = {
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
     "strategy/_engine/schedule.py": "binomial schedules: functions of two integers",
     "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
-    "_track/edits.py:_watching": "the loops whose block is running, emptied by their ends",
+    "_module/edits.py:_watching": "the loops whose block is running, emptied by their ends",
     "_utils/torch_private.py:_forward_thread": "the thread that holds forward mode, emptied by it",
 }
 """What is kept at module level and is no cache: facts that nothing recomputes, or pure numbers."""

@@ -397,6 +397,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("edit", HABITS)

@@ -771,10 +771,12 @@ def test_a_parametrization_applied_in_mid_loop_is_refused(apply: Callable[[nn.Mo
     ):
         loop.step(loop.model(features(0)).square().mean())
         apply(loop.model.body)
-    with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
+    with (  # noqa: PT012
+        pytest.raises(innerloop.InvalidInputError, match="before"),
+        innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps),
+    ):
         steps.step(patched(features(0)).square().mean())
-        with pytest.raises(innerloop.InvalidInputError, match="before"):
-            apply(patched.body)
+        apply(patched.body)
 
 
 def doubled(layer: nn.Module) -> None:
@@ -801,10 +803,12 @@ def test_a_parametrization_removed_in_mid_loop_is_refused(
         loop.step(loop.model(features(0)).square().mean())
         remove(loop.model.body)
         loop.step(loop.model(features(0)).square().mean())
-    with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
+    with (  # noqa: PT012
+        pytest.raises(innerloop.InvalidInputError, match="before"),
+        innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps),
+    ):
         steps.step(patched(features(0)).square().mean())
-        with pytest.raises(innerloop.InvalidInputError, match="before"):
-            remove(patched.body)
+        remove(patched.body)
     model(features(0)).sum().backward()  # the user's own still has its parametrization
 
 

@@ -21,6 +21,28 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(
         "metagradient, vmap", innerloop_unroll.prepare_vmap, ("innerloop",), ("M1",), ours=True
     ),
+    Contender(
+        "StoreAll(compile=True)",
+        partial(innerloop_unroll.prepare, compile=True),
+        ("innerloop",),
+        ("M2", "M3", "M4"),
+        ours=True,
+    ),
+    Contender(
+        "Checkpointed(slots='all', compile=True)",
+        partial(innerloop_unroll.prepare, strategy="Checkpointed", slots="all", compile=True),
+        ("innerloop",),
+        ("M4",),
+        ours=True,
+    ),
+    Contender("map_tasks", innerloop_unroll.prepare_map_tasks, ("innerloop",), ("M1",), ours=True),
+    Contender(
+        "map_tasks(compile=True)",
+        partial(innerloop_unroll.prepare_map_tasks, compile=True),
+        ("innerloop",),
+        ("M1",),
+        ours=True,
+    ),
     Contender("higher", higher_loop.prepare, ("higher",)),
     Contender("TorchOpt", torchopt_loop.prepare, ("torchopt",)),
     Contender("hand-written loop", handwritten.prepare),

@@ -64,6 +64,35 @@ def prepare_vmap(workload: Workload, strategy: str = "StoreAll", **options: Any)
     return run
 
 
+def prepare_map_tasks(workload: Workload, compile: bool = False) -> MetaGradient:
+    """All tasks in one chunk of `innerloop.map_tasks`."""
+    import innerloop
+
+    problem, forward, model = problem_of(workload)
+    tasks = workload.batches()
+    initial = {name: p.detach() for name, p in model.named_parameters()}
+    data = _stack([_stack(task.inner) for task in tasks]), _stack([task.outer for task in tasks])
+
+    def one_task(data: tuple[Batch, Batch], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        inner, outer = data
+
+        def outer_loss(trajectory: innerloop.Trajectory, _: object) -> Tensor:
+            return loss(forward(trajectory.params, outer.x), outer.y)
+
+        grads: dict[str, Tensor] = innerloop.metagradient(
+            outer_loss, problem, params, inner, wrt="params"
+        )[1]
+        return grads
+
+    def run() -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = innerloop.map_tasks(
+            one_task, data, initial, reduce="mean", compile=compile
+        )
+        return found
+
+    return run
+
+
 def problem_of(workload: Workload) -> tuple[innerloop.Problem, Forward, torch.nn.Module]:
     import innerloop
 

@@ -4,6 +4,7 @@ from innerloop import higher, inspect, nn, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._metagradient.metagradient import metagradient
+from innerloop._metagradient.tasks import map_tasks
 from innerloop._module.functional import functional
 from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
@@ -12,6 +13,7 @@ from innerloop._track.loop import TrackedLoop
 from innerloop._track.track import track
 from innerloop._trajectory import Trajectory
 from innerloop._unroll import unroll
+from innerloop._utils.compiling import compile_cache
 from innerloop._utils.tree import assign
 from innerloop.errors import (
     BiasedSurrogateWarning,
@@ -27,6 +29,8 @@ from innerloop.errors import (
     NotConvergedWarning,
     NotDifferentiableError,
     PrecisionWarning,
+    ProcessGroupError,
+    RecompilationWarning,
     SingularSystemError,
     SolverError,
     SolverNotConvergedError,
@@ -73,6 +77,8 @@ __all__ = [
     "Plan",
     "PrecisionWarning",
     "Problem",
+    "ProcessGroupError",
+    "RecompilationWarning",
     "SingularSystemError",
     "SolverError",
     "SolverNotConvergedError",
@@ -84,11 +90,13 @@ __all__ = [
     "assign",
     "attribute",
     "check_metagradient",
+    "compile_cache",
     "diagnose",
     "functional",
     "higher",
     "implicit_root",
     "inspect",
+    "map_tasks",
     "metagradient",
     "nn",
     "optim",

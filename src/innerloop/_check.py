@@ -514,7 +514,7 @@ def _called_by_user() -> bool:
         module = str(frame.f_globals.get("__name__"))
         package = module.partition(".")[0]
         # Modes that see calls, and checkers of types, stand between the caller and torch.
-        between = (__name__, "innerloop.nn._mode", "innerloop._track.edits")
+        between = (__name__, "innerloop.nn._mode", "innerloop._module.edits")
         if package not in ("torch", "jaxtyping") and module not in between:
             return package != "innerloop"
         frame = frame.f_back

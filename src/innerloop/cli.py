@@ -423,6 +423,7 @@ def _learners() -> dict[str, tuple[Any, Any]]:
     return {
         "ppo": (ppo.PPO, ppo.PPOConfig),
         "meta": (meta.MetaLearner, meta.MetaConfig),
+        "meta-gradient": (meta.MetaGradient, meta.MetaGradientConfig),
     }
 
 
@@ -436,6 +437,8 @@ def _add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
             more = {"action": argparse.BooleanOptionalAction}
         elif hint == tuple[int, ...]:
             more = {"type": int, "nargs": "*"}
+        elif hint == tuple[str, ...]:
+            more = {"type": str, "nargs": "*"}
         elif type(None) in getattr(hint, "__args__", ()):
             more = {"type": next(t for t in hint.__args__ if t is not type(None))}
         command.add_argument(
@@ -529,7 +532,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--markdown", action="store_true", help="print the table for a page")
     command = commands.add_parser(
         "rl",
-        help="train by reinforcement learning: ppo, meta",
+        help="train by reinforcement learning: ppo, meta, meta-gradient",
         description="Train a policy. Every option is a field of the settings that the reference "
         "describes.",
     )

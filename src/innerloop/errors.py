@@ -43,6 +43,10 @@ class SolverNotConvergedError(SolverError):
     """An iterative solver stopped before it reached its tolerance."""
 
 
+class ProcessGroupError(InnerLoopError):
+    """Another process of a group has ended or raised an error."""
+
+
 class NotConvergedWarning(UserWarning):
     """An inner problem was differentiated implicitly before it had converged."""
 
@@ -65,6 +69,10 @@ class BiasedSurrogateWarning(UserWarning):
 
 class CostWarning(UserWarning):
     """What was asked for will take long; it says how long, and what would be cheaper."""
+
+
+class RecompilationWarning(UserWarning):
+    """Compiled code is compiled again and again, which takes longer than it saves."""
 
 
 class MissingExtraError(InnerLoopError, ImportError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from innerloop._inner_gradient.graph import refusing_own_functions
@@ -14,11 +14,36 @@ from innerloop._problem import Problem
 from innerloop._types import Result
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import check_compiled
+from innerloop._utils.compiled_check import LaterChecks, check_compiled
+from innerloop._utils.compiling import Compiled
+from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.nn._catalogue import HIDDEN
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs, Objective
 
-_verified: MutableMapping[Problem, set[object]] = cache("verified meta-gradients", weak=True)
+WHAT = "the meta-gradient"
+
+
+class _Whole:
+    """The compiled meta-gradient of one problem and one outer loss.
+
+    Attributes:
+        call: the compiled `Strategy.value_and_grad`.
+        verified: shapes and settings at which it was compared with eager code.
+        later: when it is compared again.
+    """
+
+    def __init__(self) -> None:
+        def value_and_grad(strategy: Any, objective: Any, inputs: Any, wrt: Any) -> Any:
+            return strategy.value_and_grad(objective, inputs, wrt)
+
+        self.call = Compiled(value_and_grad, WHAT, HIDDEN)
+        self.verified: set[object] = set()
+        self.later = LaterChecks()
+
+
+_wholes: MutableMapping[Problem, dict[object, _Whole]] = cache("compiled meta-gradients", weak=True)
 
 
 def compiled_value_and_grad(
@@ -27,26 +52,54 @@ def compiled_value_and_grad(
     inputs: Inputs,
     wrt: tuple[str, ...],
     unreached: Unreached,
-    variant: object,
+    variant: tuple[object, ...],
 ) -> tuple[Result, dict[str, Any]]:
     """Return `Strategy.value_and_grad`, compiled as a whole.
 
     A transform over a compiled function would run eagerly, so the compiler goes outermost.
+
+    Args:
+        variant: what the code depends on besides ``inputs``; the first of them is the outer loss.
     """
-    compiled = torch.compile(strategy.value_and_grad, fullgraph=True)
-    result, grads = compiled(objective, inputs, wrt)
+    outer, *settings = variant
+    # By the code of the outer loss: a function that is made anew at each call has the same.
+    key = getattr(outer, "__code__", outer)
+    whole = _wholes.setdefault(unreached.problem, {}).setdefault(key, _Whole())
+
+    def eager() -> tuple[Result, dict[str, Any]]:
+        with refusing_own_functions(), at_random_state(random_state):
+            return strategy.value_and_grad(objective, inputs, wrt)
+
+    random_state, before = RandomState.now(), whole.call.compilations
+    begin = time.perf_counter()
+    try:
+        result, grads = whole.call(strategy, objective, inputs, wrt)
+    except NotDifferentiableError:
+        _explain(eager)
+        raise
+    end = time.perf_counter()
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
-    key = (shapes, wrt, strategy, variant)
-    known = _verified.setdefault(unreached.problem, set())
-    if key not in known:
-        with refusing_own_functions():
-            eager_result, eager_grads = strategy.value_and_grad(objective, inputs, wrt)
+    kind = (shapes, wrt, strategy, *settings)
+    known = whole.call.compilations == before and kind in whole.verified
+    if known:
+        whole.later.called(end - begin)
+    if not known or whole.later.due():
+        eager_result, eager_grads = eager()
         eager_grads = unreached.filled(inputs, eager_grads)
-        check_compiled(
-            _groups(result, grads), _groups(eager_result, eager_grads), "the meta-gradient"
-        )
-        known.add(key)
+        check_compiled(_groups(result, grads), _groups(eager_result, eager_grads), WHAT)
+        whole.verified.add(kind)
+        whole.later.checked(time.perf_counter() - end)
     return tree.map_tensors(Tensor.detach, (result, grads))
+
+
+def _explain(eager: Any) -> None:
+    """Raise the true reason if eager code can tell why it cannot be compiled."""
+    try:
+        eager()
+    except InnerLoopError:
+        raise
+    except Exception:
+        return
 
 
 def _groups(result: object, grads: Mapping[str, object]) -> dict[str, object]:

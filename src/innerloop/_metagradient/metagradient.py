@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report
 from innerloop.errors import InvalidInputError, NonFiniteError
+from innerloop.nn._mode import replacing
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs
 from innerloop.strategy._store_all import StoreAll
@@ -124,7 +126,10 @@ def metagradient(
             save_at=save_at,
             progress=progress,
         )
-        result = outer(traj, inputs.hyper)
+        # Compiled as a whole, the outer loss is differentiated by torch.func, which asks for second
+        # derivatives of what it meets.
+        with replacing() if mode() is Mode.COMPILING else nullcontext():
+            result = outer(traj, inputs.hyper)
         loss = check_loss(
             result[0] if isinstance(result, tuple) else result,
             "what outer(traj, hyper) returns (alone, or first of a pair (scalar, aux))",

@@ -13,7 +13,7 @@ from innerloop._utils import torch_private
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.optim._base import Optimizer
-from innerloop.optim._from_torch.from_torch import FromTorch
+from innerloop.optim._from_torch.from_torch import FromTorch, StateMark
 
 LEAVE_OUT = (
     "a parameter rests in the steps whose grad_callback leaves its name out: loop.step(loss, "
@@ -35,6 +35,10 @@ class Facts:
         self._requires_grad = [p.requires_grad for p in own.values()]
         self._frozen = [name for name in own if not start[name].requires_grad]
         self._optimizer = optimizer if isinstance(optimizer, FromTorch) else None
+        self._state = StateMark(
+            () if self._optimizer is None else self._optimizer.optimizers,
+            "Load or clear it before track, and begin a new loop where the state begins anew",
+        )
         self._handles: list[RemovableHandle] = []
 
     def check(self, current: Mapping[str, Tensor]) -> None:
@@ -63,6 +67,7 @@ class Facts:
                 )
         if self._optimizer is not None:
             self._optimizer.check_unchanged()
+            self._state.check()
 
     def enter(self) -> None:
         """Refuse the steps of the user's own optimizers from now on."""
@@ -86,6 +91,19 @@ def _refuse_step(*_: object) -> None:
         "not loop.model. Write loop.step(loss) in place of optimizer.zero_grad(); loss.backward(); "
         "optimizer.step(), and of scaler.step(optimizer): an inner loop needs no scaler. An outer "
         "step of this optimizer comes after the block"
+    )
+
+
+def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
+    """Return the error for an edit of a weight of which the derivative would know nothing."""
+    return NotDifferentiableError(
+        f"the weight {weight!r} of loop.model was edited {how} under torch.no_grad or through "
+        ".data (clamp_, mul_, load_state_dict, an average of weights): the derivative would pass "
+        "as if the edit had not happened. Write "
+        f'loop.assign({{"{weight}": 0.5 * loop.parameters()["{weight}"]}}), with gradients on, '
+        "which is differentiated (a detached tensor is a constant, and cuts there). Adding a "
+        "constant in place is right as it stands if the loop does it from its first step on; "
+        'with learn="nothing" everything is'
     )
 
 

@@ -28,12 +28,12 @@ from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import LateHooks, check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
+from innerloop._module.edits import EditWatch, Placed, as_plain
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.buffers import BufferSnapshots
-from innerloop._track.changes import Facts, explained, refuse_transform
+from innerloop._track.changes import Facts, explained, refuse_transform, unseen_edit
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
-from innerloop._track.edits import EditWatch, Placed, as_plain
 from innerloop._track.start import (
     Learn,
     Model,
@@ -81,7 +81,7 @@ class TrackedLoop:
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
-        self._edits = EditWatch()
+        self._edits = EditWatch(unseen_edit)
         self._kernels = (
             None
             if learn == "nothing"
@@ -297,7 +297,8 @@ class TrackedLoop:
                 if closure is not None and self._optimizer.needs_closure:
 
                     def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                        found, grads = evaluate({**current, **trial}, self._as_loss)
+                        at = {**current, **with_dense_gradients(trial, self._sparse)}
+                        found, grads = evaluate(at, self._as_loss)
                         return self._as_seen(found), grads
 
                     more["value_and_grad"] = CachedFirstEvaluation(
@@ -522,8 +523,8 @@ class TrackedLoop:
 
     def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
         """Raise if a parameter was edited while nobody looked."""
-        if self._kernels is not None and not self._edits.written:
-            self._placed.check(current, handed_out)
+        if self._kernels is not None:
+            self._placed.check(lambda: current, handed_out)
 
     def _own_code(self) -> AbstractContextManager[object]:
         return nullcontext() if self._kernels is None else self._kernels.paused()

@@ -7,7 +7,7 @@ by a test and mended here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -448,6 +448,16 @@ NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
 """The ``__torch_function__`` of a class of tensors that has none, like that of `nn.Parameter`."""
 
 
+def plain_tensors() -> Any:
+    """Return the block in which subclasses of tensors are handed no operation."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def unseen() -> Any:
+    """Return the block in which neither modes nor subclasses are handed an operation."""
+    return torch._C.DisableTorchFunction()
+
+
 def of_class(cls: type[Tensor], tensor: Tensor) -> Tensor:
     """Return ``tensor``, a constant, as a ``cls``; ``as_subclass`` would give a view."""
     return Tensor._make_subclass(cls, tensor)
@@ -529,3 +539,77 @@ def uncompiled_name(name: str) -> str:
 def forget_compiled_call(module: nn.Module) -> None:
     """Let a copied module run its own forward, not what ``module.compile()`` made of another."""
     vars(module)["_compiled_call_impl"] = None
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, object]
+) -> Any:
+    """Compile a graph by inductor, as ``torch.compile(backend="inductor", options=options)`` does.
+
+    ``torch.compile`` takes options or a backend of one's own, not both.
+    """
+    # Imported late: it takes a second.
+    from torch._inductor import compile_fx
+
+    return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
+
+
+def keeping_buffers() -> AbstractContextManager[object]:
+    """Compile inside this block such that a backward pass may keep its graph.
+
+    Otherwise the compiled backward pass overwrites what the forward pass saved, and refuses
+    ``retain_graph=True``.
+    """
+    found: AbstractContextManager[object] = torch._functorch.config.patch(donated_buffer=False)
+    return found
+
+
+class _RowByRow(_TorchDispatchMode):
+    """Below ``vmap``: gives each row of a batch random numbers of its own generator."""
+
+    def __init__(self, rows: int, use: Callable[[int], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self._rows = rows
+        self._use = use
+        self._alone = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if all(self._row(x, 0) is x for x in (*args, *kwargs.values())):
+            # vmap calls it row by row itself (randperm).
+            row, self._alone = self._alone % self._rows, self._alone + 1
+            with self._use(row):
+                return func(*args, **kwargs)
+        found: list[Any] = []
+        for i in range(self._rows):
+            row = [self._row(x, i) for x in args]
+            with self._use(i):
+                found.append(func(*row, **{k: self._row(x, i) for k, x in kwargs.items()}))
+        if func._schema.is_mutable and isinstance(args[0], Tensor):
+            return args[0]  # its rows, which are views, have been written
+        if isinstance(found[0], (tuple, list)):
+            return tuple(torch.stack(column) for column in zip(*found, strict=True))
+        return torch.stack(found)
+
+    def _row(self, x: Any, i: int) -> Any:
+        """Return what belongs to row i of an argument: of a tensor, or of a size."""
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] == self._rows:
+            return x[i]
+        if isinstance(x, (list, tuple)) and x and type(x[0]) is int and x[0] == self._rows:
+            return list(x[1:])
+        return x
+
+
+def random_row_by_row(
+    rows: int, use: Callable[[int], AbstractContextManager[object]]
+) -> AbstractContextManager[Any]:
+    """Draw the random numbers of each row below ``vmap`` inside ``use(row)``.
+
+    ``vmap(randomness="different")`` draws those of all rows at once, so that they depend on how
+    many there are. It hands operations to the kernels with the rows in front.
+    """
+    return _RowByRow(rows, use)

@@ -30,7 +30,7 @@ from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_m
 from innerloop.higher.patch import PatchedModule
 from innerloop.optim._engine.callback import call_back, refuse_post_accumulate_hooks
 from innerloop.optim._engine.grads import sparse_ones
-from innerloop.optim._from_torch.from_torch import refuse_hooks, refuse_wrapper
+from innerloop.optim._from_torch.from_torch import StateMark, refuse_hooks, refuse_wrapper
 
 GroupedGrads = Sequence[Sequence[Tensor | None]]
 GradList = list[Tensor | None]
@@ -64,7 +64,6 @@ class DifferentiableOptimizer(abc.ABC):
         param_groups: as in ``torch.optim``; settings may be changed between steps. ``"params"`` are
             the newest parameters.
         state: for each group what is kept for each of its parameters, by its position.
-        around_rule: makes the block in which a rule runs.
     """
 
     def __init__(
@@ -92,6 +91,11 @@ class DifferentiableOptimizer(abc.ABC):
         ]
         self.param_groups = [{**g, "params": [None] * len(g["params"])} for g in other.param_groups]
         self._seen = [settings_of(group) for group in other.param_groups]
+        self._state_mark = StateMark(
+            [other],
+            "Edit, assign or clear diffopt.state, which takes effect at the next step; or load it "
+            "before the loop",
+        )
         self._overridden: set[str] = set()
         self._states = self._initial_state(device)
         self._apply_override(override)
@@ -123,7 +127,6 @@ class DifferentiableOptimizer(abc.ABC):
         self._takes_sparse = isinstance(other, torch.optim.SparseAdam)
         if fmodel is not None and not self._takes_sparse:
             look_up_densely(fmodel.modules())
-        self.around_rule: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def state(self) -> State:
@@ -168,8 +171,22 @@ class DifferentiableOptimizer(abc.ABC):
         self._apply_override(override)
         self._fill(before)
         callback = grad_callback or self._grad_callback
+        if self._fmodel is None:
+            return self._step(loss, before, callback, kwargs)
+        users_too = callable(loss) or callback is not None or bool(self._hooks)
+        with fast_weights(self._fmodel).own_code(users_too=users_too):
+            return self._step(loss, before, callback, kwargs)
+
+    def _step(
+        self,
+        loss: Tensor | Callable[[], Tensor],
+        before: list[Tensor],
+        callback: GradCallback | None,
+        kwargs: dict[str, Any],
+    ) -> list[Tensor]:
+        """Take a step from the parameters ``before``."""
         grads = self._evaluated(loss, before, callback)
-        with self.around_rule(), torch.set_grad_enabled(self._track_higher_grads):
+        with torch.set_grad_enabled(self._track_higher_grads):
             self._update(
                 [[grads[i] for i in members] for members in self._group_to_param_list], **kwargs
             )
@@ -268,7 +285,14 @@ class DifferentiableOptimizer(abc.ABC):
         params: list[Tensor],
         callback: GradCallback | None,
     ) -> GradList:
-        return self._gradients(scalar(loss() if callable(loss) else loss), params, callback)
+        if callable(loss):
+            with self._users_code():
+                loss = loss()
+        return self._gradients(scalar(loss), params, callback)
+
+    def _users_code(self) -> AbstractContextManager[None]:
+        """Return the block for the user's own code in a step."""
+        return nullcontext() if self._fmodel is None else fast_weights(self._fmodel).users_code()
 
     def _gradients(
         self, loss: Tensor, params: Sequence[Tensor], callback: GradCallback | None
@@ -310,12 +334,14 @@ class DifferentiableOptimizer(abc.ABC):
         self._sparse |= sparse_ones(found)
         if nodes:
             self._sparse |= sent_sparse(nodes, {i: params[i] for i in wanted})
-        finished = finish(found, hooks=self._hooks, takes_sparse=self._takes_sparse)
+        with self._users_code() if self._hooks else nullcontext():
+            finished = finish(found, hooks=self._hooks, takes_sparse=self._takes_sparse)
         grads = [finished.get(i) for i in range(len(params))]
         return grads if callback is None else self._called_back(callback, grads)
 
     def _called_back(self, callback: GradCallback, grads: GradList) -> GradList:
-        changed = call_back(callback, grads)
+        with self._users_code():
+            changed = call_back(callback, grads)
         if (
             not isinstance(changed, Sequence)
             or isinstance(changed, str)
@@ -388,6 +414,7 @@ class DifferentiableOptimizer(abc.ABC):
             raise InvalidInputError(
                 "the torch optimizer got another param group inside the loop: make a new diffopt"
             )
+        self._state_mark.check()
         for group, theirs, seen in zip(
             self.param_groups, self._other.param_groups, self._seen, strict=True
         ):

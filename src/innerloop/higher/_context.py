@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from innerloop.errors import InvalidInputError
 from innerloop.higher._base import Override
+from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher.optim import DifferentiableOptimizer, get_diff_optim
 from innerloop.higher.patch import monkeypatch
 from innerloop.nn._mode import LoopMode
@@ -62,11 +64,24 @@ def innerloop_ctx(
         override=override,
         track_higher_grads=track_higher_grads,
     )
-    loop = LoopMode()  # losses are computed outside of the module, too
+    fast = fast_weights(fmodel)
+    loop = LoopMode(fast.edits)  # losses are computed outside of the module, too
     if track_higher_grads:
         loop.enter()
-        diffopt.around_rule = loop.paused
+        fast.watch(loop)
     try:
         yield fmodel, diffopt
+        fast.check_edits()
+    except RuntimeError as error:
+        if "can only change requires_grad flags of leaf" not in str(error):
+            raise
+        raise InvalidInputError(
+            "requires_grad of a parameter of fmodel was changed: it is the result of the steps so "
+            "far, and stays in the derivative. To freeze it: freeze the model before the loop; a "
+            "parameter rests in the steps whose grad_callback gives None for it: "
+            "diffopt.step(loss, grad_callback=lambda grads: [None if name in resting else g for "
+            "(name, _), g in zip(fmodel.named_parameters(), grads)])"
+        ) from error
     finally:
         loop.leave()
+        fast.stop_watching()

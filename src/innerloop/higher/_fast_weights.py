@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._module.copier import Gate
+from innerloop._module.edits import EditWatch, Placed, as_plain
 from innerloop._module.view import ModuleView
 from innerloop._utils import torch_private
-from innerloop.errors import InvalidInputError
+from innerloop._utils.execution import Mode, mode
+from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.higher._unreached import ReachMonitor
-from innerloop.nn._mode import ReplacementMode, replacing
+from innerloop.nn._mode import LoopMode, ReplacementMode, replacing
 
 
 class FastWeights:
@@ -27,6 +29,7 @@ class FastWeights:
         history: the parameters of each time; only the newest while ``track`` is off; empty before
             there are any.
         track: whether times are told apart.
+        edits: looks for edits of the parameters that autograd does not see.
     """
 
     def __init__(self, view: ModuleView, gate: Gate, root: nn.Module) -> None:
@@ -34,10 +37,15 @@ class FastWeights:
         self.reach = ReachMonitor()
         self.history: list[list[Tensor]] = []
         self.track = True
+        self.edits = EditWatch(unseen_edit)
+        self.edits.enter()
         self.shapes = {name: p.shape for name, p in view.source.items()}
         self._numbers = [p.is_floating_point() or p.is_complex() for p in view.source.values()]
         self._view = view
         self._root = weakref.ref(root)
+        self._placed: Placed | None = None
+        self._watches = True
+        self._kernels: LoopMode | None = None
 
     def sparse(self) -> set[int]:
         """Return the positions of the parameters whose gradients may be sparse."""
@@ -130,6 +138,7 @@ class FastWeights:
             )
         new = list(params)
         self._check(new)
+        self.check_edits()
         self._view.write(dict(zip(self._view.parameters, new, strict=True)))
         if self.history:
             if self.track:
@@ -142,6 +151,80 @@ class FastWeights:
             if self.reach.steps:
                 self.reach.watch_newest(new)
         self.history.append(new)
+        self.place()
+
+    def watch(self, kernels: LoopMode) -> None:
+        """Look for edits in a block from now on.
+
+        Args:
+            kernels: the mode of the block, which looks at operations; without a block the
+                parameters themselves do.
+        """
+        self._kernels = kernels
+        self.place()
+
+    def stop_watching(self) -> None:
+        """Look for edits no longer."""
+        self._kernels, self._watches = None, False
+        self.edits.stop()
+        self.place()
+
+    def place(self) -> None:
+        """Note the newest parameters as they are: later edits are found by comparison.
+
+        Of a leaf no derivative leads anywhere, and it may be edited.
+        """
+        if self._placed is not None:
+            as_plain(self._placed.params)
+            self._placed = self.edits.placed = None
+        if not (self.track and self._watches and self.history) or mode() is not Mode.EAGER:
+            return
+        kernels = self._kernels
+        with torch_private.unseen():
+            watched = {
+                n: p for n, p in zip(self.shapes, self.history[-1], strict=True) if not p.is_leaf
+            }
+            self._placed = Placed(watched, self.edits, marks=True, in_mode=kernels is not None)
+        self.edits.handed_out.clear()
+        self.edits.start(watched)
+
+    def check_edits(self) -> None:
+        """Raise if a parameter was edited since it was placed, and autograd did not see it."""
+        if self._placed is not None:
+            with torch_private.unseen():
+                self._placed.check(self._view.read, self.edits.handed_out)
+
+    @contextmanager
+    def own_code(self, *, users_too: bool) -> Iterator[None]:
+        """Look at no operation inside the block, which is a step, and replace none.
+
+        Args:
+            users_too: some of the user's own code runs inside, in `users_code`.
+        """
+        self.check_edits()
+        placed, was_on, self.edits.is_on = self._placed, self.edits.is_on, False
+        if placed is not None and not users_too:
+            as_plain(placed.params)  # operations on plain tensors cost less
+        try:
+            with nullcontext() if self._kernels is None else self._kernels.paused():
+                yield
+        except BaseException:
+            if placed is not None and placed is self._placed:
+                placed.mark()
+            raise
+        finally:
+            self.edits.is_on = was_on
+
+    @contextmanager
+    def users_code(self) -> Iterator[None]:
+        """Look at the user's code inside of a step, and check afterwards what it has edited."""
+        self.edits.is_on = self._placed is not None
+        try:
+            with nullcontext() if self._kernels is None else self._kernels.resumed():
+                yield
+        finally:
+            self.edits.is_on = False
+        self.check_edits()
 
     @contextmanager
     def at(self, params: Sequence[Tensor]) -> Iterator[None]:
@@ -178,6 +261,19 @@ class FastWeights:
                     f"{tuple(tensor.shape)}: the order is "
                     "that of model.parameters()"
                 )
+
+
+def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
+    """Return the error for an edit of a weight of which the derivative would know nothing."""
+    return NotDifferentiableError(
+        f"the weight {weight!r} of fmodel was edited {how} under torch.no_grad or through "
+        ".data (clamp_, mul_, load_state_dict, an average of weights): the derivative would pass "
+        "as if the edit had not happened. Write "
+        f'fmodel.update_params([0.5 * p if name == "{weight}" else p for name, p in '
+        "fmodel.named_parameters()]), with gradients on, which is differentiated (a detached "
+        "tensor is a constant, and cuts there). Adding a constant in place is right as it stands "
+        "inside of innerloop_ctx; with track_higher_grads=False everything is"
+    )
 
 
 def fast_weights(fmodel: nn.Module) -> FastWeights:

@@ -67,6 +67,7 @@ class PatchedModule(nn.Module):
             raise InvalidInputError(f"track_higher_grads={value!r}: write True or False")
         fast = fast_weights(self)
         fast.track = value
+        fast.place()
         if not value:
             fast.gate.closed = False
             del fast.history[:-1]
@@ -161,6 +162,8 @@ class PatchedModule(nn.Module):
         )  # here and not in forward: hooks that run before it compute with the parameters
         if fast.is_root(self):
             fast.reach.look_at_inputs(args, kwargs)
+            if torch.is_grad_enabled():  # weights may be swapped for an evaluation
+                fast.check_edits()
         with fast.kernels():
             return super().__call__(*args, **kwargs)
 
@@ -194,6 +197,21 @@ class PatchedModule(nn.Module):
             taken = next((key for key, p in own.items() if p is param), name)
             raise InvalidInputError(GONE.format(taken))
         super().register_parameter(name, param)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load buffers, and parameters where nothing is differentiated.
+
+        Raises:
+            NotDifferentiableError: the parameters come of a step: the derivative would pass as if
+                nothing had been loaded.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:  # made out of every error
+            edits = fast_weights(self).edits
+            if edits.refused is not None and "in loading state_dict" in str(error):
+                raise edits.refused from error
+            raise
 
     def __delattr__(self, name: str) -> None:
         if torch_private.parameter_table(self).get(name) is not None and "_innerloop_fast" in vars(
@@ -253,7 +271,7 @@ _TABLES = torch_private.REGISTRIES
 _NAMES = tuple(
     name
     for name in vars(PatchedModule)
-    if not name.startswith("_") and name not in ("forward", "register_parameter")
+    if not name.startswith("_") and name not in ("forward", "register_parameter", "load_state_dict")
 )
 
 

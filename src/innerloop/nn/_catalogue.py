@@ -482,6 +482,10 @@ CALLS: Mapping[Callable[..., object], Operation] = {
     function: op for op in OPERATIONS for function in op.replacements
 }
 """The operation that each function of PyTorch belongs to; `by_call` looks it up."""
+HIDDEN: Mapping[object, Callable[..., object]] = {
+    torch_private.weight_norm(): weight_norm.weight_norm,
+}
+"""Replacements of functions that the compiler does not show to a mode: they change its graph."""
 NODES: Mapping[str, Operation] = {
     node: op for op in OPERATIONS for node in (*op.nodes, *op.nodes_of_derivative)
 }

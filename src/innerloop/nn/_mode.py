@@ -131,6 +131,9 @@ class ReplacementMode(TorchFunctionMode):
         return self._replaced(func, args, kwargs)
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
+        if mode() is Mode.COMPILING:
+            # The compiler does not find a method in a table, and guards that it is not there.
+            func = _METHODS.get(getattr(func, "__name__", ""), func)
         found = _intercepted.get(func) if self.replaces else None
         if found is None and func in _SIZED:
             args, kwargs = _of_one_size(func, args, kwargs or {})
@@ -364,6 +367,9 @@ def _of_one_size(func: Callable[..., object], args: Args, kwargs: Kwargs) -> tup
     rest = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
     return (a, b, *args[2:]), rest
 
+
+_METHODS: Mapping[str, Callable[..., object]] = {"norm": torch.norm}
+"""Functions that are the same as the method of this name."""
 
 # One table for all, because the mode looks every call of PyTorch up in it.
 _intercepted: Mapping[Callable[..., object], Operation | Callable[..., object]] = {

@@ -6,7 +6,9 @@ import dataclasses
 from typing import ClassVar
 
 from innerloop._trajectory import Trajectory
+from innerloop._utils.execution import Mode, mode
 from innerloop.strategy._base import Loop, Strategy
+from innerloop.strategy._engine.compiled_step import CompiledProblem, with_counts
 from innerloop.strategy._engine.plain_run import plain_run
 
 
@@ -21,16 +23,32 @@ class StoreAll(Strategy):
     **When**: short loops; when states at every time are wanted (`Trajectory.at`,
     `innerloop.inspect`); as the oracle of every other strategy. **Not** when memory runs out.
 
+    Args:
+        compile: compile one step with ``torch.compile``, and call it T times: it takes seconds to a
+            minute once per problem and shape, whatever T is. What it returns and its pullback are
+            compared with uncompiled code at the first call and at random later ones, and refused
+            if they differ. Inside ``torch.func`` transforms, and where ``metagradient(...,
+            compile=True)`` compiles the whole loop, this has no effect. The gradient has no further
+            derivative (``create_graph=True`` raises).
+
     Example:
         >>> import innerloop
         >>> innerloop.StoreAll(), innerloop.StoreAll().exact
         (StoreAll(), True)
     """
 
-    exact = True
+    compile: bool = False
+
+    exact: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
+    def __repr__(self) -> str:
+        return "StoreAll(compile=True)" if self.compile else "StoreAll()"
+
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop step by step, recorded by autograd."""
-        return plain_run(loop)
+        if not self.compile or mode() is not Mode.EAGER:
+            return plain_run(loop)
+        compiled = CompiledProblem(loop.problem, "reverse")
+        return plain_run(loop, compiled.record, lambda carry: with_counts(carry, loop.start))

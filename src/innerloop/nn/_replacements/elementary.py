@@ -64,6 +64,11 @@ def is_differentiated(args: Args, kwargs: Kwargs) -> bool:
     )
 
 
+def may_be_differentiated(args: Args, kwargs: Kwargs) -> bool:
+    """True if an argument is differentiated, or code is compiled, which may do so later."""
+    return mode() is Mode.COMPILING or is_differentiated(args, kwargs)
+
+
 def is_into_out(args: Args, kwargs: Kwargs) -> bool:
     """True if the result is written into a given tensor while forward mode runs."""
     return kwargs.get("out") is not None and torch_private.forward_mode()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from innerloop.nn._derivative_order import Args, Kwargs
-from innerloop.nn._replacements.elementary import is_differentiated, is_into_out
+from innerloop.nn._replacements.elementary import is_into_out, may_be_differentiated
 from innerloop.nn._replacements.elementary import normalize as normalize_into_out
 
 Dims = int | tuple[int, ...] | list[int] | None
@@ -115,7 +115,7 @@ def is_smooth(args: Args, kwargs: Kwargs) -> bool:
         return False
     if p is not None and p != "fro" and not (isinstance(p, (int, float)) and 1 < p < math.inf):
         return False
-    return is_differentiated(args, kwargs)
+    return may_be_differentiated(args, kwargs)
 
 
 def is_smooth_vector_norm(args: Args, kwargs: Kwargs) -> bool:
@@ -131,7 +131,7 @@ def is_normalized(args: Args, kwargs: Kwargs) -> bool:
     """True if ``F.normalize`` is differentiated, or writes into a tensor in forward mode."""
     if kwargs.get("out") is not None or len(args) > 4:
         return is_into_out(args, kwargs)
-    return is_differentiated(args, kwargs)
+    return may_be_differentiated(args, kwargs)
 
 
 def is_similarity(args: Args, kwargs: Kwargs) -> bool:
@@ -140,5 +140,5 @@ def is_similarity(args: Args, kwargs: Kwargs) -> bool:
     return (
         all(isinstance(x, Tensor) and x.is_floating_point() for x in pair)
         and len({x.dtype for x in pair}) == 1  # type: ignore[attr-defined]
-        and is_differentiated(args, kwargs)
+        and may_be_differentiated(args, kwargs)
     )

@@ -277,6 +277,32 @@ def refuse_wrapper(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+class StateMark:
+    """The states of torch optimizers as a loop has copied them, to tell if they are replaced.
+
+    Only what costs nothing at a step is looked at: a new table of states (``load_state_dict``), and
+    one with fewer entries. A table that was empty and is cleared stays as it was.
+
+    Args:
+        optimizers: the torch optimizers.
+        instead: what to write.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], instead: str) -> None:
+        self._seen = [(opt, opt.state, len(opt.state)) for opt in optimizers]
+        self._instead = instead
+
+    def check(self) -> None:
+        """Raise if a state was replaced or cleared."""
+        for opt, state, entries in self._seen:
+            if opt.state is not state or len(state) < entries:
+                raise InvalidInputError(
+                    "the state of the torch optimizer was replaced or cleared (load_state_dict, "
+                    "state.clear()) while the loop runs, which has a copy of it: the loop would go "
+                    f"on as if nothing had happened. {self._instead}"
+                )
+
+
 def refuse_hooks(optimizer: torch.optim.Optimizer) -> None:
     """Raise if hooks run at the optimizer's steps, which a differentiable step does not run."""
     if torch_private.step_hooks(optimizer):

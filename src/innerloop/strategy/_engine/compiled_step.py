@@ -3,11 +3,14 @@
 The core of a step is compiled: the loss, its gradient and the update. The user's functions make
 the data and the optimizer's hyper-parameters before it, so that the number of the step is not part
 of the compiled code, and one compilation serves all steps.
+
+Compiled code is compared with eager code at the first call of each code path and at random later
+calls; the graph of the eager code is searched for backward rules that compiled code would drop.
 """
 
 from __future__ import annotations
 
-import itertools
+import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -20,8 +23,11 @@ from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import check_compiled, fields_of
+from innerloop._utils.compiled_check import LaterChecks, check_compiled, fields_of
+from innerloop._utils.compiling import Compiled, silent_about_grad
+from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop.nn._catalogue import HIDDEN
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
@@ -33,7 +39,9 @@ from innerloop.strategy._engine.step_pullback import (
     state_of,
 )
 
-_numbers = itertools.count()
+StepResult = tuple[State, Tensor, Any]
+Groups = dict[str, object]
+"""Results by groups of one scale, as `check_compiled` takes them."""
 
 
 class Core:
@@ -67,23 +75,45 @@ class Core:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.PRODUCTS[product](step, given, None)
 
-        self._advance, self._pull = advance, pull
-        for function in (advance, pull):
-            # torch.compile counts recompilations per code object, and refuses a ninth: each problem
-            # gets code of its own.
-            function.__code__ = function.__code__.replace(
-                co_name=f"{function.__name__}_{next(_numbers)}"
-            )
-        self._compiled = torch.compile(advance, fullgraph=True), torch.compile(pull, fullgraph=True)
-        self._verified: set[object] = set()
+        self._advance = _Checked(advance, "the step")
+        self._pull = _Checked(pull, "the pullback of a step")
 
-    def advance(
-        self, state: State, hyper: tuple[Any, Any], batch: object
-    ) -> tuple[State, Tensor, Any]:
-        """Run the step, and return ``(new_state, loss, aux)``."""
-        found: tuple[State, Tensor, Any] = self._call(
-            0, self._advance, (state, hyper, batch), "the step", _groups
-        )
+    def advance(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
+        """Run the step on constants, and return ``(new_state, loss, aux)``."""
+        arguments = (state, hyper, batch)
+
+        def verify(found: StepResult, random_state: RandomState | None) -> None:
+            with at_random_state(random_state):
+                _check_step(found, self._advance.eager(*arguments), state)
+            # The graph of the loss is looked at where its gradient is taken, that of the update is
+            # there only if something requires grad.
+            learned = _requiring_grad(arguments)
+            with torch.enable_grad(), at_random_state(random_state):
+                refuse_own_functions(tree.tensors(self._advance.eager(*learned)))
+
+        found: StepResult = self._advance(arguments, verify)
+        return found
+
+    def record(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
+        """Run the step such that autograd can differentiate what it returns."""
+        arguments = (state, hyper, batch)
+
+        def verify(found: StepResult, random_state: RandomState | None) -> None:
+            weights = _Weights()
+            with at_random_state(random_state):
+                expected, pulled = _recorded(self._advance.eager, arguments, weights)
+                refuse_own_functions(tree.tensors(expected))
+                _check_step(found, expected, state)
+            with at_random_state(random_state):
+                _, ours = _recorded(self._advance.compiled, arguments, weights)
+
+            def perturbed() -> Groups:
+                with at_random_state(random_state):
+                    return _recorded(self._advance.eager, _moved(arguments), weights)[1]
+
+            check_compiled(ours, pulled, "the pullback of a step", perturbed=perturbed)
+
+        found: StepResult = self._advance(arguments, verify)
         return found
 
     def pull(
@@ -95,75 +125,182 @@ class Core:
         given: OutputCotangents,
     ) -> InputCotangents:
         """Pull ``given`` back to the state and to hyper."""
+        arguments = (state, hyper, batch, wanted, given)
 
-        def groups(found: InputCotangents) -> dict[str, object]:
-            params, optimizer_state, buffers = tree.with_leaves(state, found.state)
-            user, optimizer = tree.with_leaves(hyper, found.hyper)
-            return {
-                "gradient of params": params,
-                **fields_of(optimizer_state, "gradient of optimizer_state"),
-                "gradient of buffers": buffers,
-                "gradient of hyper": {"hyper": user, "optimizer_hyper": optimizer},
-                "loss": found.loss,
-            }
+        def groups(found: InputCotangents) -> Groups:
+            return {**_gradients(state, hyper, found.state, found.hyper), "loss": found.loss}
 
-        found: InputCotangents = self._call(
-            1, self._pull, (state, hyper, batch, wanted, given), "the pullback of a step", groups
-        )
+        def verify(found: InputCotangents, random_state: RandomState | None) -> None:
+            def eager(*arguments: Any) -> Groups:
+                with at_random_state(random_state):
+                    return groups(self._pull.eager(*arguments))
+
+            def perturbed() -> Groups:
+                return eager(*_moved(arguments[:3]), wanted, given)
+
+            check_compiled(
+                groups(found), eager(*arguments), "the pullback of a step", perturbed=perturbed
+            )
+
+        found: InputCotangents = self._pull(arguments, verify)
         return found
 
-    def _call(
-        self,
-        which: int,
-        eager: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        what: str,
-        groups: Callable[[Any], dict[str, object]],
-    ) -> Any:
+
+class _Checked:
+    """A compiled function that is compared with its eager form.
+
+    Args:
+        eager: the function.
+        what: names it in errors.
+    """
+
+    def __init__(self, eager: Callable[..., Any], what: str) -> None:
+        self._eager = eager
+        self._eager_seconds = 0.0
+        self.compiled = Compiled(eager, what, HIDDEN)
+        self._verified = False
+        self._later = LaterChecks()
+
+    def eager(self, *arguments: Any) -> Any:
+        """Call the function itself."""
+        begin = time.perf_counter()
         try:
-            found = self._compiled[which](*arguments)
-        except InnerLoopError:
+            return self._eager(*arguments)
+        finally:
+            self._eager_seconds += time.perf_counter() - begin
+
+    def __call__(
+        self, arguments: tuple[Any, ...], verify: Callable[[Any, RandomState | None], None]
+    ) -> Any:
+        """Call the compiled function; ``verify(found, random_state)`` compares what it found.
+
+        A path of its code is new where PyTorch compiled it in this call: it compiles whenever
+        anything changes that the code was specialised for.
+        """
+        before, random_state = self.compiled.compilations, RandomState.now()
+        begin = time.perf_counter()
+        try:
+            found = self.compiled(*arguments)
+        except NotDifferentiableError:
+            self._explain(arguments, random_state)
             raise
-        except Exception as error:
-            raise NotDifferentiableError(
-                f"{what} cannot be compiled: write compile=False. PyTorch says: {error}"
-            ) from error
-        shapes = which, _variant(arguments)
-        if shapes not in self._verified:
-            with refusing_own_functions():
-                params, _, buffers = arguments[0]
-                before = {"params": params, "buffers": buffers}
-                check_compiled(groups(found), groups(eager(*arguments)), what, before)
-                if which == 0:
-                    self._refuse_own_functions(*arguments)
-            self._verified.add(shapes)
+        end = time.perf_counter()
+        known = self._verified and self.compiled.compilations == before
+        if known:
+            self._later.called(end - begin)
+            if not self._later.due():
+                return found
+        self._eager_seconds = 0.0
+        with refusing_own_functions(), silent_about_grad():
+            verify(found, random_state)
+        seconds = time.perf_counter() - end
+        if not known:
+            # The pullback may have been compiled meanwhile: that is not what a later check takes.
+            seconds = min(seconds, 4 * self._eager_seconds)
+            self._verified = True
+        self._later.checked(seconds)
         return found
 
-    def _refuse_own_functions(self, state: State, hyper: tuple[Any, Any], batch: object) -> None:
-        """Raise if the update has a backward rule that compiled code would drop.
-
-        The graph of the loss is looked at where its gradient is taken.
-        """
-        params, optimizer_state, buffers = state
-        learned = tree.map_tensors(
-            lambda x: x.detach().requires_grad_() if tree.differentiable(x) else x,
-            (params, optimizer_state, hyper),
-        )
-        with torch.enable_grad():
-            found = self._advance((*learned[:2], buffers), learned[2], batch)
-        refuse_own_functions(tree.tensors(found))
+    def _explain(self, arguments: tuple[Any, ...], random_state: RandomState | None) -> None:
+        """Raise the true reason if eager code can tell why the function cannot be compiled."""
+        with refusing_own_functions(), at_random_state(random_state):
+            try:
+                self.eager(*arguments)
+            except InnerLoopError:
+                raise
+            except Exception:
+                return
 
 
-def _variant(arguments: tuple[Any, ...]) -> object:
-    """Return what the compiler specialises its code for, as far as it is in the arguments."""
-    found: list[object] = []
-    for x in tree.leaves(arguments):
-        if isinstance(x, Tensor):
-            found.append((x.shape, x.dtype, x.device))
-        else:
-            # A branch may depend on a name or a flag; numbers vary from step to step.
-            found.append(x if isinstance(x, (bool, str)) else type(x))
-    return tuple(found)
+def _recorded(
+    function: Callable[..., Any], arguments: tuple[Any, ...], weights: _Weights
+) -> tuple[StepResult, Groups]:
+    """Run a step on copies of its arguments, and pull a random cotangent back to them."""
+    state, hyper, batch = arguments
+    leaves = tree.leaves((state, hyper))
+    copies = [
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x
+        for x in leaves
+    ]
+    state, hyper = tree.with_leaves((state, hyper), list(copies))
+    with torch.enable_grad():
+        found: StepResult = function(state, hyper, batch)
+        places = [i for i, x in enumerate(copies) if isinstance(x, Tensor) and x.requires_grad]
+        ends = [
+            (x, weights.of(i, x))
+            for i, x in enumerate(tree.leaves(found))
+            if isinstance(x, Tensor) and x.requires_grad
+        ]
+        row: Cotangents = [None] * len(copies)
+        if ends and places:
+            inputs = [copies[i] for i in places]
+            pulled = torch.autograd.grad(
+                [x for x, _ in ends], inputs, [w for _, w in ends], allow_unused=True
+            )
+            row = tree.put(row, places, pulled)
+    count = len(tree.leaves(state))
+    return found, _gradients(state, hyper, row[:count], row[count:])
+
+
+class _Weights:
+    """Random cotangents, the same ones for compiled and for eager code."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(15)
+        self._held: dict[int, Tensor] = {}
+
+    def of(self, place: int, like: Tensor) -> Tensor:
+        """Return the cotangent of the result in this place."""
+        if place not in self._held:
+            drawn = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
+            self._held[place] = drawn.to(like)
+        return self._held[place]
+
+
+def _requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a step with copies of params, optimizer state and hyper to record."""
+    (params, optimizer_state, buffers), hyper, batch = arguments
+    learned = tree.map_tensors(
+        lambda x: x.detach().requires_grad_() if tree.differentiable(x) else x,
+        (params, optimizer_state, hyper),
+    )
+    return (*learned[:2], buffers), learned[2], batch
+
+
+def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a step, its params and hyper moved by about one unit of rounding."""
+    (params, optimizer_state, buffers), hyper, batch = arguments
+    generator = torch.Generator().manual_seed(16)
+
+    def move(x: Tensor) -> Tensor:
+        if not tree.differentiable(x):
+            return x
+        signs = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
+        moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * signs.to(x.dtype))
+        return moved.requires_grad_(x.requires_grad)
+
+    params, hyper = tree.map_tensors(move, (params, hyper))
+    return (params, optimizer_state, buffers), hyper, batch
+
+
+def _check_step(found: StepResult, eager: StepResult, state: State) -> None:
+    """Raise unless the results of a compiled step are those of eager code."""
+    params, _, buffers = state
+    before = {"params": params, "buffers": buffers}
+    check_compiled(_groups(found), _groups(eager), "the step", before)
+
+
+def _gradients(
+    state: State, hyper: tuple[Any, Any], of_state: Cotangents, of_hyper: Cotangents
+) -> Groups:
+    params, optimizer_state, buffers = tree.with_leaves(state, list(of_state))
+    user, optimizer = tree.with_leaves(hyper, list(of_hyper))
+    return {
+        "gradient of params": params,
+        **fields_of(optimizer_state, "gradient of optimizer_state"),
+        "gradient of buffers": buffers,
+        "gradient of hyper": {"hyper": user, "optimizer_hyper": optimizer},
+    }
 
 
 def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:
@@ -224,7 +361,40 @@ class CompiledProblem:
         both = (hyper, self.problem.overrides(hyper, t))
         with torch.enable_grad():
             state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
-        return carry_of(state, carry.random_state), loss, aux
+        return _after(carry, state), loss, aux
+
+    def record(
+        self, carry: Carry, hyper: HyperTree, batch: object, t: int
+    ) -> tuple[Carry, Tensor, Any]:
+        """Run a step as `Problem.step` does, so that its results can be differentiated."""
+        both = (hyper, self.problem.overrides(hyper, t))
+        recording = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in carry.params.values())
+            or any(x.requires_grad for x in tree.tensors((both, carry.optimizer_state)))
+        )
+        if not recording:
+            carry, both = (
+                carry.detach()._replace(time=carry.time),
+                tree.map_tensors(Tensor.detach, both),
+            )
+            with torch.enable_grad():
+                state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+            state = tree.map_tensors(Tensor.detach, state)
+            return _after(carry, state), *tree.map_tensors(Tensor.detach, (loss, aux))
+        device = next(iter(carry.params.values())).device
+
+        def prepare(x: Any) -> Any:
+            # Everything requires grad, so that one compilation serves the first step, whose
+            # optimizer state is constant, and the later ones.
+            if type(x) is int:
+                return torch.tensor(x, device=device)
+            if not isinstance(x, Tensor) or x.requires_grad or not tree.differentiable(x):
+                return x
+            return x.detach().requires_grad_()
+
+        params, optimizer_state = tree.map_leaves(prepare, (carry.params, carry.optimizer_state))
+        state, loss, aux = self.core.record((params, optimizer_state, carry.buffers), both, batch)
+        return _after(carry, state), loss, aux
 
     def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
         """Pull a step back, as `step_pullback.pull` does."""
@@ -241,6 +411,7 @@ class CompiledProblem:
         # Zeros stand in the places without a cotangent, so that one compiled pullback serves all
         # steps.
         full = given.state
+        step.rewind()
         old = tree.leaves(state_of(step.carry))
         if len(old) == len(full):
             pairs = zip(full, old, strict=True)
@@ -277,6 +448,10 @@ class CompiledProblem:
         return InputCotangents(found.state, hyper, found.loss)
 
 
+def _after(carry: Carry, state: State) -> Carry:
+    return carry_of(state, RandomState.now())._replace(time=carry.time + 1)
+
+
 def _counted(state: State) -> State:
     """Return the state with step counts as tensors: a number would be compiled in."""
     params, optimizer_state, buffers = state
@@ -291,3 +466,9 @@ def uncounted(state: State, like: State) -> State:
     if len(tree.leaves(state)) != len(tree.leaves(like)):
         return state
     return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
+
+
+def with_counts(carry: Carry, like: Carry) -> Carry:
+    """Return the carry with step counts as numbers again, where ``like`` has numbers."""
+    state = uncounted(state_of(carry), state_of(like))
+    return carry_of(state, carry.random_state)._replace(time=carry.time)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
 
 from innerloop._module.checks import refuse_clipping
+from innerloop._module.copier import GONE
 from innerloop._types import Params
 from innerloop._utils import torch_private
-from innerloop.errors import NotDifferentiableError
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 
 Result = TypeVar("Result")
 
@@ -29,6 +31,8 @@ _VIEW = {
 _WRITE = {"__imul__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"}
 _HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
 _INDEPENDENT = ("_like", "new_")
+_WATCH = "_innerloop_watch"
+"""Where a parameter outside of a block keeps who looks at it."""
 
 _LOOKED_AT = frozenset({_GET_DATA, _SET_DATA, _GET_GRAD, *_DETACH})
 _WHOLE, _PIECE = "the memory of a weight", "a part of that memory, or in another order"
@@ -46,26 +50,30 @@ class EditWatch:
     """Looks at the operations of the user's code for edits that have another derivative than 1.
 
     Adding a constant to a weight is right unrecorded. Everything else is refused: clamping,
-    scaling, loading.
+    scaling, loading. Of a leaf no derivative leads anywhere, and it may be edited at will.
+
+    Args:
+        refusal: makes the error, of the weight's name and of how it was edited.
 
     Attributes:
         seen: True if a weight was ever edited.
-        written: True if one was edited since the newest ones were placed.
         is_on: True while the user's code runs in the block.
-        placed: the newest parameters.
+        placed: the newest parameters, as they were placed.
         handed_out: copies of those parameters whose memory was handed out since they were placed,
             by identity.
         refused: the error that was raised, if any.
     """
 
-    def __init__(self) -> None:
-        self.seen = self.written = False
-        self.refused: NotDifferentiableError | None = None
+    def __init__(self, refusal: Callable[[str, str], NotDifferentiableError]) -> None:
+        self.refusal = refusal
+        self.seen = False
+        self.refused: InnerLoopError | None = None
         self.is_on = False
-        self.placed: Params = {}
+        self.placed: Placed | None = None
         self.handed_out: dict[int, Tensor] = {}
         self._params: dict[int, str] = {}
-        self._kinds: dict[int, tuple[Tensor, _Kind]] = {}
+        # A strong reference would keep what is computed from weights, an evaluation say, in memory.
+        self._kinds: dict[int, tuple[weakref.ref[Tensor], _Kind]] = {}
 
     def hand_out(self, p: Tensor) -> None:
         """Keep a copy of a parameter whose memory can be written from now on."""
@@ -78,12 +86,12 @@ class EditWatch:
     def enter(self) -> None:
         """Look at the user's code from now on."""
         self.is_on = True
-        _watching.append(weakref.ref(self))
+        _watching.append(weakref.ref(self, _watching.remove))
 
     def stop(self) -> dict[int, Tensor]:
         """Look at nothing any more, and keep nothing; return what was handed out."""
         self.is_on = False
-        self.placed = {}
+        self.placed = None
         _watching[:] = [other for other in _watching if other() not in (None, self)]
         handed_out, self.handed_out = self.handed_out, {}
         self.forget()
@@ -97,7 +105,6 @@ class EditWatch:
         """Look at these parameters from now on."""
         self._params = {id(p): name for name, p in params.items()}
         self._kinds.clear()
-        self.written = False
 
     def wants(self, func: Callable[..., object]) -> bool:
         """True unless autograd records the operation, and it works on weights themselves."""
@@ -118,8 +125,7 @@ class EditWatch:
                 if func == _GET_GRAD:
                     refuse_clipping()
                 if func == _SET_DATA:
-                    self._write("data", _Kind(_WHOLE, self._params[id(first)]), args)
-                    return result()
+                    return self._write("data", _Kind(_WHOLE, self._params[id(first)]), args, result)
                 if func != _GET_DATA and func not in _DETACH:
                     return result()
             elif not self._kinds:
@@ -132,9 +138,7 @@ class EditWatch:
             or name in _ADD_IN_PLACE
         ):  # fmt: skip
             assert kind is not None
-            if name not in _HARMLESS:
-                self._write(name, kind, args)
-            found = result()
+            found = result() if name in _HARMLESS else self._write(name, kind, args, result)
             self._note(found, kind)
             return found
         if func == _GET_GRAD:
@@ -154,8 +158,15 @@ class EditWatch:
         self._note(found, _Kind(what, known.weight))
         return found
 
-    def _write(self, name: str, target: _Kind, args: tuple[object, ...]) -> None:
-        self.seen = self.written = True
+    def _write(
+        self, name: str, target: _Kind, args: tuple[object, ...], result: Callable[[], object]
+    ) -> object:
+        """Run an edit by ``result()``; raise unless its derivative is 1, or is none at all."""
+        placed = self.placed
+        own = {} if placed is None else placed.params
+        if name == "data" and _is_same_memory(args[-1], own.get(target.weight)):
+            return result()  # the end of p.data += 1
+        self.seen = True
         kinds = [self._kind(x) for x in args[1:]]
         if name in _ADD_IN_PLACE:
             allowed = not any(kinds)
@@ -169,11 +180,26 @@ class EditWatch:
             )
         else:
             allowed = False
-        if not allowed:
+        weight = own.get(target.weight)
+        if not allowed and not (weight is not None and weight.is_leaf):
             how = "by load_state_dict or copy_" if name == "copy_" else f"by {name.strip('_')}_"
             how = "by .data = ..." if name == "data" else how
-            self.refused = unseen_edit(target.weight, how)
+            self.refused = refused(self.refusal, target.weight, how)
             raise self.refused
+        if placed is None:
+            return result()
+        # An earlier edit that was not seen is not to be taken for a part of this one.
+        placed.check(lambda: own, self.handed_out)
+        found = result()
+        self.is_on = False
+        placed.accept(self._weights(args[0]), self.handed_out)
+        self.is_on = True
+        return found
+
+    def _weights(self, x: object) -> set[str]:
+        """Return the names of the weights that ``x`` is, or that are among its elements."""
+        parts = x if isinstance(x, (list, tuple)) else [x]
+        return {kind.weight for part in parts if (kind := self._kind(part)) is not None}
 
     def _kind(self, x: object) -> _Kind | None:
         if isinstance(x, (list, tuple)):
@@ -181,12 +207,17 @@ class EditWatch:
             return next(filter(None, kinds), None)
         if id(x) in self._params:
             return _Kind(_WHOLE, self._params[id(x)])
-        return self._kinds[id(x)][1] if id(x) in self._kinds else None
+        reference, kind = self._kinds.get(id(x), (_nothing, None))
+        return kind if reference() is x else None
 
     def _note(self, found: object, kind: _Kind) -> None:
         for x in found if isinstance(found, (list, tuple)) else (found,):
             if isinstance(x, Tensor) and id(x) not in self._params:
-                self._kinds[id(x)] = (x, kind)
+                self._kinds[id(x)] = (weakref.ref(x), kind)
+
+
+def _nothing() -> None:
+    """Return None, as a reference to a tensor does that is gone."""
 
 
 def _is_itself(args: tuple[object, ...]) -> bool:
@@ -200,6 +231,15 @@ def _is_itself(args: tuple[object, ...]) -> bool:
     )  # fmt: skip
 
 
+def _is_same_memory(value: object, weight: Tensor | None) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and weight is not None
+        and (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        == (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    )
+
+
 class Placed:
     """The parameters as a step placed them, to tell later whether one was edited unrecorded.
 
@@ -211,46 +251,64 @@ class Placed:
         params: the parameters, by name.
         watch: is told when the memory of one is handed out.
         marks: False if it is not told (compiled code takes plain tensors only).
+        in_mode: False if no mode looks at operations: the parameters then hand them to ``watch``.
 
     Attributes:
         params: the parameters, by name.
     """
 
-    def __init__(self, params: Params, watch: EditWatch, *, marks: bool) -> None:
+    def __init__(
+        self, params: Params, watch: EditWatch, *, marks: bool, in_mode: bool = True
+    ) -> None:
         self.params = params
         self._versions = torch_private.versions(params.values())
         self._nodes_so_far = torch_private.nodes_so_far()
-        self._marks = marks
-        watch.placed = params
+        self._class = (Weight if in_mode else WatchedWeight) if marks else None
+        if not in_mode:
+            for p in params.values():
+                vars(p)[_WATCH] = weakref.ref(watch)
+        self._refusal = watch.refusal
+        watch.placed = self
         self.mark()
 
     def mark(self) -> None:
         """Let the parameters tell when their memory is handed out."""
-        if self._marks:
+        if self._class is not None:
             for p in self.params.values():
                 if type(p) is Tensor:
-                    p.__class__ = Weight
+                    p.__class__ = self._class
 
-    def check(self, now: Mapping[str, Tensor], handed_out: Mapping[int, Tensor]) -> None:
+    def check(
+        self, now: Callable[[], Mapping[str, Tensor]], handed_out: Mapping[int, Tensor]
+    ) -> None:
         """Raise if one of the parameters was edited, and autograd did not see it.
 
         Args:
-            now: the parameters as they are now.
-            placed: the newest parameters.
-        handed_out: copies of those whose memory was handed out, by identity.
+            now: returns the parameters as they are now.
+            handed_out: copies of those whose memory was handed out, by identity.
         """
         versions = torch_private.versions(self.params.values())
         if versions == self._versions and not handed_out:
             return
+        newest = now()
         for (name, p), was, is_now in zip(
             self.params.items(), self._versions, versions, strict=True
         ):
-            if now[name] is p and not self._is_recorded(p):
+            if newest[name] is p and not p.is_leaf and not self._is_recorded(p):
                 if was != is_now:
-                    raise unseen_edit(name, "in place")
+                    raise refused(self._refusal, name, "in place")
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
-                    raise unseen_edit(name, "in place")
+                    raise refused(self._refusal, name, "in place")
+
+    def accept(self, names: Collection[str], handed_out: dict[int, Tensor]) -> None:
+        """Take weights as they are now for what was placed."""
+        for i, (name, p) in enumerate(self.params.items()):
+            if name in names:
+                (self._versions[i],) = torch_private.versions([p])
+                if id(p) in handed_out:
+                    with torch.no_grad():
+                        handed_out[id(p)] = p.clone()
 
     def _is_recorded(self, p: Tensor) -> bool:
         """True if autograd has recorded an edit of ``p`` since it was placed."""
@@ -270,7 +328,7 @@ class _TensorClass(type(Tensor)):  # type: ignore[misc]
 
 
 class Weight(Tensor, metaclass=_TensorClass):
-    """A parameter of ``loop.model``, which tells when its memory is handed out.
+    """The newest value of a parameter in a loop, which tells when its memory is handed out.
 
     Operations see a plain tensor, as they do for `torch.nn.Parameter`.
     """
@@ -306,28 +364,83 @@ class Weight(Tensor, metaclass=_TensorClass):
         return self._as_plain(lambda plain: plain.__reduce_ex__(protocol))
 
     def _as_plain(self, function: Callable[[Tensor], Result]) -> Result:
+        own, watch = type(self), vars(self).pop(_WATCH, None)
         self.__class__ = Tensor  # type: ignore[assignment]
         try:
             return function(self)
         finally:
-            self.__class__ = Weight
+            self.__class__ = own
+            if watch is not None:
+                vars(self)[_WATCH] = watch
+
+
+_PARAMETRIZING = (
+    "torch.nn.utils.parametriz",
+    "torch.nn.utils.prune",
+    "torch.nn.utils.spectral_norm",
+    "torch.nn.utils.weight_norm",
+)
+
+
+def refused(refusal: Callable[[str, str], InnerLoopError], weight: str, how: str) -> InnerLoopError:
+    """Return the error for an edit of a weight: that of a parametrization, where one is at work."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").startswith(_PARAMETRIZING):
+            return InvalidInputError(GONE.format(weight))
+        frame = frame.f_back
+    return refusal(weight, how)
+
+
+class WatchedWeight(Weight):
+    """A parameter of a loop without a mode, which lets its watch look at operations on it."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run ``func``, and raise if it edits a weight in a way that has a derivative."""
+        with torch_private.plain_tensors():
+            watch = _watch_of(args)
+            if watch is None or not watch.wants(func):
+                return func(*args, **(kwargs or {}))
+            return watch(func, args, lambda: func(*args, **(kwargs or {})))
 
 
 def as_plain(params: Params) -> None:
     """Let parameters be plain tensors again, in place."""
     for p in params.values():
-        if type(p) is Weight:
+        if type(p) in (Weight, WatchedWeight):
             p.__class__ = Tensor  # type: ignore[assignment]
+            vars(p).pop(_WATCH, None)
 
 
 _watching: list[weakref.ref[EditWatch]] = []
+
+
+def _watch_of(args: tuple[object, ...]) -> EditWatch | None:
+    """Return the watch of the first parameter among the arguments that has one."""
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            if (found := _watch_of(tuple(x))) is not None:
+                return found
+        elif type(x) is WatchedWeight:
+            reference: weakref.ref[EditWatch] = vars(x)[_WATCH]
+            return reference()
+    return None
 
 
 def _hand_out(p: Tensor) -> None:
     """Tell the loop whose newest parameter ``p`` is that its memory can be written from now on."""
     for reference in tuple(_watching):
         watch = reference()
-        if watch is not None and watch.is_on and any(q is p for q in watch.placed.values()):
+        if watch is None or not watch.is_on or watch.placed is None:
+            continue
+        if any(q is p for q in watch.placed.params.values()):
             watch.hand_out(p)
 
 
@@ -335,16 +448,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     b = b.detach()
     same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return same and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def unseen_edit(weight: str, how: str) -> NotDifferentiableError:
-    """Return the error for an edit of a weight of which the derivative would know nothing."""
-    return NotDifferentiableError(
-        f"the weight {weight!r} of loop.model was edited {how} under torch.no_grad or through "
-        ".data (clamp_, mul_, load_state_dict, an average of weights): the derivative would pass "
-        "as if the edit had not happened. Write "
-        f'loop.assign({{"{weight}": 0.5 * loop.parameters()["{weight}"]}}), with gradients on, '
-        "which is differentiated (a detached tensor is a constant, and cuts there). Adding a "
-        "constant in place is right as it stands if the loop does it from its first step on; "
-        'with learn="nothing" everything is'
-    )

@@ -1,0 +1,142 @@
+"""``torch.compile`` as innerloop uses it: its options, and how often it had to compile."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from innerloop._utils import torch_private
+from innerloop.errors import (
+    InnerLoopError,
+    InvalidInputError,
+    NotDifferentiableError,
+    RecompilationWarning,
+)
+
+OPTIONS: dict[str, object] = {
+    # With it, two max-pools and inputs that require grad give a wrong first derivative (torch 2.13,
+    # CPU).
+    "layout_optimization": False,
+    # Halves the time that compiling takes; the code is no slower.
+    "cpp.max_horizontal_fusion_size": 1,
+    # Random numbers are those of eager code, so a step can be compared with it and replayed.
+    "fallback_random": True,
+}
+"""The options of inductor."""
+
+MANY = 4
+"""Code paths of one function from which on a warning says what recompiles."""
+
+BACKEND: Callable[..., Any] | None = None
+"""What compiles a graph; None: inductor. Tests set it."""
+
+_numbers = itertools.count()
+
+
+@contextmanager
+def silent_about_grad() -> Iterator[None]:
+    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
+
+
+class Compiled:
+    """A function that is compiled when it is first called.
+
+    Args:
+        function: a function defined inside another one, so that its code is nobody else's: it gets
+            a name of its own.
+        what: names the function in errors and warnings.
+        replaced: functions of PyTorch, which a mode does not see in compiled code, and what runs in
+            place of them.
+
+    Attributes:
+        compilations: how often PyTorch has compiled it so far, each time for another code path.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        what: str,
+        replaced: Mapping[object, Callable[..., object]] | None = None,
+    ) -> None:
+        self.compilations = 0
+        self._replaced = replaced or {}
+        self._what = what
+        # torch.compile counts recompilations per code object, and refuses a ninth: each function
+        # gets code of its own.
+        function.__code__ = function.__code__.replace(
+            co_name=f"{function.__name__}_{next(_numbers)}"
+        )
+        self._compiled = torch.compile(function, fullgraph=True, backend=self._compile)
+
+    def __call__(self, *args: Any) -> Any:
+        before = self.compilations
+        try:
+            with silent_about_grad():
+                found = self._compiled(*args)
+        except InnerLoopError:
+            raise
+        except Exception as error:
+            raise NotDifferentiableError(
+                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
+            ) from error
+        if before < MANY <= self.compilations:
+            warnings.warn(
+                f"{self._what} was compiled {self.compilations} times so far, because its inputs "
+                "change in shape, in dtype, in which of them require grad, or in the Python "
+                "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
+                "pass what changes as tensors of one shape. TORCH_LOGS=recompiles says why",
+                RecompilationWarning,
+                stacklevel=2,
+            )
+        return found
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.compilations += 1
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target in self._replaced:
+                node.target = self._replaced[node.target]
+        graph.recompile()
+        with torch_private.keeping_buffers():
+            if BACKEND is not None:
+                return BACKEND(graph, inputs)
+            return torch_private.compile_graph(graph, inputs, OPTIONS)
+
+
+def compile_cache(directory: str | os.PathLike[str]) -> None:
+    """Keep compiled code in a directory, so that a second process starts in seconds.
+
+    PyTorch keeps it in a temporary directory of the user otherwise, which a container or a cluster
+    job loses. This sets the environment variable ``TORCHINDUCTOR_CACHE_DIR``; call it before
+    anything is compiled. Code is looked up by its content, the options and the versions, so old
+    entries do no harm, and the directory may be deleted at any time.
+
+    Args:
+        directory: where the code is kept; it is made if it is missing.
+
+    Raises:
+        InvalidInputError: the directory cannot be made.
+
+    Example:
+        >>> import tempfile, innerloop
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     innerloop.compile_cache(directory)
+    """
+    path = Path(directory).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(
+            f"compile_cache({str(path)!r}): the directory cannot be made ({error}). Pass one in "
+            "which this process may write"
+        ) from error
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)

@@ -1,0 +1,62 @@
+"""Everyday losses compile and are right, with every kind of rule, by every route."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import lookup_backend
+
+import innerloop
+from innerloop._utils import compiling
+from tests.compiled_everyday import LOSSES, RULES, found_by
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
+]
+
+ROUTES = {
+    "StoreAll": (innerloop.StoreAll(compile=True), False),
+    "Checkpointed": (innerloop.Checkpointed(slots="all", compile=True), False),
+    "whole": (innerloop.StoreAll(), True),
+}
+ONE_RULE = [(name, list(RULES)[i % len(RULES)]) for i, name in enumerate(LOSSES)]
+ALL_RULES = [(name, rule) for name in LOSSES for rule in RULES]
+
+
+def check(name: str, rule: str, route: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "inductor":
+        monkeypatch.setattr(compiling, "BACKEND", lookup_backend(backend))
+    torch.compiler.reset()
+    expected = found_by(LOSSES[name](), rule, innerloop.StoreAll())
+    strategy, whole = ROUTES[route]
+    found = found_by(LOSSES[name](), rule, strategy, whole=whole)
+    precise = found_by(LOSSES[name](), rule, innerloop.StoreAll(), dtype=torch.float64)
+    # Where rounding alone moves the eager result by more than a third of 3e-6, three times that.
+    assert error(found, expected) <= max(3e-6, 3 * error(expected, precise))
+
+
+def error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error of all tensors; a gradient that cancels keeps the rounding of its
+    terms, so a hundredth of the largest of all gradients counts."""
+    largest = max(float(x.abs().max()) for x in expected[1:])
+    return max(
+        float((ours - theirs).abs().max()) / max(float(theirs.abs().max()), 0.01 * largest)
+        for ours, theirs in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("name", "rule"), ONE_RULE)
+def test_one_rule(name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, rule, route, "aot_eager", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("name", "rule"), ALL_RULES)
+def test_every_rule_with_inductor(
+    name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(name, rule, route, "inductor", monkeypatch)

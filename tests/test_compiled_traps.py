@@ -1,0 +1,82 @@
+"""Compiled steps are right, or refused with the true reason: the traps of ``compiled_traps.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo import lookup_backend
+
+import innerloop
+from innerloop._utils import compiling
+from innerloop.strategy import Strategy
+from tests.compiled_traps import COMPILES, TRAPS, Trap
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+STORE = innerloop.StoreAll(compile=True)
+REPLAY = innerloop.Checkpointed(slots="all", compile=True)
+
+
+def check(trap: Trap, strategy: Strategy) -> None:
+    if trap.says == COMPILES:
+        expected = trap.run(innerloop.StoreAll())
+        found = trap.run(strategy)
+        same = {
+            torch.float64: (1e-9, 1e-11),
+            torch.float32: (1e-4, 1e-6),
+            torch.bfloat16: (2e-2, 2e-3),
+        }
+        for ours, theirs in zip(leaves(found), leaves(expected), strict=True):
+            rtol, atol = same.get(theirs.dtype, (0.0, 0.0))
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    else:
+        with pytest.raises(innerloop.InnerLoopError, match=trap.says):
+            trap.run(strategy)
+
+
+def leaves(found: Any) -> list[torch.Tensor]:
+    from innerloop._utils import tree
+
+    return list(tree.tensors(found))
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+
+
+def each(traps: list[Trap]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("trap", traps, ids=lambda trap: trap.name)
+
+
+@pytest.mark.usefixtures("aot_eager")
+@pytest.mark.parametrize("strategy", [STORE, REPLAY], ids=repr)
+@each(TRAPS)
+def test_a_trap(trap: Trap, strategy: Strategy) -> None:
+    check(trap, strategy)
+
+
+@each([trap for trap in TRAPS if trap.inductor])
+def test_a_trap_with_inductor(trap: Trap) -> None:
+    check(trap, STORE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [STORE, REPLAY], ids=repr)
+@each(TRAPS)
+def test_every_trap_with_inductor(trap: Trap, strategy: Strategy) -> None:
+    check(trap, strategy)
+
+
+def test_there_are_forty_traps() -> None:
+    assert len(TRAPS) >= 40
+    assert sum(trap.kind != "" for trap in TRAPS) >= 12
+    assert sum(trap.inductor for trap in TRAPS) >= 6
+    assert len({trap.name for trap in TRAPS}) == len(TRAPS)
