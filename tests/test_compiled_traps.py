@@ -57,10 +57,16 @@ def each(traps: list[Trap]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.usefixtures("aot_eager")
-@pytest.mark.parametrize("strategy", [STORE, REPLAY], ids=repr)
 @each(TRAPS)
-def test_a_trap(trap: Trap, strategy: Strategy) -> None:
-    check(trap, strategy)
+def test_a_trap(trap: Trap) -> None:
+    check(trap, STORE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("aot_eager")
+@each(TRAPS)
+def test_a_trap_replayed(trap: Trap) -> None:
+    check(trap, REPLAY)
 
 
 @each([trap for trap in TRAPS if trap.inductor])
