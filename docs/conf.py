@@ -61,10 +61,9 @@ html_title = f"innerloop {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# The notebook lives with the other examples; Sphinx reads only below this folder.
-shutil.copyfile(
-    HERE.parent / "examples" / "walkthrough.ipynb", HERE / "examples" / "walkthrough.ipynb"
-)
+# The notebooks live with the other examples; Sphinx reads only below this folder.
+for notebook in (HERE.parent / "examples").glob("*.ipynb"):
+    shutil.copyfile(notebook, HERE / "examples" / notebook.name)
 
 
 def without_last_empty_line(app: Sphinx, doctree: nodes.document) -> None:

@@ -1,15 +1,17 @@
-"""Make ``examples/walkthrough.ipynb`` from ``scripts/walkthrough_notebook.py``: split, execute,
-save with its outputs.
+"""Make the notebooks of ``examples/`` from ``scripts/*_notebook.py``: split, execute, save with
+their outputs.
 
-The source is a Python file in the percent format: ``# %%`` begins a code cell, ``# %% [markdown]``
+A source is a Python file in the percent format: ``# %%`` begins a code cell, ``# %% [markdown]``
 a text cell whose lines are comments. What stands before the first cell belongs to the file, not to
 the notebook.
 
-    python scripts/build_notebook.py
+    python scripts/build_notebook.py                # all of them
+    python scripts/build_notebook.py walkthrough    # one
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nbformat
@@ -18,8 +20,12 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "scripts" / "walkthrough_notebook.py"
-NOTEBOOK = ROOT / "examples" / "walkthrough.ipynb"
+NOTEBOOKS = {
+    ROOT / "examples" / f"{name}.ipynb": ROOT / "scripts" / f"{name}_notebook.py"
+    for name in ("walkthrough", "meta_policy")
+}
+"""Notebooks, and the source of each."""
+NOTEBOOK, SOURCE = next(iter(NOTEBOOKS.items()))
 MARK, TEXT = "# %%", "[markdown]"
 
 
@@ -63,10 +69,13 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
 
 def main() -> None:
-    """Build the notebook and overwrite the stored one."""
-    notebook = execute(unexecuted(SOURCE.read_text(encoding="utf-8")))
-    nbformat.write(notebook, NOTEBOOK)
-    print(f"{NOTEBOOK.relative_to(ROOT)}: {len(notebook.cells)} cells")
+    """Build the notebooks and overwrite the stored ones."""
+    for path, source in NOTEBOOKS.items():
+        if sys.argv[1:] and path.stem not in sys.argv[1:]:
+            continue
+        notebook = execute(unexecuted(source.read_text(encoding="utf-8")))
+        nbformat.write(notebook, path)
+        print(f"{path.relative_to(ROOT)}: {len(notebook.cells)} cells")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ a session of their own, ``pytest -m compiled``, without the hook.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -57,6 +58,40 @@ def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[s
     return whole + [
         name for part in parts for name in checked_modules(part, folder / part.rpartition(".")[2])
     ]
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what a test marked `covering` need not run by default."""
+    grids: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        marker = grid[0].get_closest_marker("covering")
+        assert marker is not None
+        wanted = [combinations(item, *marker.args) for item in grid]
+        chosen = set(covering(wanted))
+        for i, item in enumerate(grid):
+            if i not in chosen:
+                item.add_marker(pytest.mark.slow)
+
+
+def combinations(item: pytest.Function, together: int = 1) -> set[tuple[tuple[str, int], ...]]:
+    """Return the values of a test's parameters, or its pairs of them (``together=2``)."""
+    # The values of a grid are the same objects in all of its tests; few can be hashed.
+    values = sorted((name, id(value)) for name, value in item.callspec.params.items())
+    return set(itertools.combinations(values, min(together, len(values))))
+
+
+def covering(sets: list[set[Any]]) -> list[int]:
+    """Choose a few of the sets, greedily and in order, that hold all there is in any of them."""
+    left, chosen = set().union(*sets), []
+    while left:
+        best = max(range(len(sets)), key=lambda i: len(left & sets[i]))
+        chosen.append(best)
+        left -= sets[best]
+    return chosen
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

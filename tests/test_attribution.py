@@ -177,6 +177,27 @@ def test_retraining_without_examples_is_predicted() -> None:
     assert f"{Q} outcomes to {N} examples" in repr(found)
 
 
+def test_trainings_at_once_are_those_one_after_the_other() -> None:
+    """With dropout vmap gives up; the random numbers are those of the run all the same."""
+    for middle in (nn.Identity(), nn.Dropout(0.4)):
+        found = attribute(
+            outcomes,
+            innerloop.Problem.from_module(network(middle), weighted, RULES["momentum"]),
+            None,
+            INDICES,
+            hyper={"weights": torch.ones(N)},
+        )
+        weights = torch.ones(3, N)
+        weights[1, :4] = 0
+        weights[2, 4:8] = 0.5
+        at_once = found.retrain(weights)
+        torch.testing.assert_close(at_once[0], found.losses, rtol=1e-12, atol=1e-12)
+        for row, one in zip(at_once, weights, strict=True):
+            torch.testing.assert_close(row, found.retrain(one), rtol=1e-12, atol=1e-12)
+        with pytest.raises(innerloop.InvalidInputError, match="one number for each of the 24"):
+            found.retrain(torch.ones(3))
+
+
 def test_ranks_with_ties() -> None:
     """Against scipy."""
     stats = pytest.importorskip("scipy.stats")

@@ -236,6 +236,88 @@ def test_a_kink_within_reach_is_not_called_a_wrong_gradient():
         )
 
 
+@pytest.mark.parametrize(
+    ("f", "left", "right"),
+    [(lambda x: x.abs(), -1.0, 1.0), (lambda x: torch.where(x > 0, 3 * x, x + x**2), 1.0, 3.0)],
+    ids=["symmetric", "one-sided"],
+)
+def test_a_kink_at_the_point_is_told_with_its_slopes(f: Any, left: float, right: float):
+    """|x| at 0: finite differences and autograd agree on 0, which is no derivative."""
+    report = innerloop.check_metagradient(lambda x: f(x) + x.exp(), torch.tensor(0.0), raises=False)
+    (found,) = report.comparisons
+    assert found.kink is not None
+    # The sign of a random direction says which side is left.
+    slopes = {round(abs(a), 4) for a in found.kink}
+    assert slopes == {abs(round(left + 1, 4)), abs(round(right + 1, 4))}
+    assert not report.ok
+    assert "a kink: the slope is" in str(report)
+    smooth = innerloop.check_metagradient(lambda x: f(x) + x.exp(), torch.tensor(0.3))
+    assert smooth.ok
+    assert smooth.comparisons[0].kink is None
+
+
+def test_a_wrong_gradient_is_reported_without_raising():
+    report = innerloop.check_metagradient(
+        lambda x: (x.detach() * x).sum(),
+        torch.ones(2),
+        raises=False,
+    )
+    assert report.wrong == ["input"]
+
+
+@pytest.mark.parametrize(
+    "strategy", [None, innerloop.Checkpointed(slots=2)], ids=["StoreAll", "Checkpointed"]
+)
+def test_a_problem_is_checked_as_it_stands(strategy: Any):
+    """A module with batch norm in float32, data of an iterator, learned rate and penalty."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3, affine=False), nn.Tanh())
+    x = torch.randn(3, 6, 2)
+
+    def loss(m: Any, hyper: Any, batch: Any) -> Any:
+        return (m(batch) - batch[:, :1]).square().mean() + hyper["l2"] * m[0].weight.square().sum()
+
+    problem = innerloop.Problem.from_module(
+        model, loss, innerloop.optim.adam(eps=1e-2), optimizer_hyper=("lr",)
+    )
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    report = innerloop.check_metagradient(
+        lambda traj, hyper: (traj.params["0.weight"].square().sum() + hyper["l2"], "aux"),
+        problem,
+        None,
+        iter(x),
+        hyper={"lr": torch.tensor(0.05), "l2": torch.tensor(0.1)},
+        strategy=strategy,
+        directions=1,
+    )
+    names = {"['params']['0.weight']", "['hyper']['lr']", "['hyper']['l2']"}
+    assert {c.input for c in report.comparisons} == names
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_an_approximate_strategy_is_found_out():
+    problem = innerloop.Problem(
+        lambda params, hyper, batch: params["w"] ** 4 / 4, innerloop.optim.sgd(lr=0.1)
+    )
+    report = innerloop.check_metagradient(
+        lambda traj, hyper: traj.params["w"],
+        problem,
+        {"w": torch.tensor(1.0)},
+        steps=3,
+        strategy=innerloop.FirstOrder(),
+        raises=False,
+    )
+    assert report.wrong == ["['params']['w']"]
+    carry = problem.init({"w": torch.tensor(1.0)})
+    assert innerloop.check_metagradient(
+        lambda traj, hyper: traj.params["w"], problem, carry, steps=3
+    ).ok
+    with pytest.raises(innerloop.InvalidInputError, match="belong to a Problem"):
+        innerloop.check_metagradient(lambda x: x.sum(), torch.ones(2), {"w": torch.ones(1)})
+    with pytest.raises(innerloop.InvalidInputError, match="wrt='all'"):
+        innerloop.check_metagradient(lambda t, h: t, problem, carry, steps=3, wrt="all")
+
+
 def test_float32_inside_is_not_called_a_wrong_gradient():
     with pytest.raises(innerloop.MetaGradientError, match="float32 inside"):
         innerloop.check_metagradient(lambda x: (1000 + x.float().sin()).sum(), torch.ones(1))

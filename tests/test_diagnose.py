@@ -3,6 +3,7 @@ explained with the true cause and its place."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_chaos_is_not_trusted_at_the_size_that_is_meant() -> None:
         lambda traj, hyper: traj.params["w"].sum(), problem, start, None, steps=1, quiet=True
     )
     assert short.trusted
+
+
+def test_trainings_at_once_are_those_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a loop that vmap cannot run, for reading a number, is judged all the same."""
+    problem = innerloop.Problem(loss, optim.sgd(), optimizer_hyper=("lr",))
+    at_once = found(problem, hyper=SGD, probes=2)
+    monkeypatch.setattr("innerloop.inspect._diagnose.TOGETHER", 0)
+    assert found(problem, hyper=SGD, probes=2).kept == pytest.approx(at_once.kept, rel=1e-3)
+
+    def reads(traj: Any, hyper: Any) -> Tensor:
+        value = outer(traj, hyper)
+        return value if float(value.detach()) > 0 else -value
+
+    monkeypatch.setattr("innerloop.inspect._diagnose.TOGETHER", 10**9)
+    assert found(problem, hyper=SGD, probes=2, outer=reads).kept == pytest.approx(
+        at_once.kept, rel=1e-3
+    )
 
 
 def test_what_cannot_be_asked() -> None:
@@ -305,7 +323,7 @@ def test_float32_that_has_no_digit_left() -> None:
         problem,
         {"w": torch.tensor([0.3, 0.4])},
         None,
-        steps=60,
+        steps=40,
         probes=1,
         quiet=True,
         thorough=True,
@@ -313,6 +331,45 @@ def test_float32_that_has_no_digit_left() -> None:
     assert diagnosis.precision is not None
     assert diagnosis.precision > 0.1
     only(diagnosis, "precision")
+
+
+@pytest.mark.slow
+def test_a_convolution_in_float32_whose_branches_flip() -> None:
+    """Max-pooling at a rate that amplifies: the gradient in float32 is another one than in float64,
+    by what a copy of everything in float64 says."""
+    torch.manual_seed(1)
+    steps = 40
+    x, y = torch.randn(steps + 1, 8, 1, 8, 8), torch.randint(4, (steps + 1, 8))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.Tanh(),
+        nn.Flatten(), nn.Linear(4, 4),
+    )  # fmt: skip
+
+    def asked(model: nn.Module, x: Tensor) -> tuple[Any, innerloop.Problem, Any]:
+        def judge(traj: Any, hyper: Any) -> Tensor:
+            found = torch.func.functional_call(model, traj.params, (x[-1],))
+            return nn.functional.cross_entropy(found, y[-1])
+
+        problem = innerloop.Problem.from_module(
+            model,
+            lambda m, hyper, b: nn.functional.cross_entropy(m(b[0]), b[1]),
+            optim.sgd(lr=0.5, momentum=0.9),
+        )
+        return judge, problem, list(zip(x[:-1], y[:-1], strict=True))
+
+    def gradient(model: nn.Module, x: Tensor) -> Tensor:
+        judge, problem, batches = asked(model, x)
+        _, found = innerloop.metagradient(judge, problem, None, batches, wrt="params")
+        return torch.cat([g.double().flatten() for g in found.values()])
+
+    judge, problem, batches = asked(model, x)
+    diagnosis = diagnose(judge, problem, None, batches, probes=1, quiet=True, thorough=True)
+    finding = only(diagnosis, "precision")
+    assert "max-pooling" in finding.text
+    rough, exact = gradient(model, x), gradient(copy.deepcopy(model).double(), x.double())
+    off = float((rough - exact).norm() / exact.norm())
+    assert off > 0.1
+    assert diagnosis.precision == pytest.approx(off, rel=0.05)
 
 
 def test_dropout_sees_the_same_numbers_in_every_training() -> None:

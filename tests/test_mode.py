@@ -4,6 +4,7 @@ which operations are reached."""
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -347,3 +348,39 @@ def test_autocast_changes_neither_dtype_nor_precision(call: Any, half: bool):
     torch.testing.assert_close(
         found, expected, rtol=2e-2 if expected.dtype == torch.bfloat16 else 1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("front", ["track", "bridge", "unroll"])
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"])
+def test_the_warning_of_two_sizes_points_at_the_users_line(name: str, front: str) -> None:
+    """PyTorch points at the caller of its function, which is the mode while that is on."""
+    function = getattr(torch.nn.functional, name)
+    model, y = torch.nn.Linear(3, 1), torch.linspace(0, 1, 4)
+    x = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+    def loss(model: Any) -> Tensor:
+        return function(model(x), y)
+
+    with warnings.catch_warnings(record=True) as plain:
+        warnings.simplefilter("always")
+        value = loss(model)
+    found: Any
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if front == "track":
+            with innerloop.track(model, innerloop.optim.sgd(lr=0.1)) as loop:
+                found = loop.step(loss(loop.model))
+        elif front == "bridge":
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with innerloop.higher.innerloop_ctx(model, optimizer) as (fmodel, diffopt):
+                found = loss(fmodel)
+                diffopt.step(found)
+        else:
+            problem = innerloop.Problem.from_module(
+                model, lambda model, hyper, t: loss(model), innerloop.optim.sgd(lr=0.1)
+            )
+            found = innerloop.unroll(problem, None, [0]).losses[0]
+    assert float(found.detach()) == value.item()
+    assert [(w.filename, w.lineno, str(w.message), w.category) for w in caught] == [
+        (w.filename, w.lineno, str(w.message), w.category) for w in plain
+    ]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import innerloop
+from tests.fuzz.rules import RULES
 from tests.optimizers import Rule, accepted, defaults, each_rule, leaf, leaves, override, read
 from tests.optimizers import train as train_rule
 from tests.oracles import (
@@ -230,3 +231,42 @@ def test_random_settings_of_muon_have_every_bit_of_torch(settings: dict[str, Any
         outer(train(innerloop.optim.muon(**settings), params, {"lr": rate})), rate
     )[0]
     assert found.isfinite()
+
+
+AT_DEFAULTS = [name for name in RULES if name not in ("sparse adam", "lbfgs", "adapted")]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("under", ["autograd", "vmap"])
+@pytest.mark.parametrize("name", AT_DEFAULTS)
+def test_finite_products_where_part_of_the_gradient_is_zero(name: str, under: str):
+    """At a zero gradient the derivative of Adam's update is lr / eps, 1e7 times that elsewhere; so
+    large an entry of the direction must not keep the others from moving."""
+    rule = RULES[name].ours(lr=0.1)
+
+    def value(strategy: Any) -> Any:
+        def outer_loss(w: Tensor, h: Tensor) -> Tensor:
+            problem = innerloop.Problem(
+                lambda p, h, t: (p["w"][:1].sin() * (t + 1)).sum() + h * p["w"][:1].square().sum(),
+                rule,
+            )
+            batches = [torch.tensor(float(t)) for t in range(3)]
+            traj = innerloop.unroll(problem, {"w": w}, batches, hyper=h, strategy=strategy)
+            return (traj.params["w"] ** 3).sum()
+
+        return outer_loss
+
+    w, h = torch.linspace(-1, 1, 6).reshape(2, 3), torch.tensor(0.3)
+    found = []
+    for strategy in (innerloop.Checkpointed(product="finite"), innerloop.StoreAll()):
+        gradient = torch.func.grad(value(strategy), (0, 1))
+        if under == "vmap" and not isinstance(strategy, innerloop.StoreAll):
+            of_both = torch.func.vmap(gradient)(torch.stack([w, -w]), torch.stack([h, h]))
+            found.append([g[0] for g in of_both])
+        elif under == "vmap":
+            found.append(list(gradient(w, h)))
+        else:
+            leaves_ = w.clone().requires_grad_(), h.clone().requires_grad_()
+            found.append(list(torch.autograd.grad(value(strategy)(*leaves_), leaves_)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 1e-6 * max(1.0, float(b.abs().max()))

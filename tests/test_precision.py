@@ -60,8 +60,9 @@ def test_a_differentiated_update_of_half_precision_warns_once(kind: str, dtype: 
     params = {"w": torch.ones(3, 2, dtype=dtype, requires_grad=True)}
     with pytest.warns(
         innerloop.PrecisionWarning, match=f"{dtype}.*second-order gradients need float32"
-    ):
+    ) as caught:
         step(params, OPTIMIZERS[kind])
+    assert caught[0].filename == __file__  # the user's line, none of the library's
     step(params, OPTIMIZERS[kind])  # a second warning would be an error
     caches.clear()
     with pytest.warns(innerloop.PrecisionWarning):

@@ -70,6 +70,7 @@ EXERCISED = {
     "uncompiled_name",
     "forget_compiled_call",
     "is_once_differentiable",
+    "sends_sparse",
     "of_class",
     "data_getter",
     "backward_hooks",
@@ -673,6 +674,17 @@ def test_once_differentiable_is_seen_in_the_graph():
     x = torch.ones(1, requires_grad=True)
     nodes = (Marked.apply(x).grad_fn, x.clone().grad_fn)
     assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False]
+
+
+def test_a_sparse_look_up_is_seen_in_the_graph():
+    table, rows = torch.eye(3).requires_grad_(), torch.tensor([[0, 2]])
+    found = [
+        look_up(rows, table, sparse=sparse).grad_fn
+        for look_up in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag)
+        for sparse in (True, False)
+    ]
+    nodes = [n if "Embedding" in type(n).__name__ else n.next_functions[0][0] for n in found if n]
+    assert [torch_private.sends_sparse(node) for node in nodes] == [True, False, True, False]
 
 
 def test_views_and_functions_of_nodes_are_told_apart():

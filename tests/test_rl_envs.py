@@ -3,6 +3,7 @@ kinds of autoreset lead to the same transitions."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop import InvalidInputError
+from innerloop.errors import MissingExtraError
 from innerloop.rl import envs
 
 # -- dynamics --------------------------------------------------------------------------------------
@@ -47,6 +49,47 @@ def test_tasks_of_the_cart_stay_in_their_range_and_change_the_motion() -> None:
     state = torch.full((1000, 4), 0.04)
     moved, _, _ = env.step(state, torch.ones(1000, dtype=torch.long), tasks)
     assert len(moved[:, 1].unique()) > 900
+
+
+def test_the_half_cheetah_moves_as_that_of_gymnasium() -> None:
+    pytest.importorskip("mujoco")
+    pytest.importorskip("imageio")  # which Gymnasium imports with its own environments
+    gymnasium = pytest.importorskip("gymnasium")
+    env, generator = envs.HalfCheetah(), torch.Generator().manual_seed(0)
+    tasks = {"direction": torch.tensor([1.0, -1.0])}
+    state = env.initial(tasks, generator)
+    theirs = [gymnasium.make("HalfCheetah-v5").unwrapped for _ in range(2)]
+    for own, row in zip(theirs, state, strict=True):
+        own.reset()
+        own.set_state(row[:9].numpy(), row[9:].numpy())
+    for _ in range(20):
+        action = torch.rand(2, 6, generator=generator) * 2 - 1
+        state, reward, ended = env.step(state, action, tasks)
+        assert not ended.any()
+        for i, own in enumerate(theirs):
+            seen, _, _, _, info = own.step(action[i].numpy())
+            assert torch.allclose(env.observe(state)[i], torch.as_tensor(seen).float(), atol=1e-5)
+            sign = tasks["direction"][i].item()
+            paid = sign * info["x_velocity"] + info["reward_ctrl"]
+            assert reward[i].item() == pytest.approx(paid, abs=1e-5)
+    env = envs.HalfCheetah("velocity")
+    goal = {"velocity": torch.tensor([0.0, 2.0])}
+    moved, reward, _ = env.step(state, torch.zeros(2, 6), goal)
+    speed = (moved[:, 0] - state[:, 0]) / 0.05
+    assert torch.allclose(reward, -(speed.float() - goal["velocity"]).abs(), atol=1e-5)
+    assert (env.sample_tasks(1000)["velocity"] <= 2).all()
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_a_half_cheetah_needs_mujoco_and_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInputError, match="write 'direction' or 'velocity'"):
+        envs.HalfCheetah("jump")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    for make in (envs.HalfCheetah, lambda: envs.tensor_env("cheetah")):
+        with pytest.raises(
+            MissingExtraError, match=r"'mujoco', which is not .*innerloop\[mujoco\]"
+        ):
+            make()
 
 
 def test_navigation_is_what_finn_et_al_describe() -> None:

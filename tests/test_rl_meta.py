@@ -3,6 +3,7 @@ adapting pays after meta-training."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from innerloop import InvalidInputError
 from innerloop.errors import BiasedSurrogateWarning
 from innerloop.rl import Categorical, envs
 from innerloop.rl.meta import ALGORITHMS, Episodes, MetaConfig, MetaLearner
+from tests import rl_beds
 
 SMALL: dict[str, Any] = {
     "env": "mdp",
@@ -101,6 +103,46 @@ def test_promp_and_maml_estimate_the_expected_objective() -> None:
 def test_first_order_maml_has_the_known_bias() -> None:
     found = expected_outer_gradient("fomaml")
     assert (found - BED_A_I).norm() / BED_A_I.norm() == pytest.approx(0.127, abs=0.001)
+
+
+def test_e_maml_estimates_the_sampled_objective() -> None:
+    """Exactly (bed A): how the data of the inner step were drawn counts, once."""
+    found = expected_outer_gradient("e-maml")
+    torch.testing.assert_close(found, BED_A_II, rtol=0, atol=5e-7)
+
+
+def test_the_baseline_of_e_maml_leaves_the_task_out() -> None:
+    """Two tasks at once, one pull before and one after adaptation of each: all 81 outcomes.
+
+    The mean gradient is that of the sampled objective, exactly. A mean over both tasks as the
+    baseline would halve the score term.
+    """
+    config = MetaConfig(
+        env="bandit", algorithm="e-maml", inner_lr=1.0, outer_epochs=1, gamma=1.0, hidden=()
+    )
+    learner = MetaLearner(config, env=envs.Bandit(arms=3), policy=Logits(START))
+    learner.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+    logits = learner.params["logits"]
+    chances = logits.detach().softmax(-1)
+    arms = [torch.tensor([arm]) for arm in range(3)]
+    adapted = [learner.adapt(pulls(arm, logits))["logits"][0] for arm in arms]
+    total = torch.zeros(3, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
+        for a, b, c, d in itertools.product(range(3), repeat=4):
+            before = both(pulls(arms[a], logits), pulls(arms[b], logits))
+            after = both(pulls(arms[c], adapted[a]), pulls(arms[d], adapted[b]))
+            learner._update([before], [before], after)
+            weight = chances[a] * chances[b] * adapted[a].softmax(-1)[c]
+            assert logits.grad is not None
+            total -= weight * adapted[b].softmax(-1)[d] * logits.grad
+    theta = torch.tensor(START, dtype=torch.float64, requires_grad=True)
+    truth = torch.autograd.grad(rl_beds.sampled_objective(theta, 1), theta)[0]
+    torch.testing.assert_close(total, truth, rtol=0, atol=1e-12)
+
+
+def both(*tasks: Episodes) -> Episodes:
+    return Episodes(*map(torch.cat, zip(*tasks, strict=True)))
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "promp", "meta-sgd", "anil", "e-maml"])

@@ -15,7 +15,7 @@ from torch import Tensor
 import innerloop
 from innerloop import rl
 from tests import rl_plain_ppo as plain
-from tests.oracles import assert_derivative, directional, directions, inner
+from tests.oracles import assert_derivative, directional, directions, inner, smooth_noise
 
 TASKS = (2, 3, 4, 11, 12, 16, 17, 18)
 """Tasks whose ratios stay away from the edges of the clip range."""
@@ -153,6 +153,92 @@ def test_under_vmap_over_tasks(name: str):
     for i, task in enumerate(TASKS):
         own = {kind: {key: x[i] for key, x in group.items()} for kind, group in grads.items()}
         assert_right(values[i], own, task, loop, f"vmap of {name}")
+
+
+def rates() -> dict[str, Tensor]:
+    """A learning rate for every number in the parameters."""
+    return {
+        name: 0.05 * (1 + smooth_noise(*p.shape, phase=80.0 + i) / 2)
+        for i, (name, p) in enumerate(plain.start().items())
+    }
+
+
+def after_at_rates(chosen: dict[str, Tensor], d: plain.Data, epochs: int, size: int) -> float:
+    """The plain loop with these rates: Adam's step at rate 1, scaled entry by entry."""
+    model, losses = plain.ActorCritic(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0, eps=plain.EPS)
+    found = rollout_of(d).gae(gamma=plain.HYPER["gamma"], lam=plain.HYPER["lam"])
+    for batch in rollout_of(d).minibatches(epochs, size, order=plain.order(epochs)):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        loss = ppo(model, plain.HYPER, batch, found).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(before[name] + chosen[name] * (p - before[name]))
+    with torch.no_grad():
+        return plain.outer(model(plain.other(d)), torch.stack(losses)).item()
+
+
+@pytest.mark.parametrize("name", ["track", "StoreAll", "Checkpointed", "vmap"])
+def test_a_learning_rate_for_every_number_in_the_parameters(name: str):
+    d, (epochs, size) = plain.data(TASKS[0]), LOOPS["2 epochs x 4 minibatches"]
+    model, chosen = plain.ActorCritic(), rates()
+    order, start = plain.order(epochs), plain.start()
+    call, _, _ = innerloop.functional(model)
+
+    def loss(params: Any, hyper: Any, batch: rl.Minibatch) -> Tensor:
+        assert batch.rollout is not None
+        found = batch.rollout.gae(gamma=plain.HYPER["gamma"], lam=plain.HYPER["lam"])
+        return ppo(functools.partial(call, params), plain.HYPER, batch, found).loss
+
+    problem = innerloop.Problem(
+        loss,
+        innerloop.optim.adam(eps=plain.EPS),
+        optimizer_hyper=lambda hyper, t: {"lr": hyper},
+    )
+
+    def by_unroll(*fields: Tensor) -> Any:
+        d = plain.Data(*fields)
+        batches = rollout_of(d).minibatches(epochs, size, order=order, with_rollout=True)
+        return innerloop.metagradient(
+            lambda traj, hyper: plain.outer(call(traj.params, plain.other(d)), traj.losses),
+            problem,
+            start,
+            batches,
+            hyper=chosen,
+            wrt="hyper",
+            strategy=STRATEGIES.get(name),
+        )
+
+    if name == "track":
+        learned = {n: x.requires_grad_() for n, x in chosen.items()}
+        batches = rollout_of(d).minibatches(epochs, size, order=order, with_rollout=True)
+        losses = []
+        with innerloop.track(
+            model, innerloop.optim.adam(eps=plain.EPS), learn="outer", hyper={"lr": learned}
+        ) as loop:
+            for batch in batches:
+                losses.append(loss(loop.parameters(), None, batch))
+                loop.step(losses[-1])
+            value = plain.outer(loop.model(plain.other(d)), torch.stack(losses))
+        grads = dict(zip(learned, torch.autograd.grad(value, list(learned.values())), strict=True))
+    elif name == "vmap":
+        stacked = plain.Data(*map(torch.stack, zip(*map(plain.data, TASKS), strict=True)))
+        value, grads = torch.func.vmap(by_unroll)(*stacked)
+        value, grads = value[0], {n: g[0] for n, g in grads.items()}
+    else:
+        value, grads = by_unroll(*d)
+    at = {n: x.detach() for n, x in chosen.items()}
+    slope = functools.partial(after_at_rates, d=d, epochs=epochs, size=size)
+    assert value.item() == pytest.approx(slope(at), abs=1e-11)
+    for step in directions(at, 2):
+        small = {n: x / 10 for n, x in step.items()}
+        assert_derivative(
+            inner(grads, small), directional(slope, at, small), f"rates, {name}", relative=1e-6
+        )
 
 
 def test_advantages_may_be_computed_once_and_handed_in():

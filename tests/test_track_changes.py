@@ -7,6 +7,7 @@ import copy
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -396,6 +397,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("edit", HABITS)
@@ -808,3 +810,79 @@ def test_a_layer_that_a_function_has_captured(how: str, front_end: str):
     before = snapshot_of(model)
     assert_params(dict(found), detached(train(truth, sgd(truth))), 1e-12)
     assert_params(detached(model), before, 0)
+
+
+SWITCHED: dict[str, tuple[Any, str, list[Any]]] = {
+    "sgd": (partial(torch.optim.SGD, lr=0.1, momentum=0.9), "momentum", [0.9, 0.0, 0.9]),
+    "rmsprop": (partial(torch.optim.RMSprop, eps=0.01, momentum=0.9), "momentum", [0.9, 0.0, 0.9]),
+    "centered": (
+        partial(torch.optim.RMSprop, eps=0.01, centered=True), "centered", [True, False, True],
+    ),
+    "centered from the first": (
+        partial(torch.optim.RMSprop, eps=0.01), "centered", [True, True, True],
+    ),
+    "adam": (partial(torch.optim.Adam, eps=0.01, amsgrad=True), "amsgrad", [True, False, True]),
+    "adam from the first": (partial(torch.optim.Adam, eps=0.01), "amsgrad", [True, True, True]),
+    "adamw": (partial(torch.optim.AdamW, eps=0.01, amsgrad=True), "amsgrad", [True, False, True]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", ["track", "bridge"])
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_setting_switched_off_and_on_keeps_what_was_kept(name: str, front: str) -> None:
+    """As torch does: what a switched-off momentum had gathered is there when it is on again."""
+    make, key, values = SWITCHED[name]
+
+    def loss(model: Any, t: int) -> Tensor:
+        return ((model.weight - 0.3 * (t + 1)).sin() * (t + 1)).sum()
+
+    def fresh(h: float) -> nn.Linear:
+        model = nn.Linear(2, 2, bias=False, dtype=torch.float64)
+        start = torch.tensor([[0.2, -0.4], [0.7, 0.1]], dtype=torch.float64)
+        with torch.no_grad():
+            model.weight.copy_(start + h)
+        return model
+
+    def plain(h: float) -> float:
+        model = fresh(h)
+        optimizer = make(model.parameters())
+        for t, value in enumerate(values):
+            optimizer.param_groups[0][key] = value
+            optimizer.zero_grad()
+            loss(model, t).backward()
+            optimizer.step()
+        return loss(model, 1).item()
+
+    model = fresh(0.0)
+    optimizer = make(model.parameters())
+    if front == "track":
+        with innerloop.track(model, optimizer) as loop:
+            for t, value in enumerate(values):
+                optimizer.param_groups[0][key] = value
+                loop.step(loss(loop.model, t))
+            loss(loop.model, 1).backward()
+    else:
+        with innerloop.higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (
+            fmodel,
+            diffopt,
+        ):
+            for t, value in enumerate(values):
+                optimizer.param_groups[0][key] = value
+                diffopt.step(loss(fmodel, t))
+            loss(fmodel, 1).backward()
+    assert model.weight.grad is not None
+    assert_derivative(model.weight.grad.sum().item(), derivative(plain), name)
+
+
+@pytest.mark.parametrize(
+    ("make", "key"), [(torch.optim.Adam, "amsgrad"), (torch.optim.RMSprop, "centered")]
+)
+def test_what_is_switched_on_too_late_is_named(make: Any, key: str) -> None:
+    """PyTorch fails there with a KeyError."""
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = make(model.parameters())
+    with innerloop.track(model, optimizer) as loop:
+        loop.step(loop.model.weight.square().sum())
+        optimizer.param_groups[0][key] = True
+        with pytest.raises(innerloop.InvalidInputError, match=f"{key} was switched on after"):
+            loop.step(loop.model.weight.square().sum())

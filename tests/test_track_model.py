@@ -771,12 +771,41 @@ def test_a_parametrization_applied_in_mid_loop_is_refused(apply: Callable[[nn.Mo
     ):
         loop.step(loop.model(features(0)).square().mean())
         apply(loop.model.body)
-    if apply is pruned:
-        return
     with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
         steps.step(patched(features(0)).square().mean())
         with pytest.raises(innerloop.InvalidInputError, match="before"):
             apply(patched.body)
+
+
+def doubled(layer: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("apply", "remove"),
+    [
+        (pruned, lambda layer: prune.remove(layer, "weight")),
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        (doubled, lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight")),
+    ],
+    ids=["prune", "old weight norm", "old spectral norm", "parametrization"],
+)
+def test_a_parametrization_removed_in_mid_loop_is_refused(
+    apply: Callable[[nn.Module], Any], remove: Callable[[nn.Module], Any]
+):
+    model = network()
+    apply(model.body)
+    with pytest.raises(innerloop.InnerLoopError), loop_over(model) as loop:  # noqa: PT012
+        loop.step(loop.model(features(0)).square().mean())
+        remove(loop.model.body)
+        loop.step(loop.model(features(0)).square().mean())
+    with innerloop.higher.innerloop_ctx(model, sgd(model)) as (patched, steps):
+        steps.step(patched(features(0)).square().mean())
+        with pytest.raises(innerloop.InvalidInputError, match="before"):
+            remove(patched.body)
+    model(features(0)).sum().backward()  # the user's own still has its parametrization
 
 
 def test_a_frozen_parameter_taken_out_in_mid_loop_is_named():

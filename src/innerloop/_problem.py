@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
@@ -18,6 +19,7 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
+    sent_sparse,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
@@ -149,7 +151,7 @@ class Problem(Generic[Batch, Aux]):
         self._first = False
         """True until the first loss since `init` is evaluated, on copies of the parameters."""
         self._sparse: set[str] = set()
-        """Parameters whose inner gradient was sparse in this run."""
+        """Parameters to which a loss of this run may send a sparse gradient."""
 
     @classmethod
     def from_module(
@@ -175,6 +177,8 @@ class Problem(Generic[Batch, Aux]):
             functions[0], optimizer, optimizer_hyper=optimizer_hyper, targets=functions[1]
         )
         problem.view = module.ModuleView(model)
+        if not optimizer.takes_sparse:
+            module.look_up_densely(problem.view.modules)
         return problem
 
     def for_one_run(self, start: Carry) -> Problem[Batch, Aux]:
@@ -184,6 +188,8 @@ class Problem(Generic[Batch, Aux]):
         run._sparse = set()  # noqa: SLF001
         run.computed_buffers = set()
         if self.view is not None:
+            if mode() is Mode.EAGER:
+                run._sparse |= self.view.sparse  # noqa: SLF001
             run.computed_buffers |= {
                 name
                 for name in self.view.no_statistics
@@ -380,14 +386,17 @@ class Problem(Generic[Batch, Aux]):
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
             ends = [loss, *tree.tensors(aux), *new_buffers.values()]
-            leaves = check_graph(ends, alias.values(), second_order=recording)
+            nodes: list[Node] = []
+            leaves = check_graph(ends, alias.values(), second_order=recording, sparse=nodes)
+            if nodes:
+                self._sparse |= sent_sparse(nodes, alias)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
             grads = self.for_the_rule(
                 inner_gradient(
                     loss,
                     alias,
                     create_graph=recording,
-                    independent=NotDifferentiableError(INDEPENDENT),
+                    independent=lambda: NotDifferentiableError(INDEPENDENT),
                 ),
                 params,
             )

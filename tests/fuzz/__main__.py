@@ -66,7 +66,10 @@ def explain(seed: int, number: int) -> int:
 
         answer(world(draw(seed, number)))
     if found.kind == verdict.SILENT:
-        for name, (said, true) in verdict.blamed(world(draw(seed, number))).items():
+        # In double precision, as the case was judged: another world is drawn otherwise.
+        with verdict.quietly():
+            w = world(draw(seed, number))
+        for name, (said, true) in verdict.blamed(w).items():
             print(f"    {name}: {said:.9g}, by differences {true:.9g}")
     return 1 if found.kind in verdict.FINDINGS else 0
 

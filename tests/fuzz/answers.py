@@ -93,16 +93,21 @@ def _optimizer(w: World, chained: bool = True) -> innerloop.optim.Optimizer:
     return innerloop.optim.chain(made, rule)
 
 
+def _root(x: Tensor) -> Tensor:
+    """Return the square root; at an exact zero, where it has no derivative, the user's own care."""
+    return (x + 1e-24).sqrt()
+
+
 def _called_back(transform: str, grads: list[Tensor | None]) -> list[Tensor | None]:
     """Write the transform as a user of ``grad_callback`` would."""
     limit = CLIP[transform]
     if transform == "clip norm":
         squares = [g.square().sum() for g in grads if g is not None]
-        factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+        factor = (limit / (_root(torch.stack(squares).sum()) + 1e-6)).clamp(max=1.0)
         return [None if g is None else g * factor for g in grads]
     if transform == "clip each":
         return [
-            None if g is None else g * (limit / (g.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+            None if g is None else g * (limit / (_root(g.square().sum()) + 1e-6)).clamp(max=1.0)
             for g in grads
         ]
     if transform == "clip value":

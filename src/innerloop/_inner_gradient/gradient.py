@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from innerloop._inner_gradient.graph import check_graph as check_graph
+from innerloop._inner_gradient.graph import sent_sparse as sent_sparse
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._utils.inner_pass import inner_pass
@@ -34,7 +35,7 @@ def inner_gradient(
     params: Mapping[K, Tensor],
     *,
     create_graph: bool,
-    independent: Exception,
+    independent: Callable[[], Exception],
     gate: Gate | None = None,
 ) -> dict[K, Tensor | None]:
     """Differentiate ``loss`` by ``params``; None for those that it does not use.
@@ -43,7 +44,8 @@ def inner_gradient(
         loss: a scalar.
         params: what to differentiate by; may be empty.
         create_graph: let the gradients have derivatives of their own.
-        independent: raised if the loss uses none of ``params``, in the words of the front end.
+        independent: makes the error for a loss that uses none of ``params``, in the words of the
+            front end.
         gate: opened while the backward pass runs, which may read the weights of its own step,
             and then put back as it was.
 
@@ -53,7 +55,7 @@ def inner_gradient(
     if not params:
         return {}
     if not loss.requires_grad:
-        raise independent
+        raise independent()
     before = True
     if gate is not None:
         before, gate.closed = gate.closed, False
@@ -70,7 +72,7 @@ def inner_gradient(
         if gate is not None:
             gate.closed = before
     if all(g is None for g in values):
-        raise independent
+        raise independent()
     return dict(zip(params, values, strict=True))
 
 
@@ -105,7 +107,8 @@ def with_dense_gradients(params: Mapping[K, Tensor], chosen: Collection[K]) -> d
     """Return ``params`` with an alias, whose gradient is always dense, for the chosen ones.
 
     Where the inner gradient of a parameter was sparse, so is what an outer loss sends back to it
-    through the same operation, and few update rules have a derivative for that.
+    through the same operation, and few update rules have a derivative for that. The inner gradient
+    need not show it: see `sent_sparse`.
     """
     if not chosen:
         return dict(params)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from innerloop._utils import torch_private
+from innerloop._utils import caches, torch_private
 from innerloop.errors import NotDifferentiableError
 from innerloop.nn._catalogue import NODES, Operation
 
@@ -25,6 +25,9 @@ COMPILED = (
     "innerloop.metagradient(..., compile=True)"
 )
 
+_LOOK_UPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
+K = TypeVar("K", str, int)
+
 _REENTRANT = (
     "the loss was computed under activation checkpointing with use_reentrant=True "
     "(torch.utils.checkpoint; gradient_checkpointing_enable() of older packages), which hides the "
@@ -32,13 +35,20 @@ _REENTRANT = (
     "off inside the loop"
 )
 
+_harmless: MutableMapping[type, bool] = caches.cache("classes of nodes that need no second look")
+
 
 def check_graph(
-    ends: Iterable[Tensor], params: Iterable[Tensor], *, second_order: bool
+    ends: Iterable[Tensor],
+    params: Iterable[Tensor],
+    *,
+    second_order: bool,
+    sparse: list[Node] | None = None,
 ) -> list[Tensor]:
     """Raise if an operation between ``ends`` and ``params`` lacks a second derivative.
 
     The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters.
+    Nodes that send a sparse gradient back are appended to ``sparse``, if given: see `sent_sparse`.
 
     Returns:
         The leaves at which the walk ended, parameters that are leaves among them.
@@ -50,11 +60,15 @@ def check_graph(
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
     seen = {p.grad_fn for p in current}
+    harmless = _harmless
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        if type(node) in harmless:
+            stack.extend([child for child, _ in node.next_functions])
+            continue
         kind = type(node).__name__
         if kind == "AccumulateGrad":
             leaves.append(node.variable)
@@ -84,11 +98,26 @@ def check_graph(
                 "strategy=innerloop.FirstOrder() (track: first_order=True; "
                 "innerloop.higher: track_higher_grads=False)"
             )
+        elif kind in _LOOK_UPS:
+            if sparse is not None and torch_private.sends_sparse(node):
+                sparse.append(node)
+        elif kind[-1:].isdigit() and kind not in NODES:
+            # One of PyTorch's own, about which there is nothing else to ask.
+            harmless[type(node)] = True
         stack.extend([child for child, _ in node.next_functions])
     for node, operation in suspects:
         if _reaches(node, current):
             raise NotDifferentiableError(_lacks_derivative(operation, type(node).__name__))
     return leaves
+
+
+def sent_sparse(nodes: Iterable[Node], params: Mapping[K, Tensor]) -> set[K]:
+    """Return which of ``params`` the nodes send their sparse gradients to.
+
+    The gradient of a loss need not tell: in a sum with a dense one (of a penalty) it is dense, and
+    another loss of the same parameter sends a sparse one back alone.
+    """
+    return {key for key, p in params.items() if any(_reaches(node, [p]) for node in nodes)}
 
 
 _refusing: list[int] = []

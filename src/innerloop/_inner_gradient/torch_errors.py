@@ -39,6 +39,9 @@ def explain(error: RuntimeError) -> RuntimeError:
         "Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it "
         "(attention: SDPBackend.MATH)",
+        "add(sparse, dense)": "the loss looks a table up with sparse=True and uses it densely as "
+        "well (a penalty on it), and PyTorch adds the two gradients in neither order if they are "
+        "to be differentiated again: write sparse=False in the look-up",
         "does not require grad": INDEPENDENT,
     }
     for sign, cure in cures.items():

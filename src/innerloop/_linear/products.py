@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private
-from innerloop._utils.execution import may_call_autograd
+from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.finite import have_values
 from innerloop.errors import NotDifferentiableError
 
 Gradients = Callable[[list[Tensor]], tuple[list[Tensor], Tensor]]
@@ -122,8 +123,61 @@ def central_difference(
         relative_step: the largest displacement, relative to 1 + the largest of ``at``; None: the
             cube root of the precision. The error falls with the square of it, until rounding takes
             over.
+
+    Where a gradient is 0, the update of Adam and its like is nearly a jump, and ``along`` is larger
+    there by up to lr / eps: displaced together, the other entries would hardly move. So two
+    products are then taken, one for these entries and one for the rest, and added. Under ``vmap``,
+    where no value can be looked at, this is always done.
     """
-    along = [v.to_dense() if v.layout is not torch.strided else v for v in along]
+    along = [_dense(v) for v in along]
+    found = _one_difference(gradients, at, along, before_each, value, moved, relative_step)
+    apart = _at_zero_gradients(along, found.gradient, moved)
+    if apart is None:
+        return found
+    first, second = (
+        _one_difference(gradients, at, part, before_each, lambda: found.loss, moved, relative_step)
+        for part in apart
+    )
+    product = [a + b for a, b in zip(first.product, second.product, strict=True)]
+    before_each()
+    return SecondProduct(first.gradient, product, value())
+
+
+def _at_zero_gradients(
+    along: list[Tensor], found: list[Tensor], moved: int
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Split ``along`` into the entries whose gradient is not 0 and those where it is.
+
+    None if there is no need to, because the latter do not outweigh the others.
+    """
+    pairs = [(v, _dense(g)) for v, g in zip(along[:moved], found[:moved], strict=True)]
+    largest = torch.stack([g.abs().max() for _, g in pairs if g.numel()]).max()
+    zero = [g.abs() <= torch.finfo(g.dtype).eps * largest for _, g in pairs]
+    rest = [v.masked_fill(z, 0) for (v, _), z in zip(pairs, zero, strict=True)]
+    there = [v.masked_fill(~z, 0) for (v, _), z in zip(pairs, zero, strict=True)]
+    if mode() is not Mode.COMPILING and have_values(along[:moved]):
+        sizes = [
+            float(torch.stack([v.detach().abs().max() for v in part if v.numel()]).max())
+            for part in (rest, there)
+        ]
+        if not sizes[1] > 10 * sizes[0] > 0:
+            return None
+    return [*rest, *along[moved:]], [*there, *along[moved:]]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
+
+
+def _one_difference(
+    gradients: Gradients,
+    at: list[Tensor],
+    along: list[Tensor],
+    before_each: Callable[[], None],
+    value: Callable[[], Tensor],
+    moved: int,
+    relative_step: float | None,
+) -> SecondProduct:
     h = torch.finfo(at[0].dtype).eps ** (1 / 3) if relative_step is None else relative_step
     scale = torch.stack([v.abs().max() for v in along[:moved] if v.numel()]).max()
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)

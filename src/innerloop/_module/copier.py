@@ -6,14 +6,15 @@ import copy
 import functools
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import ItemsView, Iterable
+from collections.abc import ItemsView, Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from innerloop._module.checks import check_module, refuse_clipping
-from innerloop._utils import torch_private, tree
+from innerloop._utils import caches, torch_private, tree
 from innerloop._utils.inner_pass import InnerHook, is_inner_pass
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
@@ -43,6 +44,49 @@ GONE = (
     "spectral_norm, other parametrizations and pruning do: apply them to the model before the loop "
     "begins"
 )
+
+
+class _FixedParametrizations(type):
+    """The class of a copy of a module with parametrizations.
+
+    torch makes a class for each such module and keeps its parametrizations there: to remove one
+    from the copy would take it out of the user's own module as well.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        raise _parametrized_otherwise(name)
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        if isinstance(value, property):
+            raise _parametrized_otherwise(name)
+        super().__setattr__(name, value)
+
+
+def _parametrized_otherwise(name: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"a parametrization of {name!r} is added or removed inside the loop (or in a copy of its "
+        "module): do it in the model, before the loop begins"
+    )
+
+
+_fixed: MutableMapping[type, type] = caches.cache("classes of parametrized copies", weak=True)
+
+
+def _class_of_copy(cls: type) -> type:
+    """Return the class that a copy has: the module's own, unless torch made that for it alone."""
+    if cls.__module__ != parametrize.__name__ or type(cls) is not type:
+        return cls
+    body = _body(cls)
+    known = _fixed.get(cls)
+    if known is not None and body.items() == _body(known).items():
+        return known
+    made: type = _FixedParametrizations(cls.__name__, cls.__bases__, body)
+    _fixed[cls] = made
+    return made
+
+
+def _body(cls: type) -> dict[str, object]:
+    return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__", "__doc__")}
 
 
 class Gate:
@@ -175,7 +219,7 @@ class _Parameters(dict[str, Any]):
         """What was read in checkpointed forward passes: the tensor and its version, None if two."""
 
     def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
+        found = dict.__getitem__(self, name)
         # Checkpointed reads are noted from the first step on, when the gate is still open.
         if torch_private.inside_saved_tensors_hooks() and isinstance(found, Tensor):
             now = (found, torch_private.version(found))
@@ -186,7 +230,8 @@ class _Parameters(dict[str, Any]):
             elif same:
                 # A repetition reads what the checkpointed forward pass has read.
                 return found
-        if self.gate.closed and self.gate.refuses() and isinstance(found, Tensor):
+        gate = self.gate
+        if gate.closed and gate.refuses() and isinstance(found, Tensor):
             return _Unreadable.of(found, name)
         return found
 
@@ -290,7 +335,7 @@ class _Copier:
 
     def _module(self, module: nn.Module) -> nn.Module:
         check_module(module)  # a part may be what the whole must not be
-        new = object.__new__(type(module))
+        new: Any = object.__new__(_class_of_copy(type(module)))
         self.done[id(module)] = new
         self.keep.append(module)
         self.modes.append((new, module))
@@ -298,7 +343,7 @@ class _Copier:
         for key, value in vars(module).items():
             if key in torch_private.TENSOR_TABLES:
                 own[key] = table = self._table(value, value is parameters)
-                for name, tensor in table.items():
+                for name, tensor in dict.items(table):
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
             elif type(value) in _PLAIN:

@@ -82,6 +82,15 @@ class ModuleView:
             if isinstance(module, _NORMS)
             for key in torch_private.buffer_table(module)
         }
+        listed = {id(p): name for name, p in self.source.items()}
+        self.sparse = {
+            listed[id(p)]
+            for _, module in tables
+            if getattr(module, "sparse", False) is True
+            for p in torch_private.parameter_table(module).values()
+            if id(p) in listed
+        }
+        """Parameters of an ``nn.Embedding(sparse=True)``: their gradients may be sparse."""
         self.no_statistics = [
             name
             for name, b in self.source_buffers.items()
@@ -219,6 +228,17 @@ def _as_they_stand(
         return params, buffers
     found = [by_name({id(t): (n, t) for n, t in reversed(x)}.values()) for x in tables]
     return {n: found[0][n] for n in params}, {n: found[1][n] for n in buffers}
+
+
+def look_up_densely(modules: Iterable[nn.Module]) -> None:
+    """Let embeddings among the modules of a copy send dense gradients back to their tables.
+
+    Few operations have a derivative for a sparse one; PyTorch cannot even add a dense one to it in
+    a gradient that is to be differentiated, as a penalty on the table asks for.
+    """
+    for module in modules:
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            vars(module)["sparse"] = False
 
 
 def keep_running_statistics(view: ModuleView) -> None:

@@ -211,15 +211,23 @@ class Placed:
         params: the parameters, by name.
         watch: is told when the memory of one is handed out.
         marks: False if it is not told (compiled code takes plain tensors only).
+
+    Attributes:
+        params: the parameters, by name.
     """
 
     def __init__(self, params: Params, watch: EditWatch, *, marks: bool) -> None:
-        self._params = params
+        self.params = params
         self._versions = torch_private.versions(params.values())
         self._nodes_so_far = torch_private.nodes_so_far()
+        self._marks = marks
         watch.placed = params
-        if marks:
-            for p in params.values():
+        self.mark()
+
+    def mark(self) -> None:
+        """Let the parameters tell when their memory is handed out."""
+        if self._marks:
+            for p in self.params.values():
                 if type(p) is Tensor:
                     p.__class__ = Weight
 
@@ -231,11 +239,11 @@ class Placed:
             placed: the newest parameters.
         handed_out: copies of those whose memory was handed out, by identity.
         """
-        versions = torch_private.versions(self._params.values())
+        versions = torch_private.versions(self.params.values())
         if versions == self._versions and not handed_out:
             return
         for (name, p), was, is_now in zip(
-            self._params.items(), self._versions, versions, strict=True
+            self.params.items(), self._versions, versions, strict=True
         ):
             if now[name] is p and not self._is_recorded(p):
                 if was != is_now:

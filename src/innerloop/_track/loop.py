@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, _alias, aliased
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
@@ -20,13 +21,14 @@ from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
+    sent_sparse,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.checks import LateHooks, check_names, check_not_inference
 from innerloop._module.copier import GONE, Gate
-from innerloop._module.view import ModuleView, keep_running_statistics
+from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
@@ -96,6 +98,8 @@ class TrackedLoop:
             )
         self._frozen = {name for name, p in own.items() if not p.requires_grad}
         self._optimizer = pure_optimizer(optimizer, own)
+        if not self._optimizer.takes_sparse:
+            look_up_densely(self._view.modules)
         self.hyper = checked_hyper(hyper, self._optimizer)
         self._names = (
             self._optimizer.names
@@ -127,6 +131,7 @@ class TrackedLoop:
             "Register it on the user's own model before track, or change gradients with "
             "loop.step(loss, grad_callback=...)",
         )
+        self._has_left = False
         self._place()
         if self._second_order and learn == "init":
             self._watch(start)
@@ -138,7 +143,8 @@ class TrackedLoop:
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
-        self._sparse: set[str] = set()
+        self._hypers: list[dict[str, object]] = []
+        self._sparse = set(self._view.sparse)
 
     @property
     def model(self) -> Any:
@@ -153,8 +159,11 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.enter()
         self._facts.enter()
-        with self._own_code():
-            self._place()
+        if self._has_left:
+            with self._own_code():
+                self._place()
+        elif self._kernels is not None:
+            self._edits.start(self._placed.params)
         self._edits.enter()
         return self
 
@@ -164,6 +173,7 @@ class TrackedLoop:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._has_left = True
         self._facts.leave()
         if self._kernels is not None:
             self._kernels.leave()
@@ -224,20 +234,44 @@ class TrackedLoop:
                 derivative.
         """
         transform = self._transform_of(grad_callback)
+        closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
         with self._own_code():
             current = self._current()
             self._facts.check(current)
             if self._second_order:
                 self._late_hooks.check(current.items())
             self._check_edits(current, self._edits.handed_out)
-        closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
+            if closure is None and transform is None:
+                # None of the user's code runs from here on, and operations on plain tensors cost
+                # less.
+                as_plain(current)
+            try:
+                number = self._step(loss, closure, current, hyper, transform)
+            except BaseException:
+                if self._kernels is not None:
+                    self._placed.mark()
+                raise
+        if self._kernels is not None and self._steps <= 2:
+            self._decide_on_watching(self._kernels)
+        return number
+
+    def _step(
+        self,
+        loss: Tensor | Closure,
+        closure: Closure | None,
+        current: dict[str, Tensor],
+        hyper: Mapping[str, object] | None,
+        transform: Transform | None,
+    ) -> Float[Tensor, ""]:
+        """Take a step from the parameters ``current``, in a block of the loop's own code."""
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
             return self._gradient_of(loss, at, transform)
 
         def evaluate(at: Params, check: Callable[[object], Tensor]) -> tuple[Tensor, Gradients]:
             assert closure is not None
-            return evaluate_at(at, closure, self._view, self._trained, check, gradient_of)
+            with self._users_code():
+                return evaluate_at(at, closure, self._view, self._trained, check, gradient_of)
 
         if closure is not None:
             value, grads = evaluate(current, self._checked)
@@ -248,57 +282,58 @@ class TrackedLoop:
                 "loop.step(lambda: loss_fn(loop.model(x), y))"
             )
         else:
-            with self._own_code():
-                value = self._checked(loss)
+            value = self._checked(loss)
             grads = gradient_of(value, current)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
-        overrides = {**self.hyper, **(hyper or {})}
         self._edits.is_on = False
         try:
-            with self._own_code():
-                with torch.set_grad_enabled(self.learn != "nothing"):
-                    params = {name: current[name] for name in self._names}
-                    more: dict[str, Any] = {}
-                    if closure is not None and self._optimizer.needs_closure:
+            with torch.set_grad_enabled(self.learn != "nothing"):
+                own = self._aliased_hyper(hyper or {})
+                overrides = {**self.hyper, **own, **(hyper or {})}
+                params = {name: current[name] for name in self._names}
+                more: dict[str, Any] = {}
+                if closure is not None and self._optimizer.needs_closure:
 
-                        def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
-                            with self._users_code():
-                                found, grads = evaluate({**current, **trial}, self._as_loss)
-                            return self._as_seen(found), grads
+                    def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+                        at = {**current, **with_dense_gradients(trial, self._sparse)}
+                        found, grads = evaluate(at, self._as_loss)
+                        return self._as_seen(found), grads
 
-                        more["value_and_grad"] = CachedFirstEvaluation(
-                            at_trial, params, self._as_seen(value), grads
-                        )
-                    before = self._states[self._steps].optimizer_state
-                    updated, state = self._optimizer.update(
-                        grads, before, params, overrides, **more
+                    more["value_and_grad"] = CachedFirstEvaluation(
+                        at_trial, params, self._as_seen(value), grads
                     )
-                    # One that was skipped may be edited later; the times before must not change.
-                    # What is frozen stays the tensor that it is.
-                    updated = {
-                        n: p.clone() if p is params[n] else p
-                        for n, p in updated.items()
-                        if n not in self._frozen
-                    }
-                if not self._cut.reached:
-                    self._cut.note_outside_leaves(updated.values(), current.values())
-                # Clone: a fused loss shares storage with the whole batch's output.
-                number = value.detach().clone()
-                updated = with_dense_gradients(updated, self._sparse)
-                self._place(self._advance(current, updated, state, value, number))
+                before = self._states[self._steps].optimizer_state
+                updated, state = self._optimizer.update(grads, before, params, overrides, **more)
+                # One that was skipped may be edited later; the times before must not change.
+                # What is frozen stays the tensor that it is.
+                updated = {
+                    n: p.clone() if p is params[n] else p
+                    for n, p in updated.items()
+                    if n not in self._frozen
+                }
+            if not self._cut.reached:
+                self._cut.note_outside_leaves(updated.values(), current.values())
+            # Clone: a fused loss shares storage with the whole batch's output.
+            number = value.detach().clone()
+            updated = with_dense_gradients(updated, self._sparse)
+            self._place(self._advance(current, updated, state, value, number))
+            self._hypers.append(own)
         finally:
             self._edits.is_on = True
-        if self._kernels is not None:
-            if self._steps == 1:
-                self._kernels.after_first_step()
-                if self.learn == "outer":
-                    self._watch(updated)
-            elif self._steps == 2 and not self._edits.seen:
-                self._kernels.stop_watching()
-                self._edits.forget()
         return number
+
+    def _decide_on_watching(self, kernels: replace.LoopMode) -> None:
+        """Look at the user's operations no longer once nothing has been met in two steps."""
+        if self._steps == 1:
+            kernels.after_first_step()
+            if self.learn == "outer":
+                newest = self._view.read()
+                self._watch({name: newest[name] for name in self._trained})
+        elif self._steps == 2 and not self._edits.seen:
+            kernels.stop_watching()
+            self._edits.forget()
 
     def assign(self, params: Params) -> None:
         """Put tensors in the places of parameters of ``loop.model``, differentiably.
@@ -362,7 +397,23 @@ class TrackedLoop:
         """Return the states and losses so far."""
         states = {**self._states, self._steps: self._now()}
         missing = 'with learn="nothing" only time 0 and -1 are kept: use learn="init" or "outer"'
-        return Trajectory(states, self._stacked_losses, None, self._steps, missing)
+        found = Trajectory(states, self._stacked_losses, None, self._steps, missing)
+        found.hypers = tuple(self._hypers)
+        return found
+
+    def _aliased_hyper(self, instead: Mapping[str, object]) -> dict[str, object]:
+        """Return an alias of what is learned, so that each step's share of it can be told apart.
+
+        Args:
+            instead: what this step reads from somewhere else.
+        """
+        if self.learn == "nothing":
+            return {}
+        return {
+            name: tree.map_tensors(lambda x: _alias(x) if x.requires_grad else x, value)
+            for name, value in self.hyper.items()
+            if name not in instead
+        }
 
     def detach(self) -> None:
         """Cut the graph here: weights, buffers, optimizer state are kept, time restarts at 0.
@@ -382,7 +433,7 @@ class TrackedLoop:
             )
         self._states = {0: carry._replace(params=self._view.read())}
         self._steps = 0
-        self._losses = []
+        self._losses, self._hypers = [], []
         self._place()
 
     def commit(self) -> None:
@@ -593,17 +644,23 @@ class TrackedLoop:
 
     def _gradient_of(self, loss: Tensor, current: Params, transform: Transform | None) -> Gradients:
         """Compute the gradients, as ``backward()`` and the user's hooks and callback would."""
-        with self._own_code():
-            leaves = check_graph([loss], current.values(), second_order=self._second_order)
-            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-            independent = InvalidInputError(
+
+        def independent() -> InvalidInputError:
+            return InvalidInputError(
                 f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
                 "trains, as they are now: compute it with loop.model (not with the model that was "
                 "passed to track), and anew after each step"
             )
+
+        with self._own_code():
+            nodes: list[Node] = []
+            leaves = check_graph(
+                [loss], current.values(), second_order=self._second_order, sparse=nodes
+            )
+            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
             if not wanted:
                 refuse_transform()
-                raise independent
+                raise independent()
             found = inner_gradient(
                 loss,
                 wanted,
@@ -613,15 +670,17 @@ class TrackedLoop:
             )
             self._gate.closed = self._second_order
             self._check_origin(found, leaves)
-            if sparse := sparse_ones(found):
-                self._sparse |= sparse
+            sparse = sparse_ones(found)
+            if nodes or sparse:
+                self._sparse |= sparse | sent_sparse(nodes, wanted)
         # Where none is sparse, `finish` need not look again.
         as_they_are = not sparse or self._optimizer.takes_sparse
-        grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
-        if transform is None:
-            return grads
-        at = {name: current[name] for name in grads}
-        changed, _ = transform.apply(grads, transform.init(at), at, transform.resolve(None))
+        with self._users_code() if self._hooks or transform is not None else nullcontext():
+            grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
+            if transform is None:
+                return grads
+            at = {name: current[name] for name in grads}
+            changed, _ = transform.apply(grads, transform.init(at), at, transform.resolve(None))
         return changed
 
     def _as_seen(self, loss: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextmanager
-def inner_pass() -> Iterator[None]:
+class inner_pass:  # noqa: N801 (used like a function)
     """Mark the backward pass of an inner step, which runs inside this block."""
-    _Running.passes += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        _Running.passes += 1
+
+    def __exit__(self, *_: object) -> None:
         _Running.passes -= 1
 
 

@@ -114,6 +114,11 @@ def is_once_differentiable(node: object) -> bool:
     )
 
 
+def sends_sparse(node: Any) -> bool:
+    """True if a node of an embedding sends a sparse gradient to its table (``sparse=True``)."""
+    return bool(getattr(node, "_saved_sparse", False))
+
+
 def function_of(node: Any) -> type | None:
     """Return the ``torch.autograd.Function`` that a node of the graph belongs to, None if none.
 
@@ -337,7 +342,8 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> int:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    return sum(not isinstance(hook, OwnStepHook) for hooks in tables for hook in hooks.values())
+    hooks = [hook for table in tables if table for hook in table.values()]
+    return len([hook for hook in hooks if not isinstance(hook, OwnStepHook)])
 
 
 def is_initialised(optimizer: torch.optim.Optimizer) -> bool:

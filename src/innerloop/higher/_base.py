@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from innerloop._carry import aliased
 from innerloop._inner_gradient.gradient import (
     check_graph,
     finish,
     inner_gradient,
+    sent_sparse,
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._module.checks import LateHooks
+from innerloop._module.view import look_up_densely
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
@@ -116,7 +119,10 @@ class DifferentiableOptimizer(abc.ABC):
         self._device = device
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
-        self._sparse: set[int] = set()
+        self._sparse = set() if fmodel is None else fast_weights(fmodel).sparse()
+        self._takes_sparse = isinstance(other, torch.optim.SparseAdam)
+        if fmodel is not None and not self._takes_sparse:
+            look_up_densely(fmodel.modules())
         self.around_rule: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -285,12 +291,13 @@ class DifferentiableOptimizer(abc.ABC):
             )
         if self._late_hooks is not None and self._track_higher_grads:
             self._late_hooks.check(enumerate(params))
-        leaves = check_graph([loss], params, second_order=self._track_higher_grads)
+        nodes: list[Node] = []
+        leaves = check_graph([loss], params, second_order=self._track_higher_grads, sparse=nodes)
         found = inner_gradient(
             loss,
             {i: params[i] for i in wanted},
             create_graph=self._track_higher_grads,
-            independent=InvalidInputError(
+            independent=lambda: InvalidInputError(
                 "the loss depends on none of the parameters: compute it with the patched module, "
                 "after the last step (a function that "
                 "is kept in the model, and has taken hold of the model itself, computes with the "
@@ -301,8 +308,9 @@ class DifferentiableOptimizer(abc.ABC):
         self._note(leaves, params)
         self._look_for_captured(loss, leaves)
         self._sparse |= sparse_ones(found)
-        takes_sparse = isinstance(self._other, torch.optim.SparseAdam)
-        finished = finish(found, hooks=self._hooks, takes_sparse=takes_sparse)
+        if nodes:
+            self._sparse |= sent_sparse(nodes, {i: params[i] for i in wanted})
+        finished = finish(found, hooks=self._hooks, takes_sparse=self._takes_sparse)
         grads = [finished.get(i) for i in range(len(params))]
         return grads if callback is None else self._called_back(callback, grads)
 

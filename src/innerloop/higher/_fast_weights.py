@@ -39,6 +39,10 @@ class FastWeights:
         self._view = view
         self._root = weakref.ref(root)
 
+    def sparse(self) -> set[int]:
+        """Return the positions of the parameters whose gradients may be sparse."""
+        return {i for i, name in enumerate(self._view.source) if name in self._view.sparse}
+
     @property
     def root(self) -> nn.Module:
         """Return the patched module that this is a part of; raise if it is gone."""

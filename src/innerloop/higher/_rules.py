@@ -10,7 +10,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from innerloop._carry import _alias as _identity
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import with_dense_gradients
 from innerloop._utils import torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.higher._base import (
@@ -304,6 +306,7 @@ class DifferentiableRule(DifferentiableOptimizer):
                     _alias(trial[str(i)]) if str(i) in trial and p.requires_grad else p
                     for i, p in enumerate(params)
                 ]
+                at = list(with_dense_gradients(dict(enumerate(at)), self._sparse).values())
                 with fast.at(at):
                     # The loop's own block is left while a rule runs.
                     with fast.kernels():
@@ -489,4 +492,5 @@ def _alias(p: Tensor) -> Tensor:
 
     A gradient is taken where a line search looks, not where the step started.
     """
-    return p.view_as(p) if p.requires_grad else p.detach().requires_grad_()
+    # Not view_as, whose derivative takes no sparse gradient.
+    return _identity(p) if p.requires_grad else p.detach().requires_grad_()

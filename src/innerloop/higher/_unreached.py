@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from innerloop._utils.warn import warn_user
 from innerloop.errors import CapturedParameterWarning, UnreachedGradientWarning
 
 COPIED = (
@@ -39,7 +38,6 @@ CAPTURED = (
     "copy_initial_weights=False, which is the same; "
     "if you mean a constant, .detach() it"
 )
-_NOT_THE_USER = ("torch", "innerloop", "beartype", "jaxtyping")
 
 
 class ReachMonitor:
@@ -103,13 +101,4 @@ class ReachMonitor:
         if message in self._said:
             return
         self._said.add(message)
-        level, frame = (
-            1,
-            inspect.currentframe(),
-        )  # of this function; the one that called backward() is neither ours nor PyTorch's
-        while (
-            frame is not None
-            and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER
-        ):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, category, stacklevel=max(level, 1))
+        warn_user(message, category)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import refuse_clipping
-from innerloop._module.copier import Gate, plain
+from innerloop._module.copier import GONE, Gate, plain
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._utils import torch_private
 from innerloop.errors import InvalidInputError
@@ -182,6 +182,19 @@ class PatchedModule(nn.Module):
         fast.ready(None)
         fast.take([value if p is table[name] else p for p in fast.newest])
 
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Register a parameter, as a module does; pruning, which takes one out, is refused.
+
+        Raises:
+            InvalidInputError: ``param`` is a tensor of the loop under another name.
+        """
+        plain = isinstance(param, Tensor) and not isinstance(param, nn.Parameter)
+        if plain and "_innerloop_fast" in vars(self):
+            own = torch_private.parameter_table(self)
+            taken = next((key for key, p in own.items() if p is param), name)
+            raise InvalidInputError(GONE.format(taken))
+        super().register_parameter(name, param)
+
     def __delattr__(self, name: str) -> None:
         if torch_private.parameter_table(self).get(name) is not None and "_innerloop_fast" in vars(
             self
@@ -238,7 +251,9 @@ class _Offered:
 
 _TABLES = torch_private.REGISTRIES
 _NAMES = tuple(
-    name for name in vars(PatchedModule) if not name.startswith("_") and name != "forward"
+    name
+    for name in vars(PatchedModule)
+    if not name.startswith("_") and name not in ("forward", "register_parameter")
 )
 
 

@@ -8,7 +8,9 @@ from innerloop.inspect._gains import Gains, gains
 from innerloop.inspect._influence import Influence, influence
 from innerloop.inspect._jacobian import jacobian, jvp, vjp
 from innerloop.inspect._lyapunov import Lyapunov, lyapunov
+from innerloop.inspect._metajacobian import metajacobian
 from innerloop.inspect._paths import Paths, paths
+from innerloop.inspect._report.report import ReportPage, report
 
 __all__ = [
     "Attribution",
@@ -19,6 +21,7 @@ __all__ = [
     "Influence",
     "Lyapunov",
     "Paths",
+    "ReportPage",
     "StrategyComparison",
     "attribute",
     "compare",
@@ -29,6 +32,8 @@ __all__ = [
     "jacobian",
     "jvp",
     "lyapunov",
+    "metajacobian",
     "paths",
+    "report",
     "vjp",
 ]

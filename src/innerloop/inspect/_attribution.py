@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
@@ -18,16 +18,18 @@ from innerloop._utils import tree
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.inspect._metajacobian import check_chunk, chunks, cotangents_of, sweep_of
 from innerloop.inspect._plot import COLOURS, axes_of, figure_with, tidy
-from innerloop.inspect._window import part_of, vjp
-from innerloop.strategy._checkpointed import Checkpointed, Sweep
+from innerloop.strategy._checkpointed import Checkpointed
 from innerloop.strategy._engine.loop_function import PulledMany, Watcher
-from innerloop.strategy._engine.step_pullback import Cotangents, Step, state_of
+from innerloop.strategy._engine.step_pullback import Cotangents, Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TOGETHER = 16
+"""So many trainings run at once."""
 Queries = Callable[[Mapping[str, Tensor]], Tensor]
 """``queries(params) -> [Q]``, the outcomes."""
 
@@ -55,6 +57,28 @@ class Check(NamedTuple):
             f"{len(self.real)} trainings)"
         )
 
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draw real over predicted change; needs matplotlib (``pip install 'innerloop[plot]'``).
+
+        The outcomes are of different size, so each is drawn in units of its own largest change.
+        """
+        ax = axes_of(ax, "Check.plot", (4.2, 4.0))
+        p, r = (x.detach().double().cpu() for x in (self.predicted, self.real))
+        for i in range(p.shape[1]):
+            unit = float(torch.cat([p[:, i], r[:, i]]).abs().max()) or 1.0
+            ax.plot(
+                (p[:, i] / unit).tolist(),
+                (r[:, i] / unit).tolist(),
+                "o",
+                markersize=3,
+                alpha=0.5,
+                color=COLOURS[0],
+            )
+        ax.plot([-1, 1], [-1, 1], color="#767676", linewidth=0.8)
+        title = f"rank correlation {float(self.correlation.mean()):.3f}"
+        tidy(ax, x="predicted change", y="real change", title=title)
+        return figure_with(ax)
+
 
 class Attribution:
     """What each training example does to each outcome; made by `attribute`.
@@ -66,6 +90,7 @@ class Attribution:
         losses: ``[Q]``, the outcomes.
         by_step: ``[T, Q, N]`` with ``attribute(..., by_step=True)``: the same, split by the step in
             which the example was drawn; else None.
+        checked: what `check` found when it was last called; None before.
     """
 
     def __init__(
@@ -79,6 +104,7 @@ class Attribution:
         self.scores = scores
         self.losses = losses
         self.by_step = by_step
+        self.checked: Check | None = None
         self._again = again
         self._weights = weights
 
@@ -110,6 +136,47 @@ class Attribution:
         order = self.scores[query].argsort()
         return {"helpful": order[:count], "harmful": order.flip(0)[:count]}
 
+    def retrain(self, weights: Tensor) -> Tensor:
+        """Return the outcomes ``[Q]`` of training again with other weights ``[N]``.
+
+        Given ``[S, N]``, training runs S times, at once where vmap can run it, and the outcomes are
+        ``[S, Q]``.
+
+        Example:
+            >>> import torch, innerloop
+            >>> x = torch.tensor([1.0, 2.0, 4.0])
+            >>> problem = innerloop.Problem(
+            ...     lambda params, hyper, batch: (hyper["weights"] * (params["p"] - x) ** 2).sum(),
+            ...     innerloop.optim.sgd(lr=0.5),
+            ... )
+            >>> found = innerloop.attribute(
+            ...     lambda params: params["p"][None],
+            ...     problem,
+            ...     {"p": torch.tensor(0.0)},
+            ...     None,
+            ...     steps=1,
+            ...     hyper={"weights": torch.ones(3)},
+            ... )
+            >>> found.losses, found.retrain(torch.tensor([1.0, 1.0, 0.0]))  # the sum of w x
+            (tensor([7.]), tensor([3.]))
+        """
+        if weights.ndim not in (1, 2) or weights.shape[-1:] != self._weights.shape:
+            raise InvalidInputError(
+                f"weights has shape {tuple(weights.shape)}: write one number for each of the "
+                f"{len(self._weights)} examples"
+            )
+        weights = weights.to(self._weights)
+        if weights.ndim == 1:
+            return self._again(weights)
+        try:
+            # A batching rule that PyTorch lacks only takes time.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.func.vmap(self._again, chunk_size=TOGETHER)(weights)
+        except Exception:
+            # What vmap cannot do (random numbers, .item()) is run one after the other.
+            return torch.stack([self._again(row) for row in weights])
+
     def check(
         self, subsets: int = 16, drop: float = 0.03, *, to: float = 0.0, seed: int = 0
     ) -> Check:
@@ -139,17 +206,18 @@ class Attribution:
                 f"{examples} examples, and not of all"
             )
         generator = torch.Generator().manual_seed(seed)
-        predicted, real = [], []
+        predicted, weights = [], []
         for _ in range(subsets):
             dropped = torch.randperm(examples, generator=generator)[:size]
             mask = self._mask(dropped)
-            weights = torch.where(mask, self._weights * to, self._weights)
-            real.append(self._again(weights) - self.losses)
+            weights.append(torch.where(mask, self._weights * to, self._weights))
             predicted.append(self.predicted(dropped) * (1 - to))
-        p, r = torch.stack(predicted).double(), torch.stack(real).double()
+        real = self.retrain(torch.stack(weights)) - self.losses
+        p, r = torch.stack(predicted).double(), real.double()
         correlation = torch.stack([_rank_correlation(a, b) for a, b in zip(p.T, r.T, strict=True)])
         slope = (p * r).sum(0) / (p * p).sum(0).clamp_min(1e-300)
-        return Check(p, r, correlation, slope)
+        self.checked = Check(p, r, correlation, slope)
+        return self.checked
 
     def _mask(self, dropped: Sequence[int] | Tensor) -> Tensor:
         index = torch.as_tensor(dropped, device=self._weights.device)
@@ -284,8 +352,7 @@ def attribute(
             f"hyper[{weights!r}] has shape {tuple(w.shape)} and dtype {w.dtype}: write one "
             "floating-point number for each example"
         )
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise InvalidInputError(f"chunk={chunk!r}: write a number of queries, 1 or more")
+    check_chunk(chunk)
     if hasattr(batches, "__next__"):
         batches = list(batches)  # type: ignore[call-overload]
     local: Problem | None = None
@@ -313,14 +380,8 @@ def attribute(
         with torch.no_grad():
             return _outcomes(queries, train(values).params)
 
-    # The loop is run by the sweep, once: an empty trajectory says how.
-    data = batches_of(batches, steps)
-    with torch.no_grad():
-        empty = unroll(problem, start, data.part(0, 0), hyper=others, strategy=strategy)
-    record = empty.record._replace(loop=empty.record.loop._replace(batches=data))
-    total = data.steps
-    assert total is not None
-    sweep = Sweep(part_of(record, start, 0, total), record.context, strategy)
+    sweep = sweep_of(problem, start, batches, others, strategy, steps)
+    total = sweep.steps
     end = {n: p.detach().requires_grad_() for n, p in sweep.end.params.items()}
     with torch.enable_grad():
         losses = _outcomes(queries, end)
@@ -330,16 +391,10 @@ def attribute(
         )
     leaves = tree.leaves(others)
     place = next(i for i, x in enumerate(leaves) if x is others[weights])
-    rest = len(tree.leaves(state_of(sweep.end))) - len(end)
     rows, stepwise = [], []
-    for begin in range(0, len(losses), chunk or max(1, len(losses))):
-        chosen = range(begin, min(begin + (chunk or len(losses)), len(losses)))
-        grads = [vjp([losses[q]], None, end) for q in chosen]
-        many: Cotangents = [
-            torch.stack([torch.zeros_like(p) if (g := row[i]) is None else g for row in grads])
-            for i, p in enumerate(end.values())
-        ]
-        collect = _Scores([*many, *[None] * rest], place, len(chosen), w, total if by_step else 0)
+    for chosen in chunks(len(losses), chunk):
+        many = cotangents_of(losses, end, chosen, sweep)
+        collect = _Scores(many, place, len(chosen), w, total if by_step else 0)
         if local is not None and index is not None:
             collect.gather = _Gather(local, weights, index)
         sweep.pull(collect, [i == place for i in range(len(leaves))])

@@ -40,7 +40,8 @@ class Influence(NamedTuple):
             time whose parameters have no graph.
         whole: ``[T + 1]``, the norm over all parameters.
         hyper: path -> ``[T]``, the norm of what step t alone adds to the gradient of that outer
-            variable; empty where there is none, and for a tracked loop.
+            variable; empty where there is none. Of a tracked loop those of
+            ``track(..., hyper=...)``.
         value: the outer loss.
         jacobian: ``[T + 1]``, the Frobenius norm of :math:`\partial\theta_T/\partial\theta_t` as
             the root of the unbiased estimate of its square; None without probes.

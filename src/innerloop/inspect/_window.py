@@ -256,7 +256,7 @@ class LoopWindow(Window):
         given = dict(zip(self.outputs.names, many, strict=False))
         if not self._steps:
             return self.inputs.flat(given if self._names is not None else {}, count)
-        watcher = _Collect(many)
+        watcher = Collect(many)
         places = set(self._hyper.values())
         self.sweep.pull(watcher, [i in places for i in range(len(self._leaves))])
         if self._names is None:
@@ -395,7 +395,7 @@ def _check_push(recorded: RecordedStep, row: Cotangents, pushed: Cotangents) -> 
         check_transposed(torch.cat(ours), torch.cat(theirs))
 
 
-class _Collect(Watcher):
+class Collect(Watcher):
     """Keeps the cotangents before the first step, and the sum of those of hyper."""
 
     def __init__(self, many: Cotangents) -> None:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from innerloop._utils import caches, inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.warn import warn_user
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
 from innerloop.nn._replacements.embedding_bag import padded_embedding, pads
@@ -134,6 +135,8 @@ class ReplacementMode(TorchFunctionMode):
             # The compiler does not find a method in a table, and guards that it is not there.
             func = _METHODS.get(getattr(func, "__name__", ""), func)
         found = _intercepted.get(func) if self.replaces else None
+        if found is None and func in _SIZED:
+            args, kwargs = _of_one_size(func, args, kwargs or {})
         if found is None or not self.on:
             return func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(found, Operation):
@@ -154,6 +157,8 @@ class ReplacementMode(TorchFunctionMode):
         if (operation.when is not None and not operation.when(args, kwargs)) or (
             not operation.silent and (self.only_silent or _thread.kept)
         ):
+            if func in _SIZED:
+                args, kwargs = _of_one_size(func, args, kwargs)
             return func(*args, **kwargs)
         self.met = True
         replacement = operation.replacements[func]
@@ -312,7 +317,7 @@ class LoopMode:
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""
         if self._is_on and torch_private.function_mode() is self._mode:
-            return self._paused()
+            return _Paused(self._mode)
         return nullcontext()
 
     def resumed(self) -> AbstractContextManager[object]:
@@ -321,13 +326,46 @@ class LoopMode:
             return self._mode
         return nullcontext()
 
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
+
+class _Paused:
+    """A block in which a mode that lies on top is off."""
+
+    def __init__(self, on_top: TorchFunctionMode) -> None:
+        self._mode = on_top
+
+    def __enter__(self) -> None:
         self._mode.__exit__(None, None, None)
-        try:
-            yield
-        finally:
-            self._mode.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._mode.__enter__()
+
+
+_SIZED = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
+
+
+def _of_one_size(func: Callable[..., object], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """Broadcast the two arguments of a loss, and say what PyTorch says then.
+
+    PyTorch would say it at a line of ours, the caller of its function while the mode is on.
+    """
+    given = {**dict(zip(("input", "target"), args, strict=False)), **kwargs}
+    a, b = given.get("input"), given.get("target")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape == b.shape:
+        return args, kwargs
+    if mode() is Mode.COMPILING:
+        return args, kwargs
+    sizes = a.shape, b.shape
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:  # PyTorch says that in words of its own
+        return args, kwargs
+    warn_user(
+        f"Using a target size ({sizes[1]}) that is different to the input size "
+        f"({sizes[0]}). This will likely lead to incorrect results due to "
+        "broadcasting. Please ensure they have the same size."
+    )
+    rest = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
+    return (a, b, *args[2:]), rest
 
 
 _METHODS: Mapping[str, Callable[..., object]] = {"norm": torch.norm}

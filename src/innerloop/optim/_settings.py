@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.errors import InvalidInputError
 
 
@@ -17,6 +18,21 @@ def is_active(value: Hyper) -> bool:
     The number 0 switches it off; a tensor of value 0 does not, because its gradient counts.
     """
     return not isinstance(value, (int, float)) or value != 0
+
+
+def kept(value: Tensor | None, name: str, like: Tensor, count: Scalar) -> Tensor:
+    """Return what a rule keeps under a setting that may be switched on after the loop began.
+
+    At the first step it is zero. Later PyTorch, too, has nothing to go on from.
+    """
+    if value is not None:
+        return value
+    require(
+        isinstance(count, int) and count == 1,
+        f"{name} was switched on after the first steps, which kept nothing for it: switch it on "
+        "before the loop begins",
+    )
+    return torch.zeros_like(like)
 
 
 def check_betas(betas: Any) -> tuple[Any, Any]:

@@ -97,6 +97,25 @@ def check_fits(policy: nn.Module, observation: Tensor, actions: Discrete | Box) 
             f"the policy returns a {type(distribution).__name__} over {size} actions, and the "
             f"environments have the actions {actions}: it does not fit the action space"
         )
+    if isinstance(distribution, Gaussian):
+        _check_summed(distribution, size)
+
+
+def _check_summed(policy: Gaussian, size: int) -> None:
+    """Raise if a subclass of `Gaussian` averages its log-probabilities over the action."""
+    with torch.no_grad():
+        found = policy.log_prob(policy.mean)
+        each = Gaussian(policy.mean.unsqueeze(-1), policy.log_std.unsqueeze(-1))
+        expected = each.log_prob(each.mean)
+    if size > 1 and found.shape == expected.shape[:-1]:
+        averaged = torch.allclose(found, expected.mean(-1))
+        if averaged and not torch.allclose(found, expected.sum(-1)):
+            raise InvalidInputError(
+                f"the log-probabilities of {type(policy).__name__} are the means over the {size} "
+                "dimensions of the action: the log-density of a vector is the sum. With the mean, "
+                "every gradient of the policy is too small by that factor, and the clip range is "
+                "another one. Write log_prob.sum(-1)"
+            )
 
 
 def _network(sizes: Sequence[int], head: float, generator: torch.Generator | None) -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ class Rollout(NamedTuple):
 
         Raises:
             InvalidInputError: it is empty, its shapes differ, its rewards are NaN or infinite, its
-                log-probabilities keep the action dimension, or what is constant requires grad.
+                log-probabilities keep the action dimension, what is constant requires grad, or no
+                step counts.
         """
         if self.rewards.ndim != 2 or not self.rewards.numel():
             raise InvalidInputError(
@@ -166,6 +167,7 @@ class Rollout(NamedTuple):
         for name in ("terminated", "truncated", "mask"):
             check_shape(name, getattr(self, name), self.rewards, "rewards", flag=True)
         check_shape("last_value", self.last_value, self.rewards[0], "a row of rewards")
+        _check_counts(self.mask)
         for name, x in {"actions": self.actions, **_named(self.observations)}.items():
             if x.shape[:2] != self.rewards.shape:
                 raise InvalidInputError(
@@ -354,14 +356,27 @@ def minibatch_order(epochs: int, total: int, generator: torch.Generator | None =
     return torch.stack(rows)
 
 
-def check_separate(inner: Rollout, outer: Rollout) -> bool:
+@runtime_checkable
+class Acted(Protocol):
+    """What has actions and rewards: `Rollout`, or `innerloop.rl.meta.Episodes`."""
+
+    @property
+    def actions(self) -> Tensor:
+        """Return the actions that were taken."""
+
+    @property
+    def rewards(self) -> Tensor:
+        """Return what they earned."""
+
+
+def check_separate(inner: Acted, outer: Acted) -> bool:
     """Warn if the inner and the outer loss use the same trajectories.
 
     The policy after an inner step is fitted to its data, so on these data the outer loss is too
     good, and its gradient is biased: outer trajectories come from the adapted policy.
 
     Args:
-        inner: the data of the inner loop.
+        inner: the data of the inner loop: a `Rollout`, or anything with actions and rewards.
         outer: those of the outer loss.
 
     Returns:
@@ -422,6 +437,20 @@ def _stack(rows: Sequence[Observations]) -> Observations:
         name: torch.stack([row[name] for row in rows if not isinstance(row, Tensor)])
         for name in first
     }
+
+
+def _check_counts(mask: Tensor | None) -> None:
+    """Raise if no step counts."""
+    try:
+        empty = mask is not None and not bool(mask.any())
+    except RuntimeError:
+        # Under torch.func.vmap a tensor has no single value to look at.
+        return
+    if empty:
+        raise InvalidInputError(
+            "mask is False at every step, so there is nothing to learn from: the environments "
+            "ended at step 0, or the mask is inverted (True stands for a step that counts)"
+        )
 
 
 def _check_finite(name: str, x: Tensor, mask: Tensor | None) -> None:

@@ -17,16 +17,32 @@ import innerloop
 from innerloop import optim
 from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.rl import _run
+from innerloop.rl._checks import check_constant
 from innerloop.rl._loss import ppo_loss
+from innerloop.rl._meta_gradient import MetaGradient, MetaGradientConfig
 from innerloop.rl._policy import ActorCritic, check_fits
 from innerloop.rl._returns import gae
 from innerloop.rl._rollout import minibatch_order
 from innerloop.rl._run import History
 from innerloop.rl._surrogate import check_objective, score_term, surrogate
 from innerloop.rl.envs._make import tensor_env
-from innerloop.rl.envs._tensor_env import Discrete, Tasks, TensorEnv, count, repeat
+from innerloop.rl.envs._tensor_env import (
+    Discrete,
+    Tasks,
+    TensorEnv,
+    check_horizon,
+    count,
+    repeat,
+)
 
-__all__ = ["ALGORITHMS", "Episodes", "MetaConfig", "MetaLearner"]
+__all__ = [
+    "ALGORITHMS",
+    "Episodes",
+    "MetaConfig",
+    "MetaGradient",
+    "MetaGradientConfig",
+    "MetaLearner",
+]
 
 Params = Mapping[str, Tensor]
 
@@ -196,6 +212,7 @@ class MetaLearner:
         self.config = config = MetaConfig() if config is None else config
         self.algorithm = ALGORITHMS[config.algorithm]
         self.env = tensor_env(config.env) if env is None else env
+        check_horizon(self.env)
         self.generator = torch.Generator().manual_seed(config.seed)
         size, actions = self.env.observation_space.size, self.env.action_space
         self.policy = policy or ActorCritic(
@@ -331,8 +348,13 @@ class MetaLearner:
             data: of an adaptation step.
             params: the parameters to start from, stacked over tasks; default the meta-parameters.
             step: how many adaptation steps came before this one.
+
+        Raises:
+            InvalidInputError: what belongs to the policy that acted requires grad.
         """
         n = len(data.rewards)
+        for name, x in data._asdict().items():
+            check_constant(name, x)
         if params is None:
             params = {name: p.expand(n, *p.shape) for name, p in self.params.items()}
         hyper = {"step": torch.full((), float(step)), **self._rates()}
@@ -382,8 +404,11 @@ class MetaLearner:
                 break
         seen, action, log_prob, reward, mask = (torch.stack(x) for x in zip(*rows, strict=True))
         if not bool(reward.isfinite().all()):
+            t, i = (~reward.isfinite()).nonzero()[0].tolist()
             raise InvalidInputError(
-                f"{type(self.env).__name__} paid a reward that is NaN or infinite"
+                f"{type(self.env).__name__} paid a reward of {reward[t, i].item()} at step {t} of "
+                f"episode {i % episodes} of task {i // episodes}, which would turn every parameter "
+                "into NaN: look at the environment and the policy"
             )
         advantages = self._advantages(
             *(x.unflatten(1, (n, episodes)) for x in (seen, reward, mask))

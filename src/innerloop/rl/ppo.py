@@ -210,15 +210,23 @@ class PPO:
 
     def iterate(self) -> dict[str, float]:
         """Collect one rollout, update on it, and return the diagnostics."""
-        start, config = time.perf_counter(), self.config
-        left = max(0.0, 1 - self.counters["steps"] / config.total_steps)
-        lr = config.lr * left if config.anneal else config.lr
+        start = time.perf_counter()
+        lr = self.config.lr * self._left()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rollout = self.collect()
         losses = self.update(rollout)
+        return self._report({"lr": lr, **losses}, rollout.rewards.numel(), start)
+
+    def _left(self) -> float:
+        """Return the factor on the learning rate."""
+        left = max(0.0, 1 - self.counters["steps"] / self.config.total_steps)
+        return left if self.config.anneal else 1.0
+
+    def _report(self, losses: Mapping[str, float], steps: int, start: float) -> dict[str, float]:
+        """Count an iteration that took ``steps`` steps, and return its diagnostics."""
         self.counters["iteration"] += 1
-        self.counters["steps"] += rollout.rewards.numel()
+        self.counters["steps"] += steps
         self.counters["seconds"] += time.perf_counter() - start
         recent = self.counters["recent"]
         row = {
@@ -226,7 +234,6 @@ class PPO:
             "steps": self.counters["steps"],
             "return": sum(x for x, _ in recent) / len(recent) if recent else math.nan,
             "length": sum(n for _, n in recent) / len(recent) if recent else math.nan,
-            "lr": lr,
             **losses,
             "seconds": round(self.counters["seconds"], 3),
         }
@@ -238,6 +245,33 @@ class PPO:
         """Act for ``steps`` steps, and return what happened.
 
         The values and log-probabilities are computed for all steps at once, at the end.
+        """
+        return self._valued(*self._act())
+
+    def _valued(self, fields: dict[str, Tensor], after: Tensor, final: Tensor) -> Rollout:
+        """Return a rollout of what happened, with the policy's values and log-probabilities."""
+        distribution, values = self.policy(torch.cat([fields["observations"], after[None]]))
+        if values is None:
+            raise InvalidInputError("the policy has no critic: PPO needs values beside the actions")
+        taken = type(distribution)(*(x[:-1] if x.ndim > 2 else x for x in distribution))
+        truncated = fields["truncated"]
+        final_values = torch.zeros_like(values[:-1])
+        if len(final):
+            final_values[truncated] = self.policy(final)[1]
+        return Rollout(
+            **fields,
+            log_probs=taken.log_prob(fields["actions"]),
+            values=values[:-1],
+            last_value=values[-1],
+            final_values=final_values,
+        ).check()
+
+    def _act(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Act for ``steps`` steps.
+
+        Returns:
+            What happened; the observations after the last step; the last observations of the
+            episodes that were truncated, in the order of these steps.
         """
         config, counters = self.config, self.counters
         actor = self.policy.distribution if isinstance(self.policy, ActorCritic) else self._actor
@@ -265,25 +299,11 @@ class PPO:
         fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if bool(fields["mask"].all()):
             del fields["mask"]
-        distribution, values = self.policy(torch.cat([fields["observations"], seen[None]]))
-        if values is None:
-            raise InvalidInputError("the policy has no critic: PPO needs values beside the actions")
-        taken = type(distribution)(*(x[:-1] if x.ndim > 2 else x for x in distribution))
-        truncated = fields["truncated"]
-        final_values = torch.zeros_like(values[:-1])
-        if bool(truncated.any()):
+        final = torch.stack(finals)[fields["truncated"]]
+        if config.normalize_observations:
             # Statistics stay as they are: these observations were counted, or follow no action.
-            last = torch.stack(finals)[truncated]
-            if config.normalize_observations:
-                last = self.observations.normalize(last)
-            final_values[truncated] = self.policy(last)[1]
-        return Rollout(
-            **fields,
-            log_probs=taken.log_prob(fields["actions"]),
-            values=values[:-1],
-            last_value=values[-1],
-            final_values=final_values,
-        ).check()
+            final = self.observations.normalize(final)
+        return fields, seen, final
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Take the epochs of one rollout, and return the mean of the diagnostics."""
@@ -301,7 +321,7 @@ class PPO:
                 # A remnant of a few steps would weigh as much as a whole minibatch.
                 batches.pop()
             for batch in batches:
-                loss = _loss(self.policy(batch.observations), batch, config.__dict__)
+                loss = loss_of(self.policy(batch.observations), batch, config.__dict__)
                 self.optimizer.zero_grad()
                 loss.loss.backward()
                 nn.utils.clip_grad_norm_(params, config.max_grad_norm)
@@ -461,7 +481,7 @@ def ppo_problem(
             returns=batch.pick(hyper["returns"]) if "returns" in hyper else None,
         )
         chosen = {name: hyper.get(name, value) for name, value in settings.items()}
-        found = _loss(call(params, batch.observations), picked, chosen)
+        found = loss_of(call(params, batch.observations), picked, chosen)
         aux = found._asdict()
         return aux.pop("loss"), aux
 
@@ -472,7 +492,7 @@ def ppo_problem(
     )
 
 
-def _loss(output: Any, batch: Minibatch, settings: Mapping[str, Any]) -> PPOLoss:
+def loss_of(output: Any, batch: Minibatch, settings: Mapping[str, Any]) -> PPOLoss:
     """Compute the PPO loss of a minibatch from what the policy returned."""
     distribution, values = output
     assert batch.advantages is not None

@@ -450,6 +450,7 @@ class Sweep:
 
     Attributes:
         end: the state after the last step.
+        steps: how many there were.
     """
 
     def __init__(
@@ -468,7 +469,7 @@ class Sweep:
         ):
             ran = function.forward(function.filled(self._tensors))
         function.losses, function.steps = ran.losses, ran.steps
-        self.losses = ran.losses
+        self.losses, self.steps = ran.losses, ran.steps
         self._kept: _ReplayData = function.kept
         state = ran.states[ran.steps]
         self.end = step_pullback.carry_of(state, ran.random_states[ran.steps])

@@ -162,7 +162,10 @@ def _constant_gradient(
                 values = [x.requires_grad_() for x in constants]
                 loss, (_, aux, new_buffers) = evaluate(alias, values)
         found = inner_gradient(
-            loss, alias, create_graph=False, independent=NotDifferentiableError(INDEPENDENT)
+            loss,
+            alias,
+            create_graph=False,
+            independent=lambda: NotDifferentiableError(INDEPENDENT),
         )
     except InnerLoopError:
         raise

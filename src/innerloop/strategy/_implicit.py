@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +19,7 @@ from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop._utils.warn import warn_user
 from innerloop.errors import (
     CapturedTensorError,
     InvalidInputError,
@@ -396,7 +396,7 @@ def _check_converged(
         if torch_private.innermost(distance <= allowed).all():
             return
         away = torch_private.innermost(distance).max().item()
-    warnings.warn(
+    warn_user(
         f"differentiated implicitly, but not solved: the residual has norm {size:.1e}, and the "
         f"solution is d = {away:.1e} away, the length of a Newton step{why}. The hyper-gradient is "
         "off by at most L d, with L its largest slope as a function of the solution. Take more "
@@ -404,7 +404,6 @@ def _check_converged(
         "residual= on all of the data; or differentiate the loop as it ran, "
         "strategy=innerloop.Checkpointed()",
         NotConvergedWarning,
-        stacklevel=2,
     )
 
 

@@ -19,7 +19,7 @@ def to_text(walkthrough: Walkthrough) -> str:
     parts = [
         _header(walkthrough),
         *(_block(block) for block in walkthrough.blocks),
-        _verdict(walkthrough),
+        verdict_of(walkthrough),
     ]
     return "\n\n".join(parts)
 
@@ -84,7 +84,8 @@ def _error(value: float) -> str:
     return f"{value:.0e}" if value else "0    "
 
 
-def _verdict(walkthrough: Walkthrough) -> str:
+def verdict_of(walkthrough: Walkthrough) -> str:
+    """Say in a sentence if the columns agree."""
     rows = walkthrough.rows
     limits = f"allowed: {AUTOGRAD_TOLERANCE:.0e} and {FINITE_TOLERANCE:.0e}"
     wrong = [row for row in rows if not row.agrees]

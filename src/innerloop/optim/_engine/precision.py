@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import MutableMapping
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from innerloop._utils import caches, torch_private
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.warn import warn_user
 from innerloop.errors import PrecisionWarning
 
 _warned: MutableMapping[torch.dtype, bool] = caches.cache("warnings of half precision")
@@ -25,7 +25,7 @@ def warn_of_half(param: Tensor) -> None:
         return
     if torch_private.has_derivative(param):
         _warned[param.dtype] = True
-        warnings.warn(
+        warn_user(
             f"an update of {param.dtype} parameters is being differentiated: second-order "
             "gradients need float32. With 8 or 11 bits the "
             "meta-gradient of a long loop may point anywhere. Run the inner loop in float32, "
@@ -33,5 +33,4 @@ def warn_of_half(param: Tensor) -> None:
             "innerloop.optim.in_float32(optimizer, master=True) spares the rounding of the "
             "update, but not that of the gradient",
             PrecisionWarning,
-            stacklevel=2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ class FromTorch(Optimizer):
             refuse_wrapper(opt)
             refuse_hooks(opt)
         stepped = [p for group in self._groups() for p in group["params"]]
-        self._stepped, self._stepped_ids = stepped, [id(p) for p in stepped]
+        self._stepped = stepped
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...]
@@ -71,15 +72,15 @@ class FromTorch(Optimizer):
 
     def check_unchanged(self) -> None:
         """Raise if a torch optimizer steps other parameters than at first, or has hooks now."""
-        now = [p for group in self._groups() for p in group["params"]]
-        groups = sum(len(opt.param_groups) for opt in self._optimizers)
-        if groups != len(self._rules):
+        groups = list(self._groups())
+        if len(groups) != len(self._rules):
             raise InvalidInputError(
-                f"the torch optimizer has {groups} param group(s), it had {len(self._rules)} when "
-                "it was taken over: a group that comes later (add_param_group) is not followed. "
+                f"the torch optimizer has {len(groups)} param group(s), it had {len(self._rules)} "
+                "when it was taken over: one that comes later (add_param_group) is not followed. "
                 "Add it before track, or before from_torch, with lr=0 until it is to move"
             )
-        if list(map(id, now)) != self._stepped_ids:
+        now = groups[0]["params"] if len(groups) == 1 else [p for g in groups for p in g["params"]]
+        if len(now) != len(self._stepped) or not all(map(operator.is_, now, self._stepped)):
             raise InvalidInputError(
                 "the parameters of a param group of the torch optimizer were replaced after it was "
                 "taken over, which is not followed: make the optimizer anew, and then track or "

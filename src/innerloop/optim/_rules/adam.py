@@ -20,7 +20,7 @@ from innerloop.optim._engine.numerics import (
     times,
 )
 from innerloop.optim._from_torch.layout import TorchLayout
-from innerloop.optim._settings import check_betas, check_nonnegative, is_active
+from innerloop.optim._settings import check_betas, check_nonnegative, is_active, kept
 
 
 class AdamState(NamedTuple):
@@ -126,9 +126,11 @@ class Adam(Elementwise):
                 grad = add_scaled(grad, param, decay)
         mu = average(state.mu, grad, beta1)
         nu = average_of_squares(state.nu, grad, beta2)
-        nu_max = torch.maximum(state.nu_max, nu) if self.amsgrad else None
+        nu_max = state.nu_max
+        if self.amsgrad:
+            nu_max = torch.maximum(kept(nu_max, "amsgrad", nu, state.count), nu)
         correction = one_minus_power(beta2, state.count, param)
-        root = root_of(nu if nu_max is None else nu_max, eps, times(hyper["eps_root"], correction))
+        root = root_of(nu_max if self.amsgrad else nu, eps, times(hyper["eps_root"], correction))
         denominator = root / correction**0.5 + eps
         step_size = lr / one_minus_power(beta1, state.count, param)
         if isinstance(step_size, Tensor):

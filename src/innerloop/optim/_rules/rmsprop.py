@@ -13,7 +13,7 @@ from innerloop._types import Hyper
 from innerloop.optim._engine.elementwise import Elementwise
 from innerloop.optim._engine.numerics import add_scaled, average, average_of_squares, root_of
 from innerloop.optim._from_torch.layout import TorchLayout
-from innerloop.optim._settings import check_nonnegative, is_active
+from innerloop.optim._settings import check_nonnegative, is_active, kept
 
 
 class RMSpropState(NamedTuple):
@@ -108,18 +108,18 @@ class RMSprop(Elementwise):
         if is_active(hyper["weight_decay"]):
             grad = add_scaled(grad, param, hyper["weight_decay"])
         square_avg = average_of_squares(state.square_avg, grad, alpha)
-        grad_avg, variance = None, square_avg
+        grad_avg, variance = state.grad_avg, square_avg
         if self.centered:
-            grad_avg = average(state.grad_avg, grad, alpha)
+            before = kept(grad_avg, "centered", grad, state.count)
+            grad_avg = average(before, grad, alpha)
             variance = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1)
         denominator = root_of(variance, eps, hyper["eps_root"]) + eps
-        buffer = None
+        buffer = state.momentum_buffer
         if is_active(momentum):
-            old = state.momentum_buffer
             buffer = (
                 grad / denominator
-                if old is None
-                else torch.addcdiv(old * momentum, grad, denominator)
+                if buffer is None
+                else torch.addcdiv(buffer * momentum, grad, denominator)
             )
             param = add_scaled(param, buffer, -lr)
         elif isinstance(lr, Tensor):

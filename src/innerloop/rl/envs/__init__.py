@@ -4,6 +4,7 @@ from innerloop.rl.envs._bandit import Bandit
 from innerloop.rl.envs._batch import Batch, Environments
 from innerloop.rl.envs._cartpole import CartPole
 from innerloop.rl.envs._gymnasium_batch import GymnasiumBatch
+from innerloop.rl.envs._half_cheetah import HalfCheetah
 from innerloop.rl.envs._make import make, tensor_env
 from innerloop.rl.envs._matrix_game import MatrixGame
 from innerloop.rl.envs._navigation import Navigation
@@ -19,6 +20,7 @@ __all__ = [
     "Discrete",
     "Environments",
     "GymnasiumBatch",
+    "HalfCheetah",
     "MatrixGame",
     "Navigation",
     "TabularMDP",

@@ -16,6 +16,7 @@ from innerloop.rl.envs._tensor_env import (
     TensorEnv,
     Transition,
     check_actions,
+    check_horizon,
     choose,
     count,
 )
@@ -60,11 +61,7 @@ class Batch:
     """
 
     def __init__(self, env: TensorEnv, tasks: int | Tasks, *, seed: int = 0) -> None:
-        if env.horizon < 1:
-            raise InvalidInputError(
-                f"horizon={env.horizon}: the environment ends at step 0, before there is a reward; "
-                "write horizon=1 or more"
-            )
+        check_horizon(env)
         self.env, self.generator = env, torch.Generator().manual_seed(seed)
         if isinstance(tasks, int):
             if tasks < 1:

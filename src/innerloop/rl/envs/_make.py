@@ -9,6 +9,7 @@ from innerloop.rl.envs._bandit import Bandit
 from innerloop.rl.envs._batch import Batch, Environments
 from innerloop.rl.envs._cartpole import CartPole
 from innerloop.rl.envs._gymnasium_batch import GymnasiumBatch, load_gymnasium
+from innerloop.rl.envs._half_cheetah import HalfCheetah
 from innerloop.rl.envs._matrix_game import MatrixGame
 from innerloop.rl.envs._navigation import Navigation
 from innerloop.rl.envs._tabular_mdp import TabularMDP
@@ -17,6 +18,7 @@ from innerloop.rl.envs._tensor_env import TensorEnv
 TENSOR_ENVS: dict[str, type[TensorEnv]] = {
     "bandit": Bandit,
     "cartpole": CartPole,
+    "cheetah": HalfCheetah,
     "game": MatrixGame,
     "mdp": TabularMDP,
     "navigation": Navigation,
@@ -24,10 +26,14 @@ TENSOR_ENVS: dict[str, type[TensorEnv]] = {
 
 
 def tensor_env(name: str) -> TensorEnv:
-    """Make a tensor environment with its defaults: bandit, cartpole, game, mdp, navigation.
+    """Make a tensor environment by its name, with its defaults.
+
+    Args:
+        name: bandit, cartpole, cheetah, game, mdp or navigation.
 
     Raises:
         InvalidInputError: there is none of that name.
+        MissingExtraError: it is the cheetah, and MuJoCo is not installed.
 
     Example:
         >>> from innerloop.rl import envs

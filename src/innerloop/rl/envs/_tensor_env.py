@@ -83,6 +83,15 @@ class TensorEnv(abc.ABC):
         """Return the next state, the reward ``[N]``, and whether the episode terminated ``[N]``."""
 
 
+def check_horizon(env: TensorEnv) -> None:
+    """Raise if the environment ends before its first step."""
+    if env.horizon < 1:
+        raise InvalidInputError(
+            f"horizon={env.horizon}: the environment ends at step 0, before there is a reward; "
+            "write horizon=1 or more"
+        )
+
+
 def repeat(tasks: Tasks, times: int) -> dict[str, Tensor]:
     """Return tasks of which each stands ``times`` times in a row."""
     return {name: x.repeat_interleave(times, 0) for name, x in tasks.items()}

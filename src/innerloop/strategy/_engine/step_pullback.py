@@ -17,7 +17,6 @@ one central difference of it (`innerloop._linear.products`).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.finite import have_values
 from innerloop._utils.inner_pass import assuming_symmetry, check_symmetric
 from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop._utils.warn import warn_user
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.strategy._base import Loop
 
@@ -697,11 +697,10 @@ def pull(
             raise explain(error) from error
         if product == "auto":
             _no_forward_mode[step.problem.loss] = True
-            warnings.warn(
+            warn_user(
                 f"{step.problem!r}: an operation of the loss lacks a forward-mode derivative, so "
                 'product="auto" takes reverse over '
                 f"reverse for this problem. PyTorch says: {error}",
-                stacklevel=2,
             )
             return reverse(step, given)
         raise without_forward_mode(error) from error
