@@ -28,7 +28,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help walkthrough test lint format types pytest slow fuzz mutants errors coverage bench docs setup clean
+.PHONY: help walkthrough test lint format types pytest slow compiled fuzz mutants errors coverage bench docs setup clean
 
 help:  ## what can be asked for
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -76,6 +76,9 @@ pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes a
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not compiled" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there are none
+
+compiled: $(DEV_READY)  ## every test that compiles, all of it with inductor: most of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled" $(PYTEST_ARGS)
 
 fuzz: $(DEV_READY)  ## random trainings against finite differences of plain torch; FUZZ_ARGS="--seed 3"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 20000 $(FUZZ_ARGS)

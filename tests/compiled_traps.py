@@ -86,8 +86,9 @@ def gradients(
     **arguments: Any,
 ) -> Any:
     """The outer loss and its gradient behind three steps."""
-    problem = loss
-    if not isinstance(loss, innerloop.Problem):
+    if isinstance(loss, innerloop.Problem):
+        problem = loss
+    else:
         # Adam as well as momentum reaches the products of a rule with its state.
         rule = innerloop.optim.adam(lr=0.1, eps=0.1) if optimizer is None else optimizer
         problem = innerloop.Problem(loss, rule, **arguments)

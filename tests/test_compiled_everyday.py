@@ -47,9 +47,17 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("name", "rule"), ONE_RULE)
-def test_one_rule(name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rule(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(name, rule, "StoreAll", "aot_eager", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["Checkpointed", "whole"])
+@pytest.mark.parametrize(("name", "rule"), ONE_RULE)
+def test_one_rule_by_another_route(
+    name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check(name, rule, route, "aot_eager", monkeypatch)
 
 

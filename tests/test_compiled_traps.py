@@ -11,7 +11,17 @@ from torch._dynamo import lookup_backend
 import innerloop
 from innerloop._utils import compiling
 from innerloop.strategy import Strategy
-from tests.compiled_traps import COMPILES, TRAPS, Trap
+from tests.compiled_traps import (
+    COMPILES,
+    FOREIGN,
+    TRAPS,
+    Trap,
+    _Clipped,
+    data,
+    outer,
+    predict,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.compiled,
@@ -57,10 +67,16 @@ def each(traps: list[Trap]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.usefixtures("aot_eager")
-@pytest.mark.parametrize("strategy", [STORE, REPLAY], ids=repr)
 @each(TRAPS)
-def test_a_trap(trap: Trap, strategy: Strategy) -> None:
-    check(trap, strategy)
+def test_a_trap(trap: Trap) -> None:
+    check(trap, STORE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("aot_eager")
+@each(TRAPS)
+def test_a_trap_replayed(trap: Trap) -> None:
+    check(trap, REPLAY)
 
 
 @each([trap for trap in TRAPS if trap.inductor])
@@ -80,3 +96,29 @@ def test_there_are_forty_traps() -> None:
     assert sum(trap.kind != "" for trap in TRAPS) >= 12
     assert sum(trap.inductor for trap in TRAPS) >= 6
     assert len({trap.name for trap in TRAPS}) == len(TRAPS)
+
+
+@pytest.mark.usefixtures("aot_eager")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("route", [STORE, REPLAY, None], ids=str)
+def test_what_was_refused_once_is_refused_again(route: Strategy | None) -> None:
+    scope = {"clip": False}
+
+    def loss(p: Any, h: Any, x: torch.Tensor) -> torch.Tensor:
+        y = predict(p, x)
+        return (_Clipped.apply(y) if scope["clip"] else y).square().mean()
+
+    problem = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+
+    def run() -> Any:
+        return innerloop.metagradient(
+            outer, problem, weights(), data(), wrt="params", strategy=route, compile=route is None
+        )
+
+    expected = run()
+    for _ in range(3):
+        scope["clip"] = True
+        with pytest.raises(innerloop.NotDifferentiableError, match=FOREIGN):
+            run()
+        scope["clip"] = False
+        torch.testing.assert_close(run(), expected)

@@ -21,6 +21,7 @@ from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
 TASKS, STEPS = 7, 3
+shared_leaf = torch.tensor(2.0, requires_grad=True)
 
 problem = innerloop.Problem(
     lambda p, h, b: F.mse_loss((b[0] @ p["w"]).tanh() @ p["v"], b[1]) * h["scale"],
@@ -197,9 +198,6 @@ def test_bad_input(arguments: tuple[Any, ...], options: dict[str, Any], says: st
     common = ({"v": torch.ones(2, requires_grad=True)},) if "shared" in says else ()
     with pytest.raises(innerloop.InvalidInputError, match=says):
         innerloop.map_tasks(*arguments, given, *common, **options)
-
-
-shared_leaf = torch.tensor(2.0, requires_grad=True)
 
 
 def test_the_error_shows_the_form_to_write() -> None:

@@ -14,7 +14,7 @@ from innerloop._problem import Problem
 from innerloop._types import Result
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import LaterChecks, check_compiled
+from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
@@ -31,7 +31,7 @@ class _Whole:
     Attributes:
         call: the compiled `Strategy.value_and_grad`.
         verified: shapes and settings at which it was compared with eager code.
-        later: when it is compared again.
+        trust, later: what was compared, and when it is compared again.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _Whole:
 
         self.call = Compiled(value_and_grad, WHAT, HIDDEN)
         self.verified: set[object] = set()
-        self.later = LaterChecks()
+        self.trust, self.later = Trust(), LaterChecks()
 
 
 _wholes: MutableMapping[Problem, dict[object, _Whole]] = cache("compiled meta-gradients", weak=True)
@@ -70,24 +70,27 @@ def compiled_value_and_grad(
         with refusing_own_functions(), at_random_state(random_state):
             return strategy.value_and_grad(objective, inputs, wrt)
 
-    random_state, before = RandomState.now(), whole.call.compilations
+    random_state = RandomState.now()
     begin = time.perf_counter()
     try:
-        result, grads = whole.call(strategy, objective, inputs, wrt)
+        with whole.trust.at_stake():
+            result, grads = whole.call(strategy, objective, inputs, wrt)
     except NotDifferentiableError:
         _explain(eager)
         raise
     end = time.perf_counter()
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
     kind = (shapes, wrt, strategy, *settings)
-    known = whole.call.compilations == before and kind in whole.verified
+    known = whole.trust.covers(whole.call.compilations) and kind in whole.verified
     if known:
         whole.later.called(end - begin)
     if not known or whole.later.due():
-        eager_result, eager_grads = eager()
-        eager_grads = unreached.filled(inputs, eager_grads)
-        check_compiled(_groups(result, grads), _groups(eager_result, eager_grads), WHAT)
+        with whole.trust.at_stake():
+            eager_result, eager_grads = eager()
+            eager_grads = unreached.filled(inputs, eager_grads)
+            check_compiled(_groups(result, grads), _groups(eager_result, eager_grads), WHAT)
         whole.verified.add(kind)
+        whole.trust.gained(whole.call.compilations)
         whole.later.checked(time.perf_counter() - end)
     return tree.map_tensors(Tensor.detach, (result, grads))
 

@@ -14,7 +14,7 @@ from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient import distributed
 from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import LaterChecks, check_compiled
+from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
@@ -332,7 +332,7 @@ class _CompiledChunks:
 
         self._call = Compiled(chunk, "a chunk of tasks", HIDDEN)
         self._verified: set[object] = set()
-        self._later = LaterChecks()
+        self._trust, self._later = Trust(), LaterChecks()
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> _CompiledChunks:
@@ -347,9 +347,10 @@ class _CompiledChunks:
         tensors = list(tree.tensors(some))
         count = len(tensors[0])
         filled = tree.map_tensors(lambda x: _filled(x, size), some)
-        before, begin = self._call.compilations, time.perf_counter()
+        begin = time.perf_counter()
         try:
-            found = self._call(fn, filled, shared)
+            with self._trust.at_stake():
+                found = self._call(fn, filled, shared)
         except NotDifferentiableError:
             self._first_alone(fn, some, shared)
             raise
@@ -359,14 +360,16 @@ class _CompiledChunks:
             (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else type(x)
             for x in tree.leaves((filled, shared))
         )
-        known = before == self._call.compilations and (fn, kind) in self._verified
+        known = self._trust.covers(self._call.compilations) and kind in self._verified
         if known:
             self._later.called(end - begin)
         if not known or self._later.due():
-            self._first_alone(fn, some, shared)
-            expected = _batched(fn, some, shared, "error")
-            check_compiled(_groups(found), _groups(expected), "a chunk of tasks")
-            self._verified.add((fn, kind))
+            with self._trust.at_stake():
+                self._first_alone(fn, some, shared)
+                expected = _batched(fn, some, shared, "error")
+                check_compiled(_groups(found), _groups(expected), "a chunk of tasks")
+            self._verified.add(kind)
+            self._trust.gained(self._call.compilations)
             self._later.checked(time.perf_counter() - end)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -66,6 +67,35 @@ def check_compiled(
                     "wrong numbers here, or the loss is not a function of its arguments (numbers "
                     "of NumPy or of a generator are drawn, say). Write compile=False"
                 )
+
+
+class Trust:
+    """Remembers whether every path of compiled code has been compared with eager code.
+
+    After an error nothing is trusted any more: which path it came from is not known, so each call
+    is compared.
+    """
+
+    def __init__(self) -> None:
+        self._compilations = -1
+        self._lost = False
+
+    def covers(self, compilations: int) -> bool:
+        """True if all that was compiled, ``compilations`` times, has been found right."""
+        return not self._lost and self._compilations == compilations
+
+    @contextmanager
+    def at_stake(self) -> Iterator[None]:
+        """Lose the trust if the block, a call or a comparison, raises."""
+        try:
+            yield
+        except BaseException:
+            self._lost = True
+            raise
+
+    def gained(self, compilations: int) -> None:
+        """Note that the path compiled last has been found right."""
+        self._compilations = compilations
 
 
 class LaterChecks:

@@ -581,8 +581,8 @@ class _RowByRow(_TorchDispatchMode):
             return func(*args, **kwargs)
         if all(self._row(x, 0) is x for x in (*args, *kwargs.values())):
             # vmap calls it row by row itself (randperm).
-            row, self._alone = self._alone % self._rows, self._alone + 1
-            with self._use(row):
+            place, self._alone = self._alone % self._rows, self._alone + 1
+            with self._use(place):
                 return func(*args, **kwargs)
         found: list[Any] = []
         for i in range(self._rows):

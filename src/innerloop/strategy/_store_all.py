@@ -39,7 +39,7 @@ class StoreAll(Strategy):
 
     compile: bool = False
 
-    exact: ClassVar[bool] = True
+    exact = True
     compiles: ClassVar[bool] = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 

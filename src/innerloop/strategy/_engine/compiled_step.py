@@ -23,7 +23,7 @@ from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._utils import tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import LaterChecks, check_compiled, fields_of
+from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, fields_of
 from innerloop._utils.compiling import Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
@@ -158,7 +158,7 @@ class _Checked:
         self._eager = eager
         self._eager_seconds = 0.0
         self.compiled = Compiled(eager, what, HIDDEN)
-        self._verified = False
+        self._trust = Trust()
         self._later = LaterChecks()
 
     def eager(self, *arguments: Any) -> Any:
@@ -177,27 +177,28 @@ class _Checked:
         A path of its code is new where PyTorch compiled it in this call: it compiles whenever
         anything changes that the code was specialised for.
         """
-        before, random_state = self.compiled.compilations, RandomState.now()
+        random_state = RandomState.now()
         begin = time.perf_counter()
         try:
-            found = self.compiled(*arguments)
+            with self._trust.at_stake():
+                found = self.compiled(*arguments)
         except NotDifferentiableError:
             self._explain(arguments, random_state)
             raise
         end = time.perf_counter()
-        known = self._verified and self.compiled.compilations == before
+        known = self._trust.covers(self.compiled.compilations)
         if known:
             self._later.called(end - begin)
             if not self._later.due():
                 return found
         self._eager_seconds = 0.0
-        with refusing_own_functions(), silent_about_grad():
+        with self._trust.at_stake(), refusing_own_functions(), silent_about_grad():
             verify(found, random_state)
+        self._trust.gained(self.compiled.compilations)
         seconds = time.perf_counter() - end
         if not known:
             # The pullback may have been compiled meanwhile: that is not what a later check takes.
             seconds = min(seconds, 4 * self._eager_seconds)
-            self._verified = True
         self._later.checked(seconds)
         return found
 
