@@ -197,12 +197,12 @@ def test_blocks_in_which_operations_are_not_handed_over():
 
     class Told(torch.Tensor):
         @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
             seen.append("class")
             return super().__torch_function__(func, types, args, kwargs)
 
     class Mode(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append("mode")
             return func(*args, **(kwargs or {}))
 

@@ -392,11 +392,11 @@ def refused(refusal: Callable[[str, str], InnerLoopError], weight: str, how: str
     return refusal(weight, how)
 
 
-class WatchedWeight(Weight):
+class WatchedWeight(Weight):  # type: ignore[metaclass]
     """A parameter of a loop without a mode, which lets its watch look at operations on it."""
 
     @classmethod
-    def __torch_function__(
+    def __torch_function__(  # type: ignore[override]
         cls,
         func: Callable[..., object],
         types: object,
@@ -415,7 +415,7 @@ def as_plain(params: Params) -> None:
     """Let parameters be plain tensors again, in place."""
     for p in params.values():
         if type(p) in (Weight, WatchedWeight):
-            p.__class__ = Tensor  # type: ignore[assignment]
+            p.__class__ = Tensor
             vars(p).pop(_WATCH, None)
 
 
