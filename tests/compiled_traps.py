@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
+from innerloop._utils import tree
 from innerloop.strategy import Strategy
 from tests.oracles import smooth_noise
 
@@ -548,20 +549,20 @@ def _(strategy: Strategy) -> Any:
     return of_module(strategy, nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 1)))
 
 
-@trap("a tensor in the closure that requires grad")
+@trap("a tensor in the closure that requires grad", "captured by the loss")
 def _(strategy: Strategy) -> Any:
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     problem = innerloop.Problem(
         lambda p, h, x: predict(p, x).square().mean() * scale, innerloop.optim.sgd(lr=0.1)
     )
-    if isinstance(strategy, innerloop.Checkpointed):
-        # Eager `Checkpointed` refuses it too.
-        try:
-            innerloop.unroll(problem, weights(), data(), strategy=strategy)
-        except innerloop.CapturedTensorError:
-            strategy = innerloop.StoreAll()
     traj = innerloop.unroll(problem, weights(), data(), strategy=strategy)
     return torch.autograd.grad(outer(traj, None), scale)
+
+
+@trap("a tensor in the closure that requires grad, beside parameters", "captured by the loss")
+def _(strategy: Strategy) -> Any:
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    return gradients(strategy, lambda p, h, x: predict(p, x).square().mean() * scale)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -660,13 +661,15 @@ def _(strategy: Strategy) -> Any:
     params = {n: p.bfloat16() for n, p in weights().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", innerloop.PrecisionWarning)
-        return gradients(
+        found = gradients(
             strategy,
             lambda p, h, x: predict(p, x).float().square().mean(),
             params,
             [x.bfloat16() for x in data()],
             optimizer=innerloop.optim.sgd(lr=0.1),
         )
+    # Whatever the dtype of the outer loss, it is as exact as the parameters.
+    return tree.map_tensors(Tensor.bfloat16, found)
 
 
 @trap("embedding bags, which have a replacement")

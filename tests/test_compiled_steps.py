@@ -355,10 +355,9 @@ def test_a_problem_that_changes_its_code_is_compiled_again_and_warned_about():
             strategy=StoreAll(compile=True),
         )
 
-    for columns in range(1, 4):
-        run(columns)
-    with pytest.warns(innerloop.RecompilationWarning, match="compiled 4 times"):
-        run(4)
+    with pytest.warns(innerloop.RecompilationWarning, match="compiled 4 times"):  # noqa: PT031
+        for columns in range(1, 5):
+            run(columns)
 
 
 def test_whole_loops_of_many_problems_and_outer_losses():

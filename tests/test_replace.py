@@ -1168,17 +1168,20 @@ def test_compiled_meta_gradients_take_the_forms_too() -> None:
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-def test_weight_norm_cannot_be_replaced_in_compiled_code_and_is_refused() -> None:
+def test_weight_norm_is_replaced_in_compiled_code() -> None:
     model = Normed()
     problem = innerloop.Problem.from_module(
         model, lambda m, hyper, t: m(0).square() * hyper, innerloop.optim.sgd(lr=0.2)
     )
     params = {name: p.detach() for name, p in model.named_parameters()}
     outer = lambda traj, hyper: traj.params["layer.bias"].sum()  # noqa: E731
-    with pytest.raises(innerloop.MetaGradientError, match="compile=False"):
+    compiled, eager = (
         innerloop.metagradient(
-            outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=True
+            outer, problem, params, [0, 1], hyper=torch.tensor(0.5), compile=whole
         )
+        for whole in (True, False)
+    )
+    torch.testing.assert_close(compiled, eager)
 
 
 # -- rows of zeros, and indices in NumPy's memory --------------------------------------------------

@@ -106,10 +106,9 @@ class Compiled:
             if node.op == "call_function" and node.target in self._replaced:
                 node.target = self._replaced[node.target]
         graph.recompile()
-        with torch_private.keeping_buffers():
-            if BACKEND is not None:
-                return BACKEND(graph, inputs)
-            return torch_private.compile_graph(graph, inputs, OPTIONS)
+        if BACKEND is not None:
+            return BACKEND(graph, inputs)
+        return torch_private.compile_graph(graph, inputs, OPTIONS)
 
 
 def compile_cache(directory: str | os.PathLike[str]) -> None:

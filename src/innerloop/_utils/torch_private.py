@@ -554,16 +554,6 @@ def compile_graph(
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 
 
-def keeping_buffers() -> AbstractContextManager[object]:
-    """Compile inside this block such that a backward pass may keep its graph.
-
-    Otherwise the compiled backward pass overwrites what the forward pass saved, and refuses
-    ``retain_graph=True``.
-    """
-    found: AbstractContextManager[object] = torch._functorch.config.patch(donated_buffer=False)
-    return found
-
-
 class _RowByRow(_TorchDispatchMode):
     """Below ``vmap``: gives each row of a batch random numbers of its own generator."""
 

@@ -29,6 +29,7 @@ from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.nn._catalogue import HIDDEN
 from innerloop.strategy._engine import step_pullback
+from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
     InputCotangents,
@@ -99,6 +100,10 @@ class Core:
         arguments = (state, hyper, batch)
 
         def verify(found: StepResult, random_state: RandomState | None) -> None:
+            # Compiled code gives tensors that the loss captures no gradient.
+            constants = tree.map_tensors(Tensor.detach, arguments)
+            with torch.enable_grad(), at_random_state(random_state):
+                check_constants(0, self._advance.eager(*constants))
             weights = _Weights()
             with at_random_state(random_state):
                 expected, pulled = _recorded(self._advance.eager, arguments, weights)
@@ -235,8 +240,14 @@ def _recorded(
         row: Cotangents = [None] * len(copies)
         if ends and places:
             inputs = [copies[i] for i in places]
+            # The first backward pass decides for good whether a compiled one may overwrite what the
+            # forward pass saved: it must not, so that users can keep the graph.
             pulled = torch.autograd.grad(
-                [x for x, _ in ends], inputs, [w for _, w in ends], allow_unused=True
+                [x for x, _ in ends],
+                inputs,
+                [w for _, w in ends],
+                retain_graph=True,
+                allow_unused=True,
             )
             row = tree.put(row, places, pulled)
     count = len(tree.leaves(state))
@@ -380,6 +391,8 @@ class CompiledProblem:
             )
             with torch.enable_grad():
                 state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+            if torch.is_grad_enabled():
+                check_constants(t, state, loss, aux)
             state = tree.map_tensors(Tensor.detach, state)
             return _after(carry, state), *tree.map_tensors(Tensor.detach, (loss, aux))
         device = next(iter(carry.params.values())).device
