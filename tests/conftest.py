@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what a test marked `covering` need not run by default."""
     grids: dict[str, list[pytest.Function]] = {}
     for item in items:
+        if item.get_closest_marker("slow"):
+            continue
         if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
             grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for grid in grids.values():

@@ -241,6 +241,7 @@ some_classes = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.covering
 @some_classes
 @pytest.mark.parametrize("strategy", EXACT, ids=repr)
 def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
@@ -255,7 +256,12 @@ def test_every_exact_strategy_gives_the_same(cls: Any, strategy: Any):
 
 
 @pytest.mark.parametrize(
-    "cls", [c for c in CLASSES if c is not Noisy], ids=lambda cls: cls.__name__
+    "cls",
+    [
+        pytest.param(c, id=c.__name__, marks=() if c is StateOfAnyKind else pytest.mark.slow)
+        for c in CLASSES
+        if c is not Noisy
+    ],
 )
 def test_forward_mode(cls: Any):
     task = Task()

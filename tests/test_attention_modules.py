@@ -107,6 +107,7 @@ def prepared(name: str, train: bool) -> tuple[nn.Module, sdpa.Loss, list[Tensor]
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled, sdpa.bridged])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", list(CASES))

@@ -216,6 +216,7 @@ def slots_and_steps() -> Iterator[Any]:
                 yield pytest.param(steps, product, slots, marks=marks)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("steps", "product", "slots"), list(slots_and_steps()))
 def test_every_number_of_slots_and_steps(steps: int, product: str, slots: Any):
     rule = list(RULES)[steps % 3]
@@ -244,6 +245,7 @@ def test_states_may_wait_elsewhere(offload: str, slots: Any, save: str):
     assert_as_stored(Checkpointed(slots=slots, offload=offload, save=save), "adam", 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "product"), [("momentum", "mixed"), ("adam", "reverse")])
 def test_a_hundred_steps(rule: str, product: str):
     assert_as_stored(Checkpointed(slots=20, product=product), rule, 100, "losses")
@@ -516,6 +518,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
 }
 
 
+@pytest.mark.covering
 @each_capture
 @pytest.mark.parametrize("known", [True, False])
 def test_a_captured_tensor_is_refused(where: str, known: bool):
@@ -1210,6 +1213,7 @@ def test_loops_that_share_a_hyper_parameter():
 INNER = [StoreAll(), Checkpointed(slots=2), Checkpointed(slots=2, product="mixed")]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("outer", INNER[1:], ids=repr)
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 def test_a_loop_inside_of_a_loop(outer: Strategy, inner: Strategy):

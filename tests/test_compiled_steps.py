@@ -360,6 +360,7 @@ def test_a_problem_that_changes_its_code_is_compiled_again_and_warned_about():
             run(columns)
 
 
+@pytest.mark.slow
 def test_whole_loops_of_many_problems_and_outer_losses():
     """More than the eight recompilations that torch.compile allows one function."""
     for i in range(10):

@@ -132,6 +132,7 @@ def test_class_indices(
     assert_same(ours, truth, 1e-12)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

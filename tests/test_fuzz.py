@@ -57,7 +57,10 @@ def test_a_seed_repeats_a_case() -> None:
     assert (first.kind, first.reason) == (second.kind, second.reason)
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=() if f == "dropped term" else pytest.mark.slow) for f in faults.FAULTS],
+)
 def test_a_planted_fault_is_found_within_200_cases(fault: str) -> None:
     code, output = fuzz("--seed", str(SEED), "--cases", "200", "--fault", fault)
     assert code == 1, output

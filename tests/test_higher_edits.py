@@ -128,6 +128,7 @@ def bridge_run(make: Any, edit: Edit, times: range, *, context: bool = True) -> 
     return along({name: p.grad for name, p in model.named_parameters()}, direction(model))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("context", [True, False], ids=["context", "none"])
 @pytest.mark.parametrize("at", [0, 1, 3, LOOP])

@@ -83,6 +83,7 @@ def grouped(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": params[:half], "lr": 2 * LR}, {"params": params[half:]}]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS[1:])])
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "batch-norm"])
 @pytest.mark.parametrize("rule", RULES)

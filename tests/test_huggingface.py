@@ -128,6 +128,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return found
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("meta_gradient", [sdpa.tracked, sdpa.unrolled])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(

@@ -487,6 +487,7 @@ def test_curvature_of_a_network_by_lanczos() -> None:
 # -- paths -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @EVERY_LOOP
 @EVERY_RULE
 @pytest.mark.parametrize(("time", "wrt"), [(T, 0), (3, 0), (4, 2), (3, 3)])

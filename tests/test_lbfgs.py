@@ -169,6 +169,7 @@ LANDSCAPES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("lr", [0.01, 0.7, 1.0, 30.0])
 @pytest.mark.parametrize("landscape", list(LANDSCAPES))
 def test_every_branch_of_the_line_search(landscape: str, lr: float):
@@ -742,6 +743,7 @@ CLOSURE_RULES: dict[str, tuple[Callable[[Any], Any], Callable[[nn.Module], Any]]
 each_closure_rule = pytest.mark.parametrize("rule", list(CLOSURE_RULES))
 
 
+@pytest.mark.covering
 @each_closure_rule
 @pytest.mark.parametrize("learn", ["init", "outer", "nothing"])
 def test_track_draws_and_writes_as_often_as_torch(rule: str, learn: Any):

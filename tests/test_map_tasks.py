@@ -347,6 +347,7 @@ OUTER = """
 """
 
 
+@pytest.mark.slow
 def test_an_outer_loop_resumes_on_another_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

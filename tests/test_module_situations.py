@@ -70,6 +70,7 @@ def lr_leaves(optimizers: Optimizers) -> list[Tensor]:
 # -- track -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @EVERY_LEARN
 @each_situation()
 def test_track_runs_as_torch_does(situation: Situation, learn: Learn):
@@ -129,6 +130,7 @@ def test_track_commits_what_torch_would_have_left(situation: Situation):
     assert situation.outer_loss(model).item() == pytest.approx(truth.outer, rel=1e-12)
 
 
+@pytest.mark.covering
 @EVERY_LEARN
 @each_situation()
 def test_track_leaves_the_users_objects_alone(situation: Situation, learn: Learn):

@@ -81,6 +81,7 @@ print(json.dumps([(m.path, m.kind, sources[m.path], m.applied(sources[m.path])) 
 """
 
 
+@pytest.mark.slow
 def test_the_mutants_that_are_drawn_are_many_and_differ_from_the_package() -> None:
     drawn = json.loads(run(DRAWN))
     assert len(drawn) >= 200

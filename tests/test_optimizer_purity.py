@@ -29,6 +29,7 @@ from tests.oracles import Params, Task, TorchRun, assert_params, torch_run
 # -- dtypes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.filterwarnings("ignore:an update of torch:innerloop.PrecisionWarning")
 @pytest.mark.parametrize(
     ("params", "hyper"),

@@ -1200,6 +1200,7 @@ ROW_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ROW_NORMS)
 @pytest.mark.parametrize("front", ["reverse", "mixed", "StoreAll", "ForwardMode"])
 def test_a_padded_row_leaves_the_derivatives_of_the_other_rows_alone(name: str, front: str) -> None:

@@ -93,6 +93,7 @@ BED_A_I = torch.tensor([0.308748, -0.053655, -0.255093], dtype=torch.float64)
 BED_A_II = torch.tensor([0.304909, -0.051260, -0.253648], dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_promp_and_maml_estimate_the_expected_objective() -> None:
     """Right up to the bias of four pulls, 1 % (bed A of the acceptance figures)."""
     for algorithm in ("maml", "promp"):

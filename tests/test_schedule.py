@@ -141,6 +141,7 @@ RUNS = {"unroll": by_unroll, "metagradient": by_metagradient, "grad": by_grad}
 Run = Callable[[Counted, innerloop.Checkpointed, Any, "int | None"], None]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize(
     ("steps", "slots"),

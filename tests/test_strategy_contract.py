@@ -243,6 +243,7 @@ def test_torch_func_grad(strategy: Strategy, rule: str):
         )
 
 
+@pytest.mark.covering
 @each_exact_strategy("jvp")
 @each_rule
 def test_jvp(strategy: Strategy, rule: str):
@@ -306,6 +307,7 @@ def test_forward_mode_without_torch_func(strategy: Strategy):
     assert_derivative(tangent.item(), truth("momentum", "all", "params"), "dual numbers")
 
 
+@pytest.mark.covering
 @each_exact_strategy()
 @each_rule
 def test_vmap_over_tasks(strategy: Strategy, rule: str):
@@ -622,6 +624,7 @@ FORMS: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.covering
 @each_strategy()
 @pytest.mark.parametrize("form", list(FORMS))
 def test_batches_in_every_form(strategy: Strategy, form: str):

@@ -149,6 +149,7 @@ def test_inputs_are_not_changed(case: Enrolled):
 # -- derivatives -----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @each_rule
 @each_transform
 def test_derivatives_equal_finite_differences_of_plain_pytorch(case: Enrolled, rule: str):
