@@ -46,6 +46,7 @@ EXERCISED = {
     "hooks_so_far",
     "is_wrapped",
     "versions",
+    "keeping_buffers",
     "plain_tensors",
     "unseen",
     "nodes_so_far",
@@ -725,6 +726,13 @@ def test_forward_mode_in_one_thread_at_a_time():
     with torch_private.only_forward_mode(), torch_private.only_forward_mode():
         assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1
     assert not torch_private.inside_transform()
+
+
+def test_a_compiled_backward_pass_may_keep_its_graph():
+    before = torch._functorch.config.donated_buffer
+    with torch_private.keeping_buffers():
+        assert not torch._functorch.config.donated_buffer
+    assert torch._functorch.config.donated_buffer == before
 
 
 @pytest.mark.compiled

@@ -554,6 +554,16 @@ def compile_graph(
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 
 
+def keeping_buffers() -> AbstractContextManager[object]:
+    """Let a compiled backward pass inside this block take ``retain_graph=True`` in any case.
+
+    It refuses that where it overwrites what the forward pass saved, which does not matter to a
+    graph that is used once.
+    """
+    found: AbstractContextManager[object] = torch._functorch.config.patch(donated_buffer=False)
+    return found
+
+
 class _RowByRow(_TorchDispatchMode):
     """Below ``vmap``: gives each row of a batch random numbers of its own generator."""
 

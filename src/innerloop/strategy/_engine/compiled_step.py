@@ -21,7 +21,7 @@ from innerloop._carry import Carry
 from innerloop._inner_gradient.graph import refuse_own_functions, refusing_own_functions
 from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, fields_of
 from innerloop._utils.compiling import Compiled, silent_about_grad
@@ -242,13 +242,14 @@ def _recorded(
             inputs = [copies[i] for i in places]
             # The first backward pass decides for good whether a compiled one may overwrite what the
             # forward pass saved: it must not, so that users can keep the graph.
-            pulled = torch.autograd.grad(
-                [x for x, _ in ends],
-                inputs,
-                [w for _, w in ends],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with torch_private.keeping_buffers():
+                pulled = torch.autograd.grad(
+                    [x for x, _ in ends],
+                    inputs,
+                    [w for _, w in ends],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
             row = tree.put(row, places, pulled)
     count = len(tree.leaves(state))
     return found, _gradients(state, hyper, row[:count], row[count:])
