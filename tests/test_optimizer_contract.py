@@ -289,7 +289,6 @@ def test_all_hyper_parameters_at_once_beside_a_large_tensor(rule: Rule):
         )
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("full", [False, True], ids=["one number each", "of the parameter's shape"])
 @each_hyper()
 def test_a_hyper_parameter_per_parameter_by_name(rule: Rule, name: str, full: bool):

@@ -83,7 +83,6 @@ def compare(
         assert all(t.abs().max() > 0 for t in tensors.values() if t.numel())
 
 
-@pytest.mark.covering
 @pytest.mark.usefixtures("float64")
 @each_strategy
 @each_rule()

@@ -122,7 +122,6 @@ def test_precision_is_kept(strategy: Strategy):
 # -- gradients -------------------------------------------------------------------------------------
 
 
-@pytest.mark.covering(2)
 @each_exact_strategy()
 @each_rule
 @each_outer
@@ -136,7 +135,6 @@ def test_metagradient_equals_finite_differences(strategy: Strategy, rule: str, o
         )
 
 
-@pytest.mark.covering(2)
 @each_exact_strategy()
 @each_rule
 @each_outer
@@ -243,7 +241,6 @@ def test_torch_func_grad(strategy: Strategy, rule: str):
         )
 
 
-@pytest.mark.covering
 @each_exact_strategy("jvp")
 @each_rule
 def test_jvp(strategy: Strategy, rule: str):
@@ -307,7 +304,6 @@ def test_forward_mode_without_torch_func(strategy: Strategy):
     assert_derivative(tangent.item(), truth("momentum", "all", "params"), "dual numbers")
 
 
-@pytest.mark.covering
 @each_exact_strategy()
 @each_rule
 def test_vmap_over_tasks(strategy: Strategy, rule: str):
@@ -624,7 +620,6 @@ FORMS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.covering
 @each_strategy()
 @pytest.mark.parametrize("form", list(FORMS))
 def test_batches_in_every_form(strategy: Strategy, form: str):
