@@ -116,7 +116,6 @@ def bends(name: str, value: float) -> bool:
     return name == "weight_decay" and value == 0
 
 
-@pytest.mark.covering
 @each_hyper(always=2)
 def test_each_hyper_gradient_is_right_where_gradient_entries_are_zero(rule: Rule, name: str):
     """One hyper-parameter a tensor; weight decay 0, or it would make the gradient entries
@@ -180,7 +179,6 @@ def test_every_gradient_zero_at_every_step(rule: Rule):
     )
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [
