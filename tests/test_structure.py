@@ -167,6 +167,7 @@ CALLS_AUTOGRAD = {
 
 REGISTRIES = {
     "_utils/caches.py:_caches": "the list of the caches themselves",
+    "_utils/folder_lock.py:_held": "the folders that this process holds, emptied as it lets go",
     "_utils/tree.py:_nodes": "pytree nodes: what a user registered cannot be recomputed",
     "higher/optim.py:_opt_mapping": "the bridge's optimizers, with those that a user registered",
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",

@@ -4,6 +4,7 @@ from innerloop.strategy import solvers
 from innerloop.strategy._auto import Auto
 from innerloop.strategy._base import Loop, Measure, Strategy
 from innerloop.strategy._checkpointed import Checkpointed
+from innerloop.strategy._disk import Disk
 from innerloop.strategy._evolution import Estimate, Evolution, OnlineEstimate
 from innerloop.strategy._first_order import FirstOrder
 from innerloop.strategy._forecast import Forecast
@@ -16,6 +17,7 @@ from innerloop.strategy._truncated import Truncated
 __all__ = [
     "Auto",
     "Checkpointed",
+    "Disk",
     "Estimate",
     "Evolution",
     "FirstOrder",
