@@ -10,11 +10,15 @@ from innerloop.strategy._first_order import FirstOrder
 from innerloop.strategy._forecast import Forecast
 from innerloop.strategy._forward_mode import ForwardMode
 from innerloop.strategy._implicit import Implicit
+from innerloop.strategy._one_step import DARTS, SAMA, T1T2
 from innerloop.strategy._outer_gradient import Inputs, Objective
 from innerloop.strategy._store_all import StoreAll
 from innerloop.strategy._truncated import Truncated
 
 __all__ = [
+    "DARTS",
+    "SAMA",
+    "T1T2",
     "Auto",
     "Checkpointed",
     "Disk",

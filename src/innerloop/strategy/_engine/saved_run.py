@@ -83,7 +83,7 @@ class _Damaged(Exception):
     """A file whose checksum does not fit, or that is gone."""
 
 
-class SavedRun(MutableMapping[int, Carry]):
+class SavedRun(MutableMapping[int, Any]):
     """The states of one loop by time, in a folder; in order of time.
 
     Args:
@@ -510,7 +510,7 @@ def _foreign(path: Path, why: str) -> InvalidInputError:
 
 def _unwritable(what: str) -> InvalidInputError:
     return InvalidInputError(
-        f"the state of this loop holds objects of {what}, which are not loaded from files, since a "
-        'file that names classes can run code: write offload="disk", which does not go on from '
-        "its files, or register the class with torch.serialization.add_safe_globals"
+        "the state of this loop holds objects that are not loaded from files, since a file that "
+        f'names classes can run code ({what}): write offload="disk", which does not go on from its '
+        "files, or register the class with torch.serialization.add_safe_globals"
     )
