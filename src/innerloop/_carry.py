@@ -102,11 +102,17 @@ class Carry(NamedTuple):
                 f"{held}: pass what carry.state_dict() returned"
             )
         found = {name: _filled(getattr(self, name), state_dict[name], name) for name in names[:3]}
-        random = state_dict["random_state"]
+        random, time = state_dict["random_state"], state_dict["time"]
+        if random is not None and not (
+            isinstance(random, list) and random and all(isinstance(x, Tensor) for x in random)
+        ):
+            raise _other_structure("random_state", [], random)
+        if not isinstance(time, int):
+            raise _other_structure("time", 0, time)
         return Carry(
             **found,
             random_state=None if random is None else RandomState(random[0], tuple(random[1:])),
-            time=int(state_dict["time"]),
+            time=time,
         )
 
 
@@ -136,8 +142,9 @@ def _filled(like: Any, given: Any, path: str) -> Any:
                 )
         return given.to(like.device)
     if isinstance(like, _LEAF) or isinstance(given, _LEAF):
-        # Some entries are None, or a number, until the first step.
-        if not isinstance(given, _LEAF) or not isinstance(like, _LEAF):
+        # Some entries of an optimizer's state are None, or a number, until the first step.
+        changes = path.startswith("optimizer_state")
+        if not (isinstance(given, _LEAF) and isinstance(like, _LEAF) and changes):
             raise _other_structure(path, like, given)
         return given
     return _map_children(_filled, like, given, path)
