@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from innerloop.strategy._engine.saved_run import SavedRun
 from tests import resume_program
 from tests.oracles import smooth_noise
 
-STEPS = 40
+STEPS = 24
 
 
 class Killed(BaseException):
@@ -76,56 +77,52 @@ STRATEGIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def truths() -> dict[str, list[Tensor]]:
-    """The gradients of loops whose states wait in memory."""
-    return {
-        name: resume_program.gradient(Checkpointed(**options), STEPS, False)
-        for name, options in STRATEGIES.items()
-    }
+@functools.cache
+def truth(name: str) -> list[Tensor]:
+    """The gradients of a loop whose states wait in memory."""
+    return resume_program.gradient(Checkpointed(**STRATEGIES[name]), STEPS, False)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_loop_that_is_interrupted_gives_the_same_bits(
-    name: str, truths: dict[str, list[Tensor]], tmp_path: Path
-):
+def test_a_loop_that_is_interrupted_gives_the_same_bits(name: str, tmp_path: Path):
     strategy = Checkpointed(**STRATEGIES[name], offload=Disk(tmp_path / "run"))
-    kills = [("forward", 1), ("forward", 33), ("forward", STEPS)]
-    kills += [("backward", 1), ("backward", 2), ("backward", 17), ("backward", STEPS)]
+    kills = [("forward", 1), ("forward", STEPS - 2), ("forward", STEPS)]
+    kills += [("backward", 1), ("backward", 13), ("backward", STEPS)]
     for phase, step in kills:
         with pytest.raises(Killed):
             resume_program.gradient(strategy, STEPS, killing(phase, step))
         assert files(tmp_path / "run") or step == 1 or (phase == "forward" and name == "one")
-    assert_same_bits(resume_program.gradient(strategy, STEPS, False), truths[name])
+    assert_same_bits(resume_program.gradient(strategy, STEPS, False), truth(name))
     assert files(tmp_path / "run") == []
 
 
 def test_a_loop_goes_on_where_it_was(tmp_path: Path):
     strategy = Checkpointed(slots=8, offload=Disk(tmp_path))
     with pytest.raises(Killed):
-        resume_program.gradient(strategy, STEPS, killing("forward", 30))
+        resume_program.gradient(strategy, STEPS, killing("forward", 20))
     newest = max(int(p.name.split("-")[1]) for p in files(tmp_path, "state"))
-    assert 20 < newest <= 29
+    assert 14 < newest <= 19
     taken: list[tuple[str, int]] = []
     resume_program.gradient(strategy, STEPS, counting(taken))
     forward = [done for phase, done in taken if phase == "forward"]
     assert forward == list(range(newest, STEPS + 1))
     with pytest.raises(Killed):
-        resume_program.gradient(strategy, STEPS, killing("backward", 30))
+        resume_program.gradient(strategy, STEPS, killing("backward", 18))
     taken.clear()
     resume_program.gradient(strategy, STEPS, counting(taken))
     # The step that was interrupted had been written down.
-    backward = [("backward", done) for done in range(30, STEPS + 1)]
+    backward = [("backward", done) for done in range(18, STEPS + 1)]
     assert taken == [("forward", STEPS), *backward]
 
 
-def test_both_phases_go_on_from_any_interruption(tmp_path: Path, truths: dict[str, list[Tensor]]):
+@pytest.mark.slow
+def test_both_phases_go_on_from_any_interruption(tmp_path: Path):
     strategy = Checkpointed(slots=4, offload=Disk(tmp_path))
     for phase in ("forward", "backward"):
-        for step in range(3, STEPS, 9):
+        for step in range(1, STEPS, 2):
             with pytest.raises(Killed):
                 resume_program.gradient(strategy, STEPS, killing(phase, step))
-            assert_same_bits(resume_program.gradient(strategy, STEPS, False), truths["few"])
+            assert_same_bits(resume_program.gradient(strategy, STEPS, False), truth("few"))
 
 
 # -- real kills ------------------------------------------------------------------------------------
@@ -170,10 +167,10 @@ def finish(folder: Path, result: Path, steps: int) -> list[Tensor]:
     return torch.load(result)
 
 
-def test_a_process_that_is_killed_goes_on(tmp_path: Path, truths: dict[str, list[Tensor]]):
+def test_a_process_that_is_killed_goes_on(tmp_path: Path):
     folder, result = tmp_path / "run", tmp_path / "result.pt"
-    steps = 200
-    for point in (120, 330):
+    steps = 100
+    for point in (70, 150):
         kill_at(folder, result, steps, point, random.Random().random() / 100)
         assert files(folder, "state")
     assert_same_bits(
@@ -203,7 +200,7 @@ def test_twenty_random_kills_in_two_thousand_steps(tmp_path: Path):
     steps, seed = 2000, random.Random().randrange(10**6)
     print("seed", seed)  # shown if the test fails
     rng = random.Random(seed)
-    truth = resume_program.gradient(Checkpointed(), steps, False)
+    expected = resume_program.gradient(Checkpointed(), steps, False)
     folder, result = tmp_path / "run", tmp_path / "result.pt"
     points = sorted(rng.sample(range(50, steps), 10)) + sorted(
         rng.sample(range(steps + 1, 2 * steps), 10)
@@ -231,7 +228,7 @@ def test_twenty_random_kills_in_two_thousand_steps(tmp_path: Path):
                 assert list(reported(process)) == []
             assert process.returncode != 0
             (folder / foreign.name).unlink()
-    assert_same_bits(finish(folder, result, steps), truth)
+    assert_same_bits(finish(folder, result, steps), expected)
     assert files(folder) == []
 
 
@@ -250,13 +247,11 @@ DAMAGE = {"cut": truncate, "a bit": flip_a_bit, "empty": empty, "gone": Path.unl
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("which", ["first", "last", "every", "adjoint"])
 @pytest.mark.covering
-def test_a_damaged_file_is_computed_again(
-    damage: str, phase: str, which: str, tmp_path: Path, truths: dict[str, list[Tensor]]
-):
+def test_a_damaged_file_is_computed_again(damage: str, phase: str, which: str, tmp_path: Path):
     strategy = Checkpointed(slots=4, offload=Disk(tmp_path))
-    interrupted(strategy, phase, 35 if phase == "forward" else 9)
+    interrupted(strategy, phase, STEPS - 1 if phase == "forward" else 9)
     kept = files(tmp_path, "state")
-    assert len(kept) > 2
+    assert kept
     chosen = {"first": kept[:1], "last": kept[-1:], "every": kept}.get(which, [])
     if which == "adjoint":
         chosen = files(tmp_path, "adjoint")
@@ -267,17 +262,15 @@ def test_a_damaged_file_is_computed_again(
             found = resume_program.gradient(strategy, STEPS, False)
     else:
         found = resume_program.gradient(strategy, STEPS, False)
-    assert_same_bits(found, truths["few"])
+    assert_same_bits(found, truth("few"))
     assert files(tmp_path) == []
 
 
-def test_a_file_that_is_damaged_while_the_loop_runs_is_computed_again(
-    tmp_path: Path, truths: dict[str, list[Tensor]]
-):
+def test_a_file_that_is_damaged_while_the_loop_runs_is_computed_again(tmp_path: Path):
     done: list[int] = []
 
     def damaging(phase: str, step: int, total: int | None) -> None:
-        if phase == "backward" and step in (1, 4, 20):
+        if phase == "backward" and step in (1, 4, 12):
             for path in files(tmp_path, "state"):
                 truncate(path)
             done.append(step)
@@ -285,8 +278,8 @@ def test_a_file_that_is_damaged_while_the_loop_runs_is_computed_again(
     strategy = Checkpointed(slots=4, offload=Disk(tmp_path))
     with pytest.warns(UserWarning, match="is damaged"):
         found = resume_program.gradient(strategy, STEPS, damaging)
-    assert done == [1, 4, 20]
-    assert_same_bits(found, truths["few"])
+    assert done == [1, 4, 12]
+    assert_same_bits(found, truth("few"))
 
 
 # A small loop, of which every part can be changed.
@@ -509,7 +502,7 @@ class _Full:
 
 @pytest.mark.parametrize("room", [0, 10_000, 60_000, 90_000, 130_000])
 def test_a_full_disk_is_named_and_loses_nothing(
-    room: int, tmp_path: Path, truths: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     strategy = Checkpointed(slots=4, offload=Disk(tmp_path))
     left = [room]
@@ -521,7 +514,7 @@ def test_a_full_disk_is_named_and_loses_nothing(
     assert all(saved_run.NAME.fullmatch(path.name) for path in files(tmp_path))
     taken: list[tuple[str, int]] = []
     found = resume_program.gradient(strategy, STEPS, counting(taken))
-    assert_same_bits(found, truths["few"])
+    assert_same_bits(found, truth("few"))
     if room > 10_000:
         assert taken[0][1] > 1
 
@@ -560,7 +553,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
 
 
 def test_the_folder_of_a_living_process_is_refused_and_that_of_a_dead_one_is_not(tmp_path: Path):
-    with start(tmp_path, tmp_path / "result.pt", 400) as process:
+    with start(tmp_path, tmp_path / "result.pt", 100) as process:
         next(reported(process))
         with pytest.raises(InvalidInputError, match=f"in use by a loop of process {process.pid}:"):
             FolderLock(tmp_path)

@@ -159,6 +159,7 @@ CALLS_AUTOGRAD = {
     "optim/_adapt/verify.py": "a foreign step against finite differences of itself",
     "strategy/_base.py": "the outer gradient",
     "strategy/_engine/": "the pullback of one step",
+    "strategy/_one_step.py": "one mixed derivative of the inner loss",
     "strategy/_forward_mode.py": "the partial derivatives of the outer loss",
     "strategy/_outer_gradient.py": "the outer gradient",
     "walkthrough/_by_autograd.py": "every derivative of the worked example, one by one",

@@ -29,11 +29,11 @@ class _OneStep(Strategy):
 
     exact = False
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
-    reads_optimizer: ClassVar[bool] = False
+    _reads_optimizer: ClassVar[bool] = False
     """True if hyper-parameters of the optimizer get the gradient of the last update."""
 
     @abc.abstractmethod
-    def pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
+    def _pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
         """Pull cotangents of the last parameters back to the leaves of hyper.
 
         Args:
@@ -91,13 +91,13 @@ class _OneStep(Strategy):
                 pairs = zip(end.items(), cotangents, strict=True)
                 given = {n: torch.zeros_like(p) if c is None else c for (n, p), c in pairs}
                 with torch.no_grad(), at_random_state(RandomState.now()):
-                    row = self.pull(step, end, given)
+                    row = self._pull(step, end, given)
                 return [row[i] for i in places]
 
             values = _End.apply(self, pull, len(end), *end.values(), *tensors)
             found = dict(zip(end, values, strict=True))
         found = refuse_inputs(found, tree.tensors(state_of(loop.start)), _START.format(self))
-        if self.reads_optimizer:
+        if self._reads_optimizer:
             return found
         read = loop.problem.overrides(loop.hyper, loop.time(t))
         return refuse_inputs(found, tree.tensors(read), _OPTIMIZER.format(self))
@@ -268,12 +268,12 @@ class DARTS(_ByDifference):
 
     radius: float = 0.01
 
-    reads_optimizer = True
+    _reads_optimizer = True
 
     def __post_init__(self) -> None:
         self._check_radius()
 
-    def pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
+    def _pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
         along, of_hyper = _through_last_update(step, given)
         mixed = _by_difference(step, step.carry.params, along, self.radius)
         return [
@@ -341,7 +341,7 @@ class SAMA(_ByDifference):
     def __post_init__(self) -> None:
         self._check_radius()
 
-    def pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
+    def _pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
         along, _ = _through_last_update(step, given)
         return _by_difference(step, end, along, self.radius)
 
@@ -410,7 +410,7 @@ class T1T2(_OneStep):
                 f"scale={given!r}: write a positive number, the learning rate for example"
             )
 
-    def pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
+    def _pull(self, step: Step, end: Params, given: dict[str, Tensor]) -> Cotangents:
         leaves = tree.leaves(step.hyper)
         places = [i for i, wanted in enumerate(step.wanted) if wanted]
         values = [leaves[i].detach().requires_grad_() for i in places]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._batches import Batches, BatchFunction
 from innerloop._carry import Carry
 from innerloop._problem import Problem
 from innerloop._utils import tree
@@ -426,7 +425,7 @@ def fingerprints(loop: Loop, begin: int, end: int) -> tuple[dict[int, Fingerprin
     times = range(loop.time(begin), loop.time(end))
     given = loop.problem.optimizer_hyper
     overrides = given.seen if isinstance(given, Repeatable) else {}
-    kept = loop.batches.kept if isinstance(loop.batches, BatchFunction) else {}
+    kept = loop.batches.fingerprints()
     return tuple({t: found[t] for t in times if t in found} for found in (kept, overrides))
 
 
@@ -435,8 +434,7 @@ def remember(loop: Loop, outputs: Outputs) -> None:
     given = loop.problem.optimizer_hyper
     if isinstance(given, Repeatable):
         given.seen.update(outputs.overrides)
-    if isinstance(loop.batches, BatchFunction):
-        loop.batches.kept.update(outputs.batches)
+    loop.batches.fingerprints().update(outputs.batches)
 
 
 def identity_of(loop: Loop, settings: Mapping[str, object]) -> dict[str, str]:
@@ -450,7 +448,6 @@ def identity_of(loop: Loop, settings: Mapping[str, object]) -> dict[str, str]:
     overrides = problem.optimizer_hyper
     if isinstance(overrides, Repeatable):
         overrides = overrides.function
-    data = batches.function if isinstance(batches, BatchFunction) else batches.data
     return {
         "version of PyTorch": torch.__version__.partition("+")[0],
         "steps": str(batches.steps),
@@ -461,17 +458,13 @@ def identity_of(loop: Loop, settings: Mapping[str, object]) -> dict[str, str]:
         "the optimizer's state": digest(start.optimizer_state),
         "buffers": digest(start.buffers),
         "hyper": digest(loop.hyper),
-        "batches": digest((_kind(batches), data)),
+        "batches": digest(batches.source()),
         "loss": digest(problem.loss),
         "targets": digest(problem.targets),
         "optimizer": digest(problem.optimizer),
         "optimizer_hyper": digest(overrides),
         "module": digest(_module_of(problem, start)),
     }
-
-
-def _kind(batches: Batches) -> str:
-    return type(batches).__name__
 
 
 def _module_of(problem: Problem, start: Carry) -> object:
