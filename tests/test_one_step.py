@@ -212,7 +212,11 @@ def test_t1t2_is_one_more_step_of_gradient_descent_and_the_first_neumann_term():
     step = sum((-alpha * g * x).sum() for g, x in zip(slopes, v, strict=True))
     expected = torch.autograd.grad(value + step, list(hyper.values()))
     constants = {n: x.detach() for n, x in hyper.items()}
-    arguments = {"optimizer": innerloop.optim.adam(lr=0.1), "steps": 4, "hyper": constants}
+    arguments: dict[str, Any] = {
+        "optimizer": innerloop.optim.adam(lr=0.1),
+        "steps": 4,
+        "hyper": constants,
+    }
     ours = gradient(T1T2(alpha), **arguments)
     torch.testing.assert_close(flat(ours), flat(expected), rtol=1e-12, atol=1e-14)
     neumann = solvers.Neumann(alpha, max_iterations=1, must_converge=False)

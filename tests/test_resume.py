@@ -22,6 +22,7 @@ from torch import Tensor
 
 import innerloop
 from innerloop import Checkpointed, InvalidInputError
+from innerloop._utils.digest import digest_bytes
 from innerloop._utils.folder_lock import FolderLock
 from innerloop.strategy import Disk
 from innerloop.strategy._engine import saved_run
@@ -68,7 +69,7 @@ def _each_step_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- a loop that is interrupted again and again ----------------------------------------------------
 
-STRATEGIES = {
+STRATEGIES: dict[str, dict[str, Any]] = {
     "default": {},
     "few": {"slots": 4},
     "one": {"slots": 1},
@@ -240,7 +241,12 @@ def interrupted(strategy: Checkpointed, phase: str = "backward", step: int = 9) 
         resume_program.gradient(strategy, STEPS, killing(phase, step))
 
 
-DAMAGE = {"cut": truncate, "a bit": flip_a_bit, "empty": empty, "gone": Path.unlink}
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": truncate,
+    "a bit": flip_a_bit,
+    "empty": empty,
+    "gone": Path.unlink,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -309,7 +315,7 @@ def small(folder: Path | None, progress: Any = False, **changed: Any) -> list[Te
     )
     data = changed.get("batches", [torch.tensor(float(t)) for t in range(12)])
     options = changed.get("options", {})
-    place = {} if folder is None else {"offload": Disk(folder)}
+    place: dict[str, Any] = {} if folder is None else {"offload": Disk(folder)}
     value, grads = innerloop.metagradient(
         changed.get("outer", lambda traj, hyper: traj.params["w"].square().sum()),
         problem,
@@ -403,7 +409,7 @@ def test_a_file_of_another_loop_among_those_of_this_one_is_refused(tmp_path: Pat
 def test_a_file_of_another_kind_is_refused(contents: Any, named: str, tmp_path: Path):
     torch.save(contents, tmp_path / "file")
     data = (tmp_path / "file").read_bytes()
-    (tmp_path / f"state-000000004-{saved_run.digest_bytes(data)}.pt").write_bytes(data)
+    (tmp_path / f"state-000000004-{digest_bytes(data)}.pt").write_bytes(data)
     with pytest.raises(InvalidInputError, match=named):
         small(tmp_path)
 

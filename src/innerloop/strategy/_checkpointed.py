@@ -341,8 +341,8 @@ class _Replay(LoopFunction):
             if checks:
                 self._check.note_aux(t, aux)
             if t + 1 in loop.save_at and t + 1 != steps:
-                params, optimizer_state, buffers = tree.map_tensors(Tensor.clone, state_of(carry))
-                states[t + 1] = Carry(params, optimizer_state, buffers, carry.random_state)
+                kept_state = tree.map_tensors(Tensor.clone, state_of(carry))
+                states[t + 1] = step_pullback.carry_of(kept_state, carry.random_state)
             loop.report("forward", t + 1, steps)
         end = len(outputs)
         if run is not None and self.recorded and end > begin:
@@ -712,7 +712,7 @@ class _ReplayData(NamedTuple):
 
     snapshots: dict[int, Carry] | Snapshots | SavedRun
     last: dict[int, Carry]
-    gradients: dict[int, Any] | Snapshots | None
+    gradients: dict[int, Any] | Snapshots | SavedRun | None
 
 
 def _last_of(snapshots: dict[int, Carry] | Snapshots | SavedRun) -> tuple[int, Carry] | None:

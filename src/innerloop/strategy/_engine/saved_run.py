@@ -268,10 +268,10 @@ class SavedRun(MutableMapping[int, Any]):
 
     # -- states by time ----------------------------------------------------------------------------
 
-    def __setitem__(self, time: int, carry: Carry) -> None:
+    def __setitem__(self, time: int, carry: Any) -> None:
         self.save(time, carry, None)
 
-    def __getitem__(self, time: int) -> Carry:
+    def __getitem__(self, time: int) -> Any:
         path = self._known[time]
         try:
             held = self._read(path)
