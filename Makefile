@@ -70,12 +70,12 @@ types: $(DEV_READY)  ## type checker
 	$(BIN)/mypy
 
 pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled and not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --types=first $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not compiled" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there are none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --types=all -m "slow and not compiled" $(PYTEST_ARGS)
 
 compiled: $(DEV_READY)  ## every test that compiles, all of it with inductor: most of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled" $(PYTEST_ARGS)

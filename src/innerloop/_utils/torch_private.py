@@ -181,21 +181,24 @@ def no_saved_tensors_hooks() -> Iterator[None]:
         torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
 
 
-@contextmanager
-def refusing_saved_tensors_hooks(message: str) -> Iterator[None]:
+class refusing_saved_tensors_hooks:  # noqa: N801 (used like a function, at every step)
     """Raise a RuntimeError with ``message`` where hooks on saved tensors begin inside the block.
 
     The public ``disable_saved_tensors_hooks`` refuses those that are there already, too.
     """
-    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-    torch._C._autograd._saved_tensors_hooks_disable(message, False)
-    try:
-        yield
-    finally:
-        if before is None:
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __enter__(self) -> None:
+        self._before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        torch._C._autograd._saved_tensors_hooks_disable(self._message, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
-            torch._C._autograd._saved_tensors_hooks_disable(before, False)
+            torch._C._autograd._saved_tensors_hooks_disable(self._before, False)
 
 
 def inside_saved_tensors_hooks() -> bool:
