@@ -140,6 +140,18 @@ def _nothing_left_from_other_tests() -> None:
     caches.clear()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_switched() -> Iterator[None]:
+    """What a test, or the code that it calls, switches in this thread is switched back."""
+    yield
+    hooks = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_enable()
+    assert hooks is None, "hooks on saved tensors are still forbidden"
+    assert torch.is_grad_enabled()
+    assert torch._C._functorch.peek_interpreter_stack() is None, "inside of a transform"
+    assert not torch.overrides._get_current_function_mode_stack(), "a function mode is still on"
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """``torch.optim`` keeps some of its scalars in the default dtype: parity is measured in

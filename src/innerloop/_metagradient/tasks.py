@@ -13,6 +13,7 @@ from torch import Tensor
 from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient import distributed
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_flag
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled
 from innerloop._utils.compiling import Compiled
@@ -103,6 +104,7 @@ def map_tasks(
         >>> grads
         {'w': tensor(1.)}
     """
+    check_flag("compile", compile)
     count = _check(fn, tasks, shared, chunk_size, randomness, reduce, group)
     share = range(count)
     run = distributed.Run(group, count) if group is not None else None

@@ -74,6 +74,7 @@ class Truncated(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 1:
             raise InvalidInputError(
                 f"last={self.last!r}: write the number of steps to differentiate, 1 or more"
