@@ -44,7 +44,7 @@ from innerloop._types import (
     ValueAndGrad,
 )
 from innerloop._utils import torch_private, tree
-from innerloop._utils.arguments import check_takes, shown
+from innerloop._utils.arguments import check_takes, given, shown
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
@@ -215,9 +215,14 @@ class Problem(Generic[Batch, Aux]):
             return params
         if params is None:
             params = self.trainable_params()
-        if not isinstance(params, Mapping) or not all(
-            isinstance(p, Tensor) for p in params.values()
-        ):
+        for name, p in params.items() if isinstance(params, Mapping) else ():
+            if not isinstance(p, Tensor):
+                raise InvalidInputError(
+                    f"{given(f'params[{name!r}]', p)}, and params must be a dict of named tensors: "
+                    "write torch.as_tensor(...); nested dicts are written flat, "
+                    "{'layer.weight': tensor}"
+                )
+        if not isinstance(params, Mapping):
             raise InvalidInputError(
                 "params must be a dict of named tensors, or a carry (traj.at(-1)), got "
                 f"{type(params).__name__}: for a module write "
