@@ -92,8 +92,8 @@ errors: $(DEV_READY)  ## docs/errors.md, written from the errors that the code r
 coverage: $(DEV_READY)  ## which lines and branches no test reaches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term $(PYTEST_ARGS)
 
-bench: $(DEV_READY)  ## times and memory against higher, TorchOpt and a hand-written loop
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+bench: $(DEV_READY)  ## times and memory against other libraries; rewrites the tables of docs/benchmarks.md
+	$(BIN)/innerloop bench --out docs/benchmarks.md $(BENCH_ARGS)
 
 docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an error (needs npm)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
