@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from innerloop._track.loop import TrackedLoop
-from innerloop._track.start import Learn, Model, TorchOptimizer, refuse_reserved
+from innerloop._track.replayed_loop import ReplayedLoop
+from innerloop._track.start import Learn, Model, TorchOptimizer, check_save_at
 from innerloop._types import Params
+from innerloop._unroll import check_strategy
 from innerloop.optim._base import Optimizer
 from innerloop.strategy._base import Strategy
 
@@ -20,7 +22,7 @@ def track(
     first_order: bool = False,
     *,
     strategy: Strategy | None = None,
-    save_at: Sequence[int] | None = None,
+    save_at: Sequence[int] = (),
 ) -> TrackedLoop:
     r"""Make the steps of a training loop differentiable.
 
@@ -87,5 +89,10 @@ def track(
         >>> model.weight.grad
         tensor([[0.2500]])
     """
-    refuse_reserved(strategy, save_at)
-    return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
+    if strategy is None or learn == "nothing":
+        check_save_at(save_at, learn)
+        return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
+    check_strategy(strategy)
+    return ReplayedLoop(
+        model, optimizer, learn, params, hyper, first_order, strategy, save_at
+    )

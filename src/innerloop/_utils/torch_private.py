@@ -367,6 +367,11 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
+def keeps_graph() -> bool:
+    """True if the backward pass that is running retains the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def storage_weakref(tensor: Tensor) -> Any:
     """Return a reference to the memory of ``tensor`` whose ``expired()`` tells when it is gone.
 

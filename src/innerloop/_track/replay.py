@@ -1,0 +1,647 @@
+"""Steps of a hand-written loop that run again in the backward pass.
+
+Each step is one node of the graph that saves no tensors. Its backward asks the `Recorder` for the
+state before the step, runs the step once more with a graph, and pulls the cotangents back through
+it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from innerloop._carry import _alias
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import finish, inner_gradient, with_dense_gradients
+from innerloop._inner_gradient.loss import check_loss
+from innerloop._inner_gradient.torch_errors import explain
+from innerloop._module.copier import Gate
+from innerloop._module.view import ModuleView
+from innerloop._track.closure import Gradients
+from innerloop._track.frozen import thaw
+from innerloop._types import Params
+from innerloop._utils import torch_private, tree
+from innerloop._utils.fingerprint import Fingerprint, agree
+from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.nn import _mode as replace
+from innerloop.optim._base import Optimizer
+from innerloop.optim._transforms.base import Transform
+from innerloop.optim._transforms.grad_callback import GradCallback
+from innerloop.strategy._engine.kept_states import KeptStates
+
+USE_ARGS = (
+    "Hand the data over as arguments, loop.step(fn, args=(x, y)), or let the function capture "
+    "them by name; draw batches and random numbers that are not torch's own before loop.step"
+)
+
+
+class State(NamedTuple):
+    """The state before a step, as constants.
+
+    Attributes:
+        params: those that are not frozen.
+        optimizer_state: the optimizer's.
+        buffers: of the module.
+    """
+
+    params: dict[str, Tensor]
+    optimizer_state: Any
+    buffers: dict[str, Tensor]
+
+
+class Layout(NamedTuple):
+    """Which tensors go into a node and come out of it; equal for most steps of a loop.
+
+    Attributes:
+        params: the names of the parameters that go in.
+        state: the places of those leaves of the optimizer's state that go in.
+        hyper: the number of hyper-parameters that go in.
+        updated: the names of the parameters that come out.
+        new_state: the places of those leaves of the new state that come out.
+    """
+
+    params: tuple[str, ...]
+    state: tuple[int, ...]
+    hyper: int
+    updated: tuple[str, ...]
+    new_state: tuple[int, ...]
+
+
+class Surroundings(NamedTuple):
+    """What a step runs in; equal for most steps of a loop.
+
+    Attributes:
+        training: the mode of each module.
+        autocast: for each kind of device, whether it is on, and its dtype.
+        replaces: True if operations were replaced.
+    """
+
+    training: tuple[bool, ...]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    replaces: bool
+
+
+class StepRecord:
+    """What is needed to run one step again, besides the state before it.
+
+    Attributes:
+        closure: the frozen closure.
+        transform: what is done to gradients: a transform, or a frozen callback in a list.
+        hyper: overrides of the optimizer's hyper-parameters.
+        captured: captured tensors with a history, without it.
+        leaves: captured tensors that require grad and have none.
+        written: tensors that must stay as they are, and how often each had been written.
+        optimizer: the optimizer, with its settings at this step.
+        random_state: that before the step; None: it draws nothing.
+        surroundings: the modes.
+        frozen: the parameters that are not trained and do not require grad.
+        params, buffers: those that were edited before the step; None: none was.
+        loss: the value of the loss.
+        gradient: a fingerprint of the gradients that the optimizer got; None: nothing but the loss
+            makes them.
+        layout: of the node.
+    """
+
+    __slots__ = (
+        "buffers", "captured", "closure", "frozen", "gradient", "hyper", "layout", "leaves",
+        "loss", "optimizer", "params", "random_state", "surroundings", "transform", "written",
+    )  # fmt: skip
+
+    closure: Any
+    transform: Any
+    hyper: Mapping[str, object]
+    captured: list[Tensor]
+    leaves: list[Tensor]
+    written: tuple[list[Tensor], list[int]]
+    optimizer: Optimizer
+    random_state: RandomState | None
+    surroundings: Surroundings
+    frozen: Params
+    params: Params | None
+    buffers: Params | None
+    loss: Tensor
+    gradient: Fingerprint | None
+    layout: Layout
+
+
+class Taken(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+        updated: the new parameters that the optimizer returned.
+        optimizer_state: the new state.
+        loss: the loss, where the step starts.
+        grads: the gradients that the optimizer got first.
+    """
+
+    updated: Params
+    optimizer_state: Any
+    loss: Tensor
+    grads: Gradients
+
+
+Evaluate = Callable[[Params], tuple[Tensor, Gradients]]
+
+
+def take(
+    optimizer: Optimizer,
+    names: Sequence[str],
+    at: Params,
+    state: object,
+    hyper: Mapping[str, object],
+    evaluate: Evaluate,
+    *,
+    sparse: set[str],
+    keeps_loss: bool,
+) -> Taken:
+    """Take one step from constants, or from leaves.
+
+    Args:
+        optimizer: the optimizer.
+        names: of the parameters that it steps.
+        at: all parameters.
+        state: the optimizer's.
+        hyper: overrides.
+        evaluate: returns loss and gradients at parameters.
+        sparse: the names of those whose gradients may be sparse.
+        keeps_loss: True if a rule that evaluates the loss sees its graph.
+    """
+
+    def seen(loss: Tensor) -> Tensor:
+        return loss if keeps_loss else loss.detach()
+
+    def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+        found, grads = evaluate({**at, **with_dense_gradients(trial, sparse)})
+        return seen(found), grads
+
+    loss, grads = evaluate(at)
+    params = {name: at[name] for name in names}
+    more: dict[str, Any] = {}
+    if optimizer.needs_closure:
+        more["value_and_grad"] = CachedFirstEvaluation(at_trial, params, seen(loss), grads)
+    updated, new_state = optimizer.update(grads, state, params, hyper, **more)
+    return Taken(updated, new_state, loss, grads)
+
+
+class StandIn:
+    """Stands for the loop in a closure that runs again."""
+
+    def __init__(self, view: ModuleView, learn: str, first_order: bool) -> None:
+        self._view = view
+        self.learn = learn
+        self.first_order = first_order
+
+    @property
+    def model(self) -> Any:
+        """Return the module (or dict of modules) at the parameters of the step that runs again."""
+        return self._view.module
+
+    def parameters(self, time: int = -1) -> dict[str, Tensor]:
+        """Return the parameters of the step that runs again."""
+        if time != -1:
+            raise self._refusal(f"parameters(time={time})")
+        return self._view.read()
+
+    def buffers(self, time: int = -1) -> dict[str, Tensor]:
+        """Return the buffers of the step that runs again."""
+        if time != -1:
+            raise self._refusal(f"buffers(time={time})")
+        return self._view.read_buffers()
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._refusal(name)
+
+    @staticmethod
+    def _refusal(name: str) -> InvalidInputError:
+        return InvalidInputError(
+            f"a step that runs again in the backward pass asks for loop.{name}, which it cannot "
+            "know: a closure under a strategy may use loop.model, loop.parameters() and "
+            "loop.buffers(). Compute other things before loop.step and hand them over, "
+            "loop.step(fn, args=(...,))"
+        )
+
+
+class ModelCopy:
+    """A copy of the user's model in which steps run again; ``loop.model`` is left alone.
+
+    The copy holds no graph: the nodes hold it, and it must not hold them.
+
+    Args:
+        view: the copy.
+        gate: of the copy; closed but for the step's own code.
+        stand_in: the loop, for the closures.
+    """
+
+    def __init__(self, view: ModuleView, gate: Gate, stand_in: StandIn) -> None:
+        self.view = view
+        self.gate = gate
+        self.stand_in = stand_in
+        self.lock = threading.RLock()
+
+    @contextmanager
+    def running(self, record: StepRecord) -> Iterator[None]:
+        """Run in the modes and at the random state of a step."""
+        around = record.surroundings
+        for module, training in zip(self.view.modules, around.training, strict=True):
+            module.training = training
+        home, self.gate.home = self.gate.home, torch_private.backward_pass()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                if record.random_state is not None:
+                    stack.enter_context(at_random_state(record.random_state))
+                for kind, enabled, dtype in around.autocast:
+                    if enabled or torch.is_autocast_enabled(kind):
+                        # The cache would keep a cast copy of the parameters of every step.
+                        stack.enter_context(
+                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                        )
+                if around.replaces:
+                    stack.enter_context(replace.replacing())
+                yield
+        finally:
+            self.gate.home = home
+
+
+class Recorder:
+    """Knows the steps of a loop so far, and computes the state before any of them again.
+
+    Args:
+        model: where steps run again.
+        kept: the states that are kept.
+        names: of the parameters that the optimizer steps.
+        trained: of those that are not frozen.
+        hooks: the user's hooks on the gradients of parameters.
+        second_order: False treats inner gradients as constants.
+    """
+
+    def __init__(
+        self,
+        model: ModelCopy,
+        kept: KeptStates,
+        names: Sequence[str],
+        trained: Sequence[str],
+        hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]],
+        second_order: bool,
+    ) -> None:
+        self.model = model
+        self.kept = kept
+        self.names = names
+        self.trained = trained
+        self.hooks = hooks
+        self.second_order = second_order
+        self.sparse: set[str] = set()
+        self.steps: list[StepRecord] = []
+        self._last: tuple[int, State] | None = None
+        self._later: tuple[int, State] | None = None
+
+    def add(self, record: StepRecord, before: State) -> None:
+        """Add a step that was taken from the state ``before``."""
+        with self.model.lock:
+            t = len(self.steps)
+            self.kept.offer(t, before)
+            self._last = t, before
+            self._later = None
+            self.steps.append(record)
+
+    def state(self, t: int) -> State:
+        """Return the state before step ``t``: it is kept, or computed again from one that is."""
+        if self._last is not None and self._last[0] == t:
+            return self._last[1]
+        begin, state = self.kept.newest(t)
+        planned = self.kept.planned(begin, t)
+        for time in range(begin, t):
+            state = self._advance(time, state)
+            if time + 1 in planned:
+                self.kept.keep_for_sweep(time + 1, state)
+        return state
+
+    def _advance(self, t: int, state: State) -> State:
+        """Take step ``t`` again, without a graph of the whole."""
+        record = self.steps[t]
+        # Operations may ask if a tensor requires grad: those ask the same that did in the forward
+        # pass.
+        untrained = {
+            n: state.params[n].detach().requires_grad_()
+            for n in record.layout.params
+            if n not in self.trained
+        }
+        at = {**record.frozen, **state.params, **untrained}
+        hyper = tree.map_tensors(Tensor.detach, dict(record.hyper))
+        with self.model.running(record):
+            taken, buffers = self._taken(t, record, at, state, hyper, record.captured, graph=False)
+        self._check_loss(t, taken.loss)
+        params = {**state.params, **{n: taken.updated[n].detach() for n in record.layout.updated}}
+        new = State(params, tree.map_tensors(Tensor.detach, taken.optimizer_state), buffers)
+        return self._edited(t + 1, new)
+
+    def _edited(self, t: int, state: State) -> State:
+        """Return the state at time ``t`` with the edits that the user made there."""
+        record = self.steps[t]
+        if record.params is not None:
+            edits = {n: p for n, p in record.params.items() if n in state.params}
+            state = state._replace(params={**state.params, **edits})
+        if record.buffers is not None:
+            state = state._replace(buffers=record.buffers)
+        return state
+
+    def _taken(
+        self,
+        t: int,
+        record: StepRecord,
+        at: Params,
+        state: State,
+        hyper: Mapping[str, object],
+        captured: Sequence[Tensor],
+        *,
+        graph: bool,
+    ) -> tuple[Taken, Params]:
+        """Take step ``t`` again from the parameters ``at``; return it, and the new buffers."""
+        self._check_written(t, record)
+        view = self.model.view
+        view.write(at)
+        view.write_buffers({name: b.clone() for name, b in state.buffers.items()})
+        done: dict[int, Any] = {}
+        closure = thaw(record.closure, captured, done)
+        transform = record.transform
+        if isinstance(transform, list):
+            transform = GradCallback(thaw(transform[0], captured, done))
+        create_graph = graph and self.second_order
+
+        def evaluate(at: Params) -> tuple[Tensor, Gradients]:
+            trial = {
+                n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_()
+                for n in self.trained
+            }
+            alias = {n: _alias(p) for n, p in trial.items()}
+            view.write(alias)
+            try:
+                loss = check_loss(closure(), "the loss of a step that runs again")
+                wanted = {n: p for n, p in alias.items() if p.requires_grad}
+                found = inner_gradient(
+                    loss,
+                    wanted,
+                    create_graph=create_graph,
+                    independent=lambda: _differs(t, "the loss does not depend on the model"),
+                    gate=self.model.gate,
+                )
+                view.renew_written_buffers()
+            finally:
+                view.write(trial)
+            grads = finish(found, hooks=self.hooks, takes_sparse=record.optimizer.takes_sparse)
+            if transform is not None:
+                here = {**at, **alias}
+                here = {name: here[name] for name in grads}
+                grads = transformed(transform, grads, here)
+            return loss, grads
+
+        try:
+            taken = take(
+                record.optimizer,
+                self.names,
+                at,
+                state.optimizer_state,
+                hyper,
+                evaluate,
+                sparse=self.sparse,
+                keeps_loss=create_graph,
+            )
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            clearer = explain(error)
+            if clearer is not error:
+                raise clearer from error
+            raise _failed(t, error) from error
+        except Exception as error:
+            raise _failed(t, error) from error
+        finally:
+            new_buffers = view.read_buffers()
+            # The copy holds no graph between steps.
+            view.write({**at, **state.params})
+        return taken, new_buffers
+
+    def _check_written(self, t: int, record: StepRecord) -> None:
+        tensors, versions = record.written
+        if tensors and torch_private.versions(tensors) != versions:
+            raise _differs(t, "a tensor that the step reads was written in place after it")
+
+    def _check_loss(self, t: int, loss: Tensor) -> None:
+        """Raise unless the loss is what it was, on the processor to the last bit."""
+        was, now = self.steps[t].loss, loss.detach()
+        same = torch.equal(now, was) if was.device.type == "cpu" else agree(now, was)
+        if not same:
+            raise _differs(t, "its loss is another number than in the forward pass")
+
+    def pull(
+        self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Pull the cotangents of what step ``t`` gave back to what went into it.
+
+        Args:
+            t: the step.
+            cotangents: of the parameters and state that came out, and of the loss.
+            wanted: for each input of the node, True if its cotangent is wanted.
+        """
+        with self.model.lock:
+            again = torch_private.keeps_graph()
+            state = self.state(t)
+            found = self._pulled(t, state, cotangents, wanted)
+            self._later = t, state
+            if self._last is not None and self._last[0] >= t and not again:
+                self._last = None
+            self.kept.pass_by(t, again=again)
+            return found
+
+    def _pulled(
+        self, t: int, state: State, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        record = self.steps[t]
+        layout = record.layout
+        with self.model.running(record):
+            params = dict(state.params)
+            for name in layout.params:
+                params[name] = params[name].detach().requires_grad_()
+            leaves = tree.leaves(state.optimizer_state)
+            for place in layout.state:
+                leaves[place] = leaves[place].detach().requires_grad_()
+            optimizer_state = tree.with_leaves(state.optimizer_state, leaves)
+            learned: list[Tensor] = []
+
+            def learn(x: Tensor) -> Tensor:
+                if not x.requires_grad:
+                    return x
+                learned.append(x.detach().requires_grad_())
+                return learned[-1]
+
+            hyper = tree.map_tensors(learn, dict(record.hyper))
+            captured = [x.detach().requires_grad_() for x in record.captured]
+            taken, _ = self._taken(
+                t,
+                record,
+                {**record.frozen, **params},
+                state._replace(optimizer_state=optimizer_state),
+                hyper,
+                captured,
+                graph=True,
+            )
+        self._check_loss(t, taken.loss)
+        self._check_gradient(t, taken.grads)
+        self._check_later(t, state, taken)
+        new_state = tree.leaves(taken.optimizer_state)
+        ends = [taken.updated[n] for n in layout.updated]
+        ends += [new_state[place] for place in layout.new_state]
+        if self.second_order:
+            ends.append(taken.loss)
+        pairs = [
+            (y, c)
+            for y, c in zip(ends, cotangents, strict=True)
+            if c is not None and y.requires_grad
+        ]
+        inputs = [
+            *(params[n] for n in layout.params),
+            *(leaves[place] for place in layout.state),
+            *learned,
+            *captured,
+            *record.leaves,
+        ]
+        row: list[Tensor | None] = [None] * len(inputs)
+        chosen = [i for i, w in enumerate(wanted) if w]
+        if pairs and chosen:
+            try:
+                found = torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    [inputs[i] for i in chosen],
+                    [c for _, c in pairs],
+                    allow_unused=True,
+                )
+            except InnerLoopError:
+                raise
+            except RuntimeError as error:
+                raise explain(error) from error
+            for i, g in zip(chosen, found, strict=True):
+                row[i] = g if g is None or g.layout == torch.strided else g.to_dense()
+        return row
+
+    def _check_gradient(self, t: int, grads: Gradients) -> None:
+        """Raise if hooks or a callback made other gradients than in the forward pass."""
+        was = self.steps[t].gradient
+        if was is not None and not gradient_mark(grads).agrees(was):
+            raise _differs(t, "its gradients (after hooks and grad_callback) are others")
+
+    def _check_later(self, t: int, before: State, taken: Taken) -> None:
+        """Raise if the new parameters are far from those that the forward pass had."""
+        if self._later is None or self._later[0] != t + 1:
+            return
+        edited = self.steps[t + 1].params or {}
+        names = [n for n in self.steps[t].layout.updated if n not in edited]
+        if not names:
+            return
+        now, then, old = (
+            [x.detach() for x in xs]
+            for xs in (
+                [taken.updated[n] for n in names],
+                [self._later[1].params[n] for n in names],
+                [before.params[n] for n in names],
+            )
+        )
+        if not _close(now, then, old):
+            raise _differs(t, "its new parameters are others than in the forward pass")
+
+
+SHARE = 0.05
+"""How much of a step may differ by rounding, which Adam makes large where a gradient is zero."""
+
+
+def _close(now: list[Tensor], then: list[Tensor], old: list[Tensor]) -> bool:
+    """True if two results of one step are the same, up to rounding."""
+
+    def norm(xs: Sequence[Tensor]) -> float:
+        return float(torch.stack(torch._foreach_norm(list(xs))).double().norm())
+
+    error = norm(torch._foreach_sub(now, then))
+    if error == 0:
+        return True
+    step = norm(torch._foreach_sub(then, old))
+    eps = max(torch.finfo(x.dtype).eps for x in then)
+    return not error > SHARE * step + 100 * eps * norm(then)
+
+
+def gradient_mark(grads: Gradients) -> Fingerprint:
+    """Compute a fingerprint of gradients."""
+    return Fingerprint.of([g.detach().to_dense() for g in grads.values() if g is not None])
+
+
+def transformed(transform: Transform, grads: Gradients, at: Params) -> Gradients:
+    """Return gradients as a transform without a state, or a user's callback, changes them."""
+    changed, _ = transform.apply(grads, transform.init(at), at, transform.resolve(None))
+    found: Gradients = changed
+    return found
+
+
+def _differs(t: int, what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"step {t} ran again in the backward pass (strategy=Checkpointed), and {what}: the "
+        f"derivative would be that of another step. {USE_ARGS}; and do not write data in place "
+        "before the backward pass"
+    )
+
+
+def _failed(t: int, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"step {t} ran again in the backward pass (strategy=Checkpointed), and its closure raised "
+        f"{type(error).__name__}: {error}. {USE_ARGS}"
+    )
+
+
+class _StepNode(torch.autograd.Function):
+    """One step as a node; it hands on outputs that have been computed from constants."""
+
+    @staticmethod
+    def forward(recorder: Recorder, t: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> None:
+        ctx.recorder, ctx.t, ctx.count = inputs[:3]
+        # The output is the input itself, not a view: it may be edited in place.
+        ctx.mark_dirty(*inputs[3 : 3 + ctx.count])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotDifferentiableError(
+                "a derivative of the meta-gradient was asked for (create_graph=True, or a loop "
+                "around this one that differentiates through it), and strategy=Checkpointed() of "
+                "track gives the first one only. Write track without strategy, or "
+                "innerloop.metagradient with strategy=Checkpointed()"
+            )
+        if torch_private.inside_vmap():
+            raise NotDifferentiableError(
+                "many cotangents at once (is_grads_batched=True, vmap) do not pass through a loop "
+                "with strategy=Checkpointed(): take one gradient after the other, or write track "
+                "without strategy"
+            )
+        dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
+        none = [None] * (3 + ctx.count)
+        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        if all(c is None for c in dense):
+            return (*none, *[None] * len(wanted))
+        return (*none, *ctx.recorder.pull(ctx.t, dense, wanted))
+
+
+def as_node(recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Return outputs as the results of a node with these inputs."""
+    return list(_StepNode.apply(recorder, t, len(outputs), *outputs, *inputs))
