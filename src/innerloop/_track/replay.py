@@ -90,6 +90,31 @@ class Surroundings(NamedTuple):
     replaces: bool
 
 
+class Fixed:
+    """Frozen parameters, which steps share with the user's model: nobody may write them in place.
+
+    Args:
+        params: detached, by name.
+    """
+
+    __slots__ = ("params", "versions")
+
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        self.params = params
+        self.versions = torch_private.versions(params.values())
+
+    def holds(self, params: Params) -> bool:
+        """True if these are the same tensors, and were not written."""
+        return params.keys() == self.params.keys() and all(
+            p.data_ptr() == params[n].data_ptr() and torch_private.version(params[n]) == version
+            for (n, p), version in zip(self.params.items(), self.versions, strict=True)
+        )
+
+    def is_unchanged(self) -> bool:
+        """True if none was written since."""
+        return torch_private.versions(self.params.values()) == self.versions
+
+
 class StepRecord:
     """What is needed to run one step again, besides the state before it.
 
@@ -125,7 +150,7 @@ class StepRecord:
     optimizer: Optimizer
     random_state: RandomState | None
     surroundings: Surroundings
-    frozen: Params
+    frozen: Fixed
     params: Params | None
     buffers: Params | None
     loss: Tensor
@@ -335,7 +360,7 @@ class Recorder:
             for n in record.layout.params
             if n not in self.trained
         }
-        at = {**record.frozen, **state.params, **untrained}
+        at = {**record.frozen.params, **state.params, **untrained}
         hyper = tree.map_tensors(Tensor.detach, dict(record.hyper))
         with self.model.running(record):
             taken, buffers = self._taken(t, record, at, state, hyper, record.captured, graph=False)
@@ -434,6 +459,8 @@ class Recorder:
         tensors, versions = record.written
         if tensors and torch_private.versions(tensors) != versions:
             raise _differs(t, "a tensor that the step reads was written in place after it")
+        if not record.frozen.is_unchanged():
+            raise _differs(t, "a frozen parameter was written in place after it")
 
     def _check_loss(self, t: int, loss: Tensor) -> None:
         """Raise unless the loss is what it was, on the processor to the last bit."""
@@ -488,7 +515,7 @@ class Recorder:
             taken, _ = self._taken(
                 t,
                 record,
-                {**record.frozen, **params},
+                {**record.frozen.params, **params},
                 state._replace(optimizer_state=optimizer_state),
                 hyper,
                 captured,

@@ -24,6 +24,7 @@ from innerloop._track.frozen import Freezer
 from innerloop._track.loop import Callback, TrackedLoop
 from innerloop._track.replay import (
     Layout,
+    Fixed,
     ModelCopy,
     Recorder,
     StandIn,
@@ -117,7 +118,7 @@ class ReplayedLoop(TrackedLoop):
         )
         self._recorder.sparse = self._sparse
         self._placed_now: dict[str, tuple[Tensor, int]] = {}
-        self._frozen_now: dict[str, Tensor] = {}
+        self._frozen_now = Fixed({})
         self._last_record: StepRecord | None = None
 
     def step(
@@ -184,7 +185,7 @@ class ReplayedLoop(TrackedLoop):
         freezer = Freezer(self._swap)
         record.closure = freezer.call(function, args)
         record.transform = (
-            [freezer.value(transform.function)] if isinstance(transform, GradCallback) else transform
+            [freezer.value(transform.fn)] if isinstance(transform, GradCallback) else transform
         )
         record.captured = [x.detach() for x in freezer.captured]
         record.written = freezer.constants, torch_private.versions(freezer.constants)
@@ -240,11 +241,8 @@ class ReplayedLoop(TrackedLoop):
             ):
                 edits[name] = value.clone()
             values[name] = value
-        if any(self._frozen_now.get(n) is None for n in frozen) or any(
-            not _is_same(self._frozen_now[n], p) for n, p in frozen.items()
-        ):
-            self._frozen_now = frozen
-            record.written[0].extend(frozen.values())
+        if not self._frozen_now.holds(frozen):
+            self._frozen_now = Fixed(frozen)
         record.frozen = self._frozen_now
         record.params = edits or None
         carry = self._states[self._steps]
@@ -263,7 +261,7 @@ class ReplayedLoop(TrackedLoop):
             else values[n]
             if n in self._trained or not current[n].requires_grad
             else values[n].detach().requires_grad_()
-            for n, p in {**record.frozen, **values}.items()
+            for n, p in {**frozen, **values}.items()
         }
         return state, {n: at[n] for n in current}
 
@@ -514,11 +512,6 @@ def _checked_times(save_at: Sequence[int]) -> frozenset[int]:
                 "loop.at(t) is wanted"
             )
     return frozenset(save_at)
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    """True if two detached tensors are aliases of one."""
-    return a.data_ptr() == b.data_ptr() and torch_private.version(a) == torch_private.version(b)
 
 
 def _as_constants(hyper: Mapping[str, object]) -> tuple[dict[str, object], list[Tensor]]:
