@@ -11,7 +11,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +174,21 @@ class Taken(NamedTuple):
     grads: Gradients
 
 
+class Prepared(NamedTuple):
+    """A step that has run again, with its graph.
+
+    Attributes:
+        before, after: the states before and after it, as constants.
+        ends: the outputs of its node.
+        inputs: the inputs of its node.
+    """
+
+    before: State
+    after: State
+    ends: list[Tensor]
+    inputs: list[Tensor]
+
+
 Evaluate = Callable[[Params], tuple[Tensor, Gradients]]
 
 
@@ -290,8 +305,6 @@ class ModelCopy:
                         stack.enter_context(
                             torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                         )
-                if around.replaces:
-                    stack.enter_context(replace.replacing())
                 yield
         finally:
             self.gate.home = home
@@ -328,6 +341,8 @@ class Recorder:
         self.steps: list[StepRecord] = []
         self._last: tuple[int, State] | None = None
         self._later: tuple[int, State] | None = None
+        self._ready: dict[int, Prepared] = {}
+        self._merges = True
 
     def add(self, record: StepRecord, before: State) -> None:
         """Add a step that was taken from the state ``before``."""
@@ -336,19 +351,48 @@ class Recorder:
             self.kept.offer(t, before)
             self._last = t, before
             self._later = None
+            self._ready.clear()
             self.steps.append(record)
 
-    def state(self, t: int) -> State:
-        """Return the state before step ``t``: it is kept, or computed again from one that is."""
+    def _prepare(self, t: int) -> Prepared:
+        """Run step ``t`` again with a graph, from the last state that is kept.
+
+        The steps just before it, as many as their graphs are small, keep theirs for the nodes that
+        come next: each of them then runs again once, not twice.
+        """
+        known = self._ready.pop(t, None)
+        if known is not None:
+            return known
+        self._ready.clear()
         if self._last is not None and self._last[0] == t:
-            return self._last[1]
-        begin, state = self.kept.newest(t)
-        planned = self.kept.planned(begin, t)
+            begin, state = self._last
+        else:
+            begin, state = self.kept.newest(t)
+        planned = self.kept.planned(begin, t) if begin < t else set()
+        chained = False
         for time in range(begin, t):
+            if self._merges and t - time < self.kept.stride:
+                prepared = self._with_graph(time, state, chained)
+                if prepared is None:
+                    return self._prepare_apart(t)
+                self._ready[time], state = prepared, prepared.after
+                chained = True
+                continue
             state = self._advance(time, state)
             if time + 1 in planned:
                 self.kept.keep_for_sweep(time + 1, state)
-        return state
+        prepared = self._with_graph(t, state, chained)
+        if prepared is None:
+            return self._prepare_apart(t)
+        return prepared
+
+    def _prepare_apart(self, t: int) -> Prepared:
+        """Run step ``t`` again, the steps before it without graphs.
+
+        An update with a graph may round otherwise than one without.
+        """
+        self._merges = False
+        return self._prepare(t)
 
     def _advance(self, t: int, state: State) -> State:
         """Take step ``t`` again, without a graph of the whole."""
@@ -361,12 +405,15 @@ class Recorder:
             if n not in self.trained
         }
         at = {**record.frozen.params, **state.params, **untrained}
-        hyper = tree.map_tensors(Tensor.detach, dict(record.hyper))
+        hyper = tree.map_tensors(Tensor.detach, record.hyper) if record.hyper else record.hyper
         with self.model.running(record):
             taken, buffers = self._taken(t, record, at, state, hyper, record.captured, graph=False)
         self._check_loss(t, taken.loss)
         params = {**state.params, **{n: taken.updated[n].detach() for n in record.layout.updated}}
-        new = State(params, tree.map_tensors(Tensor.detach, taken.optimizer_state), buffers)
+        after = taken.optimizer_state
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(after)):
+            after = tree.map_tensors(Tensor.detach, after)
+        new = State(params, after, buffers)
         return self._edited(t + 1, new)
 
     def _edited(self, t: int, state: State) -> State:
@@ -401,16 +448,21 @@ class Recorder:
         if isinstance(transform, list):
             transform = GradCallback(thaw(transform[0], captured, done))
         create_graph = graph and self.second_order
+        again = record.optimizer.needs_closure
+        users_code = replace.replacing if record.surroundings.replaces else nullcontext
 
         def evaluate(at: Params) -> tuple[Tensor, Gradients]:
             trial = {
                 n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_()
                 for n in self.trained
             }
-            alias = {n: _alias(p) for n, p in trial.items()}
+            # Where a rule evaluates the loss again, the gradient is taken where it looks.
+            alias = {n: _alias(p) for n, p in trial.items()} if again else trial
             view.write(alias)
             try:
-                loss = check_loss(closure(), "the loss of a step that runs again")
+                with users_code():
+                    loss = closure()
+                loss = check_loss(loss, "the loss of a step that runs again")
                 wanted = {n: p for n, p in alias.items() if p.requires_grad}
                 found = inner_gradient(
                     loss,
@@ -421,12 +473,17 @@ class Recorder:
                 )
                 view.renew_written_buffers()
             finally:
-                view.write(trial)
-            grads = finish(found, hooks=self.hooks, takes_sparse=record.optimizer.takes_sparse)
-            if transform is not None:
-                here = {**at, **alias}
-                here = {name: here[name] for name in grads}
-                grads = transformed(transform, grads, here)
+                if again:
+                    view.write(trial)
+            takes_sparse = record.optimizer.takes_sparse
+            if transform is None and not self.hooks:
+                return loss, finish(found, takes_sparse=takes_sparse)
+            with users_code():
+                grads = finish(found, hooks=self.hooks, takes_sparse=takes_sparse)
+                if transform is not None:
+                    here = {**at, **alias}
+                    here = {name: here[name] for name in grads}
+                    grads = transformed(transform, grads, here)
             return loss, grads
 
         try:
@@ -462,11 +519,13 @@ class Recorder:
         if not record.frozen.is_unchanged():
             raise _differs(t, "a frozen parameter was written in place after it")
 
-    def _check_loss(self, t: int, loss: Tensor) -> None:
-        """Raise unless the loss is what it was, on the processor to the last bit."""
+    def _has_same_loss(self, t: int, loss: Tensor) -> bool:
+        """True if the loss is what it was, on the processor to the last bit."""
         was, now = self.steps[t].loss, loss.detach()
-        same = torch.equal(now, was) if was.device.type == "cpu" else agree(now, was)
-        if not same:
+        return torch.equal(now, was) if was.device.type == "cpu" else agree(now, was)
+
+    def _check_loss(self, t: int, loss: Tensor) -> None:
+        if not self._has_same_loss(t, loss):
             raise _differs(t, "its loss is another number than in the forward pass")
 
     def pull(
@@ -481,27 +540,33 @@ class Recorder:
         """
         with self.model.lock:
             again = torch_private.keeps_graph()
-            state = self.state(t)
-            found = self._pulled(t, state, cotangents, wanted)
-            self._later = t, state
+            prepared = self._prepare(t)
+            found = _pulled(prepared, cotangents, wanted)
+            self._later = t, prepared.before
             if self._last is not None and self._last[0] >= t and not again:
                 self._last = None
             self.kept.pass_by(t, again=again)
             return found
 
-    def _pulled(
-        self, t: int, state: State, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
-    ) -> list[Tensor | None]:
+    def _with_graph(self, t: int, state: State, chained: bool) -> Prepared | None:
+        """Run step ``t`` again with a graph; None if the state before it was rounded otherwise.
+
+        Args:
+            t: the step.
+            state: the state before it.
+            chained: True if that comes out of a step with a graph.
+        """
         record = self.steps[t]
         layout = record.layout
         with self.model.running(record):
             params = dict(state.params)
             for name in layout.params:
                 params[name] = params[name].detach().requires_grad_()
-            leaves = tree.leaves(state.optimizer_state)
-            for place in layout.state:
-                leaves[place] = leaves[place].detach().requires_grad_()
-            optimizer_state = tree.with_leaves(state.optimizer_state, leaves)
+            leaves, optimizer_state = tree.leaves(state.optimizer_state), state.optimizer_state
+            if layout.state:
+                for place in layout.state:
+                    leaves[place] = leaves[place].detach().requires_grad_()
+                optimizer_state = tree.with_leaves(optimizer_state, leaves)
             learned: list[Tensor] = []
 
             def learn(x: Tensor) -> Tensor:
@@ -510,17 +575,19 @@ class Recorder:
                 learned.append(x.detach().requires_grad_())
                 return learned[-1]
 
-            hyper = tree.map_tensors(learn, dict(record.hyper))
+            hyper = tree.map_tensors(learn, record.hyper) if record.hyper else record.hyper
             captured = [x.detach().requires_grad_() for x in record.captured]
-            taken, _ = self._taken(
+            taken, buffers = self._taken(
                 t,
                 record,
                 {**record.frozen.params, **params},
-                state._replace(optimizer_state=optimizer_state),
+                State(state.params, optimizer_state, state.buffers),
                 hyper,
                 captured,
                 graph=True,
             )
+        if chained and not self._has_same_loss(t, taken.loss):
+            return None
         self._check_loss(t, taken.loss)
         self._check_gradient(t, taken.grads)
         self._check_later(t, state, taken)
@@ -529,11 +596,6 @@ class Recorder:
         ends += [new_state[place] for place in layout.new_state]
         if self.second_order:
             ends.append(taken.loss)
-        pairs = [
-            (y, c)
-            for y, c in zip(ends, cotangents, strict=True)
-            if c is not None and y.requires_grad
-        ]
         inputs = [
             *(params[n] for n in layout.params),
             *(leaves[place] for place in layout.state),
@@ -541,23 +603,12 @@ class Recorder:
             *captured,
             *record.leaves,
         ]
-        row: list[Tensor | None] = [None] * len(inputs)
-        chosen = [i for i, w in enumerate(wanted) if w]
-        if pairs and chosen:
-            try:
-                found = torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [inputs[i] for i in chosen],
-                    [c for _, c in pairs],
-                    allow_unused=True,
-                )
-            except InnerLoopError:
-                raise
-            except RuntimeError as error:
-                raise explain(error) from error
-            for i, g in zip(chosen, found, strict=True):
-                row[i] = g if g is None or g.layout == torch.strided else g.to_dense()
-        return row
+        after = state
+        if t + 1 < len(self.steps):
+            new = {**state.params, **{n: taken.updated[n].detach() for n in layout.updated}}
+            of_optimizer = tree.map_tensors(Tensor.detach, taken.optimizer_state)
+            after = self._edited(t + 1, State(new, of_optimizer, buffers))
+        return Prepared(state, after, ends, inputs)
 
     def _check_gradient(self, t: int, grads: Gradients) -> None:
         """Raise if hooks or a callback made other gradients than in the forward pass."""
@@ -583,6 +634,55 @@ class Recorder:
         )
         if not _close(now, then, old):
             raise _differs(t, "its new parameters are others than in the forward pass")
+
+
+def _pulled(
+    prepared: Prepared, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Pull cotangents back through a step that has run again."""
+    pairs = [
+        (y, c)
+        for y, c in zip(prepared.ends, cotangents, strict=True)
+        if c is not None and y.requires_grad
+    ]
+    row: list[Tensor | None] = [None] * len(prepared.inputs)
+    chosen = [i for i, w in enumerate(wanted) if w]
+    if not pairs or not chosen:
+        return row
+    try:
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [prepared.inputs[i] for i in chosen],
+            [c for _, c in pairs],
+            allow_unused=True,
+        )
+    except InnerLoopError:
+        raise
+    except RuntimeError as error:
+        raise explain(error) from error
+    for i, g in zip(chosen, found, strict=True):
+        row[i] = g if g is None or g.layout == torch.strided else g.to_dense()
+    return row
+
+
+GRAPHS = 16 * 2**20
+"""Bytes of graphs of steps that ran again that may wait for the backward pass to come to them."""
+
+MOST_GRAPHS = 64
+"""How many graphs of steps may wait."""
+
+
+def stride_for(loss: Tensor, params: Params) -> int:
+    """Return how many steps may run again with their graphs at once.
+
+    The graph of a gradient and of an update holds about three times what that of the loss holds,
+    and some tensors of the size of the parameters.
+    """
+    size = sum(p.numel() * p.element_size() for p in params.values())
+    if 8 * size > GRAPHS:
+        return 1
+    size = 3 * torch_private.graph_bytes([loss]) + 8 * size
+    return max(min(GRAPHS // size, MOST_GRAPHS), 1)
 
 
 SHARE = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from innerloop._track.replay import (
     Taken,
     as_node,
     gradient_mark,
+    stride_for,
     take,
     transformed,
 )
@@ -117,6 +118,9 @@ class ReplayedLoop(TrackedLoop):
             self._second_order,
         )
         self._recorder.sparse = self._sparse
+        self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
+        self._plain_leaves = tree.leaves(self._plain_state)
+        self._state_leaves = tree.leaves(self._states[0].optimizer_state)
         self._placed_now: dict[str, tuple[Tensor, int]] = {}
         self._frozen_now = Fixed({})
         self._last_record: StepRecord | None = None
@@ -229,7 +233,8 @@ class ReplayedLoop(TrackedLoop):
         frozen: dict[str, Tensor] = {}
         moved = self._edits.seen and self._edits.handed_out
         for name, p in current.items():
-            value = p.detach()
+            # Not p.detach(), which tells the watch that the memory is handed out.
+            value = Tensor.detach(p)
             if name in self._frozen:
                 frozen[name] = value
                 continue
@@ -252,15 +257,13 @@ class ReplayedLoop(TrackedLoop):
             for n, b in buffers.items()
         )
         record.buffers = buffers if changed else None
-        state = State(
-            values, tree.map_tensors(Tensor.detach, carry.optimizer_state), buffers
-        )
+        state = State(values, self._plain_state, buffers)
         at = {
             n: p
             if n in self._frozen
             else values[n]
             if n in self._trained or not current[n].requires_grad
-            else values[n].detach().requires_grad_()
+            else Tensor.detach(values[n]).requires_grad_()
             for n, p in {**frozen, **values}.items()
         }
         return state, {n: at[n] for n in current}
@@ -296,19 +299,22 @@ class ReplayedLoop(TrackedLoop):
             def gradient_of(loss: Tensor, here: Params) -> Gradients:
                 return self._first_gradient(loss, here, transform, note)
 
+            return evaluate_at(
+                at, in_users_code, self._view, self._trained, self._checked, gradient_of
+            )
+
+        def in_users_code() -> object:
             with self._users_code():
-                return evaluate_at(
-                    at, closure, self._view, self._trained, self._checked, gradient_of
-                )
+                return closure()
 
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.mark_stepped()
+        # Weights are leaves or constants here: there is nothing to watch.
         self._edits.is_on = False
         try:
             self._view.write(at)
-            constants = tree.map_tensors(Tensor.detach, dict(hyper))
+            constants = tree.map_tensors(Tensor.detach, hyper) if hyper else hyper
             with torch.enable_grad():
-                self._edits.is_on = True
                 taken = take(
                     optimizer,
                     self._names,
@@ -321,11 +327,9 @@ class ReplayedLoop(TrackedLoop):
                 )
         finally:
             self._edits.is_on = True
-        ends = [
-            x
-            for x in tree.tensors((taken.updated, taken.optimizer_state))
-            if x.requires_grad
-        ]
+        values = [*taken.updated.values(), *tree.leaves(taken.optimizer_state)]
+        ends = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+        ends = [x for x in ends if not any(x is p for p in at.values())]
         if ends:
             for leaf in _captured_leaves(ends, {}, captured, so_far):
                 leaves[id(leaf)] = leaf
@@ -347,26 +351,28 @@ class ReplayedLoop(TrackedLoop):
                 "passed to track) inside of the function that is given to loop.step"
             )
 
-        with self._own_code():
-            nodes: list[Node] = []
-            leaves = check_graph(
-                [loss], current.values(), second_order=self._second_order, sparse=nodes
-            )
-            note([loss], leaves, current)
-            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-            if not wanted:
-                refuse_transform()
-                raise independent()
-            found = inner_gradient(
-                loss, wanted, create_graph=False, independent=independent, gate=self._gate
-            )
-            self._gate.closed = self._second_order
-            self._check_origin(found, leaves)
-            sparse = sparse_ones(found)
-            if nodes or sparse:
-                self._sparse |= sparse | sent_sparse(nodes, wanted)
+        nodes: list[Node] = []
+        leaves = check_graph(
+            [loss], current.values(), second_order=self._second_order, sparse=nodes
+        )
+        note([loss], leaves, current)
+        if not self._steps and self._recorder.kept.stride == 0:
+            trained = {n: current[n] for n in self._trained}
+            self._recorder.kept.stride = stride_for(loss, trained)
+        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+        if not wanted:
+            refuse_transform()
+            raise independent()
+        found = inner_gradient(
+            loss, wanted, create_graph=False, independent=independent, gate=self._gate
+        )
+        self._gate.closed = self._second_order
+        self._check_origin(found, leaves)
+        sparse = sparse_ones(found)
+        if nodes or sparse:
+            self._sparse |= sparse | sent_sparse(nodes, wanted)
         as_they_are = not sparse or self._optimizer.takes_sparse
-        with self._users_code():
+        with self._users_code() if self._hooks or transform is not None else nullcontext():
             grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
             if transform is not None:
                 grads = transformed(transform, grads, {name: current[name] for name in grads})
@@ -385,8 +391,7 @@ class ReplayedLoop(TrackedLoop):
         t = self._steps
         carry = self._states[t]
         names = [n for n in current if n not in self._frozen and tree.differentiable(current[n])]
-        old = tree.leaves(carry.optimizer_state)
-        plain_old = tree.leaves(before.optimizer_state)
+        old, plain_old = self._state_leaves, self._plain_leaves
         places = [i for i, x in enumerate(old) if tree.differentiable(x)]
         new = tree.leaves(taken.optimizer_state)
         as_before = {id(x): g for x, g in zip(plain_old, old, strict=True) if isinstance(x, Tensor)}
@@ -426,6 +431,9 @@ class ReplayedLoop(TrackedLoop):
         for i, x in zip(new_places, results[len(updated) :], strict=False):
             state_leaves[i] = x
         state = tree.with_leaves(taken.optimizer_state, state_leaves)
+        self._state_leaves = state_leaves
+        self._plain_leaves = [x.detach() if isinstance(x, Tensor) else x for x in new]
+        self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
         self._recorder.add(record, before)
         self._last_record = record
         if t == 0 or t in self._save_at:
@@ -517,6 +525,8 @@ def _checked_times(save_at: Sequence[int]) -> frozenset[int]:
 def _as_constants(hyper: Mapping[str, object]) -> tuple[dict[str, object], list[Tensor]]:
     """Return copies of hyper-parameters as leaves; and those that require grad, as they are."""
     learned: list[Tensor] = []
+    if not hyper:
+        return {}, learned
 
     def constant(x: Tensor) -> Tensor:
         if not x.requires_grad:

@@ -372,6 +372,27 @@ def keeps_graph() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def graph_bytes(ends: Iterable[Tensor]) -> int:
+    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass."""
+    held: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    stack: list[Any] = [x.grad_fn for x in ends]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+        names = [n for n in dir(node) if n.startswith("_saved_")]
+        values = [getattr(node, n) for n in names]
+        values += getattr(node, "saved_tensors", ())
+        for x in values:
+            for y in x if isinstance(x, (list, tuple)) else (x,):
+                if isinstance(y, Tensor) and y.layout == torch.strided:
+                    held.setdefault(y.untyped_storage().data_ptr(), y)
+    return sum(x.untyped_storage().nbytes() for x in held.values())
+
+
 def storage_weakref(tensor: Tensor) -> Any:
     """Return a reference to the memory of ``tensor`` whose ``expired()`` tells when it is gone.
 

@@ -212,7 +212,7 @@ class Checkpointed(Strategy):
                 )
             return KeptStates(lambda _: fitting, self.offload)
         if self.slots == "all":
-            return KeptStates(lambda _: sys.maxsize, self.offload)
+            return KeptStates(lambda _: sys.maxsize, self.offload, stride=1)
         if isinstance(self.slots, int):
             given = self.slots
             return KeptStates(lambda _: given, self.offload)

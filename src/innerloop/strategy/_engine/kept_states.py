@@ -18,25 +18,35 @@ class KeptStates:
     Args:
         slots: how many states may be kept at once after so many steps, the start among them.
         place: where they wait, as in `Snapshots`.
+        stride: see there.
+
+    Attributes:
+        stride: only states at multiples of this time are kept; 0 waits to be set before the first
+            one is.
     """
 
-    def __init__(self, slots: Callable[[int], int], place: str | None) -> None:
+    def __init__(
+        self, slots: Callable[[int], int], place: str | None, *, stride: int = 0
+    ) -> None:
         self._slots = slots
         self._snapshots = Snapshots(place)
         self._schedule = schedule.OnlineSchedule(slots(0))
         self._times: list[int] = []
         self._temporary: set[int] = set()
         self._steps = 0
+        self.stride = stride
 
     def offer(self, t: int, state: object) -> None:
         """Keep the state at time ``t`` of the forward pass if the schedule says so."""
-        self._steps = t
+        if t % self.stride:
+            return
+        place = self._steps = t // self.stride
         keep = t == 0
         if not keep:
-            self._schedule.slots = self._slots(t)
-            keep, dropped = self._schedule.keep(t)
+            self._schedule.slots = self._slots(place)
+            keep, dropped = self._schedule.keep(place)
             if dropped is not None:
-                self._drop(dropped)
+                self._drop(dropped * self.stride)
         if keep:
             self._put(t, state)
 
@@ -49,7 +59,8 @@ class KeptStates:
         """Return the times to keep on a replay from the kept state at ``begin`` to time ``t``."""
         held = bisect_right(self._times, t) - 1
         free = max(self._slots(self._steps) - held, 1)
-        return {time for time in schedule.kept(begin, t + 1, free) if time < t}
+        times = schedule.kept(begin // self.stride, t // self.stride + 1, free)
+        return {time * self.stride for time in times if time * self.stride < t}
 
     def keep_for_sweep(self, t: int, state: object) -> None:
         """Keep a state of a replay until the backward pass has gone past it."""
