@@ -47,10 +47,12 @@ class _Slot:
 class _Function:
     """A function without its cells and globals, and the values that they had."""
 
-    __slots__ = ("cells", "defaults", "function", "keywords", "values")
+    __slots__ = ("builtins", "cells", "code", "defaults", "keywords", "module", "name", "values")
 
     def __init__(self, function: types.FunctionType) -> None:
-        self.function = function
+        # Not the function itself, whose cells hold the loop, whose graph holds this.
+        self.code, self.name, self.module = function.__code__, function.__name__, function.__module__
+        self.builtins = function.__globals__.get("__builtins__")
         self.cells: tuple[Any, ...] = ()
         self.values: dict[str, Any] = {}
         self.defaults: Any = None
@@ -230,14 +232,10 @@ def _thaw_function(frozen: _Function, slots: Sequence[Tensor], done: dict[int, A
     known = done.get(id(frozen))
     if known is not None:
         return known
-    function = frozen.function
-    scope: dict[str, Any] = {
-        "__builtins__": function.__globals__.get("__builtins__"),
-        "__name__": function.__globals__.get("__name__"),
-    }
+    scope: dict[str, Any] = {"__builtins__": frozen.builtins, "__name__": frozen.module}
     cells = tuple(types.CellType() for _ in frozen.cells)
     defaults = thaw(frozen.defaults, slots, done)
-    made = types.FunctionType(function.__code__, scope, function.__name__, defaults, cells or None)
+    made = types.FunctionType(frozen.code, scope, frozen.name, defaults, cells or None)
     done[id(frozen)] = made
     made.__kwdefaults__ = thaw(frozen.keywords, slots, done)
     for name, value in frozen.values.items():
