@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop._utils.caches import cache
 
@@ -51,7 +51,11 @@ class _Function:
 
     def __init__(self, function: types.FunctionType) -> None:
         # Not the function itself, whose cells hold the loop, whose graph holds this.
-        self.code, self.name, self.module = function.__code__, function.__name__, function.__module__
+        self.code, self.name, self.module = (
+            function.__code__,
+            function.__name__,
+            function.__module__,
+        )
         self.builtins = function.__globals__.get("__builtins__")
         self.cells: tuple[Any, ...] = ()
         self.values: dict[str, Any] = {}
@@ -89,6 +93,7 @@ class Freezer:
     Attributes:
         captured: the tensors with a history that were found.
         constants: the other tensors that were found.
+        modules: the modules that were found, besides those that have a stand-in.
     """
 
     def __init__(self, swap: Mapping[int, object]) -> None:
@@ -96,6 +101,7 @@ class Freezer:
         self._done: dict[int, _Function] = {}
         self.captured: list[Tensor] = []
         self.constants: list[Tensor] = []
+        self.modules: list[nn.Module] = []
 
     def value(self, x: Any, small_only: bool = True) -> Any:
         """Return the frozen form of a value."""
@@ -107,12 +113,17 @@ class Freezer:
         found = self._swap.get(id(x), _EMPTY)
         if found is not _EMPTY:
             return found
+        if isinstance(x, nn.Module):
+            self.modules.append(x)
+            return x
         if kind is types.FunctionType:
             return self.function(x)
         if kind is types.MethodType:
             owner = self._swap.get(id(x.__self__), x.__self__)
+            if isinstance(owner, nn.Module) and owner is x.__self__:
+                self.modules.append(owner)
             function = x.__func__
-            if kind is types.MethodType and type(function) is types.FunctionType:
+            if type(function) is types.FunctionType:
                 function = self.function(function)
             if owner is x.__self__ and function is x.__func__:
                 return x
@@ -176,26 +187,16 @@ class Freezer:
 
     def _container(self, x: Any, small_only: bool) -> Any:
         kind = type(x)
-        if isinstance(x, dict):
-            keys = list(x)
-            parts = [self.value(v, small_only) for v in x.values()]
-            same = all(a is b for a, b in zip(parts, x.values(), strict=True))
-            if same:
-                # The user may change the dict afterwards.
-                return _Container(lambda values: kind(zip(keys, values, strict=True)), parts) if (
-                    kind is dict
-                ) else x
-            if kind is not dict:
-                return _Container(functools.partial(_like_dict, x, keys), parts)
-            return _Container(lambda values: dict(zip(keys, values, strict=True)), parts)
-        parts = [self.value(v, small_only) for v in x]
-        same = all(a is b for a, b in zip(parts, x, strict=True))
+        values = list(x.values()) if isinstance(x, dict) else list(x)
+        parts = [self.value(v, small_only) for v in values]
+        same = all(a is b for a, b in zip(parts, values, strict=True))
         if isinstance(x, tuple):
             if same:
                 return x
-            if hasattr(x, "_fields"):
-                return _Container(lambda values: kind(*values), parts)
-            return _Container(tuple, parts)
+            return _Container(kind._make if hasattr(kind, "_make") else tuple, parts)
+        # Even where all values are constants: the user may put others in their places.
+        if kind is dict:
+            return _Container(functools.partial(_as_dict, list(x)), parts)
         return _Container(list, parts) if kind is list else x
 
 
@@ -203,13 +204,8 @@ def _partial(func: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> Any
     return functools.partial(func, *args, **keywords)
 
 
-def _like_dict(x: Any, keys: list[Any], values: list[Any]) -> Any:
-    import copy
-
-    new = copy.copy(x)
-    for key, value in zip(keys, values, strict=True):
-        new[key] = value
-    return new
+def _as_dict(keys: list[Any], values: list[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, values, strict=True))
 
 
 def thaw(frozen: Any, slots: Sequence[Tensor], done: dict[int, Any] | None = None) -> Any:

@@ -7,16 +7,13 @@ it.
 
 from __future__ import annotations
 
-import copy
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch import Tensor, nn
 
 from innerloop._carry import _alias
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
@@ -124,6 +121,7 @@ class StepRecord:
         hyper: overrides of the optimizer's hyper-parameters.
         captured: captured tensors with a history, without it.
         leaves: captured tensors that require grad and have none.
+        modules: captured modules that are no part of the model.
         written: tensors that must stay as they are, and how often each had been written.
         optimizer: the optimizer, with its settings at this step.
         random_state: that before the step; None: it draws nothing.
@@ -138,7 +136,8 @@ class StepRecord:
 
     __slots__ = (
         "buffers", "captured", "closure", "frozen", "gradient", "hyper", "layout", "leaves",
-        "loss", "optimizer", "params", "random_state", "surroundings", "transform", "written",
+        "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
+        "written",
     )  # fmt: skip
 
     closure: Any
@@ -146,6 +145,7 @@ class StepRecord:
     hyper: Mapping[str, object]
     captured: list[Tensor]
     leaves: list[Tensor]
+    modules: list[nn.Module]
     written: tuple[list[Tensor], list[int]]
     optimizer: Optimizer
     random_state: RandomState | None
@@ -442,6 +442,8 @@ class Recorder:
         view = self.model.view
         view.write(at)
         view.write_buffers({name: b.clone() for name, b in state.buffers.items()})
+        # A module beside the model writes its running statistics once a step, not again here.
+        outside = [(b, b.detach().clone()) for m in record.modules for b in m.buffers()]
         done: dict[int, Any] = {}
         closure = thaw(record.closure, captured, done)
         transform = record.transform
@@ -507,6 +509,9 @@ class Recorder:
         except Exception as error:
             raise _failed(t, error) from error
         finally:
+            for buffer, value in outside:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
             new_buffers = view.read_buffers()
             # The copy holds no graph between steps.
             view.write({**at, **state.params})
@@ -691,16 +696,13 @@ SHARE = 0.05
 
 def _close(now: list[Tensor], then: list[Tensor], old: list[Tensor]) -> bool:
     """True if two results of one step are the same, up to rounding."""
-
-    def norm(xs: Sequence[Tensor]) -> float:
-        return float(torch.stack(torch._foreach_norm(list(xs))).double().norm())
-
-    error = norm(torch._foreach_sub(now, then))
+    error = torch_private.distance(now, then)
     if error == 0:
         return True
-    step = norm(torch._foreach_sub(then, old))
+    step = torch_private.distance(then, old)
+    size = torch_private.distance(then, [torch.zeros_like(x) for x in then])
     eps = max(torch.finfo(x.dtype).eps for x in then)
-    return not error > SHARE * step + 100 * eps * norm(then)
+    return not error > SHARE * step + 100 * eps * size
 
 
 def gradient_mark(grads: Gradients) -> Fingerprint:
@@ -738,9 +740,7 @@ class _StepNode(torch.autograd.Function):
         return tensors[:count]
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-    ) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.recorder, ctx.t, ctx.count = inputs[:3]
         # The output is the input itself, not a view: it may be edited in place.
         ctx.mark_dirty(*inputs[3 : 3 + ctx.count])
@@ -769,6 +769,8 @@ class _StepNode(torch.autograd.Function):
         return (*none, *ctx.recorder.pull(ctx.t, dense, wanted))
 
 
-def as_node(recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def as_node(
+    recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
     """Return outputs as the results of a node with these inputs."""
     return list(_StepNode.apply(recorder, t, len(outputs), *outputs, *inputs))

@@ -1,4 +1,4 @@
-"""A hand-written loop whose steps run again in the backward pass; made by `track` with a strategy."""
+"""A hand-written loop whose steps run again in the backward pass, under a strategy of `track`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.frozen import Freezer
 from innerloop._track.loop import Callback, TrackedLoop
 from innerloop._track.replay import (
-    Layout,
     Fixed,
+    Layout,
     ModelCopy,
     Recorder,
     StandIn,
@@ -75,6 +75,7 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        _check_devices(self._view.read())
         self._save_at = _checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
@@ -191,6 +192,7 @@ class ReplayedLoop(TrackedLoop):
         record.transform = (
             [freezer.value(transform.fn)] if isinstance(transform, GradCallback) else transform
         )
+        record.modules = freezer.modules
         record.captured = [x.detach() for x in freezer.captured]
         record.written = freezer.constants, torch_private.versions(freezer.constants)
         record.surroundings = self._surroundings(current)
@@ -509,6 +511,19 @@ def _check_place() -> None:
             "track with a strategy runs inside a transform of torch.func, forward-mode "
             "differentiation or compiled code, where a step cannot run again: leave strategy= "
             "away, or write the loop with innerloop.unroll"
+        )
+
+
+def _check_devices(params: Params) -> None:
+    """Raise if a model lies on several devices, whose backward passes run in threads of their own.
+
+    Two of them would run steps again in one copy of the model, each waiting for the other.
+    """
+    devices = sorted({str(p.device) for p in params.values() if isinstance(p, Tensor)})
+    if len(devices) > 1:
+        raise InvalidInputError(
+            f"track(..., strategy=...) runs steps again in one copy of the model, which lies on "
+            f"{devices}: put the model on one device, or leave strategy= away"
         )
 
 

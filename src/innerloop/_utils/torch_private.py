@@ -270,6 +270,12 @@ def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(xs, factor))
 
 
+def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
+    """Compute the norm of the differences between two lists of tensors, in a few calls."""
+    norms = torch._foreach_norm(torch._foreach_sub(xs, ys))
+    return float(torch.stack([n.double() for n in norms]).norm())
+
+
 def version(tensor: Tensor) -> int:
     """Return how often ``tensor`` has been written in place.
 

@@ -23,8 +23,8 @@ from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
-from innerloop.strategy._engine.kept_states import KeptStates
 from innerloop.strategy._engine.guards import on_constants
+from innerloop.strategy._engine.kept_states import KeptStates
 from innerloop.strategy._engine.loop_function import (
     LoopFunction,
     LoopOutputs,

@@ -25,9 +25,7 @@ class KeptStates:
             one is.
     """
 
-    def __init__(
-        self, slots: Callable[[int], int], place: str | None, *, stride: int = 0
-    ) -> None:
+    def __init__(self, slots: Callable[[int], int], place: str | None, *, stride: int = 0) -> None:
         self._slots = slots
         self._snapshots = Snapshots(place)
         self._schedule = schedule.OnlineSchedule(slots(0))
@@ -76,7 +74,9 @@ class KeptStates:
             again: True if another pass over the graph may come: the states of the forward pass
                 then stay.
         """
-        while self._times[-1] >= max(t, 1) and not (again and self._times[-1] not in self._temporary):
+        while self._times[-1] >= max(t, 1) and not (
+            again and self._times[-1] not in self._temporary
+        ):
             self._drop(self._times[-1])
         if again and self._temporary:
             for time in [x for x in self._temporary if x >= t]:
