@@ -153,7 +153,7 @@ class StepRecord:
     frozen: Fixed
     params: Params | None
     buffers: Params | None
-    loss: Tensor
+    loss: float | Tensor
     gradient: Fingerprint | None
     layout: Layout
 
@@ -442,8 +442,7 @@ class Recorder:
         view = self.model.view
         view.write(at)
         view.write_buffers({name: b.clone() for name, b in state.buffers.items()})
-        # A module beside the model writes its running statistics once a step, not again here.
-        outside = [(b, b.detach().clone()) for m in record.modules for b in m.buffers()]
+        outside = _with_copied_buffers(record.modules)
         done: dict[int, Any] = {}
         closure = thaw(record.closure, captured, done)
         transform = record.transform
@@ -509,9 +508,8 @@ class Recorder:
         except Exception as error:
             raise _failed(t, error) from error
         finally:
-            for buffer, value in outside:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for table, name, buffer in outside:
+                table[name] = buffer
             new_buffers = view.read_buffers()
             # The copy holds no graph between steps.
             view.write({**at, **state.params})
@@ -527,7 +525,7 @@ class Recorder:
     def _has_same_loss(self, t: int, loss: Tensor) -> bool:
         """True if the loss is what it was, on the processor to the last bit."""
         was, now = self.steps[t].loss, loss.detach()
-        return torch.equal(now, was) if was.device.type == "cpu" else agree(now, was)
+        return agree(now, was) if isinstance(was, Tensor) else now.item() == was
 
     def _check_loss(self, t: int, loss: Tensor) -> None:
         if not self._has_same_loss(t, loss):
@@ -688,6 +686,22 @@ def stride_for(loss: Tensor, params: Params) -> int:
         return 1
     size = 3 * torch_private.graph_bytes([loss]) + 8 * size
     return max(min(GRAPHS // size, MOST_GRAPHS), 1)
+
+
+def _with_copied_buffers(modules: Sequence[nn.Module]) -> list[tuple[Any, str, Tensor]]:
+    """Put copies in the places of buffers, and return where each stood.
+
+    A module beside the model writes its running statistics in the forward pass, and not again when
+    the step runs again.
+    """
+    found: list[tuple[Any, str, Tensor]] = []
+    for module in {id(part): part for m in modules for part in m.modules()}.values():
+        table = torch_private.buffer_table(module)
+        for name, buffer in list(table.items()):
+            if isinstance(buffer, Tensor):
+                found.append((table, name, buffer))
+                table[name] = buffer.detach().clone()
+    return found
 
 
 SHARE = 0.05

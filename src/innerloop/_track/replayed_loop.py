@@ -54,7 +54,7 @@ from innerloop.strategy._base import Strategy
 
 
 class ReplayedLoop(TrackedLoop):
-    """A hand-written training loop that keeps some of its states instead of the graphs of all steps.
+    """A hand-written training loop that keeps some of its states instead of all graphs.
 
     Args:
         strategy: says which states are kept.
@@ -220,10 +220,12 @@ class ReplayedLoop(TrackedLoop):
         versions = torch_private.versions(leaves)
         record.written = [*record.written[0], *leaves], [*record.written[1], *versions]
         record.gradient = mark
-        number = record.loss = taken.loss.detach().clone()
+        number = taken.loss.detach().clone()
+        # A number of Python's where that costs no wait: small tensors that stay fragment memory.
+        record.loss = number.item() if number.device.type == "cpu" else number
         self._connect(record, before, taken, current, learned, freezer.captured)
         self._hypers.append(own)
-        return number.clone()
+        return number
 
     def _before(self, current: Params, record: StepRecord) -> tuple[State, dict[str, Tensor]]:
         """Return the state before the step, and all parameters to compute with.
@@ -413,7 +415,7 @@ class ReplayedLoop(TrackedLoop):
         record.layout = layout
         outputs = [taken.updated[n].data for n in updated] + [new[i].data for i in new_places]
         if self._second_order:
-            outputs.append(taken.loss.data.clone())
+            outputs.append(self._loss_place(taken.loss))
         inputs = [
             *(current[n] for n in names),
             *(old[i] for i in places),
@@ -445,7 +447,7 @@ class ReplayedLoop(TrackedLoop):
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
-        self._losses.append(results[-1] if self._second_order else record.loss)
+        self._losses.append(results[-1] if self._second_order else taken.loss.detach().clone())
         # Keep a number per step, not a tensor per step.
         if len(self._losses) == 256 and not self._second_order:
             self._losses = [self._stacked_losses()]
@@ -453,6 +455,15 @@ class ReplayedLoop(TrackedLoop):
         self._placed_now = {
             n: (p, torch_private.version(p)) for n, p in params.items() if n not in self._frozen
         }
+
+    def _loss_place(self, loss: Tensor) -> Tensor:
+        """Return a copy of a loss, beside those of the steps before."""
+        place = self._steps % 256
+        if not place:
+            self._loss_block = loss.detach().new_empty(256)
+        found = self._loss_block[place].data
+        found.copy_(loss.detach())
+        return found
 
     def _surroundings(self, current: Params) -> Surroundings:
         kinds = {"cpu", *(p.device.type for p in current.values())}

@@ -186,9 +186,9 @@ class Checkpointed(Strategy):
         return loop_function.run(_Replay(loop, self))
 
     def kept_states(self, size: int) -> KeptStates:
-        """Return an empty storage for the states of a hand-written loop, whose steps run again.
+        r"""Return an empty storage for the states of a hand-written loop, whose steps run again.
 
-        Without ``slots`` and ``memory`` it has :math:`2\\sqrt t` places after t steps, at least
+        Without ``slots`` and ``memory`` it has :math:`2\sqrt t` places after t steps, at least
         32, and more where 16 MB hold more. ``memory`` is that of the states alone.
         """
         unlike = {
