@@ -19,13 +19,14 @@ from torch.nn import functional as F
 import innerloop
 from innerloop import Checkpointed, InvalidInputError, NotDifferentiableError
 from tests.memory import assert_nothing_is_left
-from tests.networks import adam, leaf, network, sgd
+from tests.networks import adam, direction, leaf, network, sgd
 from tests.oracles import assert_derivative, derivative
 from tests.situations import (
     SEED,
     STEPS,
     Situation,
     all_groups,
+    along,
     each_situation,
     features,
     named,
@@ -86,7 +87,10 @@ def episode(situation: Situation, strategy: Checkpointed | None, learn: Any) -> 
         for t in range(STEPS):
             loop.step(lambda: situation.loss(loop.model, t))
         outer = situation.outer_loss(loop.model) + loop.trajectory.losses.sum()
-        found = {"losses": loop.trajectory.losses.detach(), "outer": outer.detach()}
+        found: dict[str, Tensor | None] = {
+            "losses": loop.trajectory.losses.detach(),
+            "outer": outer.detach(),
+        }
         found |= {f"buffer {n}": b for n, b in loop.buffers().items()}
     outer.backward()
     found |= {f"d {n}": p.grad for n, p in named(model).items()}
@@ -115,9 +119,8 @@ def test_the_gradient_is_that_of_finite_differences():
         for t in range(5):
             loop.step(regression, args=(loop.model, t))
         regression(loop.model, 5).backward()
-    from tests.networks import direction
-
-    ours = sum((p.grad * direction(model)[n]).sum().item() for n, p in model.named_parameters())
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    ours = along(gradients, direction(model))
     assert_derivative(ours, derivative(lambda h: outer(h).item()), "init")
 
 
@@ -175,7 +178,7 @@ def test_late_binding_gives_every_step_its_own_data():
             loop.step(lambda: shifted(loop))
             batch["x"] = 0.1 * x
             loop.step(lambda: F.mse_loss(loop.model(batch["x"]), y))
-        x = y = None
+        del x, y
         return regression(loop.model, 6)
 
     assert_as_plain(body)
@@ -506,11 +509,12 @@ def test_outer_losses_on_the_way_and_several_backward_passes():
             for loss in losses:
                 loss.backward(retain_graph=True)
         if how == "sum":
-            sum(losses).backward()
+            torch.stack(losses).sum().backward()
         if how == "twice":
             for _ in range(2):
-                (sum(losses) / 2).backward(retain_graph=True)
-        return {n: p.grad.clone() for n, p in model.named_parameters()}
+                (torch.stack(losses).sum() / 2).backward(retain_graph=True)
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        return {n: None if g is None else g.clone() for n, g in grads.items()}
 
     truth = run(None, "sum")
     for how in ("at once", "after", "sum", "twice"):
@@ -679,9 +683,10 @@ def test_times_that_are_none():
     for times in ([-1], [True]):
         with pytest.raises(InvalidInputError, match="save_at"):
             innerloop.track(model, sgd(model), strategy=Checkpointed(), save_at=times)
-    for arguments in ({}, {"learn": "nothing", "strategy": Checkpointed()}):
-        with pytest.raises(InvalidInputError, match="save_at"):
-            innerloop.track(model, sgd(model), save_at=[1], **arguments)
+    with pytest.raises(InvalidInputError, match="save_at"):
+        innerloop.track(model, sgd(model), save_at=[1])
+    with pytest.raises(InvalidInputError, match="save_at"):
+        innerloop.track(model, sgd(model), "nothing", strategy=Checkpointed(), save_at=[1])
 
 
 def test_nothing_learned_needs_no_strategy():
@@ -730,10 +735,13 @@ def test_a_plain_loop_inside_a_step():
 
 def test_transforms_are_refused():
     model = network()
+
+    def outer(x: Tensor) -> Tensor:
+        innerloop.track(model, sgd(model), strategy=Checkpointed())
+        return x
+
     with pytest.raises(NotDifferentiableError, match=r"transform of torch\.func"):
-        torch.func.grad(
-            lambda x: innerloop.track(model, sgd(model), strategy=Checkpointed()) and x
-        )(torch.ones(()))
+        torch.func.grad(outer)(torch.ones(()))
 
 
 def test_many_cotangents_at_once():
@@ -746,7 +754,7 @@ def test_many_cotangents_at_once():
         ) as loop:
             steps_of(loop, 4)
         found.append(innerloop.inspect.jacobian(loop.trajectory, time=3, wrt=1)["body.weight"])
-    assert_same(*found)
+    assert_same(found[1], found[0])
 
 
 class Statistic(nn.Module):
@@ -801,7 +809,12 @@ def test_the_users_model_used_by_mistake():
 
 def test_an_exception_in_a_closure_leaves_the_loop_as_it_was():
     model = network()
-    truth = gradients(lambda loop, _: (steps_of(loop, 3), regression(loop.model, 3))[1], None)
+
+    def plain(loop: Any, _: bool) -> Tensor:
+        steps_of(loop, 3)
+        return regression(loop.model, 3)
+
+    truth = gradients(plain, None)
 
     def body(loop: Any, _: bool) -> Tensor:
         for t in range(3):

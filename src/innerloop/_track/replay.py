@@ -52,7 +52,7 @@ class State(NamedTuple):
 
     params: dict[str, Tensor]
     optimizer_state: Any
-    buffers: dict[str, Tensor]
+    buffers: Params
 
 
 class Layout(NamedTuple):
