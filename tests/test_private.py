@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ EXERCISED = {
     "switches_gradients",
     "no_saved_tensors_hooks",
     "refusing_saved_tensors_hooks",
+    "as_before_for_hooks",
     "inside_saved_tensors_hooks",
     "inside_dual_level",
     "jvp_levels",
@@ -448,6 +450,19 @@ def test_hooks_on_saved_tensors_are_seen_and_refused_where_they_begin_inside():
         pass
 
 
+def test_hooks_on_saved_tensors_are_allowed_again_after_a_compilation_that_gave_up():
+    refusing = torch_private.refusing_saved_tensors_hooks
+    with torch_private.as_before_for_hooks():
+        refusing("by a transform").__enter__()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        pass
+    with refusing("around"):
+        with torch_private.as_before_for_hooks():
+            pass
+        with pytest.raises(RuntimeError, match="around"), torch.autograd.graph.save_on_cpu():
+            pass
+
+
 def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
     xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
     ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
@@ -756,10 +771,11 @@ def test_forward_mode_in_one_thread_at_a_time():
 
 
 def test_a_compiled_backward_pass_may_keep_its_graph():
-    before = torch._functorch.config.donated_buffer
+    config = importlib.import_module("torch._functorch.config")
+    before = config.donated_buffer
     with torch_private.keeping_buffers():
-        assert not torch._functorch.config.donated_buffer
-    assert torch._functorch.config.donated_buffer == before
+        assert not config.donated_buffer
+    assert config.donated_buffer == before
 
 
 @pytest.mark.compiled

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from innerloop._utils.arguments import shown
 from innerloop.errors import InvalidInputError
 
 FORMAT = "innerloop.OuterState"
@@ -93,6 +94,10 @@ class OuterState:
         self.counters: MutableMapping[str, Any] = {} if counters is None else counters
         if isinstance(random, torch.Generator):
             random = [random]
+        if not isinstance(random, (bool, list, tuple)):
+            raise InvalidInputError(
+                f"random is {shown(random)}: write True, False, or a list of torch.Generator"
+            )
         self._global = bool(random) or not isinstance(random, bool)
         self._generators = [] if isinstance(random, bool) else list(random)
         for name, part in self._parts().items():

@@ -47,6 +47,7 @@ from innerloop._track.start import (
 from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_flag, check_mapping
 from innerloop._utils.execution import may_read_values
 from innerloop._utils.finite import all_finite, is_finite
 from innerloop.errors import InvalidInputError, NonFiniteError
@@ -78,6 +79,9 @@ class TrackedLoop:
         first_order: bool,
     ) -> None:
         check_place(learn)
+        check_flag("first_order", first_order)
+        if params is not None:
+            check_mapping("params", params, "named tensors", "a dict, name -> tensor")
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order

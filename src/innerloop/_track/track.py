@@ -66,7 +66,8 @@ def track(
         A weight of ``loop.model`` is edited by ``loop.assign``, with its derivative. Adding a
         constant in place, under ``torch.no_grad``, is right too if it is done from the first step
         on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
-        Assigning a new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with
+        Assigning a new ``nn.Parameter`` cuts the gradient there, and the loop then trains that one
+        (PyTorch's optimizer would go on with the old one). Frozen parameters are shared with
         ``model``, not copied: do not edit those in place. Buffers (running statistics) are
         constants of the derivative, as in PyTorch. What is frozen, the param groups and the hooks
         are read once: a change of them inside the block is refused.

@@ -14,6 +14,7 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_fields
 from innerloop._utils.progress import Report, silent
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._engine.kept_states import KeptStates
@@ -107,6 +108,10 @@ class Strategy(abc.ABC):
 
     compiles: ClassVar[bool] = False
     """True if a whole meta-gradient with this strategy can be compiled."""
+
+    def __post_init__(self) -> None:
+        """Check what the fields hold; a class with checks of its own calls this first."""
+        check_fields(self)
 
     @abc.abstractmethod
     def run(self, loop: Loop) -> Trajectory:

@@ -128,6 +128,7 @@ class Checkpointed(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         slots = self.slots
         if (
             slots is not None

@@ -116,6 +116,7 @@ class Implicit(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_solver(self.solver)
         if self.residual is not None and self.fixed_point is not None:
             raise InvalidInputError(

@@ -10,7 +10,6 @@ import torch
 
 from innerloop._problem import Problem
 from innerloop._types import HyperTree
-from innerloop._utils import tree
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop
@@ -51,7 +50,7 @@ class ReplayContext:
 
     def __init__(self, loop: Loop) -> None:
         self._training = None if loop.problem.view is None else loop.problem.view.training
-        kinds = {"cpu", *(x.device.type for x in tree.tensors(loop.start.params))}
+        kinds = {"cpu", *(d.type for d in {x.device for x in loop.start.params.values()})}
         self._autocast = [
             (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
         ]
