@@ -321,6 +321,11 @@ class LoopMode:
         """True if the user's operations have been looked at until now."""
         return self._is_on and self._mode.watch is not None
 
+    @property
+    def replaces(self) -> bool:
+        """True if operations of the user's code are replaced now."""
+        return self._is_on and self._mode.replaces
+
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""
         if self._is_on and torch_private.function_mode() is self._mode:
