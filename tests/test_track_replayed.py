@@ -669,6 +669,7 @@ def test_a_loss_in_place_of_a_function():
         Checkpointed(compile=True),
         Checkpointed(product="mixed"),
         Checkpointed(save="gradients"),
+        Checkpointed(offload=innerloop.strategy.Disk("run1")),
     ],
     ids=repr,
 )

@@ -221,6 +221,13 @@ class Checkpointed(Strategy):
         Without ``slots`` and ``memory`` it has :math:`2\sqrt t` places after t steps, at least
         32, and more where 16 MB hold more. ``memory`` is that of the states alone.
         """
+        offload = self.offload
+        if isinstance(offload, Disk):
+            raise InvalidInputError(
+                f"track(..., strategy=Checkpointed(offload={offload!r})): a hand-written loop does "
+                'not go on from its files. Write offload="disk" to keep its states out of memory, '
+                "or the loop with innerloop.unroll or innerloop.metagradient to resume it"
+            )
         unlike = {
             "product": self.product not in ("auto", "reverse"),
             "save": self.save != "params",
@@ -240,14 +247,14 @@ class Checkpointed(Strategy):
                 raise InvalidInputError(
                     f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB"
                 )
-            return KeptStates(lambda _: fitting, self.offload)
+            return KeptStates(lambda _: fitting, offload)
         if self.slots == "all":
-            return KeptStates(lambda _: sys.maxsize, self.offload, stride=1)
+            return KeptStates(lambda _: sys.maxsize, offload, stride=1)
         if isinstance(self.slots, int):
             given = self.slots
-            return KeptStates(lambda _: given, self.offload)
+            return KeptStates(lambda _: given, offload)
         least = max(SMALL_UNDER_TRACK // size, 32)
-        return KeptStates(lambda t: max(least, math.isqrt(4 * t)), self.offload)
+        return KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload)
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost: every step replayed once, and the replays that the slots need."""
