@@ -356,6 +356,21 @@ def test_a_closure_that_writes_what_it_has_captured_is_refused():
         loop.step(loss)
 
 
+def test_a_closure_that_writes_a_weight_is_refused():
+    model = network()
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            loop.model.body.weight.clamp_(-0.1, 0.1)
+        return regression(loop.model, 0)
+
+    with (
+        pytest.raises(InvalidInputError, match=r"loop\.assign"),
+        innerloop.track(model, sgd(model), strategy=Checkpointed()) as loop,
+    ):
+        loop.step(loss)
+
+
 def test_notes_in_a_list_are_taken_once():
     notes: list[float] = []
 

@@ -202,6 +202,8 @@ class ReplayedLoop(TrackedLoop):
         hyper = {**self.hyper, **own, **instead}
         record.hyper, learned = _as_constants(hyper)
         random_state = RandomState.now()
+        weights = list(before.params.values())
+        versions_of_weights = torch_private.versions(weights)
 
         taken, leaves, mark = self._forward(
             closure, optimizer, values, before, record.hyper, freezer.captured, transform
@@ -211,6 +213,11 @@ class ReplayedLoop(TrackedLoop):
                 "the closure given to loop.step writes a tensor in place that it has captured: it "
                 "would be written once more when the step runs again in the backward pass. Return "
                 "the loss only, and note other things after loop.step"
+            )
+        if torch_private.versions(weights) != versions_of_weights:
+            raise InvalidInputError(
+                "the closure given to loop.step writes a weight of loop.model in place, of which "
+                "the derivative would know nothing: edit weights before loop.step, by loop.assign"
             )
         assert random_state is not None
         now = RandomState.now()
