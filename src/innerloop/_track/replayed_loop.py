@@ -45,6 +45,7 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
@@ -480,7 +481,7 @@ class ReplayedLoop(TrackedLoop):
                 (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
                 for k in sorted(kinds)
             ),
-            self._kernels is not None and self._kernels.replaces,
+            Situation.now() if self._kernels is not None and self._kernels.replaces else None,
         )
         last = self._last_record
         return last.surroundings if last is not None and last.surroundings == found else found
