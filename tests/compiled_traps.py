@@ -26,6 +26,7 @@ from tests.oracles import smooth_noise
 COMPILES = "compiles"
 FOREIGN = r"torch\.autograd\.Function with a backward rule of its own"
 CANNOT = "cannot be compiled"
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 Run = Callable[[Strategy], Any]
 
 
@@ -323,7 +324,12 @@ def _(strategy: Strategy) -> Any:
     return found
 
 
-@trap("an exponent in hyper changes between two calls", CANNOT, kind="late")
+# The compiler specialises the exponent; up to torch 2.13 the second one was an error of its own.
+@trap(
+    "an exponent in hyper changes between two calls",
+    CANNOT if TORCH < (2, 14) else COMPILES,
+    kind="late",
+)
 def _(strategy: Strategy) -> Any:
     problem = innerloop.Problem(
         lambda p, h, x: (predict(p, x).abs() ** h["power"]).mean() * h["scale"],

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from innerloop import optim
+import innerloop
+from innerloop import InvalidInputError, optim
 from innerloop.optim._from_torch.from_torch import overrides_step
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -87,3 +88,16 @@ print(type(innerloop.higher.get_diff_optim(optimizer, model.parameters())).__nam
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert shown.split() == ["from_torch(sgd(lr=0.5))", "DifferentiableSGD"]
+
+
+def test_a_setting_that_came_with_a_newer_torch_is_refused_unless_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["innerloop.optim._from_torch.from_torch"]
+    monkeypatch.setattr(module, "_defaults", lambda cls: {"lr": 1e-3, "newer": False})
+    sgd = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    sgd.param_groups[0]["newer"] = False
+    innerloop.optim.from_torch(sgd)
+    sgd.param_groups[0]["newer"] = True
+    with pytest.raises(InvalidInputError, match=r"SGD\(newer=True\).*does not know"):
+        innerloop.optim.from_torch(sgd)

@@ -7,6 +7,7 @@ And closures in ``track``, for all rules that evaluate the loss themselves.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -1031,3 +1032,30 @@ def test_a_loop_under_no_grad_evaluates_with_gradients_as_torch_does(model: nn.S
         loop.commit()
     truth = torch_on_model(lambda params: torch.optim.LBFGS(params, max_iter=2), network(), steps=1)
     assert_params(named(model), named(truth), 1e-12)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_maximizing_is_minimizing_the_negative(search: str | None) -> None:
+    def taken(sign: float, maximize: bool) -> list[Tensor]:
+        problem = innerloop.Problem(
+            lambda params, hyper, batch: (
+                sign * ((params["w"] - hyper) ** 4 + (params["w"] - 1) ** 2).sum()
+            ),
+            lbfgs(lr=0.5, max_iter=3, line_search_fn=search, maximize=maximize),
+        )
+        start = {"w": torch.linspace(-1, 1, 3, dtype=torch.float64)}
+        target = torch.tensor(0.3, dtype=torch.float64)
+        traj, grads = innerloop.metagradient(
+            lambda traj, hyper: traj.params["w"].square().sum(),
+            problem,
+            start,
+            None,
+            steps=3,
+            hyper=target,
+        )
+        return [traj, grads["params"]["w"], grads["hyper"]]
+
+    torch.testing.assert_close(taken(-1.0, True), taken(1.0, False), rtol=0, atol=0)
+    if "maximize" in inspect.signature(torch.optim.LBFGS).parameters:
+        w = torch.zeros(2, requires_grad=True)
+        assert "maximize=True" in repr(from_torch(torch.optim.LBFGS([w], maximize=True)))

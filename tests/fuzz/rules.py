@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -300,6 +301,8 @@ RULES: dict[str, Rule] = {
             "max_iter": (1, 2),
             "history_size": (2, 5),
             "line_search_fn": (None, None, "strong_wolfe"),
+            # Since torch 2.14.
+            **({"maximize": (False, True)} if "maximize" in signature(T.LBFGS).parameters else {}),
         },
         ("lr",),
     ),

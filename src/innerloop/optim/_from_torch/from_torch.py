@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from innerloop._types import Grads, Params, ValueAndGrad
-from innerloop._utils import torch_private, tree
+from innerloop._utils import caches, torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer, Rule
 from innerloop.optim._groups import GroupsState, PerGroup, split_hyper
@@ -364,8 +365,26 @@ def _rule_class(optimizer: torch.optim.Optimizer) -> type[Rule]:
     )
 
 
+_known_defaults: MutableMapping[type, dict[str, Any]] = caches.cache("settings of torch.optim")
+
+
+def _defaults(cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Return the default of each setting in the constructor of a class of ``torch.optim``."""
+    if cls not in _known_defaults:
+        arguments = inspect.signature(cls).parameters.values()
+        _known_defaults[cls] = {a.name: a.default for a in arguments if a.default is not a.empty}
+    return _known_defaults[cls]
+
+
 def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
     names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
+    for key, default in _defaults(rule.torch_layout.torch_class).items():
+        if key in group and key not in names and group[key] != default:
+            raise InvalidInputError(
+                f"{rule.torch_layout.torch_class.__name__}({key}={group[key]!r}): this version of "
+                f"innerloop does not know the setting, which came with a newer PyTorch: leave it "
+                f"at {key}={default!r}"
+            )
     shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
     return rule(**{k: v for k, v in (dict(group) | shared).items() if k in names})
 

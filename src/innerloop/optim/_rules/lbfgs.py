@@ -83,6 +83,7 @@ class LBFGS(Rule):
         history_size: how many pairs are kept.
         line_search_fn: None or "strong_wolfe" (Nocedal & Wright, "Numerical optimization", 2006,
             algorithms 3.5 and 3.6).
+        maximize: ascend instead of descend (``torch.optim.LBFGS`` has it since torch 2.14).
 
     Cost:
         One gradient for each evaluation, and the memory of ``2 history_size`` gradients, for every
@@ -111,6 +112,7 @@ class LBFGS(Rule):
     tolerance_change: float = 1e-9
     history_size: int = 100
     line_search_fn: str | None = None
+    maximize: bool = False
 
     hyper_names: ClassVar = ("lr",)
     state_type: ClassVar = LBFGSState
@@ -198,6 +200,8 @@ class LBFGS(Rule):
         lr = self.resolve(hyper)["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         which_have_gradient(grads, params)
+        if self.maximize:
+            grads, value_and_grad = _negated(grads), _minus(value_and_grad)
         gradient = flat(grads, params)
         if state.prev_flat_grad is not None and state.prev_flat_grad.shape != gradient.shape:
             raise InvalidInputError(
@@ -262,6 +266,18 @@ class LBFGS(Rule):
 
 
 lbfgs = LBFGS
+
+
+def _negated(grads: Grads) -> dict[str, Tensor | None]:
+    return {name: None if g is None else -g for name, g in grads.items()}
+
+
+def _minus(value_and_grad: ValueAndGrad) -> ValueAndGrad:
+    def negative(params: Params) -> tuple[Tensor, Grads]:
+        loss, grads = value_and_grad(params)
+        return -loss, _negated(grads)
+
+    return negative
 
 
 def _searched(
