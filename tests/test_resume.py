@@ -170,8 +170,8 @@ def finish(folder: Path, result: Path, steps: int) -> list[Tensor]:
 
 def test_a_process_that_is_killed_goes_on(tmp_path: Path):
     folder, result = tmp_path / "run", tmp_path / "result.pt"
-    steps = 100
-    for point in (70, 150):
+    steps = 60
+    for point in (40, 90):
         kill_at(folder, result, steps, point, random.Random().random() / 100)
         assert files(folder, "state")
     assert_same_bits(
@@ -735,6 +735,24 @@ def test_lbfgs_whose_state_grows_goes_on(tmp_path: Path):
         with pytest.raises(Killed):
             gradient(Disk(tmp_path), killing(phase, 6))
     assert_same_bits(gradient(Disk(tmp_path), False), gradient(None, False))
+
+
+def test_an_optimizer_of_torch_that_is_made_anew_is_the_same(tmp_path: Path):
+    def made(rate: float) -> dict[str, Any]:
+        w = smooth_noise(3).float().requires_grad_()
+        warm = torch.optim.Adam([w], lr=rate, amsgrad=True)
+        w.square().sum().backward()
+        warm.step()
+        return {"optimizer": innerloop.optim.from_torch(warm), "optimizer_hyper": (), "w": w}
+
+    for phase in ("forward", "backward"):
+        with pytest.raises(Killed):
+            small(tmp_path, killing(phase, 10), **made(0.1))
+    with pytest.raises(InvalidInputError, match=r"differ: .*optimizer"):
+        small(tmp_path, **made(0.2))
+    taken: list[tuple[str, int]] = []
+    assert_same_bits(small(tmp_path, counting(taken), **made(0.1)), small(None, **made(0.1)))
+    assert taken[:2] == [("forward", 12), ("backward", 10)]
 
 
 def test_views_are_written_without_what_they_are_views_of(tmp_path: Path):
