@@ -62,6 +62,9 @@ EXERCISED = {
     "is_initialised",
     "mark_stepped",
     "backward_pass",
+    "keeps_graph",
+    "graph_bytes",
+    "distance",
     "weight_norm",
     "function_mode",
     "forward_mode",
@@ -324,6 +327,30 @@ def test_a_scheduler_believes_that_its_optimizer_was_stepped(mark: bool):
     else:
         with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
             scheduler.step()
+
+
+def test_a_backward_pass_knows_if_it_keeps_its_graph():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    y.register_hook(lambda g: seen.append(torch_private.keeps_graph()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert seen == [True, False]
+
+
+def test_what_a_graph_holds():
+    """exp holds its result; a product its two factors, of which one is that result."""
+    x = torch.ones(10, requires_grad=True)
+    y = x.exp()
+    assert torch_private.graph_bytes([y]) == 40
+    assert torch_private.graph_bytes([(x * y).sum(), y]) == 80
+    assert torch_private.graph_bytes([x]) == 0
+
+
+def test_the_distance_of_two_lists():
+    a, b = [torch.tensor([3.0, 0.0]), torch.tensor(5.0)], [torch.zeros(2), torch.tensor(1.0)]
+    assert torch_private.distance(a, b) == 5
 
 
 def test_whether_a_backward_pass_is_running():

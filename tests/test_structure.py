@@ -155,6 +155,7 @@ CALLS_AUTOGRAD = {
     "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
+    "_track/replay.py": "the pullback of one step that runs again",
     "inspect/": "derivatives between two times of a finished loop",
     "optim/_adapt/verify.py": "a foreign step against finite differences of itself",
     "strategy/_base.py": "the outer gradient",

@@ -288,6 +288,12 @@ def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(xs, factor))
 
 
+def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
+    """Compute the norm of the differences between two lists of tensors, in a few calls."""
+    norms = torch._foreach_norm(torch._foreach_sub(xs, ys))
+    return float(torch.stack([n.double() for n in norms]).norm())
+
+
 def version(tensor: Tensor) -> int:
     """Return how often ``tensor`` has been written in place.
 
@@ -383,6 +389,32 @@ def backward_pass() -> int:
     Code that runs during one is a hook or a recomputation.
     """
     return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """True if the backward pass that is running retains the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def graph_bytes(ends: Iterable[Tensor]) -> int:
+    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass."""
+    held: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    stack: list[Any] = [x.grad_fn for x in ends]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+        names = [n for n in dir(node) if n.startswith("_saved_")]
+        values = [getattr(node, n) for n in names]
+        values += getattr(node, "saved_tensors", ())
+        for x in values:
+            for y in x if isinstance(x, (list, tuple)) else (x,):
+                if isinstance(y, Tensor) and y.layout == torch.strided:
+                    held.setdefault(y.untyped_storage().data_ptr(), y)
+    return sum(x.untyped_storage().nbytes() for x in held.values())
 
 
 def storage_weakref(tensor: Tensor) -> Any:

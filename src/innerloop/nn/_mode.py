@@ -24,7 +24,7 @@ from innerloop._utils import caches, inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, compiling, mode
 from innerloop._utils.warn import warn_user
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
-from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
+from innerloop.nn._derivative_order import Args, Kwargs, Situation, _thread, entering_loop
 from innerloop.nn._replacements.embedding_bag import padded_embedding, pads
 
 _log = logging.getLogger("innerloop")
@@ -259,6 +259,13 @@ class _ReplacingInLoop(entering_loop):
         super().__exit__(*error)
 
 
+@contextmanager
+def replacing_as(situation: Situation) -> Iterator[None]:
+    """Replace operations inside this block as they were replaced in an earlier run of this code."""
+    with situation.again(), ReplacementMode():
+        yield
+
+
 class LoopMode:
     """The replacement mode of one hand-written loop, on while the user's code runs.
 
@@ -320,6 +327,11 @@ class LoopMode:
     def watches(self) -> bool:
         """True if the user's operations have been looked at until now."""
         return self._is_on and self._mode.watch is not None
+
+    @property
+    def replaces(self) -> bool:
+        """True if operations of the user's code are replaced now."""
+        return self._is_on and self._mode.replaces
 
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""

@@ -27,6 +27,7 @@ from innerloop.strategy._disk import Disk
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import on_constants
+from innerloop.strategy._engine.kept_states import KeptStates
 from innerloop.strategy._engine.loop_function import (
     EVERY,
     LoopFunction,
@@ -61,6 +62,9 @@ from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
 """Bytes of states that are kept in any case when ``slots`` is not given."""
+
+SMALL_UNDER_TRACK = 16 * 2**20
+"""As `SMALL`, for a hand-written loop: each step is kept in memory besides, in some kilobytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +214,47 @@ class Checkpointed(Strategy):
         ):
             loop.batches.kept = Snapshots(self.offload)
         return loop_function.run(_Replay(loop, self))
+
+    def kept_states(self, size: int) -> KeptStates:
+        r"""Return an empty storage for the states of a hand-written loop, whose steps run again.
+
+        Without ``slots`` and ``memory`` it has :math:`2\sqrt t` places after t steps, at least
+        32, and more where 16 MB hold more. ``memory`` is that of the states alone.
+        """
+        offload = self.offload
+        if isinstance(offload, Disk):
+            raise InvalidInputError(
+                f"track(..., strategy=Checkpointed(offload={offload!r})): a hand-written loop does "
+                'not go on from its files. Write offload="disk" to keep its states out of memory, '
+                "or the loop with innerloop.unroll or innerloop.metagradient to resume it"
+            )
+        unlike = {
+            "product": self.product not in ("auto", "reverse"),
+            "save": self.save != "params",
+            "compile": self.compile,
+        }
+        for name, is_unlike in unlike.items():
+            if is_unlike:
+                raise InvalidInputError(
+                    f"track(..., strategy=Checkpointed({name}={getattr(self, name)!r})): a "
+                    "hand-written loop takes slots, memory and offload only; the steps run "
+                    'uncompiled, product is "reverse", save is "params". Leave it away, or write '
+                    "the loop with innerloop.unroll"
+                )
+        if self.memory is not None:
+            fitting = int(in_bytes(self.memory) // size)
+            if fitting < 1:
+                raise InvalidInputError(
+                    f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB"
+                )
+            return KeptStates(lambda _: fitting, offload)
+        if self.slots == "all":
+            return KeptStates(lambda _: sys.maxsize, offload, stride=1)
+        if isinstance(self.slots, int):
+            given = self.slots
+            return KeptStates(lambda _: given, offload)
+        least = max(SMALL_UNDER_TRACK // size, 32)
+        return KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload)
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost: every step replayed once, and the replays that the slots need."""
