@@ -16,6 +16,9 @@ from torch import Tensor, nn
 _LIBRARIES = ("torch", "innerloop", "numpy", "builtins", "beartype", "jaxtyping")
 """Packages whose code is not looked into: their versions say what it is."""
 
+DEPTH = 40
+"""How deep a value is looked into."""
+
 
 def digest(value: object) -> str:
     """Return a checksum of what ``value`` holds: 32 hexadecimal digits.
@@ -55,6 +58,7 @@ class _Walk:
         self.found = hashlib.blake2b(digest_size=16)
         # Held, so that no other object takes the place of one that was seen.
         self._seen: dict[int, object] = {}
+        self._depth = 0
 
     def _say(self, *words: object) -> None:
         for word in words:
@@ -76,9 +80,13 @@ class _Walk:
             self._say(value)
         elif id(value) in self._seen:
             self._say("again")
+        elif self._depth > DEPTH:
+            self._say(type(value).__module__, type(value).__qualname__)
         else:
             self._seen[id(value)] = value
+            self._depth += 1
             self._add_object(value)
+            self._depth -= 1
 
     def _add_tensor(self, x: Tensor) -> None:
         x = x.detach()
