@@ -388,8 +388,8 @@ def compare_sensors(args: Args, seed: int, learned: Learned, task: Task) -> dict
         return settings[int(losses(settings).argmin())]
 
     everything = torch.ones(SENSORS, dtype=torch.bool)
-    grid = [(torch.full((SENSORS,), math.log(s)), rate) for s in STRENGTHS for rate in RATES]
-    single = best([setting(strength, rate, everything) for strength, rate in grid])
+    strengths = [torch.full((SENSORS,), math.log(s)) for s in STRENGTHS]
+    single = best([setting(s, rate, everything) for s in strengths for rate in RATES])
     # Each sensor on its own gives its rank; how many of the first are used is chosen like the rest.
     alone = losses([{**single, "use": torch.arange(SENSORS) == k} for k in range(SENSORS)])
     rank = alone.argsort().argsort()
@@ -397,7 +397,7 @@ def compare_sensors(args: Args, seed: int, learned: Learned, task: Task) -> dict
         [
             setting(strength, single["log_lr"][0].exp().item(), rank < count)
             for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20)
-            for strength, rate in grid[:: len(RATES)]
+            for strength in strengths
         ]
     )
     generator = torch.Generator().manual_seed(seed)
