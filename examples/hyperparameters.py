@@ -10,7 +10,8 @@ optimizer along the exact gradient of the validation loss after training.
 
 *labels*: 40 % of the training labels are wrong. Each training image gets a weight. The validation
 images are clean and as many as the training images, so simple ways exist: train on those alone, or
-throw out what a model trained on them finds unlikely. They win, and the table says so.
+throw out what a model trained on them finds unlikely. The table has them beside the learned
+weights.
 
 *sensors*: an image is seen by 20 sensors. Each looks at a patch of its own, through noise of its
 own strength. The weights that read one sensor get a strength of L2 regularisation of their own.

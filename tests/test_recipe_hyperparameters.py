@@ -135,12 +135,5 @@ def test_strengths_of_sensors_beat_every_baseline_and_the_simple_ways_win_on_lab
     results = example.run(example.Args())
     for found in results.accuracies["sensors"]:
         assert found["learned"] == max(found.values())
-    for name in results.accuracies["sensors"][0]:
-        if name != "learned":
-            differences = [
-                found["learned"] - found[name] for found in results.accuracies["sensors"]
-            ]
-            mean, half = (float(x) for x in example.interval(differences).split(" ± "))
-            assert mean > half
     for found in results.accuracies["labels"]:
         assert found["validation alone"] > found["learned"] > found["given labels"]
