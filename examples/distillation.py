@@ -1,4 +1,4 @@
-"""Distil a data set: ten learned images, from which a new network learns digits in thirty steps.
+"""Distil a data set: ten learned images, from which a new network learns digits in twenty steps.
 
     python examples/distillation.py                    # a table, and how long it took
     python examples/distillation.py --out images.png   # and a picture of the ten images
@@ -37,9 +37,9 @@ Named = dict[str, Tensor]
 class Args:
     """The settings of a run."""
 
-    steps: int = 30
+    steps: int = 20
     """Inner steps of gradient descent on the ten images."""
-    iterations: int = 800
+    iterations: int = 500
     """Outer steps."""
     starts: int = 8
     """Random initialisations per outer step, in one vmap."""
