@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import innerloop
 
@@ -121,6 +124,133 @@ def test_a_short_run_learns_and_prints_a_table(
     assert "(a) minus random" in text
     assert "trained for 5 steps" in text
     capsys.readouterr()
+
+
+def one_small_task(example: ModuleType) -> tuple[Any, Any, Any, dict[str, Tensor]]:
+    """``(args, network, a task in float64, parameters)``."""
+    args = example.Args(width=6, depth=1, inner_steps=3, shots=2, queries=4)
+    torch.manual_seed(0)
+    tasks = example.sample(example.Split(args, 0).train, 1, args, torch.Generator().manual_seed(0))
+    task = example.Tasks(*(p[0].double() if p.is_floating_point() else p[0] for p in tasks))
+    net = example.Net(args.width, args.depth, args.ways).double()
+    return args, net, task, {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def loss_at(net: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
+
+
+@pytest.mark.parametrize("name", ["MAML", "FOMAML", "ANIL"])
+def test_the_gradient_of_a_method_is_that_of_a_plain_loop(example: ModuleType, name: str) -> None:
+    args, net, task, start = one_small_task(example)
+    method = example.METHODS[name](innerloop.functional(net)[0], args)
+    value, grads = method.metagradient(task, start)
+
+    leaves = {n: p.clone().requires_grad_() for n, p in start.items()}
+    params = dict(leaves)
+    adapts = [n for n in params if name != "ANIL" or n.startswith("head")]
+    for _ in range(args.inner_steps):
+        inner = torch.autograd.grad(
+            loss_at(net, params, task.x, task.y),
+            [params[n] for n in adapts],
+            create_graph=name != "FOMAML",
+        )
+        for n, g in zip(adapts, inner, strict=True):
+            params[n] = params[n] - method.inner_lr * g
+    expected = loss_at(net, params, task.query_x, task.query_y)
+    expected.backward()
+    assert torch.allclose(value, expected, rtol=1e-12)
+    assert set(grads) == set(leaves)
+    for n, leaf in leaves.items():
+        assert torch.allclose(grads[n], leaf.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_imaml_is_that_of_the_solution(example: ModuleType) -> None:
+    """(I + H / strength)⁻¹ times the gradient of the query loss, where the loop ends."""
+    args, net, task, start = one_small_task(example)
+    strategy = innerloop.Implicit(innerloop.strategy.solvers.GMRES(), tolerance=math.inf)
+    kind = type(
+        "Solved", (example.IMAML,), {"strategy": strategy, "strength": 2.0, "inner_lr": 0.1}
+    )
+    method = kind(innerloop.functional(net)[0], args)
+    value, grads = method.metagradient(task, start)
+
+    solution = {n: p.clone().requires_grad_() for n, p in start.items()}
+    optimizer = torch.optim.SGD(solution.values(), lr=method.inner_lr)
+    for _ in range(method.inner_steps):
+        optimizer.zero_grad()
+        distance = sum((p - start[n]).square().sum() for n, p in solution.items())
+        (loss_at(net, solution, task.x, task.y) + distance).backward()
+        optimizer.step()
+    shapes = {n: p.shape for n, p in start.items()}
+
+    def flat_loss(vector: Tensor) -> Tensor:
+        pieces = vector.split([shape.numel() for shape in shapes.values()])
+        params = {n: q.reshape(s) for (n, s), q in zip(shapes.items(), pieces, strict=True)}
+        return loss_at(net, params, task.x, task.y)
+
+    vector = torch.cat([p.detach().flatten() for p in solution.values()])
+    hessian = torch.func.hessian(flat_loss)(vector)
+    query = loss_at(net, solution, task.query_x, task.query_y)
+    outer = torch.cat([g.flatten() for g in torch.autograd.grad(query, list(solution.values()))])
+    truth = torch.linalg.solve(torch.eye(len(vector)).double() + hessian / 2, outer)
+    assert torch.allclose(value, query, rtol=1e-9)
+    found = torch.cat([g.flatten() for g in grads.values()])
+    assert torch.allclose(found, truth, rtol=1e-6, atol=1e-9)
+
+
+def test_reptile_goes_where_torch_optim_goes(example: ModuleType) -> None:
+    args, net, task, start = one_small_task(example)
+    method = example.Reptile(innerloop.functional(net)[0], args)
+    _, grads = method.metagradient(task, start)
+    optimizer = torch.optim.SGD(net.parameters(), lr=method.inner_lr)
+    rows = [torch.arange(4 * c, 4 * c + 2) for c in range(3)]  # the first two of each class's four
+    first, second = torch.cat(rows), torch.cat(rows) + 2
+    batches = [
+        (task.x, task.y),
+        (task.query_x[first], task.query_y[first]),
+        (task.query_x[second], task.query_y[second]),
+    ]
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    for n, p in net.named_parameters():
+        assert torch.allclose(start[n] - grads[n], p, rtol=1e-12)
+
+
+def test_the_methods_learn_and_are_compared_and_drawn(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "accuracy.png"
+    args = example.parse(
+        "--compare methods --splits 2 --iterations 6 --tasks 4 --width 32 --depth 1 "
+        f"--test-tasks 20 --plot {path}".split()
+    )
+    results = example.run(args)
+    assert set(results) == {"MAML", "FOMAML", "iMAML", "ANIL", "Reptile"}
+    for accuracy in results.values():
+        assert accuracy.shape == (40, 4)
+        assert accuracy.mean(0)[2] > accuracy.mean(0)[0] + 0.1
+    text = example.methods_table(results, args)
+    assert "Reptile minus MAML" in text
+    assert "2 splits of 20 tasks" in text
+    assert path.stat().st_size > 1000
+    capsys.readouterr()
+
+
+def test_intervals_over_splits_are_those_of_students_t(example: ModuleType) -> None:
+    # Of the table: 2.776 for four degrees of freedom.
+    assert example.t_interval(torch.arange(5.0)) == pytest.approx(2.776 * 0.5**0.5, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_maml_beats_fomaml_and_anil_on_digits(example: ModuleType) -> None:
+    torch.set_num_threads(1)
+    args = example.Args(compare="methods", splits=3)
+    by_split = {n: a[:, 2].unflatten(0, (3, -1)).mean(1) for n, a in example.run(args).items()}
+    for name in ("FOMAML", "ANIL"):
+        assert (by_split["MAML"] > by_split[name]).all()
 
 
 def test_intervals_are_those_of_paired_differences(example: ModuleType) -> None:
