@@ -332,3 +332,107 @@ def test_a_baseline_is_what_torch_optim_does(learned: ModuleType) -> None:
             family.loss(params, family.batch(task, t)).backward()
             optimizer.step()
         assert ours[i].item() == pytest.approx(family.judge(params, task).log10().item(), abs=1e-4)
+
+
+# -- test-time training ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ttt() -> ModuleType:
+    return imported("test_time_training")
+
+
+def test_known_tokens_are_those_that_came_behind_their_neighbour_before(ttt: ModuleType) -> None:
+    text = ttt.generate(4, torch.Generator().manual_seed(0))
+    assert text.tokens.shape == text.known.shape == (4, 512)
+    for tokens, known in zip(text.tokens.tolist(), text.known.tolist(), strict=True):
+        behind: dict[int, int] = {}
+        for t in range(1, len(tokens)):
+            if known[t]:
+                assert behind[tokens[t - 1]] == tokens[t]
+            behind[tokens[t - 1]] = tokens[t]
+        # Values follow keys, and letters inside of a phrase their predecessor, from the second
+        # time on: no other token is known.
+        first = {tokens.index(token) for token in set(tokens)}
+        begins_pair = {t for t in range(0, 512, 2) if 32 <= tokens[t] < 56}
+        begins_phrase = {t for t in range(0, 512, 8) if tokens[t] < 32}
+        unknown = {t for t in range(512) if not known[t]}
+        assert unknown == first | begins_pair | begins_phrase
+
+
+def test_fast_weights_are_those_of_gradient_descent_by_hand(ttt: ModuleType) -> None:
+    """With the gradient of the inner loss in closed form, kᵀ (k W - v), and by autograd."""
+    torch.manual_seed(0)
+    layer = ttt.FastWeights(6, 4).double()
+    torch.nn.init.normal_(layer.start)
+    x = torch.randn(3, 16, 6, dtype=torch.float64)
+    weights = torch.randn(3, 16, 6, dtype=torch.float64)
+
+    queries = nn.functional.normalize(layer.to_query(x), dim=-1)
+    keys = torch.cat([torch.zeros(3, 1, 6).double(), queries[:, :-1]], 1)
+    values, w, read = layer.to_value(x), layer.start.expand(3, 6, 6), []
+    for t in range(0, 16, 4):
+        k, v = keys[:, t : t + 4], values[:, t : t + 4]
+        read.append(queries[:, t : t + 4] @ w)
+        w = w - layer.rate.sigmoid() * k.transpose(1, 2) @ (k @ w - v)
+    expected = layer.out(torch.cat(read, 1))
+    leaves = list(layer.parameters())
+    truth = torch.autograd.grad((expected * weights).sum(), leaves)
+    for found in (layer(x), ttt.by_hand(layer, x)):
+        assert torch.allclose(found, expected, rtol=1e-10)
+        for g, h in zip(torch.autograd.grad((found * weights).sum(), leaves), truth, strict=True):
+            assert torch.allclose(g, h, rtol=1e-9, atol=1e-12)
+            assert h.abs().max() > 0
+
+
+def test_no_token_sees_what_comes_later(ttt: ModuleType) -> None:
+    args = ttt.Args(width=8)
+    net = ttt.GPT(args, True)
+    tokens = ttt.generate(1, torch.Generator().manual_seed(0)).tokens
+    torch.nn.init.normal_(net.blocks[1][1].start, std=0.1)
+    with torch.no_grad():
+        before = net(tokens)
+        for place in (1, 15, 16, 100, 511):
+            changed = tokens.clone()
+            changed[0, place] = (changed[0, place] + 1) % ttt.VOCABULARY
+            moved = (net(changed) - before).abs().amax(-1)[0] > 0
+            assert not moved[:place].any()
+            assert moved[place]
+
+
+def test_a_short_run_compares_networks_of_equal_size(
+    ttt: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ttt.parse("--seeds 2 --steps 2 --batch 2 --width 8 --test-sequences 2".split())
+    count = [sum(p.numel() for p in ttt.GPT(args, adapts).parameters()) for adapts in (True, False)]
+    assert count[0] == count[1]
+    assert ttt.flops(args, True) > ttt.flops(args, False)
+    results, curves = ttt.run(args)
+    assert all(losses.shape == (2, 2) for losses in results.values())
+    assert len(results) == 3
+    text = ttt.table(results, args)
+    assert "fast weights minus no inner steps" in text
+    ttt.draw(curves, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_fast_weights_reach_a_lower_loss_than_none(ttt: ModuleType) -> None:
+    """Than the same network without inner steps, after as many steps and as many operations."""
+    torch.set_num_threads(1)
+    results, _ = ttt.run(ttt.Args())
+    ours, *controls = results.values()
+    for losses in controls:
+        difference = (ours - losses)[:, 0]
+        assert difference.mean() + ttt.t_interval(difference) < 0
+
+
+@pytest.mark.slow
+def test_a_layer_takes_at_most_half_as_long_again_as_one_that_is_batched_by_hand(
+    ttt: ModuleType,
+) -> None:
+    """Where the products take the time: an inner step costs a fixed time as well."""
+    torch.set_num_threads(1)
+    seconds = ttt.timing(ttt.Args(width=64, batch=16))
+    assert seconds["innerloop"] < 1.5 * seconds["batched by hand"]
