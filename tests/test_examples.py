@@ -436,3 +436,96 @@ def test_a_layer_takes_at_most_half_as_long_again_as_one_that_is_batched_by_hand
     torch.set_num_threads(1)
     seconds = ttt.timing(ttt.Args(width=64, batch=16))
     assert seconds["innerloop"] < 1.5 * seconds["batched by hand"]
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora() -> ModuleType:
+    pytest.importorskip("transformers")
+    return imported("lora")
+
+
+def small_lora(lora: ModuleType) -> tuple[Any, Any]:
+    args = lora.Args(width=8, layers=1, rank=2, inner_steps=2, sequences=3)
+    return args, lora.with_adapters(lora.base_model(args), args.rank)
+
+
+def test_adapters_change_nothing_at_first_and_alone_are_trained(lora: ModuleType) -> None:
+    args = lora.Args(width=8, layers=1, rank=2)
+    tokens = lora.sequences((3, 5), 4, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens[:, 1:], (3 * tokens[:, :-1] + 5) % 17)
+    model = lora.base_model(args).eval()
+    before = lora.language_loss(model, tokens)
+    model = lora.with_adapters(model, args.rank)
+    assert lora.language_loss(model, tokens).item() == pytest.approx(before.item(), abs=1e-6)
+    learner = lora.Learner(model, args)
+    # Two matrices for each of the four linear layers of a block.
+    assert len(learner.start) == 8
+    assert {name.rpartition(".")[2] for name in learner.start} == {"a", "b"}
+
+
+def test_training_maps_and_test_maps_are_different(lora: ModuleType) -> None:
+    training, testing = lora.maps(lora.Args())
+    assert len(set(training) | set(testing)) == len(training) + len(testing) == 16 * 17
+
+
+def test_the_metagradient_of_adapters_is_that_of_a_plain_loop(lora: ModuleType) -> None:
+    """On the same model with eager attention, whose second derivative PyTorch has."""
+    args, model = small_lora(lora)
+    learner = lora.Learner(model, args)
+    torch.manual_seed(1)
+    start = {n: 0.3 * torch.randn_like(p) for n, p in learner.start.items()}
+    log_lr = {n: torch.randn(()) - 1 for n in start}
+    generator = torch.Generator().manual_seed(0)
+    value, grads = learner.metagradient(start, log_lr, (3, 5), generator)
+
+    model.set_attn_implementation("eager")
+    generator = torch.Generator().manual_seed(0)
+    support = lora.sequences((3, 5), args.sequences, generator)
+    query = lora.sequences((3, 5), lora.QUERIES, generator)
+    leaves = {n: p.clone().requires_grad_() for n, p in start.items()}
+    rates = {n: r.clone().requires_grad_() for n, r in log_lr.items()}
+    params = dict(leaves)
+    for _ in range(args.inner_steps):
+        inner = torch.autograd.grad(
+            learner.query_loss(params, support), list(params.values()), create_graph=True
+        )
+        params = {
+            n: p - rates[n].exp() * g for (n, p), g in zip(params.items(), inner, strict=True)
+        }
+    expected = learner.query_loss(params, query)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for n in start:
+        assert torch.allclose(grads["params"][n], leaves[n].grad, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(grads["hyper"][n], rates[n].grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_short_run_of_adapters_is_compared_and_drawn(
+    lora: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lora, "GRID", (0.03, 0.1))
+    args = lora.parse(
+        "--width 8 --layers 1 --rank 2 --pretrain-steps 3 --inner-steps 2 --iterations 2 --tasks 1 "
+        "--test-tasks 3".split()
+    )
+    results = lora.run(args)
+    assert all(losses.shape == (3, 3) for losses in results.values())
+    assert "learned minus Adam" in lora.table(results, args)
+    lora.draw(results, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_learned_adapters_beat_the_best_usual_start(lora: ModuleType) -> None:
+    torch.set_num_threads(1)
+    *usual, learned = lora.run(lora.Args()).values()
+    for losses in usual:
+        difference = (learned - losses)[:, -1]
+        assert difference.mean() + 1.96 * difference.std() / len(difference) ** 0.5 < 0
