@@ -70,12 +70,12 @@ types: $(DEV_READY)  ## type checker
 	$(BIN)/mypy
 
 pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled and not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --types=first $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not compiled" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there are none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --types=all -m "slow and not compiled" $(PYTEST_ARGS)
 
 compiled: $(DEV_READY)  ## every test that compiles, all of it with inductor: most of an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled" $(PYTEST_ARGS)
@@ -92,8 +92,8 @@ errors: $(DEV_READY)  ## docs/errors.md, written from the errors that the code r
 coverage: $(DEV_READY)  ## which lines and branches no test reaches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term $(PYTEST_ARGS)
 
-bench: $(DEV_READY)  ## times and memory against higher, TorchOpt and a hand-written loop
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+bench: $(DEV_READY)  ## times and memory against other libraries; rewrites the tables of docs/benchmarks.md
+	$(BIN)/innerloop bench --out docs/benchmarks.md $(BENCH_ARGS)
 
 docs: $(DEV_READY)  ## the documentation, in docs/_build/html; a warning is an error (needs npm)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

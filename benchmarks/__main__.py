@@ -4,6 +4,7 @@ figures are reached."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks import (
     long,
     machine,
     products,
+    recorded,
     report,
     results,
     timing,
@@ -58,6 +60,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=".md: update its tables; .json: every measurement",
     )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        default=Path("benchmarks.png") if importlib.util.find_spec("matplotlib") else None,
+        help="the times as bars (default: benchmarks.png, where matplotlib is installed)",
+    )
     arguments = parser.parse_args(argv)
     arguments.only = arguments.only.split(",") if arguments.only else list(SECTIONS)
     unknown = sorted(set(arguments.only) - set(SECTIONS))
@@ -74,6 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if a contender that is installed failed or was wrong."""
     arguments = parse(argv)
+    # Before --out rewrites them.
+    known = recorded.recorded(recorded.PAGE.read_text()) if recorded.PAGE.exists() else {}
     torch.set_num_threads(1)
     measured = []
     sections: dict[str, str] = {}
@@ -119,6 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(sections[name], end="\n\n", flush=True)
     if len(sections) > 1:
         print(report.figures_table(readings))
+    beside, worse = recorded.regressions(readings, known)
+    print(f"Beside {recorded.PAGE.name}:\n{beside}")
+    if worse:
+        print(f"{len(worse)} figures regressed by more than 10 %.")
+    if measured and arguments.picture is not None:
+        recorded.draw(measured, arguments.picture)
+        print(f"Picture: {arguments.picture}")
     for path in arguments.out:
         if path.suffix == ".json":
             path.write_text(report.as_json(measured, readings, long_times), encoding="utf-8")

@@ -42,10 +42,15 @@ class Figure:
 
 
 FIGURES: tuple[Figure, ...] = (
+    Figure("P1", "M1", "map_tasks(compile=True)", ("JAX jit",), 1.05),
+    Figure("P1", "M1", "map_tasks(compile=True)", ("higher",), 1 / 9.5),
     Figure("P2", "M1", "metagradient, vmap", ("higher",), 0.25),
     Figure("foundation", "M2", "track", ("higher",), 0.65),
     Figure("P3", "M2", "track", ("higher",), 0.55),
     Figure("P3", "M2", "track", ("TorchOpt",), 0.60),
+    Figure("P3", "M2", "StoreAll(compile=True)", ("hand-written loop",), 0.45),
+    Figure("P5", "M4", "StoreAll(compile=True)", ("hand-written loop",), 0.85),
+    Figure("P6", "M4", "Checkpointed(slots='all', compile=True)", ("hand-written loop",), 1.05),
     *(
         Figure("P4", workload, ours, EAGER_PEERS, NOISE, quantity)
         for workload in ("M3", "M4")

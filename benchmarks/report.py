@@ -275,7 +275,7 @@ def _sentence(facts: Mapping[str, str]) -> str:
 
 def _rows(result: Result) -> str:
     with_memory = any(row.peak for row in result.rows)
-    head = ["contender", "ms: median", "min", "quartiles", "max", "error"]
+    head = ["contender", "ms: median", "min", "quartiles", "max", "first call, s", "error"]
     head += ["peak MB", "above import"] if with_memory else []
     return _table(head, [_row(row, with_memory) for row in result.rows])
 
@@ -283,7 +283,7 @@ def _rows(result: Result) -> str:
 def _row(row: Row, with_memory: bool) -> list[str]:
     name = f"**innerloop: {row.label}**" if row.ours else row.label
     if row.problem:
-        return [name, row.problem] + [""] * (6 if with_memory else 4)
+        return [name, row.problem] + [""] * (7 if with_memory else 5)
     times = Spread.of([1e3 * s for s in row.seconds])
     quartiles = f"{_digits(times.quarter)} to {_digits(times.three_quarters)}"
     cells = [
@@ -292,6 +292,7 @@ def _row(row: Row, with_memory: bool) -> list[str]:
         _digits(times.low),
         quartiles,
         _digits(times.high),
+        "" if row.first is None else f"{row.first:.1f}",
         f"{row.error:.0e}",
     ]
     if with_memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Row:
     ours: bool
     problem: str | None = None
     error: float | None = None
+    first: float | None = None
+    """Seconds of the first call, what is compiled then included."""
     seconds: list[float] = dataclasses.field(default_factory=list)
     peak: memory.Peak | None = None
 
@@ -111,7 +114,10 @@ def _checked(
         return row, None
     try:
         run = contender.prepare(workload)
-        row.error = check.error(run(), reference)
+        begin = time.perf_counter()
+        found = run()
+        row.first = time.perf_counter() - begin
+        row.error = check.error(found, reference)
     except Exception as failure:  # whatever one contender does, the others are measured
         first = str(failure).splitlines()[0] if str(failure) else ""
         row.problem = f"failed: {type(failure).__name__}: {first}"

@@ -22,6 +22,7 @@ from benchmarks import (
     long,
     memory,
     optimizers,
+    recorded,
     report,
     results,
     timing,
@@ -54,6 +55,7 @@ def _pairs() -> list[ParameterSet]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's compiler
 @pytest.mark.parametrize(("contender", "name"), _pairs())
 def test_every_contender_computes_the_meta_gradient_twice(contender: Contender, name: str) -> None:
     workload = SMALL[name]
@@ -327,3 +329,47 @@ def test_updates_are_those_of_higher_where_it_is_right() -> None:
         )
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs)
+
+
+# -- beside what is recorded -----------------------------------------------------------------------
+
+
+def test_a_figure_is_compared_with_the_recorded_one() -> None:
+    before = [
+        figures.Reading("P2", "M1: time of a / higher", 0.25, 0.2),
+        figures.Reading("P3", "M2: time of b / higher", 0.55, 0.61),
+        figures.Reading("P4", "M3: time of c / higher", 1.03, 0.9),
+    ]
+    known = recorded.recorded(f"text\n\n{report.figures_table(before)}\n\nmore")
+    assert known == {(r.name, r.title): pytest.approx(r.value, abs=1e-3) for r in before}
+    now = [
+        dataclasses.replace(before[0], value=0.23),
+        dataclasses.replace(before[1], value=0.62),
+        dataclasses.replace(before[2], value=0.7),
+        figures.Reading("P5", "M4: not recorded", 1.0, 2.0),
+    ]
+    table, worse = recorded.regressions(now, known)
+    assert worse == now[:1]
+    assert [line.split()[-1] for line in table.splitlines()[1:]] == [
+        "REGRESSED",
+        "recorded",
+        "better",
+    ]
+
+
+def test_the_page_records_the_figures_that_are_measured() -> None:
+    known = recorded.recorded(recorded.PAGE.read_text(encoding="utf-8"))
+    titles = {(figure.name, figure.title()) for figure in figures.FIGURES}
+    assert len(titles & set(known)) >= 8
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        results.Row("hand-written loop", "hand-written loop", False, seconds=[1.0, 1.1, 1.2]),
+        results.Row("track", "track", True, seconds=[0.5, 0.5, 0.7]),
+        results.Row("JAX jit", "JAX jit", False, "not installed: jax"),
+    ]
+    result = results.Result("M2", "a loop", 3, "cpu", 1e-3, 0.5, {}, 0.0, rows)
+    recorded.draw([result], tmp_path / "times.png")
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")

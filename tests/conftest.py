@@ -1,9 +1,10 @@
 """Shared fixtures, and the checking of types at run time.
 
-The annotations of the package are executed: every call of a function of ``innerloop`` checks its
-arguments and its result (beartype by way of jaxtyping's import hook). ``torch.compile`` cannot
-trace the wrappers that do this, so the tests that compile carry the marker ``compiled`` and run in
-a session of their own, ``pytest -m compiled``, without the hook.
+The annotations of the package are executed under ``pytest --types``: every call of a function of
+``innerloop`` checks its arguments and its result (beartype by way of jaxtyping's import hook). It
+multiplies the time of a test by 1.2 to 3, so `make test` does it for the first setting of each test
+that has several (``--types=first``), and `make slow` for all. ``torch.compile`` cannot trace the
+wrappers that check, so tests with the marker ``compiled`` are left out there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import pkgutil
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,17 @@ from tests import type_checker
 _hook = pytest.StashKey[Any]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--types",
+        choices=["first", "all"],
+        help="check types at run time: in the first setting of each parametrized test, or in all",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Install the hook before anything imports the package, unless the session was asked for the
-    tests that compile."""
-    asked = config.option.markexpr
-    if not re.search(r"\bcompiled\b", re.sub(r"\bnot compiled\b", "", asked)):
+    """Install the hook, if it was asked for, before anything imports the package."""
+    if config.getoption("--types"):
         config.stash[_hook] = jaxtyping.install_import_hook(
             checked_modules(), f"{type_checker.__name__}.checked"
         )
@@ -46,6 +52,9 @@ NOT_CHECKED = {
 """Called for every node of every tree, every operation of a foreign optimizer, and every parameter
 at every step: they alone would double the time of the suite."""
 
+OTHER_PROCESSES = {"test_contributing.py", "test_reference.py"}
+"""What they run does not see the hook."""
+
 
 def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[str]:
     """Modules and packages that hold none of those; a package stands for all that is in it. Nothing
@@ -61,7 +70,25 @@ def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[s
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_slow(items)
+    if types := config.getoption("--types"):
+        kept = first_settings(items) if types == "first" else items
+        items[:] = [item for item in kept if not item.get_closest_marker("compiled")]
+
+
+def first_settings(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the first default setting of each test that has several."""
+    found: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.path.name in OTHER_PROCESSES or item.get_closest_marker("slow"):
+            continue
+        if hasattr(item, "callspec"):
+            found.setdefault(item.nodeid.partition("[")[0], item)
+    return list(found.values())
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
     """Mark as slow what a test marked `covering` need not run by default."""
     grids: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -111,6 +138,18 @@ def _nothing_left_from_other_tests() -> None:
     from innerloop._utils import caches  # not before the hook is installed
 
     caches.clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_switched() -> Iterator[None]:
+    """What a test, or the code that it calls, switches in this thread is switched back."""
+    yield
+    hooks = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    torch._C._autograd._saved_tensors_hooks_enable()
+    assert hooks is None, "hooks on saved tensors are still forbidden"
+    assert torch.is_grad_enabled()
+    assert torch._C._functorch.peek_interpreter_stack() is None, "inside of a transform"
+    assert not torch.overrides._get_current_function_mode_stack(), "a function mode is still on"
 
 
 @pytest.fixture

@@ -82,6 +82,9 @@ STRATEGIES = (
     Enrolled(innerloop.FirstOrder(), REPLAY),
     Enrolled(innerloop.Implicit(), REPLAY | {"params"}),
     Enrolled(innerloop.Evolution(), REPLAY | {"params"}),
+    Enrolled(innerloop.strategy.DARTS(), REPLAY | {"params"}),
+    Enrolled(innerloop.strategy.SAMA(), REPLAY | {"params"}),
+    Enrolled(innerloop.strategy.T1T2(), REPLAY | {"params"}),
     Enrolled(HandWritten(), REPLAY),
 )
 

@@ -381,3 +381,20 @@ def test_a_terminal_without_greek_gets_question_marks_and_no_traceback(tmp_path:
     assert done.returncode == 0, done.stderr
     assert b"-0.1789599744" in done.stdout
     assert b"d a? / d a?" in done.stdout
+
+
+def test_bench_hands_its_arguments_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--only", "M7"])
+    assert ended.value.code == 2
+    assert "M1, M2, M3, M4" in capsys.readouterr().err
+
+
+def test_bench_outside_of_a_clone_says_where_to_run_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--only", "M2"]) == cli.FAILED
+    assert "in a clone of the repository" in capsys.readouterr().err

@@ -51,6 +51,28 @@ def test_compiled_steps_equal_a_plain_run(rule: str):
             )
 
 
+def test_an_outer_loss_that_is_zero_in_eager_code_may_be_rounding_in_compiled_code():
+    torch.manual_seed(0)
+    true = torch.randn(6, dtype=torch.float32)
+    x = torch.randn(3, 4, 6, dtype=torch.float32)
+    y = torch.stack([rows @ true for rows in x])
+    fitted = innerloop.Problem(
+        lambda params, hyper, batch: ((batch[0] @ params["w"] - batch[1] * hyper) ** 2).mean(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    for compiled in (False, True):
+        value, grads = innerloop.metagradient(
+            lambda traj, hyper: ((x[0] @ traj.params["w"] - y[0]) ** 2).mean(),
+            fitted,
+            {"w": true.clone()},
+            list(zip(x, y, strict=True)),
+            hyper=torch.tensor(1.0, dtype=torch.float32),
+            compile=compiled,
+        )
+        assert abs(value) < 1e-12
+        assert abs(grads["hyper"]) < 1e-5
+
+
 def test_the_mixed_product_compiled():
     learned = innerloop.Problem(
         lambda p, hyper, x: ((x @ p["w"]).tanh() @ p["v"]).square().mean() * hyper["scale"],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ EXERCISED = {
     "switches_gradients",
     "no_saved_tensors_hooks",
     "refusing_saved_tensors_hooks",
+    "as_before_for_hooks",
     "inside_saved_tensors_hooks",
     "inside_dual_level",
     "jvp_levels",
@@ -60,6 +62,9 @@ EXERCISED = {
     "is_initialised",
     "mark_stepped",
     "backward_pass",
+    "keeps_graph",
+    "graph_bytes",
+    "distance",
     "weight_norm",
     "function_mode",
     "forward_mode",
@@ -324,6 +329,30 @@ def test_a_scheduler_believes_that_its_optimizer_was_stepped(mark: bool):
             scheduler.step()
 
 
+def test_a_backward_pass_knows_if_it_keeps_its_graph():
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    y.register_hook(lambda g: seen.append(torch_private.keeps_graph()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert seen == [True, False]
+
+
+def test_what_a_graph_holds():
+    """exp holds its result; a product its two factors, of which one is that result."""
+    x = torch.ones(10, requires_grad=True)
+    y = x.exp()
+    assert torch_private.graph_bytes([y]) == 40
+    assert torch_private.graph_bytes([(x * y).sum(), y]) == 80
+    assert torch_private.graph_bytes([x]) == 0
+
+
+def test_the_distance_of_two_lists():
+    a, b = [torch.tensor([3.0, 0.0]), torch.tensor(5.0)], [torch.zeros(2), torch.tensor(1.0)]
+    assert torch_private.distance(a, b) == 5
+
+
 def test_whether_a_backward_pass_is_running():
     seen = []
     x = torch.ones(2, requires_grad=True)
@@ -419,6 +448,19 @@ def test_hooks_on_saved_tensors_are_seen_and_refused_where_they_begin_inside():
                 pass
     with hooks(lambda x: x, lambda x: x):
         pass
+
+
+def test_hooks_on_saved_tensors_are_allowed_again_after_a_compilation_that_gave_up():
+    refusing = torch_private.refusing_saved_tensors_hooks
+    with torch_private.as_before_for_hooks():
+        refusing("by a transform").__enter__()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        pass
+    with refusing("around"):
+        with torch_private.as_before_for_hooks():
+            pass
+        with pytest.raises(RuntimeError, match="around"), torch.autograd.graph.save_on_cpu():
+            pass
 
 
 def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
@@ -729,10 +771,11 @@ def test_forward_mode_in_one_thread_at_a_time():
 
 
 def test_a_compiled_backward_pass_may_keep_its_graph():
-    before = torch._functorch.config.donated_buffer
+    config = importlib.import_module("torch._functorch.config")
+    before = config.donated_buffer
     with torch_private.keeping_buffers():
-        assert not torch._functorch.config.donated_buffer
-    assert torch._functorch.config.donated_buffer == before
+        assert not config.donated_buffer
+    assert config.donated_buffer == before
 
 
 @pytest.mark.compiled

@@ -64,7 +64,7 @@ def inner_loss(model: Any, t: int, kind: str) -> Tensor:
 def by_track(model: nn.Module, rule: Any, kind: str) -> Tensor:
     with innerloop.track(model, rule) as loop:
         for t in range(STEPS):
-            loop.step(lambda t=t: inner_loss(loop.model, t, kind))  # type: ignore[misc]
+            loop.step(lambda t=t: inner_loss(loop.model, t, kind))
         return loop.model(1)
 
 

@@ -155,10 +155,12 @@ CALLS_AUTOGRAD = {
     "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
+    "_track/replay.py": "the pullback of one step that runs again",
     "inspect/": "derivatives between two times of a finished loop",
     "optim/_adapt/verify.py": "a foreign step against finite differences of itself",
     "strategy/_base.py": "the outer gradient",
     "strategy/_engine/": "the pullback of one step",
+    "strategy/_one_step.py": "one mixed derivative of the inner loss",
     "strategy/_forward_mode.py": "the partial derivatives of the outer loss",
     "strategy/_outer_gradient.py": "the outer gradient",
     "walkthrough/_by_autograd.py": "every derivative of the worked example, one by one",
@@ -167,6 +169,7 @@ CALLS_AUTOGRAD = {
 
 REGISTRIES = {
     "_utils/caches.py:_caches": "the list of the caches themselves",
+    "_utils/folder_lock.py:_held": "the folders that this process holds, emptied as it lets go",
     "_utils/tree.py:_nodes": "pytree nodes: what a user registered cannot be recomputed",
     "higher/optim.py:_opt_mapping": "the bridge's optimizers, with those that a user registered",
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
@@ -842,7 +845,8 @@ def test_a_type_checker_infers_batch_aux_and_result() -> None:
     sgd = innerloop.optim.sgd(lr=0.5)
     problem = Problem(loss, sgd)
     assert_type(problem, Problem[Tensor, int])
-    assert_type(Problem.from_module(nn.Linear(1, 1), of_module, sgd), Problem[Tensor, Any])
+    made = Problem.from_module(nn.Linear(1, 1), of_module, sgd, targets=lambda m, h, b: b)
+    assert_type(made, Problem[Tensor, Any])
     one = torch.tensor(1.0)
     traj = innerloop.unroll(problem, {"w": one}, [2 * one], hyper=one)
     assert_type(traj, Trajectory[int])

@@ -656,11 +656,23 @@ def test_a_class_in_place_of_an_optimizer(optimizer: Any, write: str):
         innerloop.Problem(lambda params, hyper, batch: params["w"], optimizer)
 
 
-@pytest.mark.parametrize("name", ["strategy", "save_at"])
-def test_a_strategy_is_reserved(name: str):
-    value: Any = innerloop.Checkpointed() if name == "strategy" else [2]
-    with refused(INVALID, f"{name}={value!r}", "innerloop.unroll", f"leave {name}= away"):
-        innerloop.track(network(), OURS, **{name: value})
+def test_times_to_keep_where_all_are_kept():
+    with refused(INVALID, "save_at=[2]", "leave save_at= away"):
+        innerloop.track(network(), OURS, save_at=[2])
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_a_class_in_place_of_a_strategy():
+    with exactly("strategy is the class Checkpointed: write innerloop.Checkpointed()"):
+        innerloop.track(network(), OURS, strategy=innerloop.Checkpointed)  # type: ignore[arg-type]
+
+
+def test_arguments_for_a_loss_that_is_computed_already():
+    with (
+        innerloop.track(network(), OURS) as loop,
+        refused(INVALID, "args= was given", "loop.step(fn, args=(x, y))"),
+    ):
+        loop.step(regression(loop.model, 0), args=(1,))
 
 
 def test_a_grad_callback_that_keeps_a_state():

@@ -78,6 +78,14 @@ class Batches(abc.ABC):
         """Return the data of the steps ``begin`` to ``end - 1`` of a loop that has been run."""
         return PartOfBatches(self, begin, end)
 
+    def source(self) -> object:
+        """Return what the data are or come from, to tell them from others."""
+        return type(self).__name__, self.data
+
+    def fingerprints(self) -> MutableMapping[int, Fingerprint]:
+        """Return the fingerprints of data that are made anew for a replay, by time."""
+        return {}
+
 
 class NoBatches(Batches):
     """Steps without data."""
@@ -103,6 +111,12 @@ class PartOfBatches(Batches):
 
     def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         return self.whole.at(params, hyper, self.begin + t, time)
+
+    def source(self) -> object:
+        return self.whole.source(), self.begin
+
+    def fingerprints(self) -> MutableMapping[int, Fingerprint]:
+        return self.whole.fingerprints()
 
     def holding(self, data: object) -> Batches:
         new = copy.copy(self)
@@ -139,6 +153,12 @@ class BatchFunction(Batches):
         super().__init__(steps)
         self.function = function
         self._own = _OwnMemory()
+
+    def source(self) -> object:
+        return self.function
+
+    def fingerprints(self) -> MutableMapping[int, Fingerprint]:
+        return self.kept
 
     def at(self, params: Params, hyper: HyperTree, t: int, time: int) -> object:
         batch = tree.map_tensors(Tensor.detach, self._own.of(self.function(params, hyper, time)))
@@ -202,7 +222,7 @@ class BatchIterator(Batches):
 
     def __init__(self, source: Iterable[object], steps: int | None) -> None:
         super().__init__(steps)
-        self.source: Iterator[object] = iter(source)
+        self._source: Iterator[object] = iter(source)
         # Shared by the copies of this object, as the iterator is.
         self.position = [0]
         self._ahead: list[tuple[object, bool]] = []
@@ -243,7 +263,7 @@ class BatchIterator(Batches):
     def _draw(self) -> tuple[object, bool]:
         """Return the next entry, and True if the iterator drew random numbers for it."""
         before = RandomState.now()
-        entry = next(self.source)
+        entry = next(self._source)
         after = RandomState.now()
         return entry, before is not None and after is not None and not after.equals(before)
 

@@ -20,6 +20,7 @@ from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import unroll
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_function, check_seed, names_in
 from innerloop._utils.differences import derivative
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
@@ -190,6 +191,8 @@ def check_metagradient(
         >>> round(abs(report.comparisons[0].finite), 9)
         2.0
     """
+    check_function("outer_fn", outer_fn, "write a function that returns a scalar")
+    check_seed("seed", seed)
     if isinstance(inputs, Problem):
         outer_fn, inputs = _of_problem(
             outer_fn, inputs, params, batches, hyper, steps, strategy, wrt
@@ -260,9 +263,7 @@ def _of_problem(
     wrt: str | Sequence[str],
 ) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """Return the outer loss behind a loop as a function of its inputs, and these."""
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not names or not set(names) <= {"params", "hyper"}:
-        raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
+    names = names_in(wrt)
     data = list(batches) if hasattr(batches, "__next__") else batches  # type: ignore[call-overload]
     # A replay in the backward pass runs outside of the mode that promotes what is met.
     data = _doubled(data)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import os
 import pickle
 import random as python_random
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from innerloop._utils.arguments import shown
+from innerloop._utils.whole_file import whole_file
 from innerloop.errors import InvalidInputError
 
 FORMAT = "innerloop.OuterState"
@@ -93,6 +93,10 @@ class OuterState:
         self.counters: MutableMapping[str, Any] = {} if counters is None else counters
         if isinstance(random, torch.Generator):
             random = [random]
+        if not isinstance(random, (bool, list, tuple)):
+            raise InvalidInputError(
+                f"random is {shown(random)}: write True, False, or a list of torch.Generator"
+            )
         self._global = bool(random) or not isinstance(random, bool)
         self._generators = [] if isinstance(random, bool) else list(random)
         for name, part in self._parts().items():
@@ -121,31 +125,14 @@ class OuterState:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                try:
-                    torch.save(self._read(), file)
-                except (AttributeError, TypeError, pickle.PicklingError) as error:
-                    raise InvalidInputError(
-                        f"the state cannot be written to a file ({error}): keep tensors, numbers, "
-                        "strings, lists and dicts in it"
-                    ) from error
-                file.flush()
-                os.fsync(file.fileno())
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
-            if unsafe:
+        with whole_file(path, _check_safe) as file:
+            try:
+                torch.save(self._read(), file)
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
                 raise InvalidInputError(
-                    f"the state holds objects of {', '.join(sorted(unsafe))}, which load() would "
-                    "refuse, since a file that names classes can run code: keep tensors, numbers, "
-                    "strings, lists and dicts in it, or register the class with "
-                    "torch.serialization.add_safe_globals"
-                )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _flush_folder(path.parent)
+                    f"the state cannot be written to a file ({error}): keep tensors, numbers, "
+                    "strings, lists and dicts in it"
+                ) from error
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from the file ``path``, which `save` wrote.
@@ -206,6 +193,18 @@ class OuterState:
             generator.set_state(saved)
         if self._global:
             _restore_global_random_state(state["random"])
+
+
+def _check_safe(path: Path) -> None:
+    """Raise if `OuterState.load` would refuse the file."""
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if unsafe:
+        raise InvalidInputError(
+            f"the state holds objects of {', '.join(sorted(unsafe))}, which load() would "
+            "refuse, since a file that names classes can run code: keep tensors, numbers, "
+            "strings, lists and dicts in it, or register the class with "
+            "torch.serialization.add_safe_globals"
+        )
 
 
 def _check_part(where: str, part: object) -> None:
@@ -342,16 +341,6 @@ def _restore_global_random_state(state: Mapping[str, Any]) -> None:
         numpy = importlib.import_module("numpy")
         name, words, *rest = state["numpy"]
         numpy.random.set_state((name, words.numpy().astype("uint32"), *rest))
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the new name of a file last; some systems cannot open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _listed(names: object) -> str:

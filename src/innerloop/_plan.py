@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
-from innerloop._problem import Problem
+from innerloop._problem import Problem, check_problem
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import check_strategy
 from innerloop._utils import tree
@@ -160,6 +160,7 @@ def plan(
         ... ]
         [(StoreAll(), False)]
     """
+    check_problem(problem)
     data = batches_of(batches, steps)
     if data.steps is None:
         raise InvalidInputError("the length of an iterator is not known: write steps=T")

@@ -44,6 +44,7 @@ from innerloop._types import (
     ValueAndGrad,
 )
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_takes, given, shown
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
@@ -138,6 +139,13 @@ class Problem(Generic[Batch, Aux]):
                 "targets must be a function targets(params, hyper, batch), got "
                 f"{type(targets).__name__}"
             )
+        if targets is not None:
+            check_takes("targets", targets, "params", "hyper", "batch")
+            check_takes("loss", loss, "params", "hyper", "batch", "targets")
+        else:
+            check_takes("loss", loss, "params", "hyper", "batch")
+        if optimizer_hyper is not None and callable(optimizer_hyper):
+            check_takes("optimizer_hyper", optimizer_hyper, "hyper", "t")
         self.targets: Callable[..., object] | None = targets
         self.view: module.ModuleView | None = None
         self.original: Problem[Batch, Aux] | None = None
@@ -171,6 +179,9 @@ class Problem(Generic[Batch, Aux]):
         ``dict(model.named_parameters())``; other parameters keep the module's values. ``targets``
         is here a function ``targets(model, hyper, batch)``.
         """
+        if callable(loss):
+            more = () if targets is None else ("targets",)
+            check_takes("loss", loss, "model", "hyper", "batch", *more)
         # `evaluate` passes them the module where a problem without one passes its parameters.
         functions: Any = loss, targets
         problem = cls(
@@ -204,9 +215,14 @@ class Problem(Generic[Batch, Aux]):
             return params
         if params is None:
             params = self.trainable_params()
-        if not isinstance(params, Mapping) or not all(
-            isinstance(p, Tensor) for p in params.values()
-        ):
+        for name, p in params.items() if isinstance(params, Mapping) else ():
+            if not isinstance(p, Tensor):
+                raise InvalidInputError(
+                    f"{given(f'params[{name!r}]', p)}, and params must be a dict of named tensors: "
+                    "write torch.as_tensor(...); nested dicts are written flat, "
+                    "{'layer.weight': tensor}"
+                )
+        if not isinstance(params, Mapping):
             raise InvalidInputError(
                 "params must be a dict of named tensors, or a carry (traj.at(-1)), got "
                 f"{type(params).__name__}: for a module write "
@@ -543,6 +559,15 @@ class Problem(Generic[Batch, Aux]):
         return f"Problem({getattr(self.loss, '__name__', self.loss)!s}, {self.optimizer!r})"
 
 
+def check_problem(problem: object) -> None:
+    """Raise unless ``problem`` is a `Problem`."""
+    if not isinstance(problem, Problem):
+        raise InvalidInputError(
+            f"expected an innerloop.Problem, got {shown(problem)}: write "
+            "innerloop.Problem(loss, optimizer)"
+        )
+
+
 def rules_of(optimizer: Optimizer) -> list[Optimizer]:
     """Return the rules of an optimizer: those of its groups, or itself."""
     if not isinstance(optimizer, (Groups, FromTorch)):
@@ -567,7 +592,8 @@ class _ReadByName:
     """The function ``optimizer_hyper`` of an optimizer that reads entries of ``hyper`` by name."""
 
     def __init__(self, names: Sequence[str], optimizer: Optimizer) -> None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+        if not fits:
             raise InvalidInputError(
                 f"optimizer_hyper={names!r}: write a tuple of names, "
                 "optimizer_hyper=('lr',), or a function of (hyper, t)"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from innerloop._carry import Carry
 from innerloop._types import Aux
+from innerloop._utils.arguments import check_integer
 from innerloop.errors import InvalidInputError
 
 
@@ -70,6 +71,7 @@ class Trajectory(Generic[Aux]):
         Raises:
             InvalidInputError: ``t`` is outside of 0..T, or was not kept.
         """
+        check_integer("a time", t)
         time = t + self.steps + 1 if t < 0 else t
         if not 0 <= time <= self.steps:
             raise InvalidInputError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
-from innerloop._problem import Problem
+from innerloop._problem import Problem, check_problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import Aux, Batch, HyperTree, Params
 from innerloop._utils import torch_private, tree
@@ -99,11 +99,7 @@ def unroll(
             "torch.inference_mode is on, in which no gradient can be taken, not even an inner "
             "one: write torch.no_grad instead"
         )
-    if not isinstance(problem, Problem):
-        raise InvalidInputError(
-            f"expected an innerloop.Problem, got {type(problem).__name__}: write "
-            "innerloop.Problem(loss, optimizer)"
-        )
+    check_problem(problem)
     data = batches_of(batches, steps)
     times = _times(save_at, data.steps)
     report = reporter(progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -36,12 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What stands behind ``innerloop`` on the command line; None reads it from there.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _print_what_the_terminal_can()
     if getattr(options, "script", None) is not None:
         return on_a_script(options)
     if options.command == "doctor":
         return doctor(options.device, markdown=options.markdown)
+    if options.command == "bench":
+        return bench(rest)
     if options.command == "rl":
         return reinforcement_learning(options)
     if options.report is not None:
@@ -386,6 +392,25 @@ def doctor(device: str = "cpu", *, markdown: bool = False) -> int:
     return DISAGREES if any(finding.silent for finding in findings) else OK
 
 
+def bench(rest: Sequence[str]) -> int:
+    """Run the benchmarks of a clone of the repository, which the package does not carry.
+
+    Args:
+        rest: the arguments of ``python -m benchmarks``.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    found = importlib.util.find_spec("benchmarks")
+    if found is None or not (Path.cwd() / "benchmarks" / "contenders").is_dir():
+        print(
+            "innerloop bench: the benchmarks are not in this folder: run it in a clone of the "
+            "repository, after pip install -e '.[bench]'",
+            file=sys.stderr,
+        )
+        return FAILED
+    code: int = importlib.import_module("benchmarks.__main__").main(rest)
+    return code
+
+
 def reinforcement_learning(options: argparse.Namespace) -> int:
     """Train as ``innerloop rl`` says, and write checkpoint, table and picture into a folder.
 
@@ -551,6 +576,12 @@ def _parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="go on from the checkpoint in the folder"
         )
         command.add_argument("--no-picture", action="store_true", help="draw no learning curve")
+    commands.add_parser(
+        "bench",
+        add_help=False,
+        help="time and weigh every installed library on the same meta-gradients (in a clone of "
+        "the repository; bench --help says more)",
+    )
     return parser
 
 

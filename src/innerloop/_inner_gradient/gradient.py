@@ -110,26 +110,30 @@ def with_dense_gradients(params: Mapping[K, Tensor], chosen: Collection[K]) -> d
     through the same operation, and few update rules have a derivative for that. The inner gradient
     need not show it: see `sent_sparse`.
     """
-    if not chosen:
-        return dict(params)
-    return {
-        key: _DenseGradient.apply(p) if key in chosen and p.requires_grad else p
-        for key, p in params.items()
-    }
+    found = dict(params)
+    keys = [key for key in chosen if key in found and found[key].requires_grad]
+    if keys:
+        found.update(zip(keys, _DenseGradients.apply(*(found[k] for k in keys)), strict=True))
+    return found
 
 
-class _DenseGradient(torch.autograd.Function):
-    """The identity, whose derivative is dense."""
+def tables(params: Mapping[K, Tensor]) -> list[K]:
+    """Return the keys of what ``F.embedding`` could look up: parameters of two dimensions."""
+    return [key for key, p in params.items() if p.dim() == 2]
+
+
+class _DenseGradients(torch.autograd.Function):
+    """The identity on any number of tensors, whose derivatives are dense.
+
+    One call for all of them, and no `setup_context`, for which PyTorch reads the signature of
+    `forward` at every call.
+    """
 
     @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        return value.view_as(value)
+    def forward(ctx: FunctionCtx, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        return grad.to_dense() if is_sparse(grad) else grad
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(g.to_dense() if g is not None and is_sparse(g) else g for g in grads)

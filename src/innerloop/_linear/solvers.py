@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_fields, check_function
 from innerloop.errors import (
     IndefiniteSystemError,
     InvalidInputError,
@@ -105,6 +106,10 @@ class Solver(abc.ABC):
     )
 
     def __post_init__(self) -> None:
+        """Check what the fields hold; a class with checks of its own calls this first."""
+        check_fields(self)
+        if self.report is not None:
+            check_function("report", self.report, "write a function report(solved), or None")
         if self.tolerance is not None and not self.tolerance >= 0:
             raise InvalidInputError(
                 f"tolerance={self.tolerance!r}: write a relative residual, 1e-8 for example"

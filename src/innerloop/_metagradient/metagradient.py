@@ -15,11 +15,12 @@ from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
 from innerloop._metagradient.unreached import Unreached
 from innerloop._module.checks import check_not_inference
-from innerloop._problem import Problem
+from innerloop._problem import Problem, check_problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import Aux, Batch, HyperTree, Params, Result
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_flag, check_outer, names_in
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report
@@ -82,9 +83,10 @@ def metagradient(
         >>> grads
         {'params': {'w': tensor(0.1250)}, 'hyper': {'lr': tensor(-1.)}}
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not names or not set(names) <= {"params", "hyper"}:
-        raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
+    check_problem(problem)
+    check_outer(outer)
+    check_flag("compile", compile)
+    names = names_in(wrt)
     strategy = StoreAll() if strategy is None else strategy
     check_strategy(strategy)
     missing = sorted(set(names) - strategy.differentiates)

@@ -13,8 +13,9 @@ from torch import Tensor
 from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient import distributed
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_flag
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled
+from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, moved_by_rounding
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
@@ -103,6 +104,7 @@ def map_tasks(
         >>> grads
         {'w': tensor(1.)}
     """
+    check_flag("compile", compile)
     count = _check(fn, tasks, shared, chunk_size, randomness, reduce, group)
     share = range(count)
     run = distributed.Run(group, count) if group is not None else None
@@ -367,7 +369,12 @@ class _CompiledChunks:
             with self._trust.at_stake():
                 self._first_alone(fn, some, shared)
                 expected = _batched(fn, some, shared, "error")
-                check_compiled(_groups(found), _groups(expected), "a chunk of tasks")
+
+                def perturbed() -> dict[str, object]:
+                    return _groups(_batched(fn, *moved_by_rounding((some, shared)), "error"))
+
+                what = "a chunk of tasks"
+                check_compiled(_groups(found), _groups(expected), what, perturbed=perturbed)
             self._verified.add(kind)
             self._trust.gained(self._call.compilations)
             self._later.checked(time.perf_counter() - end)

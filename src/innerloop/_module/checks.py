@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,53 +15,67 @@ from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 
 
-@contextmanager
-def refusing_recomputation() -> Iterator[None]:
+class refusing_recomputation(torch_private.refusing_saved_tensors_hooks):  # noqa: N801 (as above)
     """Refuse saved-tensor hooks that begin inside.
 
     A checkpointed forward would be recomputed later, when a module has other weights. Hooks around
     the whole loop stay: checkpointing of a layer that has the loop inside repeats all of it.
     """
-    message = "innerloop refuses saved tensor hooks here"
-    try:
-        with torch_private.refusing_saved_tensors_hooks(message):
-            yield
-    except RuntimeError as error:
-        if message not in str(error):
-            raise
-        raise NotDifferentiableError(
-            "activation checkpointing (torch.utils.checkpoint) inside a function of parameters: "
-            "it would be recomputed with other "
-            "weights, switch it off. (Other saved-tensor hooks that begin there are refused with "
-            "it; write save_on_cpu around the whole loop, or "
-            'strategy=innerloop.Checkpointed(offload="cpu").)'
-        ) from error
+
+    _REFUSED = "innerloop refuses saved tensor hooks here"
+
+    def __init__(self) -> None:
+        super().__init__(self._REFUSED)
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)
+        _, error, _ = raised
+        if isinstance(error, RuntimeError) and self._REFUSED in str(error):
+            raise NotDifferentiableError(
+                "activation checkpointing (torch.utils.checkpoint) inside a function of "
+                "parameters: it would be recomputed with other "
+                "weights, switch it off. (Other saved-tensor hooks that begin there are refused "
+                "with it; write save_on_cpu around the whole loop, or "
+                'strategy=innerloop.Checkpointed(offload="cpu").)'
+            ) from error
 
 
 def versions_of(params: Mapping[str, Tensor]) -> list[int]:
     """Count for each tensor how often it has been written in place."""
+    if mode() is Mode.EAGER:
+        with suppress(RuntimeError):  # one made under inference_mode has no count
+            return torch_private.versions(params.values())
     return [
         0 if x.is_inference() else torch_private.version(x)
         for x in map(torch_private.innermost, params.values())
     ]
 
 
-@contextmanager
-def refusing_writes(params: Mapping[str, Tensor]) -> Iterator[None]:
+class refusing_writes:  # noqa: N801 (used like a function; a step enters it every time)
     """Raise if one of ``params`` is written in place inside the block."""
-    if mode() is Mode.COMPILING:
-        yield
-        return
-    before = versions_of(params)
-    yield
-    for name, was, now in zip(params, before, versions_of(params), strict=True):
-        if was != now:
-            raise InvalidInputError(
-                f"the loss writes the parameter {name!r} in place (a forward pass that clips its "
-                "weight under no_grad or .data): that is not a function of the parameters, and "
-                "the derivative would take it for a constant added. Write it in the forward pass "
-                "out of place: torch.clamp(self.weight, -1, 1)"
-            )
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._params = params
+        self._before: list[int] | None = None
+
+    def __enter__(self) -> None:
+        if mode() is not Mode.COMPILING:
+            self._before = versions_of(self._params)
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None or self._before is None:
+            return
+        after = versions_of(self._params)
+        if after == self._before:
+            return
+        counts = zip(self._params, self._before, after, strict=True)
+        name = next(name for name, was, now in counts if was != now)
+        raise InvalidInputError(
+            f"the loss writes the parameter {name!r} in place (a forward pass that clips its "
+            "weight under no_grad or .data): that is not a function of the parameters, and "
+            "the derivative would take it for a constant added. Write it in the forward pass "
+            "out of place: torch.clamp(self.weight, -1, 1)"
+        )
 
 
 def check_not_inference(what: str, tensor: Tensor) -> None:

@@ -47,6 +47,7 @@ from innerloop._track.start import (
 from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_flag, check_mapping
 from innerloop._utils.execution import may_read_values
 from innerloop._utils.finite import all_finite, is_finite
 from innerloop.errors import InvalidInputError, NonFiniteError
@@ -78,6 +79,9 @@ class TrackedLoop:
         first_order: bool,
     ) -> None:
         check_place(learn)
+        check_flag("first_order", first_order)
+        if params is not None:
+            check_mapping("params", params, "named tensors", "a dict, name -> tensor")
         self.learn = learn
         self.first_order = first_order
         self._second_order = learn != "nothing" and not first_order
@@ -205,9 +209,11 @@ class TrackedLoop:
 
     def step(
         self,
-        loss: Tensor | Closure,
+        loss: Tensor | Callable[..., object],
         hyper: Mapping[str, object] | None = None,
         grad_callback: Callback | None = None,
+        *,
+        args: Sequence[object] = (),
     ) -> Float[Tensor, ""]:
         """Take one differentiable step of the optimizer.
 
@@ -222,6 +228,7 @@ class TrackedLoop:
             grad_callback: receives the gradients by name (None where the loss does not depend on a
                 parameter) and returns those to use; at every evaluation of a closure. Or a
                 transform of `innerloop.optim` that keeps no state, ``clip_by_global_norm(1.0)``.
+            args: handed to the closure, ``loss(*args)``.
 
         Returns:
             The loss, detached; of a closure, that of the first evaluation.
@@ -235,6 +242,8 @@ class TrackedLoop:
         """
         transform = self._transform_of(grad_callback)
         closure = None if isinstance(loss, Tensor) or not callable(loss) else loss
+        if args:
+            closure = _called_with(closure, args)
         with self._own_code():
             current = self._current()
             self._facts.check(current)
@@ -711,3 +720,13 @@ class TrackedLoop:
                     "closure or an object that is not a module. Make that a method of the module, "
                     "or a submodule"
                 )
+
+
+def _called_with(closure: Callable[..., object] | None, args: Sequence[object]) -> Closure:
+    """Return a closure without arguments."""
+    if closure is None:
+        raise InvalidInputError(
+            "args= was given to loop.step together with a loss: they are handed to a function that "
+            "computes it, loop.step(fn, args=(x, y))"
+        )
+    return partial(closure, *args)

@@ -38,15 +38,15 @@ def check_place(learn: str) -> None:
         )
 
 
-def refuse_reserved(strategy: object, save_at: object) -> None:
-    """Raise if an argument is given that is reserved for loops with a strategy."""
-    for name, value in (("strategy", strategy), ("save_at", save_at)):
-        if value is not None:
-            raise InvalidInputError(
-                f"{name}={value!r} was given to track, which keeps the graph of every step and "
-                f"cannot run under a strategy yet: leave {name}= away, or write the loop with "
-                f"innerloop.unroll(..., {name}=...)"
-            )
+def check_save_at(save_at: Sequence[int], learn: str) -> None:
+    """Raise if times are given where every one is kept, or none is."""
+    if len(save_at):
+        why = (
+            'learn="nothing" keeps times 0 and -1 only'
+            if learn == "nothing"
+            else "without strategy= track keeps every time: leave save_at= away"
+        )
+        raise InvalidInputError(f"save_at={list(save_at)!r} was given to track, and {why}")
 
 
 def pure_optimizer(optimizer: object, own: Params) -> Optimizer:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from innerloop._track.loop import TrackedLoop
-from innerloop._track.start import Learn, Model, TorchOptimizer, refuse_reserved
+from innerloop._track.replayed_loop import ReplayedLoop
+from innerloop._track.start import Learn, Model, TorchOptimizer, check_save_at
 from innerloop._types import Params
+from innerloop._unroll import check_strategy
 from innerloop.optim._base import Optimizer
 from innerloop.strategy._base import Strategy
 
@@ -20,7 +22,7 @@ def track(
     first_order: bool = False,
     *,
     strategy: Strategy | None = None,
-    save_at: Sequence[int] | None = None,
+    save_at: Sequence[int] = (),
 ) -> TrackedLoop:
     r"""Make the steps of a training loop differentiable.
 
@@ -45,8 +47,13 @@ def track(
             :math:`\partial\theta_{t+1}/\partial\theta_t = I` and what the rule itself adds:
             ``.grad`` is the gradient of first-order MAML (Finn et al. 2017), exact if the inner
             loss is linear. `unroll` does the same with the strategy `FirstOrder`.
-        strategy: reserved for loops that are replayed; must be None.
-        save_at: reserved, as ``strategy``.
+        strategy: None keeps the graph of every step. `Checkpointed` (its ``slots``, ``memory`` of
+            the states alone, and ``offload``) keeps some of the states, and runs each step again in
+            the backward pass: ``loop.step`` then needs a function that computes the loss,
+            ``loop.step(lambda: loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The
+            gradients are the same. Second derivatives of the outer loss are refused.
+        save_at: with a strategy, the times whose states ``loop.at(t)`` returns, besides the start
+            and the newest.
 
     Returns:
         A `TrackedLoop`, to be used in a ``with`` statement.
@@ -59,7 +66,8 @@ def track(
         A weight of ``loop.model`` is edited by ``loop.assign``, with its derivative. Adding a
         constant in place, under ``torch.no_grad``, is right too if it is done from the first step
         on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
-        Assigning a new ``nn.Parameter`` cuts the gradient there. Frozen parameters are shared with
+        Assigning a new ``nn.Parameter`` cuts the gradient there, and the loop then trains that one
+        (PyTorch's optimizer would go on with the old one). Frozen parameters are shared with
         ``model``, not copied: do not edit those in place. Buffers (running statistics) are
         constants of the derivative, as in PyTorch. What is frozen, the param groups and the hooks
         are read once: a change of them inside the block is refused.
@@ -68,8 +76,16 @@ def track(
         momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients
         are made dense, except for ``SparseAdam``.
 
+        Under a strategy the values that a function reads when ``loop.step`` is called (its
+        variables, late-bound ones too, and the globals of its module) are noted for its next run;
+        data that it reaches otherwise (an attribute of an object, an iterator, memory that was
+        overwritten) must be the same then: each loss is compared with that of the forward pass, to
+        the last bit on the CPU, and an error names the step.
+
     Cost:
-        About 3 gradients per step, and the memory of T graphs: as `StoreAll`.
+        About 3 gradients per step, and the memory of T graphs: as `StoreAll`. Under `Checkpointed`
+        up to twice the time, and the memory of about :math:`2\sqrt T` states, some 15 kB a step,
+        and graphs of at most 16 MB, or of one step.
 
     Example:
         Two steps with rate .5 on w²/2, and the outer loss w₂²/2: the meta-gradient is (1 - .5)⁴ w₀.
@@ -87,5 +103,8 @@ def track(
         >>> model.weight.grad
         tensor([[0.2500]])
     """
-    refuse_reserved(strategy, save_at)
-    return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
+    if strategy is None or learn == "nothing":
+        check_save_at(save_at, learn)
+        return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
+    check_strategy(strategy)
+    return ReplayedLoop(model, optimizer, learn, params, hyper, first_order, strategy, save_at)

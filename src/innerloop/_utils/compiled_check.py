@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from innerloop._utils import tree
 from innerloop.errors import MetaGradientError
+
+T = TypeVar("T")
 
 
 def check_compiled(
@@ -67,6 +70,20 @@ def check_compiled(
                     "wrong numbers here, or the loss is not a function of its arguments (numbers "
                     "of NumPy or of a generator are drawn, say). Write compile=False"
                 )
+
+
+def moved_by_rounding(inputs: T) -> T:
+    """Return a pytree whose tensors are moved by about one unit of rounding, at random."""
+    generator = torch.Generator().manual_seed(16)
+
+    def move(x: Tensor) -> Tensor:
+        if not tree.differentiable(x):
+            return x
+        signs = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
+        moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * signs.to(x.dtype))
+        return moved.requires_grad_(x.requires_grad)
+
+    return tree.map_tensors(move, inputs)
 
 
 class Trust:

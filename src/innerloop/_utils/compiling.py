@@ -81,7 +81,7 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
         try:
-            with silent_about_grad():
+            with silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
         except InnerLoopError:
             raise

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from innerloop._utils import torch_private
 
+compiling = torch.compiler.is_compiling
+"""True while the compiler traces: `mode` for code that runs at every operation."""
+
 
 class Mode(enum.Enum):
     """One of the three ways in which code is run."""

@@ -6,6 +6,7 @@ by a test and mended here.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -181,21 +182,38 @@ def no_saved_tensors_hooks() -> Iterator[None]:
         torch._C._autograd._push_saved_tensors_default_hooks(*pack_and_unpack)
 
 
-@contextmanager
-def refusing_saved_tensors_hooks(message: str) -> Iterator[None]:
+class refusing_saved_tensors_hooks:  # noqa: N801 (used like a function, at every step)
     """Raise a RuntimeError with ``message`` where hooks on saved tensors begin inside the block.
 
     The public ``disable_saved_tensors_hooks`` refuses those that are there already, too.
     """
-    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-    torch._C._autograd._saved_tensors_hooks_disable(message, False)
-    try:
-        yield
-    finally:
-        if before is None:
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __enter__(self) -> None:
+        self._before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        torch._C._autograd._saved_tensors_hooks_disable(self._message, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
-            torch._C._autograd._saved_tensors_hooks_disable(before, False)
+            torch._C._autograd._saved_tensors_hooks_disable(self._before, False)
+
+
+class as_before_for_hooks:  # noqa: N801 (used like a function)
+    """Leave hooks on saved tensors allowed after the block if they were before it.
+
+    A compilation that traces a ``torch.func`` transform and gives up forbids them for good.
+    """
+
+    def __enter__(self) -> None:
+        self._before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
 
 
 def inside_saved_tensors_hooks() -> bool:
@@ -268,6 +286,12 @@ def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
 def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
     """Compute ``x * factor`` for each tensor, in one call."""
     return list(torch._foreach_mul(xs, factor))
+
+
+def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
+    """Compute the norm of the differences between two lists of tensors, in a few calls."""
+    norms = torch._foreach_norm(torch._foreach_sub(xs, ys))
+    return float(torch.stack([n.double() for n in norms]).norm())
 
 
 def version(tensor: Tensor) -> int:
@@ -365,6 +389,32 @@ def backward_pass() -> int:
     Code that runs during one is a hook or a recomputation.
     """
     return torch._C._current_graph_task_id()
+
+
+def keeps_graph() -> bool:
+    """True if the backward pass that is running retains the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def graph_bytes(ends: Iterable[Tensor]) -> int:
+    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass."""
+    held: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    stack: list[Any] = [x.grad_fn for x in ends]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend([child for child, _ in node.next_functions])
+        names = [n for n in dir(node) if n.startswith("_saved_")]
+        values = [getattr(node, n) for n in names]
+        values += getattr(node, "saved_tensors", ())
+        for x in values:
+            for y in x if isinstance(x, (list, tuple)) else (x,):
+                if isinstance(y, Tensor) and y.layout == torch.strided:
+                    held.setdefault(y.untyped_storage().data_ptr(), y)
+    return sum(x.untyped_storage().nbytes() for x in held.values())
 
 
 def storage_weakref(tensor: Tensor) -> Any:
@@ -560,7 +610,9 @@ def keeping_buffers() -> AbstractContextManager[object]:
     It refuses that where it overwrites what the forward pass saved, which does not matter to a
     graph that is used once.
     """
-    found: AbstractContextManager[object] = torch._functorch.config.patch(donated_buffer=False)
+    # Nothing but compiled code imports it.
+    config = importlib.import_module("torch._functorch.config")
+    found: AbstractContextManager[object] = config.patch(donated_buffer=False)
     return found
 
 

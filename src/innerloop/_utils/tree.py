@@ -30,6 +30,16 @@ def register(
     torch_private.register_tree_node(cls, children, rebuild)
 
 
+def children(value: object) -> list[Any]:
+    """Return what an instance of a registered class holds; nothing for any other."""
+    return _nodes[type(value)][0](value) if type(value) in _nodes else []
+
+
+def rebuilt(value: object, held: list[Any]) -> Any:
+    """Return an instance of a registered class like ``value`` that holds these."""
+    return _nodes[type(value)][1](value, held)
+
+
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     """Apply ``fn`` to each leaf of ``tree``.
 

@@ -133,9 +133,19 @@ def examine(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         warnings.simplefilter("ignore")
         met = _Met(model)
-        with met:
-            output = call()
-        met.close()
+        try:
+            with met:
+                output = call()
+        except InnerLoopError:
+            raise
+        except Exception as failure:
+            raise InvalidInputError(
+                f"{type(what).__name__} cannot be called with this example "
+                f"({type(failure).__name__}: {failure}): pass the tensor, the tuple of arguments "
+                "or the dict of keywords that it is called with in training"
+            ) from failure
+        finally:
+            met.close()
         ends = [x for x in tree.tensors(output) if tree.differentiable(x) and x.requires_grad]
         if not ends:
             raise InvalidInputError(

@@ -24,6 +24,7 @@ from innerloop._inner_gradient.loss import check_loss
 from innerloop._module.checks import LateHooks
 from innerloop._module.view import look_up_densely
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_device, check_flag
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
@@ -78,6 +79,8 @@ class DifferentiableOptimizer(abc.ABC):
         **kwargs: Any,
     ) -> None:
         check_optimizer(other)
+        check_device(device)
+        check_flag("track_higher_grads", track_higher_grads)
         refuse_hooks(other)
         if fmodel is not None and not isinstance(fmodel, PatchedModule):
             raise InvalidInputError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from innerloop._utils.arguments import check_device
 from innerloop.errors import InvalidInputError
 from innerloop.higher._base import Override, check_optimizer, entries
 from innerloop.higher._nested import flatten, is_container, recursive_map
@@ -35,6 +36,7 @@ def get_trainable_opt_params(
         [tensor(0.2500, requires_grad=True)]
     """
     check_optimizer(opt)
+    check_device(device)
     override: dict[str, list[Any]] = defaultdict(list)
     known = _real_valued(opt)
     for group in opt.param_groups:

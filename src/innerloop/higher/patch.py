@@ -14,6 +14,7 @@ from innerloop._module.checks import refuse_clipping
 from innerloop._module.copier import GONE, Gate, plain
 from innerloop._module.view import ModuleView, keep_running_statistics
 from innerloop._utils import torch_private
+from innerloop._utils.arguments import check_device, check_flag
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import FastWeights, fast_weights
 from innerloop.higher._nested import copy_tensor
@@ -340,6 +341,7 @@ def buffer_sync(
     Raises:
         InvalidInputError: ``fmodule`` lacks one of the submodules.
     """
+    check_device(device)
     for which, given in (("module", module), ("fmodule", fmodule)):
         if not isinstance(given, nn.Module):
             raise InvalidInputError(
@@ -465,10 +467,9 @@ def monkeypatch(
             fast.move_buffers(device)
         fmodel.update_params(start)
 
-    if not isinstance(copy_initial_weights, bool):
-        raise InvalidInputError(
-            f"copy_initial_weights={copy_initial_weights!r}: write True or False"
-        )
+    check_device(device)
+    check_flag("copy_initial_weights", copy_initial_weights)
+    check_flag("track_higher_grads", track_higher_grads)
     fmodel = make_functional(module, begin)
     fmodel.track_higher_grads = track_higher_grads
     return fmodel

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import Carry
-from innerloop._problem import Problem
+from innerloop._problem import Problem, check_problem
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import unroll
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_function, check_instance, check_seed, shown
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, NotDifferentiableError
@@ -205,6 +206,7 @@ class Attribution:
                 f"subsets={subsets}, drop={drop}: write at least 2 subsets of at least one of the "
                 f"{examples} examples, and not of all"
             )
+        check_seed("seed", seed)
         generator = torch.Generator().manual_seed(seed)
         predicted, weights = [], []
         for _ in range(subsets):
@@ -341,6 +343,11 @@ def attribute(
         >>> found.scores, found.predicted([2])
         (tensor([[1., 2., 4.]]), tensor([-4.]))
     """
+    check_problem(problem)
+    check_function("queries", queries, "write a function queries(params) that returns a tensor [Q]")
+    if index is not None:
+        check_function("index", index, "write a function index(batch) that returns a tensor [B]")
+    check_instance("weights", weights, str, 'the name of an entry of hyper, weights="weights"')
     if not isinstance(hyper, Mapping) or not isinstance(hyper.get(weights), Tensor):
         raise InvalidInputError(
             f"hyper has no tensor {weights!r}: write hyper={{{weights!r}: torch.ones(N)}}, the "
@@ -491,6 +498,11 @@ def _weighted(
         if isinstance(found, tuple):
             found, penalty = found
         chosen = index(batch)
+        if not isinstance(chosen, Tensor):
+            raise InvalidInputError(
+                f"index(batch) returned {shown(chosen)}: return a tensor [B], the numbers of the "
+                "batch's examples"
+            )
         if not isinstance(found, Tensor) or found.ndim != 1 or found.shape != chosen.shape:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InvalidInputError(

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._trajectory import Trajectory
+from innerloop._unroll import check_strategy
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_outer
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError
 from innerloop.inspect._plot import COLOURS, axes_of, figure_with, tidy
@@ -105,6 +107,9 @@ def compare(
     """
     traj = trajectory_of(traj)
     reference = StoreAll() if reference is None else reference
+    check_outer(outer)
+    for each in (strategy, reference):
+        check_strategy(each)
     record = traj.record
     if record is None:
         raise InvalidInputError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from innerloop._linear.hessian import Hessian
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_times
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, MissingExtraError, NotDifferentiableError
 from innerloop.inspect._plot import COLOURS, axes_of, figure_with, tidy
@@ -118,7 +119,7 @@ def curvature(
         raise InvalidInputError("the loop has no step, so there is no inner loss to look at")
     if times is None:
         times = sorted({round(i * (traj.steps - 1) / 7) for i in range(8)})
-    chosen = [time_of(traj, t) for t in times]
+    chosen = [time_of(traj, t) for t in check_times("times", times)]
     if any(t >= traj.steps for t in chosen):
         raise InvalidInputError(
             f"times={list(times)}: the loss of step t belongs to time t, 0 to {traj.steps - 1}"

@@ -16,11 +16,19 @@ from torch import Tensor
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
 from innerloop._check import PromoteToFloat64
-from innerloop._problem import Problem, rules_of
+from innerloop._problem import Problem, check_problem, rules_of
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import unroll
 from innerloop._utils import tree
+from innerloop._utils.arguments import (
+    check_flag,
+    check_outer,
+    check_seed,
+    is_number,
+    names_in,
+    shown,
+)
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop._utils.text_table import table
 from innerloop.errors import (
@@ -211,11 +219,16 @@ def diagnose(
     """
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 1:
         raise InvalidInputError(f"probes={probes!r}: write a number of perturbations, 1 or more")
-    if not 0 < size < 1:
-        raise InvalidInputError(f"size={size!r}: write a relative size between 0 and 1")
+    check_problem(problem)
+    check_outer(outer)
+    check_seed("seed", seed)
+    check_flag("quiet", quiet)
+    check_flag("thorough", thorough)
+    if not is_number(size) or not 0 < size < 1:
+        raise InvalidInputError(f"size is {shown(size)}: write a relative size between 0 and 1")
     if hasattr(batches, "__next__"):
         batches = list(batches)  # type: ignore[call-overload]
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = names_in(wrt)
     case = _Case(outer, problem, params, batches, hyper, steps, names, strategy, seed)
     found = case.judge(size, probes, thorough)
     if not quiet:

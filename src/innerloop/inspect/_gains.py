@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._utils.arguments import check_seed
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.text_table import table
 from innerloop.errors import CostWarning, InvalidInputError
@@ -183,6 +184,7 @@ class _Bidiagonal:
 
     def __init__(self, pushes: Window, pulls: Window, seed: int) -> None:
         self._pushes, self._pulls = pushes, pulls
+        check_seed("seed", seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._inputs: list[Tensor] = []
         self._outputs: list[Tensor] = []

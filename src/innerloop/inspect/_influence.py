@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_seed
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError
 from innerloop.inspect._adjoints import Sink, sweep_back
@@ -214,6 +215,7 @@ def _square(x: Tensor) -> Tensor:
 
 def _signs(traj: Trajectory, probes: int, seed: int) -> list[dict[str, Tensor]]:
     """Return random signs in the shape of the last parameters."""
+    check_seed("seed", seed)
     generator = torch.Generator().manual_seed(seed)
     params = {n: p for n, p in traj.at(-1).params.items() if tree.differentiable(p)}
     return [

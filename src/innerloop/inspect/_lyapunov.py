@@ -10,6 +10,7 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_seed
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.inspect._plot import COLOURS, axes_of, figure_with, tidy
@@ -219,6 +220,7 @@ class _Frame:
 
     def random(self, k: int, seed: int) -> list[Vector]:
         """Return k random orthonormal tangents."""
+        check_seed("seed", seed)
         generator = torch.Generator().manual_seed(seed)
         draw = torch.randn(self.size, k, generator=generator, dtype=torch.float64)
         return self._tangents(torch.linalg.qr(draw)[0])

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
-from innerloop._problem import Problem
+from innerloop._problem import Problem, check_problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import unroll
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_outer, names_in
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.inspect._window import Collect, part_of, vjp
@@ -83,9 +84,9 @@ def metajacobian(
         tensor([[0.2500, 0.0000],
                 [0.0000, 0.2500]])
     """
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    if not names or not set(names) <= {"params", "hyper"}:
-        raise InvalidInputError(f'wrt={wrt!r}: write "params", "hyper" or ("params", "hyper")')
+    check_problem(problem)
+    check_outer(outer)
+    names = names_in(wrt)
     check_chunk(chunk)
     strategy = Checkpointed(product="reverse") if strategy is None else strategy
     start = problem.init(params).detach()

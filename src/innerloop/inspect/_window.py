@@ -16,6 +16,7 @@ from innerloop._track.loop import TrackedLoop
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_integer, check_mapping
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import at_random_state
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
@@ -57,6 +58,7 @@ def trajectory_of(given: Inspected) -> Trajectory:
 
 def time_of(traj: Trajectory, t: int) -> int:
     """Return a time as counted from the start; raise if the loop has no such time."""
+    check_integer("a time", t)
     time = t + traj.steps + 1 if t < 0 else t
     if not 0 <= time <= traj.steps:
         traj.at(t)
@@ -101,6 +103,7 @@ class Layout:
 
     def row(self, named: Named, what: str) -> Tensor:
         """Return one direction that a user gave, as a row; raise if it does not fit."""
+        check_mapping(what, named, "named tensors", "a dict, name -> tensor")
         wrong = [n for n in named if n not in self.names]
         if wrong:
             raise InvalidInputError(
@@ -460,6 +463,8 @@ def window_of(traj: Trajectory, time: int, wrt: int | Named, *, forward: bool = 
         wrt: the earlier time, or named tensors.
         forward: True if products from the right are wanted.
     """
+    if not isinstance(wrt, int) or isinstance(wrt, bool):
+        check_mapping("wrt", wrt, "a time or named tensors", "wrt=0, or a dict, name -> tensor")
     record: Record | None = traj.record
     again = record is not None and record.exact
     kept = traj.function is None
@@ -519,7 +524,8 @@ def ordered(traj: Trajectory, time: int, wrt: int) -> int:
 
 
 def check_requires_grad(wrt: Named) -> None:
-    """Raise unless all tensors require grad."""
+    """Raise unless ``wrt`` is a dict of tensors, and all of them require grad."""
+    check_mapping("wrt", wrt, "a time or named tensors", "wrt=0, or a dict, name -> tensor")
     if not all(t.requires_grad for t in wrt.values()):
         raise InvalidInputError(
             "wrt has tensors that do not require grad: "

@@ -50,16 +50,16 @@ def any_order() -> Iterator[None]:
         _thread.any_order = before
 
 
-@contextmanager
-def entering_loop() -> Iterator[None]:
+class entering_loop:  # noqa: N801 (used like a function, at every step)
     """Count one more loop, and note how many transforms run around it, inside this block."""
-    before = _thread.transform_levels
-    _thread.loops += 1
-    _thread.transform_levels = torch_private.derivative_levels()
-    try:
-        yield
-    finally:
-        _thread.loops, _thread.transform_levels = _thread.loops - 1, before
+
+    def __enter__(self) -> None:
+        self._before = _thread.transform_levels
+        _thread.loops += 1
+        _thread.transform_levels = torch_private.derivative_levels()
+
+    def __exit__(self, *_: object) -> None:
+        _thread.loops, _thread.transform_levels = _thread.loops - 1, self._before
 
 
 def _is_recorded(args: Args, kwargs: Kwargs) -> bool:

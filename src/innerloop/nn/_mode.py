@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from innerloop._utils import caches, inner_pass, torch_private, tree
-from innerloop._utils.execution import Mode, mode
+from innerloop._utils.execution import Mode, compiling, mode
 from innerloop._utils.warn import warn_user
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
 from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
@@ -123,17 +123,17 @@ class ReplacementMode(TorchFunctionMode):
         kwargs: Kwargs | None = None,
     ) -> object:
         """Run ``func`` or its replacement; PyTorch calls this with the mode off."""
+        if compiling():
+            # The compiler does not find a method in a table, and guards that it is not there.
+            func = _METHODS.get(getattr(func, "__name__", ""), func)
         watch = self.watch
         if watch is not None and self.on and watch.wants(func):
             return watch(func, args, lambda: self._replaced(func, args, kwargs))
-        if not self.replaces:
+        if not self.replaces or (func not in _intercepted and func not in _SIZED):
             return func(*args, **kwargs) if kwargs else func(*args)
         return self._replaced(func, args, kwargs)
 
     def _replaced(self, func: Callable[..., object], args: Args, kwargs: Kwargs | None) -> object:
-        if mode() is Mode.COMPILING:
-            # The compiler does not find a method in a table, and guards that it is not there.
-            func = _METHODS.get(getattr(func, "__name__", ""), func)
         found = _intercepted.get(func) if self.replaces else None
         if found is None and func in _SIZED:
             args, kwargs = _of_one_size(func, args, kwargs or {})
@@ -241,15 +241,22 @@ def replacing(only_silent: bool = False) -> AbstractContextManager[object]:
     """
     if only_silent or mode() is Mode.COMPILING:
         return ReplacementMode(only_silent)
-    return _replacing_in_loop()
+    return _ReplacingInLoop()
 
 
-@contextmanager
-def _replacing_in_loop() -> Iterator[None]:
-    # Where gradients are off all around, nothing tells what the user holds constant.
-    pushing = torch_private.forward_mode() and torch.is_grad_enabled()
-    with entering_loop(), _InForwardMode() if pushing else ReplacementMode():
-        yield
+class _ReplacingInLoop(entering_loop):
+    """Replace operations inside this block, in forward mode too."""
+
+    def __enter__(self) -> None:
+        # Where gradients are off all around, nothing tells what the user holds constant.
+        pushing = torch_private.forward_mode() and torch.is_grad_enabled()
+        super().__enter__()
+        self._mode = _InForwardMode() if pushing else ReplacementMode()
+        self._mode.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._mode.__exit__(*error)
+        super().__exit__(*error)
 
 
 class LoopMode:
@@ -313,6 +320,11 @@ class LoopMode:
     def watches(self) -> bool:
         """True if the user's operations have been looked at until now."""
         return self._is_on and self._mode.watch is not None
+
+    @property
+    def replaces(self) -> bool:
+        """True if operations of the user's code are replaced now."""
+        return self._is_on and self._mode.replaces
 
     def paused(self) -> AbstractContextManager[object]:
         """Switch the mode off inside a block, for the loop's own code."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop._types import Grads, Params
+from innerloop._utils.arguments import check_fields
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._from_torch.layout import TorchLayout
@@ -106,6 +107,10 @@ class Rule(Optimizer):
         if "state_type" in vars(cls):
             # torch.load, with its default weights_only=True, makes instances of such classes only.
             torch.serialization.add_safe_globals([cls.state_type])
+
+    def __post_init__(self) -> None:
+        """Check what the fields hold; a class with checks of its own calls this first."""
+        check_fields(self)
 
     @abc.abstractmethod
     def fields(self, hyper: Mapping[str, Any]) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ class Auto(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         in_bytes(self.memory)
 
     def run(self, loop: Loop) -> Trajectory:

@@ -14,7 +14,10 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_fields
 from innerloop._utils.progress import Report, silent
+from innerloop.errors import InvalidInputError
+from innerloop.strategy._engine.kept_states import KeptStates
 from innerloop.strategy._forecast import Cost, Forecast
 from innerloop.strategy._outer_gradient import Inputs, Objective, outer_gradient
 
@@ -106,6 +109,10 @@ class Strategy(abc.ABC):
     compiles: ClassVar[bool] = False
     """True if a whole meta-gradient with this strategy can be compiled."""
 
+    def __post_init__(self) -> None:
+        """Check what the fields hold; a class with checks of its own calls this first."""
+        check_fields(self)
+
     @abc.abstractmethod
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop so that gradients flow from the trajectory as this strategy promises."""
@@ -133,6 +140,22 @@ class Strategy(abc.ABC):
     def differentiates_in(self, steps: int | None) -> frozenset[str]:
         """Return what receives a gradient in a loop of ``steps`` steps; None: not known yet."""
         return self.differentiates
+
+    def kept_states(self, size: int) -> KeptStates:
+        """Return an empty storage for the states of a hand-written loop, whose steps run again.
+
+        Args:
+            size: the bytes of one state.
+
+        Raises:
+            InvalidInputError: the strategy does not differentiate such loops.
+        """
+        raise InvalidInputError(
+            f"track(..., strategy={self!r}): a hand-written loop runs under Checkpointed() only. "
+            "Leave strategy= away to keep every graph (as StoreAll); write first_order=True for "
+            "FirstOrder, loop.detach() for Truncated; the other strategies need the loop as "
+            "innerloop.unroll or innerloop.metagradient"
+        )
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost of the loop from a few measured steps.

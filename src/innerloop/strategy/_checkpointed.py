@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -17,14 +17,19 @@ from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._types import Params
 from innerloop._utils import tree
+from innerloop._utils.digest import digest
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.fingerprint import agree
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
+from innerloop.strategy._disk import Disk
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import on_constants
+from innerloop.strategy._engine.kept_states import KeptStates
 from innerloop.strategy._engine.loop_function import (
+    EVERY,
     LoopFunction,
     LoopOutputs,
     PulledMany,
@@ -32,6 +37,17 @@ from innerloop.strategy._engine.loop_function import (
 )
 from innerloop.strategy._engine.replay_check import ReplayCheck
 from innerloop.strategy._engine.replay_context import ReplayContext
+from innerloop.strategy._engine.saved_run import (
+    Adjoint,
+    Outputs,
+    SavedRun,
+    fingerprints,
+    identity_of,
+    plain_leaves,
+    random_of,
+    remember,
+    settled,
+)
 from innerloop.strategy._engine.snapshots import PLACES, Snapshots
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
@@ -46,6 +62,9 @@ from innerloop.strategy._measure import state_bytes, working_bytes
 
 SMALL = 256 * 2**20
 """Bytes of states that are kept in any case when ``slots`` is not given."""
+
+SMALL_UNDER_TRACK = 16 * 2**20
+"""As `SMALL`, for a hand-written loop: each step is kept in memory besides, in some kilobytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +105,11 @@ class Checkpointed(Strategy):
             more): replayed steps then take an update each, not a gradient, and ``"mixed"`` a
             quarter less time.
         offload: where states wait: None (on their device), ``"cpu"`` (pinned memory, copied while
-            the device computes) or ``"disk"``.
+            the device computes), ``"disk"`` (temporary files), or `strategy.Disk`: a named folder,
+            from which a loop that was killed goes on when it is called again. ``slots`` is then
+            :math:`2\sqrt T` (32 or more) by default; a loop that is killed loses the steps since
+            the last state. Iterators, ``save="gradients"`` and ``torch.func`` transforms are
+            refused with it.
         keep_batches: data of an iterator are kept for the replay; False refuses an iterator.
         compile: compile the step and its pullback with ``torch.compile``: seconds to a minute once
             per problem and shape, whatever T is; the first ones are compared with the uncompiled
@@ -116,7 +139,7 @@ class Checkpointed(Strategy):
     memory: float | str | None = None
     product: str = "auto"
     save: str = "params"
-    offload: str | None = None
+    offload: str | Disk | None = None
     keep_batches: bool = True
     compile: bool = False
     finite_step: float | None = None
@@ -124,6 +147,7 @@ class Checkpointed(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         slots = self.slots
         if (
             slots is not None
@@ -137,7 +161,13 @@ class Checkpointed(Strategy):
             raise InvalidInputError("slots and memory are both given: write one of them")
         _choice("product", self.product, ("auto", *step_pullback.PRODUCTS))
         _choice("save", self.save, ("params", "gradients"))
-        _choice("offload", self.offload, PLACES)
+        if not isinstance(self.offload, Disk):
+            _choice("offload", self.offload, PLACES, ', or a folder: strategy.Disk("run1")')
+        elif self.save == "gradients":
+            raise InvalidInputError(
+                f'save="gradients" keeps something of every step, which would be a file each in '
+                f'{self.offload!r}: write save="params"'
+            )
         if self.finite_step is not None and self.product != "finite":
             raise InvalidInputError(
                 f'finite_step={self.finite_step} belongs to product="finite", not to '
@@ -177,14 +207,59 @@ class Checkpointed(Strategy):
                 "keep_batches=False they are not there for the replay: "
                 "write keep_batches=True, or a function batches(params, hyper, t) with steps=T"
             )
-        if loop.batches.single_pass and mode() is not Mode.TRANSFORMED and self.offload is not None:
+        if isinstance(self.offload, Disk):
+            _check_resumable(loop, self.offload)
+        elif (
+            loop.batches.single_pass and mode() is not Mode.TRANSFORMED and self.offload is not None
+        ):
             loop.batches.kept = Snapshots(self.offload)
         return loop_function.run(_Replay(loop, self))
+
+    def kept_states(self, size: int) -> KeptStates:
+        r"""Return an empty storage for the states of a hand-written loop, whose steps run again.
+
+        Without ``slots`` and ``memory`` it has :math:`2\sqrt t` places after t steps, at least
+        32, and more where 16 MB hold more. ``memory`` is that of the states alone.
+        """
+        offload = self.offload
+        if isinstance(offload, Disk):
+            raise InvalidInputError(
+                f"track(..., strategy=Checkpointed(offload={offload!r})): a hand-written loop does "
+                'not go on from its files. Write offload="disk" to keep its states out of memory, '
+                "or the loop with innerloop.unroll or innerloop.metagradient to resume it"
+            )
+        unlike = {
+            "product": self.product not in ("auto", "reverse"),
+            "save": self.save != "params",
+            "compile": self.compile,
+        }
+        for name, is_unlike in unlike.items():
+            if is_unlike:
+                raise InvalidInputError(
+                    f"track(..., strategy=Checkpointed({name}={getattr(self, name)!r})): a "
+                    "hand-written loop takes slots, memory and offload only; the steps run "
+                    'uncompiled, product is "reverse", save is "params". Leave it away, or write '
+                    "the loop with innerloop.unroll"
+                )
+        if self.memory is not None:
+            fitting = int(in_bytes(self.memory) // size)
+            if fitting < 1:
+                raise InvalidInputError(
+                    f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB"
+                )
+            return KeptStates(lambda _: fitting, offload)
+        if self.slots == "all":
+            return KeptStates(lambda _: sys.maxsize, offload, stride=1)
+        if isinstance(self.slots, int):
+            given = self.slots
+            return KeptStates(lambda _: given, offload)
+        least = max(SMALL_UNDER_TRACK // size, 32)
+        return KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload)
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost: every step replayed once, and the replays that the slots need."""
         steps, state = measure.steps, measure.state_bytes
-        cost = measure(dataclasses.replace(self, slots="all", memory=None))
+        cost = measure(dataclasses.replace(self._measured, slots="all", memory=None))
         slots = self.slots_for(measure.loop, steps)
         again = schedule.replays(steps, slots) if slots < steps else 0
         # The line starts from one step, with its state; it grows by what is kept of each.
@@ -195,6 +270,12 @@ class Checkpointed(Strategy):
             cost.seconds.at(steps) + again * measure.plain().seconds.each,
             kept + working + measure.kept_batch_bytes,
         )
+
+    @property
+    def _measured(self) -> Checkpointed:
+        """Return what is run to measure the cost of a step: nothing that writes into a folder."""
+        named = isinstance(self.offload, Disk)
+        return dataclasses.replace(self, offload="disk") if named else self
 
     def slots_for(self, loop: Loop, steps: int | None, needed: bool = True) -> int:
         """Return how many states are kept at once.
@@ -213,10 +294,11 @@ class Checkpointed(Strategy):
             return self.slots
         size = state_bytes(loop)
         if self.memory is None:
-            fitting = max(SMALL // size, 32 if steps is None else math.ceil(2 * math.sqrt(steps)))
+            small = 0 if isinstance(self.offload, Disk) else SMALL // size
+            fitting = max(small, 32, 0 if steps is None else math.ceil(2 * math.sqrt(steps)))
         else:
             # Under a transform a step is not measured: the states may then take the whole budget.
-            step = dataclasses.replace(self, slots=1, memory=None)
+            step = dataclasses.replace(self._measured, slots=1, memory=None)
             measured = needed and steps != 0 and mode() is not Mode.TRANSFORMED
             working = working_bytes(loop, step) if measured else 0.0
             fitting = int((in_bytes(self.memory) - working) // size)
@@ -243,28 +325,55 @@ class _Replay(LoopFunction):
         self._checks_product = strategy.finite_step is None and not self.transformed
         self._slots = 1
         self._check = ReplayCheck()
+        self._open: Callable[[], SavedRun] | None = None
+        """Opens the folder of a loop that can go on after it was killed."""
 
     # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, loop: Loop) -> LoopOutputs:
+        disk = self.strategy.offload
+        if not isinstance(disk, Disk):
+            return self._forward(loop, None)
+        loop = loop._replace(start=settled(loop.start))
+        settings = {n: getattr(self.strategy, n) for n in ("product", "finite_step", "compile")}
+        identity, random = identity_of(loop, settings), random_of(loop.start)
+        steps = loop.batches.steps
+        assert steps is not None, "iterators are refused"
+        self._open = partial(SavedRun, disk.path, identity, random, steps)
+        run = self._open()
+        try:
+            return self._forward(loop, run)
+        except BaseException:
+            run.close()
+            raise
+
+    def _forward(self, loop: Loop, run: SavedRun | None) -> LoopOutputs:
         steps = loop.batches.steps
         self._slots = self.strategy.slots_for(loop, steps, self.recorded)
         marks = _CheckpointTimes(self._slots, steps)
-        snapshots = self._storage()
+        snapshots = self._storage() if run is None else run
         gradients = self._storage() if self.strategy.save == "gradients" else None
-        states: dict[int, Any] = {}
-        randoms: dict[int, RandomState | None] = {}
-        rows = StepOutputs(loop.start.params)
-        carry = before = loop.start
+        states: dict[int, Carry] = {}
+        outputs: list[tuple[Tensor, Any]] = []
+        begin, carry = 0, loop.start
+        if run is not None:
+            begin, carry = self._resumed(loop, run, outputs, states)
+        written = begin
+        before = carry
         checks = self.recorded
         for t in loop.batches.times():
+            if t < begin:
+                continue
             batch = loop.batch(carry, t)
-            if self.recorded:
+            if self.recorded or run is not None:
                 keep, dropped = marks.at(t)
                 if dropped is not None:
                     del snapshots[dropped]
-                if keep:
+                if keep and run is None:
                     snapshots[t] = carry
+                elif keep and run is not None and t > written:
+                    self._save(loop, run, t, carry, outputs, states, written)
+                    written = t
             before = carry
             if gradients is None:
                 carry, loss, aux = on_constants(t, partial(self._step, loop, carry, batch, t))
@@ -274,32 +383,108 @@ class _Replay(LoopFunction):
                 )
                 if self.recorded:
                     gradients[t] = (grads, carry.buffers, carry.random_state)
-            rows.add(loss, aux)
+            outputs.append((loss, aux))
             if checks:
                 self._check.note_aux(t, aux)
             if t + 1 in loop.save_at and t + 1 != steps:
-                states[t + 1], randoms[t + 1] = (
-                    tree.map_tensors(Tensor.clone, state_of(carry)),
-                    carry.random_state,
-                )
+                kept_state = tree.map_tensors(Tensor.clone, state_of(carry))
+                states[t + 1] = step_pullback.carry_of(kept_state, carry.random_state)
             loop.report("forward", t + 1, steps)
-        end = len(rows)
+        end = len(outputs)
+        if run is not None and self.recorded and end > begin:
+            # All outputs once more: the backward pass removes the states that hold them.
+            self._save(loop, run, end, carry, outputs, states, 0)
         if checks and self._compiled is None:
             self._check.note_last(carry)
-        states[end], randoms[end] = state_of(carry), carry.random_state
+        states[end] = carry
+        randoms = {t: kept.random_state for t, kept in states.items()}
+        found = {t: state_of(kept) for t, kept in states.items()}
         if self._compiled is not None:
-            states = {
-                time: uncounted(state, state_of(loop.start)) for time, state in states.items()
-            }
+            found = {time: uncounted(state, state_of(loop.start)) for time, state in found.items()}
         if self.recorded:
-            self.kept = _ReplayData(snapshots, {end - 1: before} if end else {}, gradients)
-        return LoopOutputs(states, *rows.stacked(), end, randoms)
+            last = {end - 1: before} if end > begin else {}
+            self.kept = _ReplayData(snapshots, last, gradients)
+        elif run is not None:
+            run.clear()
+        rows = StepOutputs(loop.start.params)
+        for loss, aux in outputs:
+            rows.add(loss, aux)
+        return LoopOutputs(found, *rows.stacked(), end, randoms)
 
-    def _storage(self) -> dict[int, Any] | Snapshots:
+    def _resumed(
+        self,
+        loop: Loop,
+        run: SavedRun,
+        outputs: list[tuple[Tensor, Any]],
+        states: dict[int, Carry],
+    ) -> tuple[int, Carry]:
+        """Return the time and the state from which the loop goes on.
+
+        What the steps before it gave is added to ``outputs`` and ``states``.
+        """
+        begin, carry, found = run.resume()
+        if carry is None:
+            return 0, loop.start
+        for part in found:
+            remember(loop, part)
+        # One step runs again: it tells the structure of aux, and whether the loss is the same.
+        with at_random_state(loop.start.random_state):
+            batch = loop.batch(loop.start, 0)
+            _, loss, aux = on_constants(0, partial(self._step, loop, loop.start, batch, 0))
+        losses = [loss for part in found for loss in part.losses]
+        if not agree(loss, losses[0]):
+            raise InvalidInputError(
+                f"the loss of step 0 is {loss.item():.6g}, and was {losses[0].item():.6g} when the "
+                f"states in {run.folder} were written: the loss reads something that has changed. "
+                "Change it back, name another folder in Disk, or remove this one"
+            )
+        leaves = [row for part in found for row in part.aux]
+        for t, (loss, row) in enumerate(zip(losses, leaves, strict=True)):
+            outputs.append((loss, tree.with_leaves(aux, list(row))))
+            if self.recorded:
+                self._check.note_aux(t, outputs[-1][1])
+        for part in found:
+            states.update(part.saved)
+        self._draws = self._draws or run.draws
+        self._rewind(carry)
+        loop.report("forward", begin, loop.batches.steps)
+        return begin, carry
+
+    def _save(
+        self,
+        loop: Loop,
+        run: SavedRun,
+        t: int,
+        carry: Carry,
+        outputs: list[tuple[Tensor, Any]],
+        states: dict[int, Carry],
+        begin: int,
+    ) -> None:
+        """Write the state at time t, with what the steps from ``begin`` on have given."""
+        new = outputs[begin:t]
+        run.draws = self._draws
+        batches, overrides = fingerprints(loop, begin, t)
+        part = Outputs(
+            begin,
+            [loss for loss, _ in new],
+            [plain_leaves(aux) for _, aux in new],
+            {time: state for time, state in states.items() if begin < time <= t},
+            batches,
+            overrides,
+        )
+        run.save(t, carry, part)
+
+    def _storage(self) -> dict[int, Any] | Snapshots | SavedRun:
         """Return an empty storage for states."""
         # Under a transform tensors have to stay where torch.func sees them: a dict is a pytree, an
         # input of the pullback's node.
-        return {} if self.transformed else Snapshots(self.strategy.offload)
+        if self.transformed:
+            return {}
+        if self._open is not None:
+            return self._open()
+        place = self.strategy.offload
+        assert not isinstance(place, Disk), "forward() opens it"
+        return Snapshots(place)
 
     def _sharing(self, new: Carry, old: Carry) -> Carry:
         """Return ``new`` with the random state of ``old``, as long as nothing is drawn."""
@@ -314,8 +499,28 @@ class _Replay(LoopFunction):
     def pull(
         self, loop: Loop, kept: Any, cotangents: LoopOutputs, wanted: list[bool]
     ) -> tuple[Cotangents, Cotangents]:
-        steps = self.steps
         kept = _ReplayData(self._storage(), {}, None) if kept is None else kept
+        run = kept.snapshots if isinstance(kept.snapshots, SavedRun) else None
+        if run is None:
+            return self._pull(loop, kept, cotangents, wanted, None)
+        loop = loop._replace(start=settled(loop.start))
+        try:
+            found = self._pull(loop, kept, cotangents, wanted, run)
+        except BaseException:
+            run.close()
+            raise
+        run.clear()
+        return found
+
+    def _pull(
+        self,
+        loop: Loop,
+        kept: _ReplayData,
+        cotangents: LoopOutputs,
+        wanted: list[bool],
+        run: SavedRun | None,
+    ) -> tuple[Cotangents, Cotangents]:
+        steps = first = self.steps
         saved = {t: tree.leaves(c) for t, c in cotangents.states.items()}
         aux = tree.leaves(cotangents.aux)
         cotangent = saved[steps]
@@ -326,7 +531,20 @@ class _Replay(LoopFunction):
         later: Carry | None = None
         watcher = self.watcher
         many = None if watcher is None else watcher.many
-        for t in range(steps - 1, -1, -1):
+        if watcher is not None:
+            # It has to see every step.
+            run = None
+        if run is not None:
+            asked = (cotangents.states, cotangents.losses, cotangents.aux, wanted)
+            done = run.adjoint(digest(asked))
+            if done is not None:
+                first, cotangent, of_hyper, reached, later = done
+                kept.last.clear()
+                for time in [time for time in kept.snapshots if time >= first]:
+                    del kept.snapshots[time]
+                loop.report("backward", steps - first, steps)
+        verified = first
+        for t in range(first - 1, -1, -1):
             carry = self._state(loop, t, kept)
             self._rewind(carry)
             batch = loop.batch(carry, t)
@@ -376,16 +594,43 @@ class _Replay(LoopFunction):
             ]
             if watcher is not None:
                 watcher.on_step(t, cotangent, pulled.hyper, of_many)
-            kept.snapshots.pop(t, None)
+            if t in kept.snapshots:
+                del kept.snapshots[t]
             if kept.gradients is not None:
                 del kept.gradients[t]
+            if run is not None:
+                cotangent, of_hyper = settled((cotangent, of_hyper))
+                if t > 0 and run.due:
+                    # What is written down has been checked.
+                    self._verify(losses, slice(t, verified), to_check)
+                    verified = t
+                    run.draws = self._draws
+                    run.note(Adjoint(t, cotangent, of_hyper, reached, later))
             loop.report("backward", steps - t, steps)
+        self._verify(losses, slice(0, verified), to_check)
+        return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+
+    def _verify(
+        self,
+        losses: list[Tensor],
+        steps: slice,
+        to_check: list[tuple[Step, OutputCotangents, InputCotangents]],
+    ) -> None:
+        """Raise unless some replayed steps were those of the forward pass; empty the lists.
+
+        Args:
+            losses: theirs, from the last to the first.
+            steps: which steps they are.
+            to_check: those whose product is compared with another one.
+        """
         if losses:
-            self.compare(torch.stack(losses[::-1]))
+            part = EVERY if len(losses) == self.steps else steps
+            self.compare(torch.stack(losses[::-1]), part)
         self._check.raise_if_different()
         for checked in to_check:
             step_pullback.check_product(self.strategy.product, *checked)
-        return cotangent, [c if i in reached else None for i, c in enumerate(of_hyper)]
+        losses.clear()
+        to_check.clear()
 
     def _checked_times(self, steps: int) -> tuple[int, ...]:
         """Return the steps at which a product that assumes symmetry is compared with reverse."""
@@ -402,8 +647,7 @@ class _Replay(LoopFunction):
             return loop.start
         snapshots = kept.snapshots
         # Snapshots are in order of time.
-        begin = next(reversed(snapshots), 0)
-        carry = snapshots[begin] if begin else loop.start
+        begin, carry = _last_of(snapshots) or (0, loop.start)
         marks = set(schedule.kept(begin, t + 1, self._slots - len(snapshots)))
         self._rewind(carry)
         for time in range(begin, t):
@@ -424,6 +668,8 @@ class _Replay(LoopFunction):
     def _step(self, loop: Loop, carry: Carry, batch: object, t: int) -> tuple[Carry, Tensor, Any]:
         problem = loop.problem if self._compiled is None else self._compiled
         new, loss, aux = problem.step(carry, loop.hyper, batch, loop.time(t))
+        if self._open is not None:
+            new = settled(new)
         return self._sharing(new, carry), loss, aux
 
     def _step_by_gradient(
@@ -510,9 +756,36 @@ class _ReplayData(NamedTuple):
             ``save="gradients"``.
     """
 
-    snapshots: dict[int, Carry] | Snapshots
+    snapshots: dict[int, Carry] | Snapshots | SavedRun
     last: dict[int, Carry]
-    gradients: dict[int, Any] | Snapshots | None
+    gradients: dict[int, Any] | Snapshots | SavedRun | None
+
+
+def _last_of(snapshots: dict[int, Carry] | Snapshots | SavedRun) -> tuple[int, Carry] | None:
+    """Return the last time of which the state is kept, and the state; None: there is none."""
+    while snapshots:
+        time = next(reversed(snapshots))
+        try:
+            return time, snapshots[time]
+        except KeyError:
+            # The file of a `SavedRun` was damaged: an earlier state will do.
+            continue
+    return None
+
+
+def _check_resumable(loop: Loop, disk: Disk) -> None:
+    """Raise unless the loop can go on from files."""
+    if loop.batches.single_pass:
+        raise InvalidInputError(
+            f"batches is an iterator, which yields each batch once, and a loop that goes on from "
+            f"{disk!r} needs those of earlier steps again: pass a list, or a function "
+            'batches(params, hyper, t) with steps=T, or write offload="disk", which does not go on'
+        )
+    if mode() is Mode.TRANSFORMED:
+        raise InvalidInputError(
+            f"inside of torch.func transforms the states of a loop cannot be written to {disk!r}: "
+            "leave offload away there, or take the gradient outside, by innerloop.metagradient"
+        )
 
 
 class _CheckpointTimes:
@@ -556,7 +829,9 @@ def in_bytes(memory: float | str) -> int:
     return count
 
 
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def _choice(name: str, value: object, choices: tuple[object, ...], more: str = "") -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise InvalidInputError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        raise InvalidInputError(
+            f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}{more}"
+        )

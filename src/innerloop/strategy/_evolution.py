@@ -17,6 +17,7 @@ from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_function
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.random_state import RandomState, restored_on_error
@@ -131,10 +132,13 @@ class Evolution(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sigma < float("inf"):
             raise InvalidInputError(
                 f"sigma={self.sigma!r}: write a positive width, 0.01 for example"
             )
+        if self.report is not None:
+            check_function("report", self.report, "write a function report(estimate), or None")
         for name in ("pairs", "chunk"):
             given = getattr(self, name)
             if not isinstance(given, int) or isinstance(given, bool) or given < 1:

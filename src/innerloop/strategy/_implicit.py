@@ -18,7 +18,7 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop._utils.random_state import at_random_state
 from innerloop._utils.warn import warn_user
 from innerloop.errors import (
     CapturedTensorError,
@@ -29,7 +29,8 @@ from innerloop.errors import (
     SolverError,
 )
 from innerloop.nn._mode import replacing
-from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
+from innerloop.strategy._base import Loop, Measure, Strategy
+from innerloop.strategy._engine.constant_run import ConstantRun
 from innerloop.strategy._engine.guards import Unusable, on_constants, refuse_inputs, refuse_use
 from innerloop.strategy._engine.step_pullback import state_of
 from innerloop.strategy._forecast import Forecast
@@ -116,6 +117,7 @@ class Implicit(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_solver(self.solver)
         if self.residual is not None and self.fixed_point is not None:
             raise InvalidInputError(
@@ -139,23 +141,7 @@ class Implicit(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop on constants, and make its end a function of hyper."""
-        constants = loop._replace(
-            hyper=tree.map_tensors(Tensor.detach, loop.hyper), start=loop.start.detach()
-        )
-        carry = constants.start
-        states: dict[int, Carry] = {}
-        rows = StepOutputs(loop.start.params)
-        batch: object = None
-        before = carry
-        for t in loop.batches.times():
-            before = carry._replace(random_state=carry.random_state or RandomState.now())
-            batch = constants.batch(carry, t)
-            carry, loss, aux = on_constants(t, partial(constants.step, carry, batch, t))
-            carry = carry.detach()
-            rows.add(*tree.map_tensors(Tensor.detach, (loss, aux)))
-            if t + 1 in loop.save_at:
-                states[t + 1] = carry
-            loop.report("forward", t + 1, loop.batches.steps)
+        before, batch, carry, states, rows = ConstantRun.of(loop)
         steps = len(rows)
         if not steps:
             raise InvalidInputError(

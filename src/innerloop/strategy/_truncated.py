@@ -11,6 +11,7 @@ from torch import Tensor
 from innerloop._carry import Carry
 from innerloop._trajectory import Trajectory
 from innerloop._utils import tree
+from innerloop._utils.arguments import given, is_integer
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import BOTH, Loop, Measure, StepOutputs, Strategy, concatenate
 from innerloop.strategy._engine.guards import on_constants, refuse_inputs, refuse_outputs
@@ -74,9 +75,9 @@ class Truncated(Strategy):
     differentiates: ClassVar[frozenset[str]] = frozenset({"hyper"})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.last, int) or isinstance(self.last, bool) or self.last < 1:
+        if not is_integer(self.last) or self.last < 1:
             raise InvalidInputError(
-                f"last={self.last!r}: write the number of steps to differentiate, 1 or more"
+                f"{given('last', self.last)}: write the number of steps to differentiate, 1 or more"
             )
 
     def differentiates_in(self, steps: int | None) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class FromTorch(Optimizer):
 
     def refresh(self) -> None:
         """Read the settings of the param groups again (a scheduler may have changed them)."""
-        groups = list(self._groups())
+        groups = self._groups()
         if len(groups) == len(self._settings) and all(map(_same, groups, self._settings)):
             return
         self._settings = [{k: v for k, v in group.items() if k not in _NAMES} for group in groups]
@@ -72,7 +72,7 @@ class FromTorch(Optimizer):
 
     def check_unchanged(self) -> None:
         """Raise if a torch optimizer steps other parameters than at first, or has hooks now."""
-        groups = list(self._groups())
+        groups = self._groups()
         if len(groups) != len(self._rules):
             raise InvalidInputError(
                 f"the torch optimizer has {len(groups)} param group(s), it had {len(self._rules)} "
@@ -150,8 +150,8 @@ class FromTorch(Optimizer):
         """Return the names of all parameters that these optimizers step, in order."""
         return [name for ns in self._names or () for name in ns]
 
-    def _groups(self) -> Iterable[dict[str, Any]]:
-        return (group for opt in self._optimizers for group in opt.param_groups)
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for opt in self._optimizers for group in opt.param_groups]
 
     def _named(self, group: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
         unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
@@ -168,7 +168,7 @@ class FromTorch(Optimizer):
     def _resolved(self, params: Params) -> list[list[str]]:
         """Return the names of each group's parameters."""
         if self._names is None:
-            groups = list(self._groups())
+            groups = self._groups()
             identities = {id(p): name for name, p in params.items()}
             if all(id(p) in identities for group in groups for p in group["params"]):
                 self._names = [[identities[id(p)] for p in group["params"]] for group in groups]

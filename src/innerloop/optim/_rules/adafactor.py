@@ -82,6 +82,7 @@ class Adafactor(PerTensor):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         right = isinstance(self.eps, (tuple, list)) and len(self.eps) == 2
         require(right, f"eps={self.eps!r}: write a pair, eps=(None, 1e-3)")
         object.__setattr__(self, "eps", tuple(self.eps))

@@ -71,6 +71,7 @@ class Adamax(Elementwise):
     torch_layout: ClassVar = TorchLayout(torch.optim.Adamax, {"mu": "exp_avg", "nu": "exp_inf"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "betas", check_betas(self.betas))
         self.validate(self.resolve(None))
 

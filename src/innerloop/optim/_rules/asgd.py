@@ -82,6 +82,7 @@ class ASGD(Elementwise):
     torch_layout: ClassVar = TorchLayout(torch.optim.ASGD, {"ax": "ax", "eta": "eta", "mu": "mu"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:

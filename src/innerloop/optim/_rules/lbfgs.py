@@ -125,6 +125,7 @@ class LBFGS(Rule):
     needs_closure = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_eval is None:
             object.__setattr__(self, "max_eval", self.max_iter * 5 // 4)
         require(

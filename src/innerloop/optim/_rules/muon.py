@@ -89,6 +89,7 @@ class Muon(PerTensor):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.ns_coefficients
         right = isinstance(given, (tuple, list)) and len(given) == 3
         require(

@@ -95,6 +95,7 @@ class NAdam(Elementwise):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "betas", check_betas(self.betas))
         self.validate(self.resolve(None))
 

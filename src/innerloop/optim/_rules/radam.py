@@ -92,6 +92,7 @@ class RAdam(Elementwise):
     torch_layout: ClassVar = TorchLayout(torch.optim.RAdam, {"mu": "exp_avg", "nu": "exp_avg_sq"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "betas", check_betas(self.betas))
         self.validate(self.resolve(None))
 

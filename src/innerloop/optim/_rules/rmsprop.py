@@ -91,6 +91,7 @@ class RMSprop(Elementwise):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:

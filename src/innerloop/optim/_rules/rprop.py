@@ -73,6 +73,7 @@ class Rprop(Elementwise):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("etas", "step_sizes"):
             value = getattr(self, name)
             require(

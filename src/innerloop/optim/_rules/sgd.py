@@ -84,6 +84,7 @@ class SGD(Elementwise):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:

@@ -80,6 +80,7 @@ class SparseAdam(PerTensor):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "compiles", False)  # torch.compile takes no sparse tensors
         object.__setattr__(self, "betas", check_betas(self.betas))
         self.validate(self.resolve(None))

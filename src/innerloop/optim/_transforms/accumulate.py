@@ -64,6 +64,7 @@ class Accumulate(Transform):
     name: ClassVar = "accumulate"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if type(self.every) is not int or self.every < 1:
             raise InvalidInputError(
                 f"accumulate: every={self.every!r}: write a positive integer, accumulate(4)"

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from innerloop._types import Grads, Params, Scalar
+from innerloop._utils.arguments import check_fields
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 from innerloop.optim._settings import numbers, require
@@ -32,6 +33,10 @@ class Transform(abc.ABC):
 
     hyper_names: ClassVar[tuple[str, ...]] = ()
     """The real-valued arguments, each replaceable by a tensor."""
+
+    def __post_init__(self) -> None:
+        """Check what the fields hold; a class with checks of its own calls this first."""
+        check_fields(self)
 
     def init(self, params: Params) -> Any:
         """Return the state before the first step: a pytree of tensors and numbers."""

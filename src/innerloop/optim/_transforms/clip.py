@@ -23,6 +23,7 @@ class _ByNorm(Transform):
     norm_type: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         p = self.norm_type
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
             raise InvalidInputError(
@@ -154,6 +155,7 @@ class ClipByValue(Transform):
     hyper_names: ClassVar = ("limit",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def apply(

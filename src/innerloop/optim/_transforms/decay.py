@@ -55,6 +55,7 @@ class AddDecayedWeights(Transform):
     hyper_names: ClassVar = ("weight_decay",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         mask = self.mask
         listed = isinstance(mask, Sequence) and all(isinstance(pattern, str) for pattern in mask)
         if mask is not None and not listed and not callable(mask):

@@ -47,6 +47,7 @@ class GradCallback(Transform):
     name: ClassVar = "grad_callback"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not callable(self.fn):
             raise InvalidInputError(
                 f"grad_callback({self.fn!r}): write a function of the gradients by name"

@@ -88,6 +88,7 @@ class AddNoise(Transform):
     hyper_names: ClassVar = ("eta", "gamma", "seed")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:

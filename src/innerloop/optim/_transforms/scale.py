@@ -37,6 +37,7 @@ class Scale(Transform):
     hyper_names: ClassVar = ("factor",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.validate(self.resolve(None))
 
     def validate(self, hyper: Mapping[str, Any]) -> None:

@@ -23,7 +23,13 @@ from innerloop._problem import Problem
 from innerloop._types import HyperTree, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
-from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, fields_of
+from innerloop._utils.compiled_check import (
+    LaterChecks,
+    Trust,
+    check_compiled,
+    fields_of,
+    moved_by_rounding,
+)
 from innerloop._utils.compiling import Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
@@ -283,16 +289,7 @@ def _requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of a step, its params and hyper moved by about one unit of rounding."""
     (params, optimizer_state, buffers), hyper, batch = arguments
-    generator = torch.Generator().manual_seed(16)
-
-    def move(x: Tensor) -> Tensor:
-        if not tree.differentiable(x):
-            return x
-        signs = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
-        moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * signs.to(x.dtype))
-        return moved.requires_grad_(x.requires_grad)
-
-    params, hyper = tree.map_tensors(move, (params, hyper))
+    params, hyper = moved_by_rounding((params, hyper))
     return (params, optimizer_state, buffers), hyper, batch
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from innerloop._carry import Carry, _alias
-from innerloop._inner_gradient.gradient import with_dense_gradients
+from innerloop._inner_gradient.gradient import tables, with_dense_gradients
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import tree
@@ -52,7 +52,7 @@ def plain_run(
     if mode() is Mode.EAGER and torch.is_grad_enabled():
         # An outer loss may look them up sparsely, through a module of its own.
         last = states[max(states)]
-        dense = with_dense_gradients(last.params, last.params)
+        dense = with_dense_gradients(last.params, tables(last.params))
         states[max(states)] = last._replace(params=dense)
     traj = Trajectory(states, *outputs.stacked(), len(outputs))
     traj.hypers = hypers

@@ -10,7 +10,6 @@ import torch
 
 from innerloop._problem import Problem
 from innerloop._types import HyperTree
-from innerloop._utils import tree
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop
@@ -20,19 +19,22 @@ class Repeatable:
     """A function ``optimizer_hyper(hyper, t)`` whose results are compared.
 
     It raises if it gives something else when it is called again with the same t.
+
+    Attributes:
+        seen: the fingerprints of its results, by t.
     """
 
     def __init__(self, function: Callable[[Any, int], Mapping[str, Any] | None]) -> None:
         self.function = function
-        self._seen: dict[int, Fingerprint] = {}
+        self.seen: dict[int, Fingerprint] = {}
 
     def __call__(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Call the function, and compare its result with the one that it gave before."""
         result = self.function(hyper, t)
         found = Fingerprint.of(result)
-        if t not in self._seen:
-            self._seen[t] = found
-        elif not found.agrees(self._seen[t]):
+        if t not in self.seen:
+            self.seen[t] = found
+        elif not found.agrees(self.seen[t]):
             raise InvalidInputError(
                 f"optimizer_hyper(hyper, t) gave other values at t={t} when it was called again "
                 "for the replay: it must be a pure function "
@@ -51,7 +53,7 @@ class ReplayContext:
 
     def __init__(self, loop: Loop) -> None:
         self._training = None if loop.problem.view is None else loop.problem.view.training
-        kinds = {"cpu", *(x.device.type for x in tree.tensors(loop.start.params))}
+        kinds = {"cpu", *(d.type for d in {x.device for x in loop.start.params.values()})}
         self._autocast = [
             (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
         ]

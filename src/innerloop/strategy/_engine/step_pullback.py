@@ -529,7 +529,7 @@ def _through_factors(
         )
         seen = _Besides()
         seen.note(aux, buffers)
-    (of_gradient, of_params, of_optimizer, of_hyper), new_params = _through_update(
+    (of_gradient, of_params, of_optimizer, of_hyper), new_params = through_update(
         step, gradient, given.state[:buffers_at]
     )
 
@@ -553,7 +553,7 @@ def _through_factors(
     return InputCotangents([*of_params, *of_optimizer, *of_buffers], of_hyper, loss.detach(), after)
 
 
-def _through_update(
+def through_update(
     step: Step, gradient: Params, given: Cotangents
 ) -> tuple[list[Cotangents], Params]:
     """Pull the cotangents of the new params and optimizer state through the update.

@@ -1,0 +1,790 @@
+"""Steps of a hand-written loop that run again in the backward pass.
+
+Each step is one node of the graph that saves no tensors. Its backward asks the `Recorder` for the
+state before the step, runs the step once more with a graph, and pulls the cotangents back through
+it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from innerloop._carry import _alias
+from innerloop._inner_gradient.closure import CachedFirstEvaluation
+from innerloop._inner_gradient.gradient import finish, inner_gradient, with_dense_gradients
+from innerloop._inner_gradient.loss import check_loss
+from innerloop._inner_gradient.torch_errors import explain
+from innerloop._module.copier import Gate
+from innerloop._module.view import ModuleView
+from innerloop._track.closure import Gradients
+from innerloop._track.frozen import thaw
+from innerloop._types import Params
+from innerloop._utils import torch_private, tree
+from innerloop._utils.fingerprint import Fingerprint, agree
+from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.nn import _mode as replace
+from innerloop.optim._base import Optimizer
+from innerloop.optim._transforms.base import Transform
+from innerloop.optim._transforms.grad_callback import GradCallback
+from innerloop.strategy._engine.kept_states import KeptStates
+
+USE_ARGS = (
+    "Hand the data over as arguments, loop.step(fn, args=(x, y)), or let the function capture "
+    "them by name; draw batches and random numbers that are not torch's own before loop.step"
+)
+
+
+class State(NamedTuple):
+    """The state before a step, as constants.
+
+    Attributes:
+        params: those that are not frozen.
+        optimizer_state: the optimizer's.
+        buffers: of the module.
+    """
+
+    params: dict[str, Tensor]
+    optimizer_state: Any
+    buffers: Params
+
+
+class Layout(NamedTuple):
+    """Which tensors go into a node and come out of it; equal for most steps of a loop.
+
+    Attributes:
+        params: the names of the parameters that go in.
+        state: the places of those leaves of the optimizer's state that go in.
+        hyper: the number of hyper-parameters that go in.
+        updated: the names of the parameters that come out.
+        new_state: the places of those leaves of the new state that come out.
+    """
+
+    params: tuple[str, ...]
+    state: tuple[int, ...]
+    hyper: int
+    updated: tuple[str, ...]
+    new_state: tuple[int, ...]
+
+
+class Surroundings(NamedTuple):
+    """What a step runs in; equal for most steps of a loop.
+
+    Attributes:
+        training: the mode of each module.
+        autocast: for each kind of device, whether it is on, and its dtype.
+        replaces: True if operations were replaced.
+    """
+
+    training: tuple[bool, ...]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    replaces: bool
+
+
+class Fixed:
+    """Frozen parameters, which steps share with the user's model: nobody may write them in place.
+
+    Args:
+        params: detached, by name.
+    """
+
+    __slots__ = ("params", "versions")
+
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        self.params = params
+        self.versions = torch_private.versions(params.values())
+
+    def holds(self, params: Params) -> bool:
+        """True if these are the same tensors, and were not written."""
+        return params.keys() == self.params.keys() and all(
+            p.data_ptr() == params[n].data_ptr() and torch_private.version(params[n]) == version
+            for (n, p), version in zip(self.params.items(), self.versions, strict=True)
+        )
+
+    def is_unchanged(self) -> bool:
+        """True if none was written since."""
+        return torch_private.versions(self.params.values()) == self.versions
+
+
+class StepRecord:
+    """What is needed to run one step again, besides the state before it.
+
+    Attributes:
+        closure: the frozen closure.
+        transform: what is done to gradients: a transform, or a frozen callback in a list.
+        hyper: overrides of the optimizer's hyper-parameters.
+        captured: captured tensors with a history, without it.
+        leaves: captured tensors that require grad and have none.
+        modules: captured modules that are no part of the model.
+        written: tensors that must stay as they are, and how often each had been written.
+        optimizer: the optimizer, with its settings at this step.
+        random_state: that before the step; None: it draws nothing.
+        surroundings: the modes.
+        frozen: the parameters that are not trained and do not require grad.
+        params, buffers: those that were edited before the step; None: none was.
+        loss: the value of the loss.
+        gradient: a fingerprint of the gradients that the optimizer got; None: nothing but the loss
+            makes them.
+        layout: of the node.
+    """
+
+    __slots__ = (
+        "buffers", "captured", "closure", "frozen", "gradient", "hyper", "layout", "leaves",
+        "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
+        "written",
+    )  # fmt: skip
+
+    closure: Any
+    transform: Any
+    hyper: Mapping[str, object]
+    captured: list[Tensor]
+    leaves: list[Tensor]
+    modules: list[nn.Module]
+    written: tuple[list[Tensor], list[int]]
+    optimizer: Optimizer
+    random_state: RandomState | None
+    surroundings: Surroundings
+    frozen: Fixed
+    params: Params | None
+    buffers: Params | None
+    loss: float | Tensor
+    gradient: Fingerprint | None
+    layout: Layout
+
+
+class Taken(NamedTuple):
+    """What a step computes.
+
+    Attributes:
+        updated: the new parameters that the optimizer returned.
+        optimizer_state: the new state.
+        loss: the loss, where the step starts.
+        grads: the gradients that the optimizer got first.
+    """
+
+    updated: Params
+    optimizer_state: Any
+    loss: Tensor
+    grads: Gradients
+
+
+class Prepared(NamedTuple):
+    """A step that has run again, with its graph.
+
+    Attributes:
+        before, after: the states before and after it, as constants.
+        ends: the outputs of its node.
+        inputs: the inputs of its node.
+    """
+
+    before: State
+    after: State
+    ends: list[Tensor]
+    inputs: list[Tensor]
+
+
+Evaluate = Callable[[Params], tuple[Tensor, Gradients]]
+
+
+def take(
+    optimizer: Optimizer,
+    names: Sequence[str],
+    at: Params,
+    state: object,
+    hyper: Mapping[str, object],
+    evaluate: Evaluate,
+    *,
+    sparse: set[str],
+    keeps_loss: bool,
+) -> Taken:
+    """Take one step from constants, or from leaves.
+
+    Args:
+        optimizer: the optimizer.
+        names: of the parameters that it steps.
+        at: all parameters.
+        state: the optimizer's.
+        hyper: overrides.
+        evaluate: returns loss and gradients at parameters.
+        sparse: the names of those whose gradients may be sparse.
+        keeps_loss: True if a rule that evaluates the loss sees its graph.
+    """
+
+    def seen(loss: Tensor) -> Tensor:
+        return loss if keeps_loss else loss.detach()
+
+    def at_trial(trial: Params) -> tuple[Tensor, Gradients]:
+        found, grads = evaluate({**at, **with_dense_gradients(trial, sparse)})
+        return seen(found), grads
+
+    loss, grads = evaluate(at)
+    params = {name: at[name] for name in names}
+    more: dict[str, Any] = {}
+    if optimizer.needs_closure:
+        more["value_and_grad"] = CachedFirstEvaluation(at_trial, params, seen(loss), grads)
+    updated, new_state = optimizer.update(grads, state, params, hyper, **more)
+    return Taken(updated, new_state, loss, grads)
+
+
+class StandIn:
+    """Stands for the loop in a closure that runs again."""
+
+    def __init__(self, view: ModuleView, learn: str, first_order: bool) -> None:
+        self._view = view
+        self.learn = learn
+        self.first_order = first_order
+
+    @property
+    def model(self) -> Any:
+        """Return the module (or dict of modules) at the parameters of the step that runs again."""
+        return self._view.module
+
+    def parameters(self, time: int = -1) -> dict[str, Tensor]:
+        """Return the parameters of the step that runs again."""
+        if time != -1:
+            raise self._refusal(f"parameters(time={time})")
+        return self._view.read()
+
+    def buffers(self, time: int = -1) -> dict[str, Tensor]:
+        """Return the buffers of the step that runs again."""
+        if time != -1:
+            raise self._refusal(f"buffers(time={time})")
+        return self._view.read_buffers()
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._refusal(name)
+
+    @staticmethod
+    def _refusal(name: str) -> InvalidInputError:
+        return InvalidInputError(
+            f"a step that runs again in the backward pass asks for loop.{name}, which it cannot "
+            "know: a closure under a strategy may use loop.model, loop.parameters() and "
+            "loop.buffers(). Compute other things before loop.step and hand them over, "
+            "loop.step(fn, args=(...,))"
+        )
+
+
+class ModelCopy:
+    """A copy of the user's model in which steps run again; ``loop.model`` is left alone.
+
+    The copy holds no graph: the nodes hold it, and it must not hold them.
+
+    Args:
+        view: the copy.
+        gate: of the copy; closed but for the step's own code.
+        stand_in: the loop, for the closures.
+    """
+
+    def __init__(self, view: ModuleView, gate: Gate, stand_in: StandIn) -> None:
+        self.view = view
+        self.gate = gate
+        self.stand_in = stand_in
+        self.lock = threading.RLock()
+
+    @contextmanager
+    def running(self, record: StepRecord) -> Iterator[None]:
+        """Run in the modes and at the random state of a step."""
+        around = record.surroundings
+        for module, training in zip(self.view.modules, around.training, strict=True):
+            module.training = training
+        home, self.gate.home = self.gate.home, torch_private.backward_pass()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                if record.random_state is not None:
+                    stack.enter_context(at_random_state(record.random_state))
+                for kind, enabled, dtype in around.autocast:
+                    if enabled or torch.is_autocast_enabled(kind):
+                        # The cache would keep a cast copy of the parameters of every step.
+                        stack.enter_context(
+                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                        )
+                yield
+        finally:
+            self.gate.home = home
+
+
+class Recorder:
+    """Knows the steps of a loop so far, and computes the state before any of them again.
+
+    Args:
+        model: where steps run again.
+        kept: the states that are kept.
+        names: of the parameters that the optimizer steps.
+        trained: of those that are not frozen.
+        hooks: the user's hooks on the gradients of parameters.
+        second_order: False treats inner gradients as constants.
+    """
+
+    def __init__(
+        self,
+        model: ModelCopy,
+        kept: KeptStates,
+        names: Sequence[str],
+        trained: Sequence[str],
+        hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]],
+        second_order: bool,
+    ) -> None:
+        self.model = model
+        self.kept = kept
+        self.names = names
+        self.trained = trained
+        self.hooks = hooks
+        self.second_order = second_order
+        self.sparse: set[str] = set()
+        self.steps: list[StepRecord] = []
+        self._last: tuple[int, State] | None = None
+        self._later: tuple[int, State] | None = None
+        self._ready: dict[int, Prepared] = {}
+        self._merges = True
+
+    def add(self, record: StepRecord, before: State) -> None:
+        """Add a step that was taken from the state ``before``."""
+        with self.model.lock:
+            t = len(self.steps)
+            self.kept.offer(t, before)
+            self._last = t, before
+            self._later = None
+            self._ready.clear()
+            self.steps.append(record)
+
+    def _prepare(self, t: int) -> Prepared:
+        """Run step ``t`` again with a graph, from the last state that is kept.
+
+        The steps just before it, as many as their graphs are small, keep theirs for the nodes that
+        come next: each of them then runs again once, not twice.
+        """
+        known = self._ready.pop(t, None)
+        if known is not None:
+            return known
+        self._ready.clear()
+        if self._last is not None and self._last[0] == t:
+            begin, state = self._last
+        else:
+            begin, state = self.kept.newest(t)
+        planned = self.kept.planned(begin, t) if begin < t else set()
+        chained = False
+        for time in range(begin, t):
+            if self._merges and t - time < self.kept.stride:
+                prepared = self._with_graph(time, state, chained)
+                if prepared is None:
+                    return self._prepare_apart(t)
+                self._ready[time], state = prepared, prepared.after
+                chained = True
+                continue
+            state = self._advance(time, state)
+            if time + 1 in planned:
+                self.kept.keep_for_sweep(time + 1, state)
+        prepared = self._with_graph(t, state, chained)
+        if prepared is None:
+            return self._prepare_apart(t)
+        return prepared
+
+    def _prepare_apart(self, t: int) -> Prepared:
+        """Run step ``t`` again, the steps before it without graphs.
+
+        An update with a graph may round otherwise than one without.
+        """
+        self._merges = False
+        return self._prepare(t)
+
+    def _advance(self, t: int, state: State) -> State:
+        """Take step ``t`` again, without a graph of the whole."""
+        record = self.steps[t]
+        # Operations may ask if a tensor requires grad: those ask the same that did in the forward
+        # pass.
+        untrained = {
+            n: state.params[n].detach().requires_grad_()
+            for n in record.layout.params
+            if n not in self.trained
+        }
+        at = {**record.frozen.params, **state.params, **untrained}
+        hyper = tree.map_tensors(Tensor.detach, record.hyper) if record.hyper else record.hyper
+        with self.model.running(record):
+            taken, buffers = self._taken(t, record, at, state, hyper, record.captured, graph=False)
+        self._check_loss(t, taken.loss)
+        params = {**state.params, **{n: taken.updated[n].detach() for n in record.layout.updated}}
+        after = taken.optimizer_state
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(after)):
+            after = tree.map_tensors(Tensor.detach, after)
+        new = State(params, after, buffers)
+        return self._edited(t + 1, new)
+
+    def _edited(self, t: int, state: State) -> State:
+        """Return the state at time ``t`` with the edits that the user made there."""
+        record = self.steps[t]
+        if record.params is not None:
+            edits = {n: p for n, p in record.params.items() if n in state.params}
+            state = state._replace(params={**state.params, **edits})
+        if record.buffers is not None:
+            state = state._replace(buffers=record.buffers)
+        return state
+
+    def _taken(
+        self,
+        t: int,
+        record: StepRecord,
+        at: Params,
+        state: State,
+        hyper: Mapping[str, object],
+        captured: Sequence[Tensor],
+        *,
+        graph: bool,
+    ) -> tuple[Taken, Params]:
+        """Take step ``t`` again from the parameters ``at``; return it, and the new buffers."""
+        self._check_written(t, record)
+        view = self.model.view
+        view.write(at)
+        view.write_buffers({name: b.clone() for name, b in state.buffers.items()})
+        outside = _with_copied_buffers(record.modules)
+        done: dict[int, Any] = {}
+        closure = thaw(record.closure, captured, done)
+        transform = record.transform
+        if isinstance(transform, list):
+            transform = GradCallback(thaw(transform[0], captured, done))
+        create_graph = graph and self.second_order
+        again = record.optimizer.needs_closure
+        users_code = replace.replacing if record.surroundings.replaces else nullcontext
+
+        def evaluate(at: Params) -> tuple[Tensor, Gradients]:
+            trial = {
+                n: at[n] if at[n].requires_grad else at[n].detach().requires_grad_()
+                for n in self.trained
+            }
+            # Where a rule evaluates the loss again, the gradient is taken where it looks.
+            alias = {n: _alias(p) for n, p in trial.items()} if again else trial
+            view.write(alias)
+            try:
+                with users_code():
+                    loss = closure()
+                loss = check_loss(loss, "the loss of a step that runs again")
+                wanted = {n: p for n, p in alias.items() if p.requires_grad}
+                found = inner_gradient(
+                    loss,
+                    wanted,
+                    create_graph=create_graph,
+                    independent=lambda: _differs(t, "the loss does not depend on the model"),
+                    gate=self.model.gate,
+                )
+                view.renew_written_buffers()
+            finally:
+                if again:
+                    view.write(trial)
+            takes_sparse = record.optimizer.takes_sparse
+            if transform is None and not self.hooks:
+                return loss, finish(found, takes_sparse=takes_sparse)
+            with users_code():
+                grads = finish(found, hooks=self.hooks, takes_sparse=takes_sparse)
+                if transform is not None:
+                    here = {**at, **alias}
+                    here = {name: here[name] for name in grads}
+                    grads = transformed(transform, grads, here)
+            return loss, grads
+
+        try:
+            taken = take(
+                record.optimizer,
+                self.names,
+                at,
+                state.optimizer_state,
+                hyper,
+                evaluate,
+                sparse=self.sparse,
+                keeps_loss=create_graph,
+            )
+        except InnerLoopError:
+            raise
+        except RuntimeError as error:
+            clearer = explain(error)
+            if clearer is not error:
+                raise clearer from error
+            raise _failed(t, error) from error
+        except Exception as error:
+            raise _failed(t, error) from error
+        finally:
+            for table, name, buffer in outside:
+                table[name] = buffer
+            new_buffers = view.read_buffers()
+            # The copy holds no graph between steps.
+            view.write({**at, **state.params})
+        return taken, new_buffers
+
+    def _check_written(self, t: int, record: StepRecord) -> None:
+        tensors, versions = record.written
+        if tensors and torch_private.versions(tensors) != versions:
+            raise _differs(t, "a tensor that the step reads was written in place after it")
+        if not record.frozen.is_unchanged():
+            raise _differs(t, "a frozen parameter was written in place after it")
+
+    def _has_same_loss(self, t: int, loss: Tensor) -> bool:
+        """True if the loss is what it was, on the processor to the last bit."""
+        was, now = self.steps[t].loss, loss.detach()
+        return agree(now, was) if isinstance(was, Tensor) else now.item() == was
+
+    def _check_loss(self, t: int, loss: Tensor) -> None:
+        if not self._has_same_loss(t, loss):
+            raise _differs(t, "its loss is another number than in the forward pass")
+
+    def pull(
+        self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Pull the cotangents of what step ``t`` gave back to what went into it.
+
+        Args:
+            t: the step.
+            cotangents: of the parameters and state that came out, and of the loss.
+            wanted: for each input of the node, True if its cotangent is wanted.
+        """
+        with self.model.lock:
+            again = torch_private.keeps_graph()
+            prepared = self._prepare(t)
+            found = _pulled(prepared, cotangents, wanted)
+            self._later = t, prepared.before
+            if self._last is not None and self._last[0] >= t and not again:
+                self._last = None
+            self.kept.pass_by(t, again=again)
+            return found
+
+    def _with_graph(self, t: int, state: State, chained: bool) -> Prepared | None:
+        """Run step ``t`` again with a graph; None if the state before it was rounded otherwise.
+
+        Args:
+            t: the step.
+            state: the state before it.
+            chained: True if that comes out of a step with a graph.
+        """
+        record = self.steps[t]
+        layout = record.layout
+        with self.model.running(record):
+            params = dict(state.params)
+            for name in layout.params:
+                params[name] = params[name].detach().requires_grad_()
+            leaves, optimizer_state = tree.leaves(state.optimizer_state), state.optimizer_state
+            if layout.state:
+                for place in layout.state:
+                    leaves[place] = leaves[place].detach().requires_grad_()
+                optimizer_state = tree.with_leaves(optimizer_state, leaves)
+            learned: list[Tensor] = []
+
+            def learn(x: Tensor) -> Tensor:
+                if not x.requires_grad:
+                    return x
+                learned.append(x.detach().requires_grad_())
+                return learned[-1]
+
+            hyper = tree.map_tensors(learn, record.hyper) if record.hyper else record.hyper
+            captured = [x.detach().requires_grad_() for x in record.captured]
+            taken, buffers = self._taken(
+                t,
+                record,
+                {**record.frozen.params, **params},
+                State(state.params, optimizer_state, state.buffers),
+                hyper,
+                captured,
+                graph=True,
+            )
+        if chained and not self._has_same_loss(t, taken.loss):
+            return None
+        self._check_loss(t, taken.loss)
+        self._check_gradient(t, taken.grads)
+        self._check_later(t, state, taken)
+        new_state = tree.leaves(taken.optimizer_state)
+        ends = [taken.updated[n] for n in layout.updated]
+        ends += [new_state[place] for place in layout.new_state]
+        if self.second_order:
+            ends.append(taken.loss)
+        inputs = [
+            *(params[n] for n in layout.params),
+            *(leaves[place] for place in layout.state),
+            *learned,
+            *captured,
+            *record.leaves,
+        ]
+        after = state
+        if t + 1 < len(self.steps):
+            new = {**state.params, **{n: taken.updated[n].detach() for n in layout.updated}}
+            of_optimizer = tree.map_tensors(Tensor.detach, taken.optimizer_state)
+            after = self._edited(t + 1, State(new, of_optimizer, buffers))
+        return Prepared(state, after, ends, inputs)
+
+    def _check_gradient(self, t: int, grads: Gradients) -> None:
+        """Raise if hooks or a callback made other gradients than in the forward pass."""
+        was = self.steps[t].gradient
+        if was is not None and not gradient_mark(grads).agrees(was):
+            raise _differs(t, "its gradients (after hooks and grad_callback) are others")
+
+    def _check_later(self, t: int, before: State, taken: Taken) -> None:
+        """Raise if the new parameters are far from those that the forward pass had."""
+        if self._later is None or self._later[0] != t + 1:
+            return
+        edited = self.steps[t + 1].params or {}
+        names = [n for n in self.steps[t].layout.updated if n not in edited]
+        if not names:
+            return
+        now, then, old = (
+            [x.detach() for x in xs]
+            for xs in (
+                [taken.updated[n] for n in names],
+                [self._later[1].params[n] for n in names],
+                [before.params[n] for n in names],
+            )
+        )
+        if not _close(now, then, old):
+            raise _differs(t, "its new parameters are others than in the forward pass")
+
+
+def _pulled(
+    prepared: Prepared, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Pull cotangents back through a step that has run again."""
+    pairs = [
+        (y, c)
+        for y, c in zip(prepared.ends, cotangents, strict=True)
+        if c is not None and y.requires_grad
+    ]
+    row: list[Tensor | None] = [None] * len(prepared.inputs)
+    chosen = [i for i, w in enumerate(wanted) if w]
+    if not pairs or not chosen:
+        return row
+    try:
+        found = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [prepared.inputs[i] for i in chosen],
+            [c for _, c in pairs],
+            allow_unused=True,
+        )
+    except InnerLoopError:
+        raise
+    except RuntimeError as error:
+        raise explain(error) from error
+    for i, g in zip(chosen, found, strict=True):
+        row[i] = g if g is None or g.layout == torch.strided else g.to_dense()
+    return row
+
+
+GRAPHS = 16 * 2**20
+"""Bytes of graphs of steps that ran again that may wait for the backward pass to come to them."""
+
+MOST_GRAPHS = 64
+"""How many graphs of steps may wait."""
+
+
+def stride_for(loss: Tensor, params: Params) -> int:
+    """Return how many steps may run again with their graphs at once.
+
+    The graph of a gradient and of an update holds about three times what that of the loss holds,
+    and some tensors of the size of the parameters.
+    """
+    size = sum(p.numel() * p.element_size() for p in params.values())
+    if 8 * size > GRAPHS:
+        return 1
+    size = 3 * torch_private.graph_bytes([loss]) + 8 * size
+    return max(min(GRAPHS // size, MOST_GRAPHS), 1)
+
+
+def _with_copied_buffers(modules: Sequence[nn.Module]) -> list[tuple[Any, str, Tensor]]:
+    """Put copies in the places of buffers, and return where each stood.
+
+    A module beside the model writes its running statistics in the forward pass, and not again when
+    the step runs again.
+    """
+    found: list[tuple[Any, str, Tensor]] = []
+    for module in {id(part): part for m in modules for part in m.modules()}.values():
+        table = torch_private.buffer_table(module)
+        for name, buffer in list(table.items()):
+            if isinstance(buffer, Tensor):
+                found.append((table, name, buffer))
+                table[name] = buffer.detach().clone()
+    return found
+
+
+SHARE = 0.05
+"""How much of a step may differ by rounding, which Adam makes large where a gradient is zero."""
+
+
+def _close(now: list[Tensor], then: list[Tensor], old: list[Tensor]) -> bool:
+    """True if two results of one step are the same, up to rounding."""
+    error = torch_private.distance(now, then)
+    if error == 0:
+        return True
+    step = torch_private.distance(then, old)
+    size = torch_private.distance(then, [torch.zeros_like(x) for x in then])
+    eps = max(torch.finfo(x.dtype).eps for x in then)
+    return not error > SHARE * step + 100 * eps * size
+
+
+def gradient_mark(grads: Gradients) -> Fingerprint:
+    """Compute a fingerprint of gradients."""
+    return Fingerprint.of([g.detach().to_dense() for g in grads.values() if g is not None])
+
+
+def transformed(transform: Transform, grads: Gradients, at: Params) -> Gradients:
+    """Return gradients as a transform without a state, or a user's callback, changes them."""
+    changed, _ = transform.apply(grads, transform.init(at), at, transform.resolve(None))
+    found: Gradients = changed
+    return found
+
+
+def _differs(t: int, what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"step {t} ran again in the backward pass (strategy=Checkpointed), and {what}: the "
+        f"derivative would be that of another step. {USE_ARGS}; and do not write data in place "
+        "before the backward pass"
+    )
+
+
+def _failed(t: int, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"step {t} ran again in the backward pass (strategy=Checkpointed), and its closure raised "
+        f"{type(error).__name__}: {error}. {USE_ARGS}"
+    )
+
+
+class _StepNode(torch.autograd.Function):
+    """One step as a node; it hands on outputs that have been computed from constants."""
+
+    @staticmethod
+    def forward(recorder: Recorder, t: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recorder, ctx.t, ctx.count = inputs[:3]
+        # The output is the input itself, not a view: it may be edited in place.
+        ctx.mark_dirty(*inputs[3 : 3 + ctx.count])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotDifferentiableError(
+                "a derivative of the meta-gradient was asked for (create_graph=True, or a loop "
+                "around this one that differentiates through it), and strategy=Checkpointed() of "
+                "track gives the first one only. Write track without strategy, or "
+                "innerloop.metagradient with strategy=Checkpointed()"
+            )
+        if torch_private.inside_vmap():
+            raise NotDifferentiableError(
+                "many cotangents at once (is_grads_batched=True, vmap) do not pass through a loop "
+                "with strategy=Checkpointed(): take one gradient after the other, or write track "
+                "without strategy"
+            )
+        dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
+        none = [None] * (3 + ctx.count)
+        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        if all(c is None for c in dense):
+            return (*none, *[None] * len(wanted))
+        return (*none, *ctx.recorder.pull(ctx.t, dense, wanted))
+
+
+def as_node(
+    recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]
+) -> list[Tensor]:
+    """Return outputs as the results of a node with these inputs."""
+    return list(_StepNode.apply(recorder, t, len(outputs), *outputs, *inputs))

@@ -1,0 +1,625 @@
+"""A hand-written loop whose steps run again in the backward pass, under a strategy of `track`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from innerloop._carry import Carry, aliased
+from innerloop._inner_gradient.gradient import check_graph, finish, inner_gradient, sent_sparse
+from innerloop._module.copier import Gate
+from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
+from innerloop._track.changes import refuse_transform
+from innerloop._track.closure import Closure, Gradients, evaluate_at
+from innerloop._track.frozen import Freezer
+from innerloop._track.loop import Callback, TrackedLoop
+from innerloop._track.replay import (
+    Fixed,
+    Layout,
+    ModelCopy,
+    Recorder,
+    StandIn,
+    State,
+    StepRecord,
+    Surroundings,
+    Taken,
+    as_node,
+    gradient_mark,
+    stride_for,
+    take,
+    transformed,
+)
+from innerloop._track.start import Learn, Model, TorchOptimizer
+from innerloop._trajectory import Trajectory
+from innerloop._types import Params
+from innerloop._utils import torch_private, tree
+from innerloop._utils.execution import Mode, mode
+from innerloop._utils.random_state import RandomState
+from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.optim._base import Optimizer
+from innerloop.optim._engine.grads import sparse_ones
+from innerloop.optim._from_torch.from_torch import FromTorch
+from innerloop.optim._transforms.base import Transform
+from innerloop.optim._transforms.grad_callback import GradCallback
+from innerloop.strategy._base import Strategy
+
+
+class ReplayedLoop(TrackedLoop):
+    """A hand-written training loop that keeps some of its states instead of all graphs.
+
+    Args:
+        strategy: says which states are kept.
+        save_at: the times whose states `at` returns, besides the start and the newest.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: TorchOptimizer | Optimizer,
+        learn: Learn,
+        params: Params | None,
+        hyper: Mapping[str, object] | None,
+        first_order: bool,
+        strategy: Strategy,
+        save_at: Sequence[int],
+    ) -> None:
+        _check_place()
+        super().__init__(model, optimizer, learn, params, hyper, first_order)
+        self._strategy = strategy
+        _check_devices(self._view.read())
+        self._save_at = _checked_times(save_at)
+        gate = Gate(snapshots=False)
+        gate.closed = True
+        view = ModuleView(model, gate)
+        if self._second_order:
+            keep_running_statistics(view)
+        if not self._optimizer.takes_sparse:
+            look_up_densely(view.modules)
+        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order))
+        self._swap: dict[int, object] = {id(self): self._copy.stand_in}
+        self._swap.update(
+            (id(ours), theirs)
+            for ours, theirs in zip(self._view.modules, view.modules, strict=True)
+        )
+        if isinstance(self._view.module, dict):
+            self._swap[id(self._view.module)] = view.module
+        self._copy.view.write(
+            {n: p.detach() for n, p in self._view.read().items() if isinstance(p, Tensor)}
+        )
+        self._optimizer_now: tuple[object, Optimizer, list[Tensor], list[int]] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the steps so far: the next one is the first."""
+        size = sum(
+            x.numel() * x.element_size()
+            for x in tree.tensors(
+                (
+                    {n: p for n, p in self._view.read().items() if n not in self._frozen},
+                    self._states[self._steps].optimizer_state,
+                    self._states[self._steps].buffers,
+                )
+            )
+        )
+        self._recorder = Recorder(
+            self._copy,
+            self._strategy.kept_states(max(size, 1)),
+            self._names,
+            self._trained,
+            self._hooks,
+            self._second_order,
+        )
+        self._recorder.sparse = self._sparse
+        self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
+        self._plain_leaves = tree.leaves(self._plain_state)
+        self._state_leaves = tree.leaves(self._states[0].optimizer_state)
+        self._placed_now: dict[str, tuple[Tensor, int]] = {}
+        self._frozen_now = Fixed({})
+        self._last_record: StepRecord | None = None
+
+    def step(
+        self,
+        loss: Tensor | Callable[..., object],
+        hyper: Mapping[str, object] | None = None,
+        grad_callback: Callback | None = None,
+        *,
+        args: Sequence[object] = (),
+    ) -> Float[Tensor, ""]:
+        """Take one differentiable step of the optimizer, as `TrackedLoop.step` does.
+
+        Args:
+            loss: a function that computes the loss with ``loop.model``. It is called now, and once
+                or twice in a backward pass. The values that it reads (its variables, and those of
+                the functions around it and in its module) are noted now; data that it reads in
+                another way, and that are others by then, are an error.
+            hyper: as there.
+            grad_callback: as there; called in the backward pass as well.
+            args: handed to ``loss``.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            InvalidInputError: a loss in place of a function; besides, as there.
+        """
+        if isinstance(loss, Tensor) or not callable(loss):
+            raise InvalidInputError(
+                f"strategy={self._strategy!r} runs each step again in the backward pass, so "
+                "loop.step needs a function that computes the loss: loop.step(lambda: "
+                "loss_fn(loop.model(x), y))"
+            )
+        transform = self._transform_of(grad_callback)
+        closure = partial(loss, *args) if args else loss
+        with self._own_code():
+            current = self._current()
+            self._facts.check(current)
+            if self._second_order:
+                self._late_hooks.check(current.items())
+            self._check_edits(current, self._edits.handed_out)
+            try:
+                number = self._replayed(closure, loss, args, current, hyper or {}, transform)
+            except BaseException:
+                self._view.write(current)
+                if self._kernels is not None:
+                    self._placed.mark()
+                raise
+        if self._kernels is not None and self._steps <= 2:
+            self._decide_on_watching(self._kernels)
+        return number
+
+    def _replayed(
+        self,
+        closure: Closure,
+        function: Callable[..., object],
+        args: Sequence[object],
+        current: dict[str, Tensor],
+        instead: Mapping[str, object],
+        transform: Transform | None,
+    ) -> Float[Tensor, ""]:
+        """Take a step from the parameters ``current``, in a block of the loop's own code."""
+        record = StepRecord()
+        freezer = Freezer(self._swap)
+        record.closure = freezer.call(function, args)
+        record.transform = (
+            [freezer.value(transform.fn)] if isinstance(transform, GradCallback) else transform
+        )
+        record.modules = freezer.modules
+        record.captured = [x.detach() for x in freezer.captured]
+        record.written = freezer.constants, torch_private.versions(freezer.constants)
+        record.surroundings = self._surroundings(current)
+        optimizer = self._optimizer_of(record)
+        before, values = self._before(current, record)
+        own = self._aliased_hyper(instead)
+        hyper = {**self.hyper, **own, **instead}
+        record.hyper, learned = _as_constants(hyper)
+        random_state = RandomState.now()
+
+        taken, leaves, mark = self._forward(
+            closure, optimizer, values, before, record.hyper, freezer.captured, transform
+        )
+        if torch_private.versions(record.written[0]) != record.written[1]:
+            raise InvalidInputError(
+                "the closure given to loop.step writes a tensor in place that it has captured: it "
+                "would be written once more when the step runs again in the backward pass. Return "
+                "the loss only, and note other things after loop.step"
+            )
+        assert random_state is not None
+        now = RandomState.now()
+        drawn = now is not None and not random_state.equals(now)
+        record.random_state = random_state if drawn else None
+        record.leaves = leaves
+        versions = torch_private.versions(leaves)
+        record.written = [*record.written[0], *leaves], [*record.written[1], *versions]
+        record.gradient = mark
+        number = taken.loss.detach().clone()
+        # A number of Python's where that costs no wait: small tensors that stay fragment memory.
+        record.loss = number.item() if number.device.type == "cpu" else number
+        self._connect(record, before, taken, current, learned, freezer.captured)
+        self._hypers.append(own)
+        return number
+
+    def _before(self, current: Params, record: StepRecord) -> tuple[State, dict[str, Tensor]]:
+        """Return the state before the step, and all parameters to compute with.
+
+        What the user has edited since the last step is noted in ``record``.
+        """
+        known, edits = self._placed_now, {}
+        values: dict[str, Tensor] = {}
+        frozen: dict[str, Tensor] = {}
+        moved = self._edits.seen and self._edits.handed_out
+        for name, p in current.items():
+            # Not p.detach(), which tells the watch that the memory is handed out.
+            value = Tensor.detach(p)
+            if name in self._frozen:
+                frozen[name] = value
+                continue
+            seen = known.get(name)
+            if seen is not None and (
+                seen[0] is not p
+                or seen[1] != torch_private.version(p)
+                or (moved and id(p) in moved)
+            ):
+                edits[name] = value.clone()
+            values[name] = value
+        if not self._frozen_now.holds(frozen):
+            self._frozen_now = Fixed(frozen)
+        record.frozen = self._frozen_now
+        record.params = edits or None
+        carry = self._states[self._steps]
+        buffers = self._buffers.take()
+        changed = known and any(
+            b is not carry.buffers[n] and not torch.equal(b, carry.buffers[n])
+            for n, b in buffers.items()
+        )
+        record.buffers = buffers if changed else None
+        state = State(values, self._plain_state, buffers)
+        at = {
+            n: p
+            if n in self._frozen
+            else values[n]
+            if n in self._trained or not current[n].requires_grad
+            else Tensor.detach(values[n]).requires_grad_()
+            for n, p in {**frozen, **values}.items()
+        }
+        return state, {n: at[n] for n in current}
+
+    def _forward(
+        self,
+        closure: Closure,
+        optimizer: Optimizer,
+        at: dict[str, Tensor],
+        before: State,
+        hyper: Mapping[str, object],
+        captured: list[Tensor],
+        transform: Transform | None,
+    ) -> tuple[Taken, list[Tensor], Any]:
+        """Take the step on constants.
+
+        Returns:
+            What it gives, the leaves that it captured, and a fingerprint of the gradients if other
+            code than the loss has made them.
+        """
+        leaves: dict[int, Tensor] = {}
+        makes = transform is not None or bool(self._hooks)
+        so_far = torch_private.nodes_so_far()
+
+        def note(ends: list[Tensor], found: list[Tensor], inside: Params) -> None:
+            known = {id(p) for p in inside.values()}
+            outside = [x for x in found if id(x) not in known]
+            if outside:
+                for leaf in _captured_leaves(ends, inside, captured, so_far):
+                    leaves[id(leaf)] = leaf
+
+        def evaluate(at: Params) -> tuple[Tensor, Gradients]:
+            def gradient_of(loss: Tensor, here: Params) -> Gradients:
+                return self._first_gradient(loss, here, transform, note)
+
+            return evaluate_at(
+                at, in_users_code, self._view, self._trained, self._checked, gradient_of
+            )
+
+        def in_users_code() -> object:
+            with self._users_code():
+                return closure()
+
+        if isinstance(self._optimizer, FromTorch):
+            self._optimizer.mark_stepped()
+        # Weights are leaves or constants here: there is nothing to watch.
+        self._edits.is_on = False
+        try:
+            self._view.write(at)
+            constants = tree.map_tensors(Tensor.detach, hyper) if hyper else hyper
+            with torch.enable_grad():
+                taken = take(
+                    optimizer,
+                    self._names,
+                    at,
+                    before.optimizer_state,
+                    constants,
+                    evaluate,
+                    sparse=self._sparse,
+                    keeps_loss=False,
+                )
+        finally:
+            self._edits.is_on = True
+        values = [*taken.updated.values(), *tree.leaves(taken.optimizer_state)]
+        ends = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+        ends = [x for x in ends if not any(x is p for p in at.values())]
+        if ends:
+            for leaf in _captured_leaves(ends, {}, captured, so_far):
+                leaves[id(leaf)] = leaf
+        return taken, list(leaves.values()), gradient_mark(taken.grads) if makes else None
+
+    def _first_gradient(
+        self,
+        loss: Tensor,
+        current: Params,
+        transform: Transform | None,
+        note: Callable[[list[Tensor], list[Tensor], Params], None],
+    ) -> Gradients:
+        """Compute the gradients without a graph of their own; raise if they can have none."""
+
+        def independent() -> InvalidInputError:
+            return InvalidInputError(
+                f"the loss depends on none of the {len(wanted)} parameters that the optimizer "
+                "trains, as they are now: compute it with loop.model (not with the model that was "
+                "passed to track) inside of the function that is given to loop.step"
+            )
+
+        nodes: list[Node] = []
+        leaves = check_graph(
+            [loss], current.values(), second_order=self._second_order, sparse=nodes
+        )
+        note([loss], leaves, current)
+        if not self._steps and self._recorder.kept.stride == 0:
+            trained = {n: current[n] for n in self._trained}
+            self._recorder.kept.stride = stride_for(loss, trained)
+        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+        if not wanted:
+            refuse_transform()
+            raise independent()
+        found = inner_gradient(
+            loss, wanted, create_graph=False, independent=independent, gate=self._gate
+        )
+        self._gate.closed = self._second_order
+        self._check_origin(found, leaves)
+        sparse = sparse_ones(found)
+        if nodes or sparse:
+            self._sparse |= sparse | sent_sparse(nodes, wanted)
+        as_they_are = not sparse or self._optimizer.takes_sparse
+        with self._users_code() if self._hooks or transform is not None else nullcontext():
+            grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
+            if transform is not None:
+                grads = transformed(transform, grads, {name: current[name] for name in grads})
+        return grads
+
+    def _connect(
+        self,
+        record: StepRecord,
+        before: State,
+        taken: Taken,
+        current: dict[str, Tensor],
+        learned: list[Tensor],
+        captured: list[Tensor],
+    ) -> None:
+        """Go on to the next time; what the step gave becomes the result of its node."""
+        t = self._steps
+        carry = self._states[t]
+        names = [n for n in current if n not in self._frozen and tree.differentiable(current[n])]
+        old, plain_old = self._state_leaves, self._plain_leaves
+        places = [i for i, x in enumerate(old) if tree.differentiable(x)]
+        new = tree.leaves(taken.optimizer_state)
+        as_before = {id(x): g for x, g in zip(plain_old, old, strict=True) if isinstance(x, Tensor)}
+        new_places = [
+            i for i, x in enumerate(new) if tree.differentiable(x) and id(x) not in as_before
+        ]
+        updated = [
+            n
+            for n, p in taken.updated.items()
+            if n not in self._frozen and p is not before.params[n]
+        ]
+        layout = Layout(
+            tuple(names), tuple(places), len(learned), tuple(updated), tuple(new_places)
+        )
+        if self._last_record is not None and self._last_record.layout == layout:
+            layout = self._last_record.layout
+        record.layout = layout
+        outputs = [taken.updated[n].data for n in updated] + [new[i].data for i in new_places]
+        if self._second_order:
+            outputs.append(self._loss_place(taken.loss))
+        inputs = [
+            *(current[n] for n in names),
+            *(old[i] for i in places),
+            *learned,
+            *captured,
+            *record.leaves,
+        ]
+        if not self._cut.reached and (
+            learned or record.leaves or any(x.requires_grad for x in captured)
+        ):
+            self._cut.reached = True
+        with torch.enable_grad():
+            results = as_node(self._recorder, t, outputs, inputs)
+            params = {**current, **dict(zip(updated, results, strict=False))}
+            params = aliased(params, current)
+        state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
+        for i, x in zip(new_places, results[len(updated) :], strict=False):
+            state_leaves[i] = x
+        state = tree.with_leaves(taken.optimizer_state, state_leaves)
+        self._state_leaves = state_leaves
+        self._plain_leaves = [x.detach() if isinstance(x, Tensor) else x for x in new]
+        self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
+        self._recorder.add(record, before)
+        self._last_record = record
+        if t == 0 or t in self._save_at:
+            self._states[t] = carry._replace(params=current)
+        else:
+            del self._states[t]
+        self._view.write(params)
+        self._steps += 1
+        self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
+        self._losses.append(results[-1] if self._second_order else taken.loss.detach().clone())
+        # Keep a number per step, not a tensor per step.
+        if len(self._losses) == 256 and not self._second_order:
+            self._losses = [self._stacked_losses()]
+        self._place(params)
+        self._placed_now = {
+            n: (p, torch_private.version(p)) for n, p in params.items() if n not in self._frozen
+        }
+
+    def _loss_place(self, loss: Tensor) -> Tensor:
+        """Return a copy of a loss, beside those of the steps before."""
+        place = self._steps % 256
+        if not place:
+            self._loss_block = loss.detach().new_empty(256)
+        found = self._loss_block[place].data
+        found.copy_(loss.detach())
+        return found
+
+    def _surroundings(self, current: Params) -> Surroundings:
+        kinds = {"cpu", *(p.device.type for p in current.values())}
+        found = Surroundings(
+            tuple(m.training for m in self._view.modules),
+            tuple(
+                (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
+                for k in sorted(kinds)
+            ),
+            self._kernels is not None and self._kernels.replaces,
+        )
+        last = self._last_record
+        return last.surroundings if last is not None and last.surroundings == found else found
+
+    def _optimizer_of(self, record: StepRecord) -> Optimizer:
+        """Return the optimizer with its settings as they are at this step, and keep it so."""
+        if not isinstance(self._optimizer, FromTorch):
+            record.optimizer = self._optimizer
+            return self._optimizer
+        self._optimizer.refresh()
+        members = self._optimizer.members
+        known = self._optimizer_now
+        if known is None or known[0] is not members or torch_private.versions(known[2]) != known[3]:
+            found = copy.copy(self._optimizer)
+            tensors = [x for member in members for x in _tensors_of(member)]
+            found.members = tuple(map(_with_copies, members))
+            known = members, found, tensors, torch_private.versions(tensors)
+            self._optimizer_now = known
+        record.optimizer = known[1]
+        return known[1]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """Return the losses so far, and the states at the start, at ``save_at``, and now."""
+        states = {**self._states, self._steps: self._now()}
+        found = Trajectory(
+            states,
+            self._stacked_losses,
+            None,
+            self._steps,
+            "write track(..., save_at=[t]) for each time t that you need",
+        )
+        found.hypers = tuple(self._hypers)
+        return found
+
+    def detach(self) -> None:
+        """Cut the graph here, as `TrackedLoop.detach` does."""
+        super().detach()
+        self._begin()
+
+
+def _check_place() -> None:
+    """Raise where a step cannot run again."""
+    if mode() is not Mode.EAGER or torch_private.inside_dual_level():
+        raise NotDifferentiableError(
+            "track with a strategy runs inside a transform of torch.func, forward-mode "
+            "differentiation or compiled code, where a step cannot run again: leave strategy= "
+            "away, or write the loop with innerloop.unroll"
+        )
+
+
+def _check_devices(params: Params) -> None:
+    """Raise if a model lies on several devices, whose backward passes run in threads of their own.
+
+    Two of them would run steps again in one copy of the model, each waiting for the other.
+    """
+    devices = sorted({str(p.device) for p in params.values() if isinstance(p, Tensor)})
+    if len(devices) > 1:
+        raise InvalidInputError(
+            f"track(..., strategy=...) runs steps again in one copy of the model, which lies on "
+            f"{devices}: put the model on one device, or leave strategy= away"
+        )
+
+
+def _checked_times(save_at: Sequence[int]) -> frozenset[int]:
+    for t in save_at:
+        if not isinstance(t, int) or isinstance(t, bool) or t < 0:
+            raise InvalidInputError(
+                f"save_at={list(save_at)!r}: write the numbers of steps, 0 or more, after which "
+                "loop.at(t) is wanted"
+            )
+    return frozenset(save_at)
+
+
+def _as_constants(hyper: Mapping[str, object]) -> tuple[dict[str, object], list[Tensor]]:
+    """Return copies of hyper-parameters as leaves; and those that require grad, as they are."""
+    learned: list[Tensor] = []
+    if not hyper:
+        return {}, learned
+
+    def constant(x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x.detach().clone()
+        learned.append(x)
+        return x.detach().clone().requires_grad_()
+
+    return tree.map_tensors(constant, dict(hyper)), learned
+
+
+def _tensors_of(member: object) -> list[Tensor]:
+    if not dataclasses.is_dataclass(member):
+        return []
+    values = [getattr(member, f.name) for f in dataclasses.fields(member)]
+    return [x for x in tree.tensors(values) if not x.requires_grad]
+
+
+def _with_copies(member: Any) -> Any:
+    """Return a rule with copies of the tensors among its settings: a scheduler writes them."""
+    if not _tensors_of(member):
+        return member
+    changed = {
+        f.name: tree.map_tensors(
+            lambda x: x if x.requires_grad else x.clone(), getattr(member, f.name)
+        )
+        for f in dataclasses.fields(member)
+    }
+    return dataclasses.replace(member, **changed)
+
+
+def _captured_leaves(
+    ends: list[Tensor], inside: Params, captured: list[Tensor], so_far: int
+) -> list[Tensor]:
+    """Return the leaves outside of the loop that a step depends on, besides ``captured``.
+
+    Args:
+        ends: what the step computed.
+        inside: the parameters, at which the walk ends.
+        captured: tensors with a history, at which it ends too.
+        so_far: how many nodes there were before the step.
+
+    Raises:
+        InvalidInputError: the step depends on another tensor with a history.
+    """
+    stops = {(x.grad_fn, x.output_nr) for x in (*inside.values(), *captured) if x.grad_fn}
+    own = {id(p) for p in inside.values()}
+    leaves: list[Tensor] = []
+    seen: set[Node] = set()
+    edges: list[Any] = [(x.grad_fn, x.output_nr) for x in ends if x.grad_fn is not None]
+    leaves += [x for x in ends if x.grad_fn is None and id(x) not in own]
+    while edges:
+        edge = edges.pop()
+        node = edge[0]
+        if node is None or edge in stops or node in seen:
+            continue
+        if type(node).__name__ == "AccumulateGrad":
+            seen.add(node)
+            if id(node.variable) not in own:
+                leaves.append(node.variable)
+            continue
+        if not torch_private.is_newer(node, so_far):
+            raise InvalidInputError(
+                "the loss (or grad_callback, or the update) of a step uses a tensor that was "
+                f"computed before it ({node.name()}) and that was not found among the variables "
+                "of the function given to loop.step: the step cannot run again without it. Hand "
+                "it over, loop.step(fn, args=(tensor,)), or capture it by name in the function"
+            )
+        seen.add(node)
+        edges.extend(node.next_functions)
+    return leaves

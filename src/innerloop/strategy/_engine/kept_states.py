@@ -1,0 +1,93 @@
+"""The states of a hand-written loop that are kept, while its length is not known yet."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Callable
+from typing import Any
+
+from innerloop.strategy._engine import schedule
+from innerloop.strategy._engine.snapshots import Snapshots
+
+
+class KeptStates:
+    """States by time: some from the forward pass, some from the replay that is under way.
+
+    The state at time 0 is always kept.
+
+    Args:
+        slots: how many states may be kept at once after so many steps, the start among them.
+        place: where they wait, as in `Snapshots`.
+        stride: see there.
+
+    Attributes:
+        stride: only states at multiples of this time are kept; 0 waits to be set before the first
+            one is.
+    """
+
+    def __init__(self, slots: Callable[[int], int], place: str | None, *, stride: int = 0) -> None:
+        self._slots = slots
+        self._snapshots = Snapshots(place)
+        self._schedule = schedule.OnlineSchedule(slots(0))
+        self._times: list[int] = []
+        self._temporary: set[int] = set()
+        self._steps = 0
+        self.stride = stride
+
+    def offer(self, t: int, state: object) -> None:
+        """Keep the state at time ``t`` of the forward pass if the schedule says so."""
+        if t % self.stride:
+            return
+        place = self._steps = t // self.stride
+        keep = t == 0
+        if not keep:
+            self._schedule.slots = self._slots(place)
+            keep, dropped = self._schedule.keep(place)
+            if dropped is not None:
+                self._drop(dropped * self.stride)
+        if keep:
+            self._put(t, state)
+
+    def newest(self, t: int) -> tuple[int, Any]:
+        """Return ``(time, state)`` of the last state that is kept at or before time ``t``."""
+        time = self._times[bisect_right(self._times, t) - 1]
+        return time, self._snapshots[time]
+
+    def planned(self, begin: int, t: int) -> set[int]:
+        """Return the times to keep on a replay from the kept state at ``begin`` to time ``t``."""
+        held = bisect_right(self._times, t) - 1
+        free = max(self._slots(self._steps) - held, 1)
+        times = schedule.kept(begin // self.stride, t // self.stride + 1, free)
+        return {time * self.stride for time in times if time * self.stride < t}
+
+    def keep_for_sweep(self, t: int, state: object) -> None:
+        """Keep a state of a replay until the backward pass has gone past it."""
+        if t not in self._snapshots:
+            self._temporary.add(t)
+            self._put(t, state)
+
+    def pass_by(self, t: int, *, again: bool) -> None:
+        """Let go of the states from time ``t`` on, which the backward pass has done with.
+
+        Args:
+            t: the time.
+            again: True if another pass over the graph may come: the states of the forward pass
+                then stay.
+        """
+        while self._times[-1] >= max(t, 1) and not (
+            again and self._times[-1] not in self._temporary
+        ):
+            self._drop(self._times[-1])
+        if again and self._temporary:
+            for time in [x for x in self._temporary if x >= t]:
+                self._drop(time)
+
+    def _put(self, t: int, state: object) -> None:
+        self._snapshots[t] = state
+        insort(self._times, t)
+
+    def _drop(self, t: int) -> None:
+        self._temporary.discard(t)
+        if t in self._snapshots:
+            del self._snapshots[t]
+            self._times.remove(t)
