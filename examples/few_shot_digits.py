@@ -423,7 +423,7 @@ def compare_split(args: Args, number: int) -> dict[str, Tensor]:
     tasks = sample(
         split.test, args.test_tasks, args, torch.Generator().manual_seed(args.seed + 1000 + number)
     )
-    results = {}
+    results: dict[str, Tensor] = {}
     with tqdm(total=args.iterations * len(METHODS), unit="step", disable=None) as bar:
         for name, kind in METHODS.items():
             bar.set_description(f"split {number}: {name}")

@@ -196,7 +196,7 @@ class Learner:
     def losses(self, start: Named, log_lr: Named, optimizer: innerloop.optim.Optimizer) -> Tensor:
         """Query losses ``[test tasks, inner steps + 1]``."""
         generator = torch.Generator().manual_seed(self.args.seed + 1)
-        problem, found = self.problem(optimizer), []
+        problem, found = self.problem(optimizer), list[list[Tensor]]()
         steps = self.args.inner_steps
         with torch.no_grad():
             for task in maps(self.args)[1][: self.args.test_tasks]:
@@ -240,7 +240,7 @@ def run(args: Args) -> dict[str, Tensor]:
     with tqdm(total=args.pretrain_steps, desc="pre-training", unit="step", disable=None) as bar:
         pretrain(model, args, bar)
     learner = Learner(with_adapters(model, args.rank), args)
-    results = {}
+    results: dict[str, Tensor] = {}
     rules = {"SGD": innerloop.optim.sgd(), "Adam": innerloop.optim.adam()}
     for name, optimizer in rules.items():
         tried = [

@@ -170,7 +170,7 @@ def by_hand(layer: FastWeights, x: Tensor) -> Tensor:
     values = layer.to_value(x).unflatten(1, (-1, layer.chunk))
     asked = queries.unflatten(1, (-1, layer.chunk))
     w = layer.start.expand(len(x), -1, -1)
-    rate, read = layer.rate.sigmoid(), []
+    rate, read = layer.rate.sigmoid(), list[Tensor]()
     for t in range(keys.shape[1]):
         read.append(asked[:, t] @ w)
         if t < keys.shape[1] - 1:
@@ -198,6 +198,24 @@ class LocalAttention(nn.Module):
         return self.out(found.transpose(1, 2).reshape(x.shape))
 
 
+class Block(nn.Module):
+    """A layer that mixes tokens, and a perceptron, each added to what came in."""
+
+    def __init__(self, width: int, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(width), mixer
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))
+        return x + self.mlp(x)
+
+
 class GPT(nn.Module):
     """Two blocks: attention inside of chunks, then fast weights."""
 
@@ -207,29 +225,14 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, width)
         self.place = nn.Parameter(torch.zeros(args.chunk, width))
         mixers = [LocalAttention(width, args.chunk), FastWeights(width, args.chunk, adapts)]
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.LayerNorm(width),
-                    mixer,
-                    nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, 2 * width),
-                        nn.GELU(),
-                        nn.Linear(2 * width, width),
-                    ),
-                ]
-            )
-            for mixer in mixers
-        )
+        self.blocks = nn.ModuleList(Block(width, mixer) for mixer in mixers)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, VOCABULARY))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the next tokens, ``[sequences, length, vocabulary]``."""
         x = self.embed(tokens) + self.place.repeat(tokens.shape[1] // len(self.place), 1)
-        for norm, mixer, mlp in self.blocks:
-            x = x + mixer(norm(x))
-            x = x + mlp(x)
+        for block in self.blocks:
+            x = block(x)
         return self.head(x)
 
 
@@ -272,7 +275,8 @@ def train(args: Args, seed: int, adapts: bool, times: tuple[int, ...], bar: tqdm
     unseen = generate(args.test_sequences, torch.Generator().manual_seed(2000 + seed))
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 50))
-    losses, test = [], {}
+    losses: list[float] = []
+    test: dict[int, tuple[float, float]] = {}
     for t in range(max(times)):
         loss, _ = loss_of(net, generate(args.batch, generator))
         optimizer.zero_grad()
