@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn import _mode as replace
+from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
 from innerloop.optim._transforms.base import Transform
 from innerloop.optim._transforms.grad_callback import GradCallback
@@ -79,12 +80,12 @@ class Surroundings(NamedTuple):
     Attributes:
         training: the mode of each module.
         autocast: for each kind of device, whether it is on, and its dtype.
-        replaces: True if operations were replaced.
+        replaced: what decided which operations were replaced; None: none was.
     """
 
     training: tuple[bool, ...]
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    replaces: bool
+    replaced: Situation | None
 
 
 class Fixed:
@@ -450,7 +451,10 @@ class Recorder:
             transform = GradCallback(thaw(transform[0], captured, done))
         create_graph = graph and self.second_order
         again = record.optimizer.needs_closure
-        users_code = replace.replacing if record.surroundings.replaces else nullcontext
+        replaced = record.surroundings.replaced
+
+        def users_code() -> AbstractContextManager[None]:
+            return nullcontext() if replaced is None else replace.replacing_as(replaced)
 
         def evaluate(at: Params) -> tuple[Tensor, Gradients]:
             trial = {

@@ -45,6 +45,7 @@ from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
+from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
@@ -202,6 +203,8 @@ class ReplayedLoop(TrackedLoop):
         hyper = {**self.hyper, **own, **instead}
         record.hyper, learned = _as_constants(hyper)
         random_state = RandomState.now()
+        weights = list(before.params.values())
+        versions_of_weights = torch_private.versions(weights)
 
         taken, leaves, mark = self._forward(
             closure, optimizer, values, before, record.hyper, freezer.captured, transform
@@ -211,6 +214,11 @@ class ReplayedLoop(TrackedLoop):
                 "the closure given to loop.step writes a tensor in place that it has captured: it "
                 "would be written once more when the step runs again in the backward pass. Return "
                 "the loss only, and note other things after loop.step"
+            )
+        if torch_private.versions(weights) != versions_of_weights:
+            raise InvalidInputError(
+                "the closure given to loop.step writes a weight of loop.model in place, of which "
+                "the derivative would know nothing: edit weights before loop.step, by loop.assign"
             )
         assert random_state is not None
         now = RandomState.now()
@@ -473,7 +481,7 @@ class ReplayedLoop(TrackedLoop):
                 (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
                 for k in sorted(kinds)
             ),
-            self._kernels is not None and self._kernels.replaces,
+            Situation.now() if self._kernels is not None and self._kernels.replaces else None,
         )
         last = self._last_record
         return last.surroundings if last is not None and last.surroundings == found else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -60,6 +61,35 @@ class entering_loop:  # noqa: N801 (used like a function, at every step)
 
     def __exit__(self, *_: object) -> None:
         _thread.loops, _thread.transform_levels = _thread.loops - 1, self._before
+
+
+class Situation(NamedTuple):
+    """What decides, besides the operation itself, whether it is replaced."""
+
+    any_order: bool
+    kept: bool
+    loops: int
+    transform_levels: int
+
+    @classmethod
+    def now(cls) -> Situation:
+        """Return that of the current thread."""
+        return cls(*(getattr(_thread, name) for name in cls._fields))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Make it that of the current thread inside this block, for code that runs again."""
+        before = Situation.now()
+        self.put()
+        try:
+            yield
+        finally:
+            before.put()
+
+    def put(self) -> None:
+        """Make it that of the current thread, for good."""
+        for name, value in self._asdict().items():
+            setattr(_thread, name, value)
 
 
 def _is_recorded(args: Args, kwargs: Kwargs) -> bool:

@@ -24,7 +24,7 @@ from innerloop._utils import caches, inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, compiling, mode
 from innerloop._utils.warn import warn_user
 from innerloop.nn._catalogue import CALLS, LOOK_INSIDE, Operation
-from innerloop.nn._derivative_order import Args, Kwargs, _thread, entering_loop
+from innerloop.nn._derivative_order import Args, Kwargs, Situation, _thread, entering_loop
 from innerloop.nn._replacements.embedding_bag import padded_embedding, pads
 
 _log = logging.getLogger("innerloop")
@@ -257,6 +257,13 @@ class _ReplacingInLoop(entering_loop):
     def __exit__(self, *error: object) -> None:
         self._mode.__exit__(*error)
         super().__exit__(*error)
+
+
+@contextmanager
+def replacing_as(situation: Situation) -> Iterator[None]:
+    """Replace operations inside this block as they were replaced in an earlier run of this code."""
+    with situation.again(), ReplacementMode():
+        yield
 
 
 class LoopMode:
