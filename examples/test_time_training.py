@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +151,7 @@ class FastWeights(nn.Module):
         if not self.adapts:
             return self.out((parts[2] @ self.start).flatten(1, 2))
         rate = self.rate.sigmoid()
-        read = torch.func.vmap(self.adapt, in_dims=(0, 0, 0, None, None))
+        read: Callable[..., Tensor] = torch.func.vmap(self.adapt, in_dims=(0, 0, 0, None, None))
         return self.out(read(*parts, self.start, rate).flatten(1, 2))
 
     def adapt(self, keys: Tensor, values: Tensor, queries: Tensor, w: Tensor, lr: Tensor) -> Tensor:
@@ -356,7 +357,10 @@ def timing(args: Args, repeats: int = 20) -> dict[str, float]:
     torch.manual_seed(args.seed)
     layer = FastWeights(args.width, args.chunk)
     x = torch.randn(args.batch, LENGTH, args.width, requires_grad=True)
-    ways = {"innerloop": layer, "batched by hand": lambda x: by_hand(layer, x)}
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "innerloop": layer,
+        "batched by hand": lambda x: by_hand(layer, x),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 2):  # in turns, so that other work on the machine hits both
         for name, way in ways.items():
