@@ -170,12 +170,14 @@ def _of_adapt(
 def _rules() -> Iterator[Supported]:
     for torch_class, rule in sorted(Rule.by_torch_class.items(), key=lambda item: item[0].__name__):
         fields = [f for f in dataclasses.fields(rule) if f.repr and f.name not in rule.hyper_names]  # type: ignore[arg-type]
+        # PyTorch may have the setting in a newer version only.
+        known = inspect.signature(torch_class).parameters
         made = rule()
         yield Supported(
             rule.called or rule.__name__.lower(),
             torch_class,
             rule.hyper_names,
-            tuple(f.name for f in fields),
+            tuple(f.name for f in fields if f.name in known),
             made.needs_closure,
             made.compiles,
         )
