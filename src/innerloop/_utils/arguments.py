@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
+from innerloop._utils import caches
 from innerloop.errors import InvalidInputError
 
 
@@ -75,11 +76,15 @@ def check_flag(name: str, value: object) -> None:
 
 def is_integer(value: object) -> bool:
     """True for an integer that is not True or False."""
+    if type(value) is int:  # at once: the abstract class asks a table
+        return True
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
     """True for a real number that is not True or False."""
+    if type(value) is float or type(value) is int:
+        return True
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -116,14 +121,16 @@ def names_in(wrt: object) -> tuple[str, ...]:
 
 
 def _is_hyper(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(v, Tensor) or is_number(v) for v in value.values())
-    return isinstance(value, Tensor) or is_number(value)
+    if is_number(value) or isinstance(value, Tensor):
+        return True
+    return isinstance(value, Mapping) and all(
+        isinstance(v, Tensor) or is_number(v) for v in value.values()
+    )
 
 
 def _is_flag(value: object) -> bool:
     # torch.optim takes 0 and 1 as well.
-    return isinstance(value, bool) or (is_integer(value) and value in (0, 1))
+    return value is True or value is False or (is_integer(value) and value in (0, 1))
 
 
 _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
@@ -147,15 +154,25 @@ def check_fields(owner: object) -> None:
 
     Fields of other kinds are checked by their class.
     """
-    assert dataclasses.is_dataclass(owner)
-    for field in dataclasses.fields(owner):
-        if (known := _FIELDS.get(str(field.type))) is None:
-            continue
-        value, (fits, instead) = getattr(owner, field.name), known
+    for name, fits, instead in _checks_of(type(owner)):
+        value = getattr(owner, name)
         if not fits(value):
             raise InvalidInputError(
-                f"{type(owner).__name__}: {given(field.name, value)}, write {instead}"
+                f"{type(owner).__name__}: {given(name, value)}, write {instead}"
             )
+
+
+_known: MutableMapping[type, list[tuple[str, Callable[[object], bool], str]]] = caches.cache(
+    "what the fields of classes may hold", weak=True
+)
+
+
+def _checks_of(cls: type) -> list[tuple[str, Callable[[object], bool], str]]:
+    if cls not in _known:
+        assert dataclasses.is_dataclass(cls)
+        fields = [(field.name, _FIELDS.get(str(field.type))) for field in dataclasses.fields(cls)]
+        _known[cls] = [(name, *check) for name, check in fields if check is not None]
+    return _known[cls]
 
 
 def check_mapping(name: str, value: object, what: str, instead: str) -> None:
