@@ -437,9 +437,9 @@ def interval(differences: list[float]) -> str:
     return f"{x.mean().item():+.3f} ± {half:.3f}"
 
 
-def table(title: str, results: list[dict[str, float]], ours: str) -> str:
-    """A column for each seed, the mean, and the difference of ``ours`` to each."""
-    head = "".join(f"{f'seed {i}':>9}" for i in range(len(results)))
+def table(title: str, results: list[dict[str, float]], ours: str, first: int = 0) -> str:
+    """A column for each seed from the ``first`` one, the mean, and what ``ours`` differs by."""
+    head = "".join(f"{f'seed {first + i}':>9}" for i in range(len(results)))
     lines = [f"{title:<28}{head}{'mean':>9}    {ours} minus it"]
     for name in results[0]:
         values = [found[name] for found in results]
@@ -502,13 +502,13 @@ def run(args: Args) -> Results:
     return results
 
 
-def report(results: Results) -> str:
+def report(results: Results, first: int = 0) -> str:
     parts = [
-        table(f"{name}: test accuracy", found, "learned")
+        table(f"{name}: test accuracy", found, "learned", first)
         for name, found in results.accuracies.items()
     ]
     if results.tells:
-        parts.append(table("labels: AUC of wrong ones", results.tells, "learned"))
+        parts.append(table("labels: AUC of wrong ones", results.tells, "learned", first))
     return "\n\n".join(parts)
 
 
@@ -527,6 +527,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
     settings = parse()
     outcome = run(settings)
-    print(report(outcome))
+    print(report(outcome, settings.seed))
     if settings.out:
         draw(outcome.learned, Path(settings.out), settings)

@@ -44,13 +44,13 @@ class Args:
 
     flipped: float = 0.3
     """The share of training labels that are wrong."""
-    steps: int = 300
+    steps: int = 200
     """Inner steps of Adam."""
     batch: int = 100
     lr: float = 0.01
     """The inner rate."""
     width: int = 64
-    iterations: int = 40
+    iterations: int = 60
     """Outer steps."""
     tasks: int = 4
     """Flips and initialisations per outer step, in one vmap."""
