@@ -447,3 +447,24 @@ def test_compiled_chunks_refuse_foreign_rules_and_random_numbers():
 
         with pytest.raises((innerloop.InnerLoopError, RuntimeError), match=says):
             innerloop.map_tasks(one, tasks, {"w": torch.ones(2)}, compile=True)
+
+
+def test_a_problem_is_made_inside_of_what_the_user_compiles():
+    def gradient(w: Tensor) -> Tensor:
+        fitted = innerloop.Problem(
+            lambda params, hyper, batch: ((params["w"] - 1) ** 2).sum(),
+            innerloop.optim.adam(lr=0.1),
+        )
+        grads: dict[str, Tensor] = innerloop.metagradient(
+            lambda traj, hyper: (traj.params["w"] ** 2).sum(),
+            fitted,
+            {"w": w},
+            None,
+            steps=2,
+            wrt="params",
+        )[1]
+        return grads["w"]
+
+    w = torch.tensor([0.3, -0.7, 2.0])
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(w), gradient(w))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import caches
+from innerloop._utils.execution import compiling
 from innerloop.errors import InvalidInputError
 
 
@@ -50,6 +51,8 @@ def check_function(name: str, value: object, instead: str) -> None:
 
 def check_takes(name: str, function: Callable[..., object], *arguments: str) -> None:
     """Raise if the signature of ``function`` does not take these positional arguments."""
+    if compiling():  # inspect.signature is not traced
+        return
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C, which need not tell
@@ -154,6 +157,8 @@ def check_fields(owner: object) -> None:
 
     Fields of other kinds are checked by their class.
     """
+    if compiling():  # dataclasses.fields is not traced
+        return
     for name, fits, instead in _checks_of(type(owner)):
         value = getattr(owner, name)
         if not fits(value):
