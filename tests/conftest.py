@@ -72,6 +72,8 @@ def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[s
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_slow(items)
+    # The compiler leaves objects and settings behind, and some tests count objects: it comes last.
+    items.sort(key=lambda item: item.get_closest_marker("compiled") is not None)
     if types := config.getoption("--types"):
         kept = first_settings(items) if types == "first" else items
         items[:] = [item for item in kept if not item.get_closest_marker("compiled")]
