@@ -91,17 +91,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_integer(name: str, value: object, least: int | None = None) -> None:
-    """Raise unless ``value`` is an integer, and not smaller than ``least``."""
-    if not is_integer(value) or (least is not None and value < least):  # type: ignore[operator]
-        which = "an integer" if least is None else f"an integer, {least} or more"
-        raise InvalidInputError(f"{given(name, value)}: write {which}")
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise unless ``value`` is a real number."""
-    if not is_number(value):
-        raise InvalidInputError(f"{given(name, value)}: write a number")
+def check_integer(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer."""
+    if not is_integer(value):
+        raise InvalidInputError(f"{given(name, value)}: write an integer")
 
 
 def check_seed(name: str, value: object) -> None:
