@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     Hook,
@@ -148,6 +149,7 @@ class Problem(Generic[Batch, Aux]):
             check_takes("optimizer_hyper", optimizer_hyper, "hyper", "t")
         self.targets: Callable[..., object] | None = targets
         self.view: module.ModuleView | None = None
+        self._read: block.ReadModule | None = None
         self.original: Problem[Batch, Aux] | None = None
         """The user's problem, of which this is the copy for one run."""
         self.computed_buffers: set[str] = set()
@@ -188,6 +190,7 @@ class Problem(Generic[Batch, Aux]):
             functions[0], optimizer, optimizer_hyper=optimizer_hyper, targets=functions[1]
         )
         problem.view = module.ModuleView(model)
+        problem._read = block.ReadModule(problem.view)  # noqa: SLF001
         if not optimizer.takes_sparse:
             module.look_up_densely(problem.view.modules)
         return problem
@@ -275,7 +278,8 @@ class Problem(Generic[Batch, Aux]):
             given, buffers = self.with_targets(params, buffers, hyper, batch)
             assert isinstance(given, _WithTargets)
             batch, more = given.batch, (given.targets,)
-        with replacing() if second_order else nullcontext():
+        blocks = nullcontext() if mode() is Mode.COMPILING else block.reading(self._read)
+        with replacing() if second_order else nullcontext(), blocks:
             if self.view is None:
                 result, new_buffers = self.loss(params, hyper, batch, *more), dict(buffers)
             else:
@@ -303,7 +307,8 @@ class Problem(Generic[Batch, Aux]):
         if self.targets is None or isinstance(batch, _WithTargets):
             return batch, buffers
         try:
-            with replacing():
+            blocks = nullcontext() if mode() is Mode.COMPILING else block.reading(self._read)
+            with replacing(), blocks:
                 if self.view is None:
                     return _WithTargets(batch, self.targets(params, hyper, batch)), buffers
                 found, new = self.view.run(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, _alias, aliased
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import (
     check_graph,
@@ -34,6 +35,7 @@ from innerloop._track.buffers import BufferSnapshots
 from innerloop._track.changes import Facts, explained, refuse_transform, unseen_edit
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.cut import GraphCut
+from innerloop._track.replay import StandIn
 from innerloop._track.start import (
     Learn,
     Model,
@@ -104,6 +106,15 @@ class TrackedLoop:
         self._optimizer = pure_optimizer(optimizer, own)
         if not self._optimizer.takes_sparse:
             look_up_densely(self._view.modules)
+        again = partial(
+            graph_free,
+            model,
+            keeps_statistics=self._second_order,
+            densely=not self._optimizer.takes_sparse,
+        )
+        self._read = block.ReadModule(self._view, again)
+        stand_in = partial(StandIn, learn=learn, first_order=first_order)
+        self._read.stand_in(self, stand_in)
         self.hyper = checked_hyper(hyper, self._optimizer)
         self._names = (
             self._optimizer.names
@@ -162,6 +173,7 @@ class TrackedLoop:
             self._grad_mode.__enter__()
         if self._kernels is not None:
             self._kernels.enter()
+        block.enter(self._read)
         self._facts.enter()
         if self._has_left:
             with self._own_code():
@@ -179,6 +191,7 @@ class TrackedLoop:
     ) -> None:
         self._has_left = True
         self._facts.leave()
+        block.leave(self._read)
         if self._kernels is not None:
             self._kernels.leave()
         handed_out = self._edits.stop()
@@ -720,6 +733,16 @@ class TrackedLoop:
                     "closure or an object that is not a module. Make that a method of the module, "
                     "or a submodule"
                 )
+
+
+def graph_free(model: Model, *, keeps_statistics: bool, densely: bool) -> ModuleView:
+    """Return another view of the user's module, which never holds the graph of a loop."""
+    view = ModuleView(model)
+    if keeps_statistics:
+        keep_running_statistics(view)
+    if densely:
+        look_up_densely(view.modules)
+    return view
 
 
 def _called_with(closure: Callable[..., object] | None, args: Sequence[object]) -> Closure:

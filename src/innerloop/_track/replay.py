@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from innerloop._carry import _alias
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.closure import CachedFirstEvaluation
 from innerloop._inner_gradient.gradient import finish, inner_gradient, with_dense_gradients
 from innerloop._inner_gradient.loss import check_loss
@@ -23,7 +25,7 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView
 from innerloop._track.closure import Gradients
-from innerloop._track.frozen import thaw
+from innerloop._utils.frozen import thaw
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.fingerprint import Fingerprint, agree
@@ -280,10 +282,20 @@ class ModelCopy:
         view: the copy.
         gate: of the copy; closed but for the step's own code.
         stand_in: the loop, for the closures.
+        make_copy: makes the view in which blocks of these steps run again.
     """
 
-    def __init__(self, view: ModuleView, gate: Gate, stand_in: StandIn) -> None:
+    def __init__(
+        self,
+        view: ModuleView,
+        gate: Gate,
+        stand_in: StandIn,
+        make_copy: Callable[[], ModuleView],
+    ) -> None:
         self.view = view
+        self.read = block.ReadModule(view, make_copy)
+        again = partial(StandIn, learn=stand_in.learn, first_order=stand_in.first_order)
+        self.read.stand_in(stand_in, again)
         self.gate = gate
         self.stand_in = stand_in
         self.lock = threading.RLock()
@@ -465,7 +477,7 @@ class Recorder:
             alias = {n: _alias(p) for n, p in trial.items()} if again else trial
             view.write(alias)
             try:
-                with users_code():
+                with users_code(), block.reading(self.model.read):
                     loss = closure()
                 loss = check_loss(loss, "the loss of a step that runs again")
                 wanted = {n: p for n, p in alias.items() if p.requires_grad}

@@ -20,8 +20,8 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
-from innerloop._track.frozen import Freezer
-from innerloop._track.loop import Callback, TrackedLoop
+from innerloop._utils.frozen import Freezer
+from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
     Layout,
@@ -85,7 +85,13 @@ class ReplayedLoop(TrackedLoop):
             keep_running_statistics(view)
         if not self._optimizer.takes_sparse:
             look_up_densely(view.modules)
-        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order))
+        make_copy = partial(
+            graph_free,
+            model,
+            keeps_statistics=self._second_order,
+            densely=not self._optimizer.takes_sparse,
+        )
+        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy)
         self._swap: dict[int, object] = {id(self): self._copy.stand_in}
         self._swap.update(
             (id(ours), theirs)

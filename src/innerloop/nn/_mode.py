@@ -266,6 +266,13 @@ def replacing_as(situation: Situation) -> Iterator[None]:
         yield
 
 
+def situation_of_replacing() -> Situation | None:
+    """Return what decides here which operations are replaced; None: none is."""
+    modes = torch_private.function_modes()
+    is_on = any(isinstance(m, ReplacementMode) and m.on and m.replaces for m in modes)
+    return Situation.now() if is_on else None
+
+
 class LoopMode:
     """The replacement mode of one hand-written loop, on while the user's code runs.
 

@@ -177,13 +177,16 @@ class Freezer:
 
     def _tensor(self, x: Tensor) -> Any:
         if x.requires_grad and x.grad_fn is not None:
-            for i, known in enumerate(self.captured):
-                if known is x:
-                    return _Slot(i)
-            self.captured.append(x)
-            return _Slot(len(self.captured) - 1)
+            return self._slot(x)
         self.constants.append(x)
         return x
+
+    def _slot(self, x: Tensor) -> _Slot:
+        for i, known in enumerate(self.captured):
+            if known is x:
+                return _Slot(i)
+        self.captured.append(x)
+        return _Slot(len(self.captured) - 1)
 
     def _container(self, x: Any, small_only: bool) -> Any:
         kind = type(x)
