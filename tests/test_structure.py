@@ -43,7 +43,7 @@ ROWS = (
     ("_batches", "_carry"),
     ("_module",),
     ("_inner_gradient",),
-    ("_problem", "_trajectory"),
+    ("_functional", "_problem", "_trajectory"),
     ("_outer_state",),
     ("higher",),
     ("doctor",),

@@ -3,9 +3,9 @@
 from innerloop import higher, inspect, nn, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
+from innerloop._functional import functional
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._metagradient.tasks import map_tasks
-from innerloop._module.functional import functional
 from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
 from innerloop._problem import Problem

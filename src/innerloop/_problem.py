@@ -190,7 +190,7 @@ class Problem(Generic[Batch, Aux]):
             functions[0], optimizer, optimizer_hyper=optimizer_hyper, targets=functions[1]
         )
         problem.view = module.ModuleView(model)
-        problem._read = block.ReadModule(problem.view)  # noqa: SLF001
+        problem._read = block.ReadModule(problem.view)
         if not optimizer.takes_sparse:
             module.look_up_densely(problem.view.modules)
         return problem

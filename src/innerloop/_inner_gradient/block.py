@@ -47,9 +47,7 @@ class ReadModule:
         now: parameters and buffers when a block began.
     """
 
-    def __init__(
-        self, view: ModuleView, make_copy: Callable[[], ModuleView] | None = None
-    ) -> None:
+    def __init__(self, view: ModuleView, make_copy: Callable[[], ModuleView] | None = None) -> None:
         self.view = view
         self._make_copy = make_copy
         self._copy: ModuleView | None = view if make_copy is None else None
@@ -136,7 +134,7 @@ _thread = _Thread()
 
 
 def enter(module: ReadModule) -> None:
-    """Run checkpointed parts of a forward pass as blocks that may read ``module``, until `leave`."""
+    """Run checkpointed parts of a forward pass as blocks that may read it, until `leave`."""
     torch_private.redirect_checkpoint(_in_place_of_checkpoint)
     _thread.modules = (*(_thread.modules or ()), module)
 
@@ -207,7 +205,9 @@ class _ModuleState(NamedTuple):
         before = [module.training for module in view.modules]
         params = {**self.params, **{n: values[i] for n, i in self.inputs.items()}}
         names = view.buffers.keys()
-        buffers = {n: values[self.inputs[n]] if n in self.inputs else self.buffers[n] for n in names}
+        buffers = {
+            n: values[self.inputs[n]] if n in self.inputs else self.buffers[n] for n in names
+        }
         params = {n: p for n, p in params.items() if n not in names}
         try:
             with view.in_modes(self.training):
@@ -217,6 +217,65 @@ class _ModuleState(NamedTuple):
                 module.training = training
 
 
+class _OtherModule:
+    """A module that is not the loop's, without its children, as it is before a block.
+
+    ``torch.func.functional_call`` puts tensors with a history in the places of its parameters.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._training = module.training
+        tables = torch_private.parameter_table(module), torch_private.buffer_table(module)
+        # Buffers are written: running statistics must not be written twice.
+        self._tables = [
+            {
+                n: (x if not i or x.requires_grad else x.clone())
+                for n, x in table.items()
+                if x is not None
+            }
+            for i, table in enumerate(tables)
+        ]
+        self._inputs: list[dict[str, int]] = [{}, {}]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters and buffers."""
+        return [x for table in self._tables for x in table.values()]
+
+    def connect(self, numbers: Mapping[Any, int]) -> None:
+        """Note which tensors are inputs of the node, and let go of their histories.
+
+        Args:
+            numbers: those of the inputs, by `_key`.
+        """
+        for i, table in enumerate(self._tables):
+            keys = {n: _key(x) for n, x in table.items() if x.requires_grad}
+            self._inputs[i] = {n: numbers[k] for n, k in keys.items() if k in numbers}
+            self._tables[i] = {n: x.detach() for n, x in table.items()}
+
+    def put(self, values: Sequence[Tensor]) -> tuple[list[dict[str, Any]], bool]:
+        """Put the module in this state, with inputs of the node in it; return the one before."""
+        module = self._module
+        tables = torch_private.parameter_table(module), torch_private.buffer_table(module)
+        before = [dict(table) for table in tables], module.training
+        module.training = self._training
+        for i, table in enumerate(tables):
+            own = {n: x.clone() if i else x for n, x in self._tables[i].items()}
+            table.update(own)
+            table.update((n, values[k]) for n, k in self._inputs[i].items())
+        return before
+
+    def put_back(self, tables: list[dict[str, Any]], training: bool) -> None:
+        """Undo `put`."""
+        module = self._module
+        torch_private.parameter_table(module).update(tables[0])
+        torch_private.buffer_table(module).update(tables[1])
+        module.training = training
+
+
 class _Block:
     """A part of a forward pass, to run again: a function of the tensors that require grad.
 
@@ -224,7 +283,7 @@ class _Block:
         function: the frozen function, with its arguments.
         captured: what stands in the function's slots: the number of an input, or a constant.
         states: the modules of loops.
-        others: other modules that the function reads, and their modes.
+        others: other modules that the function reads.
         itself: the inputs that the function reads where nothing can stand in for them.
         random_state: that before it; None: it draws nothing.
         autocast: for each kind of device, whether it is on, and its dtype.
@@ -237,7 +296,7 @@ class _Block:
     function: Any
     captured: list[int | Tensor]
     states: list[_ModuleState]
-    others: list[tuple[nn.Module, bool]]
+    others: list[_OtherModule]
     itself: frozenset[int]
     random_state: RandomState | None
     autocast: list[tuple[str, bool, torch.dtype]]
@@ -252,12 +311,9 @@ class _Block:
         call = thaw(self.function, captured, {})
         for state in self.states:
             call = functools.partial(state.run, values, call)
-        before = [(module, module.training) for module, _ in self.others]
-        tables = _with_copied_buffers([module for module, _ in self.others])
         modules = tuple(ReadModule(state.view) for state in self.states)
+        before = [other.put(values) for other in self.others]
         try:
-            for module, training in self.others:
-                module.training = training
             with ExitStack() as stack:
                 stack.enter_context(at_random_state(self.random_state))
                 for kind, enabled, dtype in self.autocast:
@@ -273,10 +329,8 @@ class _Block:
                     stack.enter_context(self.context())
                 result = call()
         finally:
-            for module, training in before:
-                module.training = training
-            for table, name, buffer in tables:
-                table[name] = buffer
+            for other, (tables, training) in zip(self.others, before, strict=True):
+                other.put_back(tables, training)
         return self._checked(result, values)
 
     def _checked(self, result: object, values: Sequence[Tensor]) -> list[Tensor]:
@@ -375,13 +429,28 @@ class _Node(torch.autograd.Function):
                 "under activation checkpointing (torch.utils.checkpoint): take one gradient after "
                 "the other, or switch checkpointing off"
             )
-        values = ctx.saved_tensors
+        values = _saved(ctx)
         given = [i for i, c in enumerate(cotangents) if c is not None]
         if not given:
             return (None,) * (2 + len(values))
         pullback = _Pullback(ctx.function, len(values), given, inner_pass.is_inner_pass())
         dense = [_dense(cotangents[i]) for i in given]
         return (None, None, *_Node.apply(pullback, None, *values, *dense))
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """Return the inputs that a node has saved."""
+    try:
+        found: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            "a block under activation checkpointing (torch.utils.checkpoint) runs again in a "
+            "backward pass, and a tensor that it reads was written in place after the forward "
+            f"pass: write it out of place, or take the gradient before. PyTorch says: {error}"
+        ) from error
+    return found
 
 
 def _key(x: Tensor) -> Any:
@@ -422,9 +491,10 @@ def run_block(
         freezer = _Freezer({key: new for m in modules for key, new in m.swap.items()})
         block.function = freezer.value(functools.partial(function, *args, **kwargs))
         block.states = [module.state() for module in modules]
-        known = [x for m in modules for x in m.now.values() if x.requires_grad]
         outside = {id(part): part for m in freezer.modules for part in m.modules()}.values()
-        block.others = [(part, part.training) for part in outside]
+        block.others = [_OtherModule(part) for part in outside]
+        held = [*(m.now.values() for m in modules), *(o.tensors() for o in block.others)]
+        known = [x for tensors in held for x in tensors if x.requires_grad]
         devices = {x.device.type for x in (*freezer.captured, *freezer.constants)}
         block.autocast = [
             (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
@@ -440,8 +510,9 @@ def run_block(
     result = plainly()
     with torch_private.unseen():
         wrote = torch_private.versions(found) != versions
-        # A list: each module has to note what it wrote.
-        if not all([module.wrote_known_buffers() for module in modules]) or wrote:
+        # Each module has to note what it wrote.
+        known_ones = [module.wrote_known_buffers() for module in modules]
+        if wrote or not all(known_ones):
             return result
         if torch_private.hooks_so_far() != hooks:
             # A hook acts in the inner backward pass, and not again when it is differentiated.
@@ -459,6 +530,8 @@ def run_block(
         for module, state in zip(modules, block.states, strict=True):
             keys = {n: _key(x) for n, x in module.now.items() if x.requires_grad}
             state.inputs.update({n: numbers[k] for n, k in keys.items() if k in numbers})
+        for other in block.others:
+            other.connect(numbers)
         now = RandomState.now()
         same = random_state is None or (now is not None and random_state.equals(now))
         block.random_state = None if same else random_state
@@ -483,9 +556,7 @@ def _outputs(leaves: list[Any], read: list[Tensor], so_far: int) -> list[int]:
         and torch_private.is_newer(y.grad_fn, so_far)
     ]
     others = [x for x in (*read, *leaves) if isinstance(x, Tensor) and x.layout == torch.strided]
-    memory = Counter(
-        x.untyped_storage().data_ptr() for x in {id(x): x for x in others}.values()
-    )
+    memory = Counter(x.untyped_storage().data_ptr() for x in {id(x): x for x in others}.values())
     return [i for i in places if memory[leaves[i].untyped_storage().data_ptr()] == 1]
 
 
@@ -565,21 +636,6 @@ class _Numbers(NamedTuple):
             atol=tolerance * float(largest),
             equal_nan=True,
         )
-
-
-def _with_copied_buffers(modules: Sequence[nn.Module]) -> list[tuple[Any, str, Tensor]]:
-    """Put copies in the places of buffers, and return where each stood.
-
-    A module that writes its running statistics in the forward pass must not do so again.
-    """
-    found: list[tuple[Any, str, Tensor]] = []
-    for module in modules:
-        table = torch_private.buffer_table(module)
-        for name, buffer in list(table.items()):
-            if isinstance(buffer, Tensor):
-                found.append((table, name, buffer))
-                table[name] = buffer.detach().clone()
-    return found
 
 
 def checkpoint_block(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from innerloop._batches import batches_of
 from innerloop._carry import Carry
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.graph import refuse_own_functions
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._metagradient.compiled import compiled_value_and_grad
@@ -130,7 +130,7 @@ def metagradient(
         )
         # Compiled as a whole, the outer loss is differentiated by torch.func, which asks for second
         # derivatives of what it meets.
-        with replacing() if mode() is Mode.COMPILING else nullcontext():
+        with replacing() if mode() is Mode.COMPILING else block.reading(None):
             result = outer(traj, inputs.hyper)
         loss = check_loss(
             result[0] if isinstance(result, tuple) else result,

@@ -25,10 +25,10 @@ from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView
 from innerloop._track.closure import Gradients
-from innerloop._utils.frozen import thaw
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.fingerprint import Fingerprint, agree
+from innerloop._utils.frozen import thaw
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn import _mode as replace

@@ -20,7 +20,6 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
-from innerloop._utils.frozen import Freezer
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -43,6 +42,7 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
+from innerloop._utils.frozen import Freezer
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Situation

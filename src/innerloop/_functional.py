@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop._inner_gradient import block
 from innerloop._module.checks import check_names, refusing_recomputation, versions_of
 from innerloop._module.view import ModuleView
 from innerloop._utils.execution import Mode, mode
@@ -35,6 +36,7 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         tensor([43.])
     """
     view = ModuleView(model)
+    read = block.ReadModule(view)
     pure: set[tuple[bool, ...]] = set()  # modes in which a call has left its parameters alone
 
     def call(
@@ -61,7 +63,8 @@ def functional(model: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor],
         copied = not compiling and modes not in pure
         given = {n: p.clone() for n, p in params.items()} if copied else params
         versions = [] if compiling else versions_of(given)
-        with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext():
+        blocks = nullcontext() if compiling else block.reading(read)
+        with replacing(only_silent=True) if torch.is_grad_enabled() else nullcontext(), blocks:
             output, new_buffers = view.run(given, kept, view.module, *args, **kwargs)
         if not compiling and versions_of(given) == versions:
             pure.add(modes)
