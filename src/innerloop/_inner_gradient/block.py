@@ -150,24 +150,21 @@ class reading:  # noqa: N801 (used like a function, at every step)
 
     Args:
         module: a module that they may read.
-        only: the modules that they may read; None: besides ``module`` those as before.
+        besides: what else they may read; None: what they may read already.
     """
 
     def __init__(
-        self, module: ReadModule | None, only: tuple[ReadModule, ...] | None = None
+        self, module: ReadModule | None, besides: tuple[ReadModule, ...] | None = None
     ) -> None:
         self._module = module
-        self._only = only
+        self._besides = besides
 
     def __enter__(self) -> None:
         torch_private.redirect_checkpoint(_in_place_of_checkpoint)
         self._before = _thread.modules
-        if self._only is not None:
-            _thread.modules = self._only
-        elif self._module is not None:
-            _thread.modules = (*(self._before or ()), self._module)
-        elif self._before is None:
-            _thread.modules = ()
+        besides = (self._before or ()) if self._besides is None else self._besides
+        own = () if self._module is None else (self._module,)
+        _thread.modules = (*besides, *own)
 
     def __exit__(self, *_: object) -> None:
         _thread.modules = self._before
@@ -423,7 +420,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch_private.inside_vmap():
+        if any(c is not None and torch_private.is_batched(c) for c in cotangents):
             raise NotDifferentiableError(
                 "many cotangents at once (is_grads_batched=True, vmap) do not pass through a block "
                 "under activation checkpointing (torch.utils.checkpoint): take one gradient after "
@@ -485,7 +482,8 @@ def run_block(
 
     if not torch.is_grad_enabled() or mode() is not Mode.EAGER:
         return plainly()
-    modules = _thread.modules or ()
+    # In an outer backward pass the newest weights are none that a block may read.
+    modules = [m for m in _thread.modules or () if m.view.is_readable()]
     block = _Block()
     with torch_private.unseen():
         freezer = _Freezer({key: new for m in modules for key, new in m.swap.items()})

@@ -131,6 +131,10 @@ class ModuleView:
         finally:
             self._training = before
 
+    def is_readable(self) -> bool:
+        """True unless a backward pass is running in which the newest parameters are not right."""
+        return self._gate is None or not self._gate.refuses()
+
     def read(self) -> dict[str, Tensor]:
         """Return the parameters as they are now (the user may have edited or replaced one)."""
         if self._gate is not None and self._gate.refuses():

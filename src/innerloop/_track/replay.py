@@ -477,7 +477,7 @@ class Recorder:
             alias = {n: _alias(p) for n, p in trial.items()} if again else trial
             view.write(alias)
             try:
-                with users_code(), block.reading(self.model.read):
+                with users_code(), block.reading(self.model.read, ()):
                     loss = closure()
                 loss = check_loss(loss, "the loss of a step that runs again")
                 wanted = {n: p for n, p in alias.items() if p.requires_grad}

@@ -83,6 +83,23 @@ class _Container:
         self.parts = parts
 
 
+def _with_cells(function: types.FunctionType, *contents: Any) -> types.FunctionType:
+    cells = tuple(types.CellType() for _ in contents)
+    for cell, content in zip(cells, contents, strict=True):
+        if content is not _EMPTY:
+            cell.cell_contents = content
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _without_cells(function: types.FunctionType) -> types.FunctionType:
+    """Return a function with the same code, whose cells are empty: it holds nothing."""
+    return _with_cells(function, *(_EMPTY for _ in function.__closure__ or ()))
+
+
 class Freezer:
     """Takes functions apart into the values that they read, for one step.
 
@@ -99,6 +116,7 @@ class Freezer:
     def __init__(self, swap: Mapping[int, object]) -> None:
         self._swap = swap
         self._done: dict[int, _Function] = {}
+        self._foreign_ones: set[int] = set()
         self.captured: list[Tensor] = []
         self.constants: list[Tensor] = []
         self.modules: list[nn.Module] = []
@@ -144,7 +162,7 @@ class Freezer:
     def function(self, function: types.FunctionType) -> Any:
         """Return the frozen form of a function."""
         if (function.__module__ or "").partition(".")[0] in _FOREIGN:
-            return function
+            return self._foreign(function)
         if id(function) in self._done:
             return self._done[id(function)]
         found = self._done[id(function)] = _Function(function)
@@ -168,12 +186,29 @@ class Freezer:
             found.keywords = self.value(function.__kwdefaults__)
         return found
 
-    def _cell(self, cell: types.CellType) -> Any:
+    def _foreign(self, function: types.FunctionType) -> Any:
+        """Return the frozen form of a function of a package whose globals are left alone."""
+        if not function.__closure__ or id(function) in self._foreign_ones:
+            return function
+        # A function in its own closure ends here.
+        self._foreign_ones.add(id(function))
+        contents = [self._content(cell) for cell in function.__closure__]
+        parts = [c if c is _EMPTY else self.value(c) for c in contents]
+        self._foreign_ones.discard(id(function))
+        if all(a is b for a, b in zip(parts, contents, strict=True)):
+            return function
+        return _Call(functools.partial(_with_cells, _without_cells(function)), tuple(parts))
+
+    @staticmethod
+    def _content(cell: types.CellType) -> Any:
         try:
-            content = cell.cell_contents
+            return cell.cell_contents
         except ValueError:
             return _EMPTY
-        return self.value(content)
+
+    def _cell(self, cell: types.CellType) -> Any:
+        content = self._content(cell)
+        return content if content is _EMPTY else self.value(content)
 
     def _tensor(self, x: Tensor) -> Any:
         if x.requires_grad and x.grad_fn is not None:

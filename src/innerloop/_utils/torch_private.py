@@ -152,6 +152,12 @@ def inside_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """True if ``tensor`` stands for many, of ``vmap`` or of ``autograd.grad(is_grads_batched)``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def inside_reverse_transform() -> bool:
     """True if one of the running transforms is ``torch.func.grad`` or ``vjp``.
 
