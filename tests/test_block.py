@@ -617,9 +617,7 @@ def test_a_loss_of_params(form: str, strategy: Any, reentrant: bool):
                 return torch.func.functional_call(model, params, x)
             if form == "functional":
                 return call(params, x)
-            body = around(
-                lambda y: (y @ params["first.weight"].T + params["first.bias"]).tanh(), x
-            )
+            body = around(lambda y: (y @ params["first.weight"].T + params["first.bias"]).tanh(), x)
             return F.linear(body, params["head.weight"], params["head.bias"])
 
         def loss(params: Any, hyper: Any, t: int) -> Tensor:

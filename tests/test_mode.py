@@ -264,23 +264,31 @@ def test_a_mode_of_the_user_around_the_whole_block():
     assert torch_private.function_mode() is None
 
 
-def test_checkpointed_attention_is_named():
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+def test_checkpointed_attention_is_replaced_when_it_runs_again():
+    def gradients(checkpointed: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
 
-    class Recomputed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
+        class Recomputed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
 
-        def forward(self, x: Tensor) -> Any:
-            return checkpoint(self.layer, x, use_reentrant=False)
+            def forward(self, x: Tensor) -> Any:
+                return (
+                    checkpoint(self.layer, x, use_reentrant=False)
+                    if checkpointed
+                    else self.layer(x)
+                )
 
-    model = Recomputed()
-    with (
-        pytest.raises(innerloop.NotDifferentiableError, match="activation checkpointing"),
-        innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
-    ):
-        loop.step(loop.model(smooth_noise(2, 3, 4)).square().mean())
+        model = Recomputed()
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+            for _ in range(2):
+                loop.step(loop.model(smooth_noise(2, 3, 4)).square().mean())
+            outer = loop.model(smooth_noise(2, 3, 4)).square().mean()
+        return torch.autograd.grad(outer, list(model.parameters()))
+
+    for ours, truth in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(ours, truth)
 
 
 # -- at a later step -------------------------------------------------------------------------------

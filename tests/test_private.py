@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from torch.utils import _pytree
 from innerloop._utils import torch_private
 
 EXERCISED = {
+    "redirect_checkpoint",
+    "function_modes",
+    "is_batched",
     "tree_map",
     "register_tree_node",
     "inside_transform",
@@ -806,3 +810,47 @@ def test_each_row_below_vmap_draws_its_own_random_numbers():
         torch.manual_seed(i)
         for ours, theirs in zip(found, draw(xs[i]), strict=True):
             assert torch.equal(ours[i], theirs)
+
+
+def test_a_call_of_checkpoint_is_redirected_under_every_name():
+    kept = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    plain = inspect.unwrap(torch.utils.checkpoint.checkpoint)
+    before = dict(vars(plain))
+    calls: list[Any] = []
+
+    def instead(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    x = torch.ones(2, requires_grad=True)
+    try:
+        torch_private.redirect_checkpoint(instead)
+        torch_private.redirect_checkpoint(instead)
+        assert torch.equal(kept(torch.sin, x), x.sin())
+        assert calls == [((torch.sin, x), {"use_reentrant": False})]
+        with pytest.raises(ValueError, match="keyword"):
+            torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=True, other=1)
+    finally:
+        vars(plain).clear()
+        vars(plain).update(before)
+    kept(torch.sin, x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, x.detach().cos())
+
+
+def test_all_function_modes_are_listed():
+    outer, inner = TorchFunctionMode(), TorchFunctionMode()
+    with outer, inner:
+        assert torch_private.function_modes() == [outer, inner]
+    assert torch_private.function_modes() == []
+
+
+def test_a_tensor_that_stands_for_many():
+    found: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    assert not torch_private.is_batched(x)
+    y = x.sin()
+    y.register_hook(lambda g: found.append(torch_private.is_batched(g)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    torch.func.vmap(lambda row: found.append(torch_private.is_batched(row)) or row)(torch.eye(2))
+    assert found == [True, True]

@@ -799,19 +799,25 @@ def test_a_module_beside_the_model_is_not_written_again():
     assert_same(run(Checkpointed(slots=1)), run(None))
 
 
-def test_checkpointing_inside_the_loss_is_refused():
+def test_checkpointing_inside_the_loss():
+    """What runs again in a step that runs again has the weights of that step."""
     from torch.utils.checkpoint import checkpoint
 
-    model = network()
-    with pytest.raises(NotDifferentiableError):  # noqa: PT012, SIM117
-        with innerloop.track(model, sgd(model), strategy=Checkpointed()) as loop:
+    def run(strategy: Checkpointed | None, checkpointed: bool) -> dict[str, Any]:
+        model = network()
+
+        def predict(t: int) -> Tensor:
+            if not checkpointed:
+                return loop.model(features(t))  # type: ignore[no-any-return]
+            return checkpoint(loop.model, features(t), use_reentrant=False)  # type: ignore[no-any-return]
+
+        with innerloop.track(model, sgd(model), strategy=strategy) as loop:
             for t in range(3):
-                loop.step(
-                    lambda: F.mse_loss(
-                        checkpoint(loop.model, features(t), use_reentrant=False), target(t)
-                    )
-                )
+                loop.step(lambda: F.mse_loss(predict(t), target(t)))
             regression(loop.model, 3).backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    assert_same(run(Checkpointed(slots=1), True), run(None, False))
 
 
 def test_the_users_model_used_by_mistake():

@@ -691,26 +691,31 @@ class WithCheckpoint(TwoLayers):
         return self.head(checkpoint(lambda y: self.body(y).tanh(), x, use_reentrant=False))
 
 
+class WithoutCheckpoint(TwoLayers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
 def test_activation_checkpointing_inside_the_loop():
-    """It would recompute with other weights: refused."""
-    model = WithCheckpoint()
-    problem = innerloop.Problem.from_module(
-        model, lambda m, hyper, t: regression(m, t), innerloop.optim.sgd(lr=0.1)
-    )
-    for params in (
-        dict(model.named_parameters()),
-        {n: p.detach() for n, p in model.named_parameters()},
-    ):
-        with refused(innerloop.InnerLoopError, "checkpoint"):
-            innerloop.unroll(problem, params, list(range(STEPS)))
-    with refused(innerloop.InnerLoopError, "checkpoint"):
-        innerloop.metagradient(
-            lambda traj, hyper: traj.losses.sum(),
-            problem,
-            dict(model.named_parameters()),
-            [0, 1],
-            wrt="params",
+    """What runs again runs with the weights of its own step."""
+
+    def run(model: nn.Module) -> list[Tensor]:
+        model.load_state_dict(TwoLayers().state_dict())
+        problem = innerloop.Problem.from_module(
+            model, lambda m, hyper, t: regression(m, t), innerloop.optim.sgd(lr=0.1)
         )
+        _, grads = innerloop.metagradient(
+            lambda traj, hyper: traj.losses.sum(), problem, None, [0, 1], wrt="params"
+        )
+        constants = {n: p.detach() for n, p in model.named_parameters()}
+        traj = innerloop.unroll(problem, constants, list(range(STEPS)))
+        return [*grads.values(), *traj.params.values()]
+
+    torch.manual_seed(0)
+    ours = run(WithCheckpoint())
+    torch.manual_seed(0)
+    for a, b in zip(ours, run(WithoutCheckpoint()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_operations_without_a_second_derivative():

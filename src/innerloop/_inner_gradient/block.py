@@ -45,6 +45,7 @@ class ReadModule:
         view: the module.
         written: the names of buffers that blocks write.
         now: parameters and buffers when a block began.
+        is_outermost: True if no loop was running when this one began.
     """
 
     def __init__(self, view: ModuleView, make_copy: Callable[[], ModuleView] | None = None) -> None:
@@ -55,6 +56,7 @@ class ReadModule:
         self._swap: dict[int, object] | None = None
         self._last: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.written = set(view.statistics)
+        self.is_outermost = False
         self.now: dict[str, Tensor] = {}
         self._buffers: tuple[Params, list[int]] = {}, []
 
@@ -136,13 +138,14 @@ _thread = _Thread()
 def enter(module: ReadModule) -> None:
     """Run checkpointed parts of a forward pass as blocks that may read it, until `leave`."""
     torch_private.redirect_checkpoint(_in_place_of_checkpoint)
+    module.is_outermost = _thread.modules is None
     _thread.modules = (*(_thread.modules or ()), module)
 
 
 def leave(module: ReadModule) -> None:
     """Undo `enter`."""
     rest = tuple(m for m in _thread.modules or () if m is not module)
-    _thread.modules = rest or None
+    _thread.modules = None if module.is_outermost and not rest else rest
 
 
 class reading:  # noqa: N801 (used like a function, at every step)
