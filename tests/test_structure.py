@@ -151,6 +151,7 @@ TORCH_STRINGS = {
 CALLS_AUTOGRAD = {
     "_inner_gradient/gradient.py": "the gradient of the inner loss",
     "_check.py": "the outer gradient of a checked loop",
+    "_inner_gradient/block.py": "the pullback of a part of a loss that runs again",
     "_linear/": "second derivatives: it differentiates a gradient, not a loss",
     "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",

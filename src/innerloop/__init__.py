@@ -4,6 +4,7 @@ from innerloop import higher, inspect, nn, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._functional import functional
+from innerloop._inner_gradient.block import checkpoint_block
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._metagradient.tasks import map_tasks
 from innerloop._outer_state import OuterState
@@ -90,6 +91,7 @@ __all__ = [
     "assign",
     "attribute",
     "check_metagradient",
+    "checkpoint_block",
     "compile_cache",
     "diagnose",
     "functional",
