@@ -92,17 +92,17 @@ def main() -> None:
             plain, blocks = (
                 fresh("benchmarks.blocks", way, kind, str(steps)) for kind in ("plain", "blocks")
             )
-            rows.append(
-                (
-                    str(steps),
-                    way,
-                    f"{plain['peak']:.0f}",
-                    f"{blocks['peak']:.0f}",
-                    f"{plain['peak'] / blocks['peak']:.1f}",
-                    f"{blocks['seconds'] / plain['seconds']:.2f}",
-                )
+            row = (
+                str(steps),
+                f"`{way}`",
+                f"{plain['peak']:.0f}",
+                f"{blocks['peak']:.0f}",
+                f"{plain['peak'] / blocks['peak']:.1f}",
+                f"{blocks['seconds'] / plain['seconds']:.2f}",
             )
-    header = ("steps", "", "plain, MB", "blocks, MB", "less memory", "time")
+            print(*row, file=sys.stderr, flush=True)
+            rows.append(row)
+    header = ("steps", "", "plain, MB", "blocks, MB", "plain / blocks", "time, blocks / plain")
     print(table(rows, header=header, markdown=True))
 
 

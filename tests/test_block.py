@@ -558,6 +558,40 @@ def test_a_loop_inside_a_loop():
     assert_close(run(NON_REENTRANT), run(plainly))
 
 
+def test_the_model_of_a_loop_that_has_ended():
+    """Inside another loop, whose backward pass comes later."""
+
+    def run(around: Around) -> list[Any]:
+        torch.manual_seed(0)
+        model = Net(plainly)
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as outside:
+            for t in range(2):
+                with innerloop.track(outside.model, innerloop.optim.sgd(lr=0.1)) as inside:
+                    inside.step(loss_of(inside.model, t))
+                outside.step(around(inside.model, features(t)).square().mean())
+            outer = loss_of(outside.model, STEPS)
+        outer.backward()
+        return [outer.detach(), *(p.grad for p in model.parameters())]
+
+    assert_close(run(NON_REENTRANT), run(plainly))
+
+
+def test_a_model_inside_another_object_is_right_or_refused():
+    class Trainer:
+        def __init__(self, model: nn.Module) -> None:
+            self.model = model
+
+        def block(self, x: Tensor) -> Any:
+            return self.model(x)
+
+    model = Net(plainly)
+    with (
+        pytest.raises(InvalidInputError, match="an object that is not a module"),
+        innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop,
+    ):
+        loop.step(NON_REENTRANT(Trainer(loop.model).block, features(0)).square().mean())
+
+
 def test_a_further_derivative():
     def run(around: Around) -> list[Any]:
         torch.manual_seed(0)

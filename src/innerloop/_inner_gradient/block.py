@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from innerloop._inner_gradient.graph import check_graph
+from innerloop._module.copier import is_view
 from innerloop._module.view import ModuleView
 from innerloop._types import Params
 from innerloop._utils import inner_pass, torch_private, tree
@@ -354,8 +355,8 @@ def _differs(what: str) -> InvalidInputError:
         "a block under activation checkpointing (torch.utils.checkpoint) ran again in a backward "
         f"pass and {what} than in the forward pass: the derivative would be another one. What it "
         "reads has changed in between (a tensor written in place, an attribute, data drawn inside "
-        "it): hand that over as an argument, checkpoint(function, x, other), or switch "
-        "checkpointing off for this block"
+        "it), or it reaches loop.model through an object that is not a module: hand that over as "
+        "an argument, checkpoint(function, x, other), or switch checkpointing off for this block"
     )
 
 
@@ -494,7 +495,7 @@ def run_block(
         freezer = _Freezer({key: new for m in modules for key, new in m.swap.items()})
         block.function = freezer.value(functools.partial(function, *args, **kwargs))
         block.states = [module.state() for module in modules]
-        outside = {id(part): part for m in freezer.modules for part in m.modules()}.values()
+        outside = list({id(part): part for m in freezer.modules for part in m.modules()}.values())
         block.others = [_OtherModule(part) for part in outside]
         held = [*(m.now.values() for m in modules), *(o.tensors() for o in block.others)]
         known = [x for tensors in held for x in tensors if x.requires_grad]
@@ -505,13 +506,16 @@ def run_block(
         ]
         block.replaced = replace.situation_of_replacing()
         block.context = context
-        found = [*freezer.captured, *freezer.constants]
+        found = [x for x in (*freezer.captured, *freezer.constants) if not x.is_inference()]
         versions = torch_private.versions(found)
         random_state = RandomState.now()
         hooks = torch_private.hooks_so_far()
         so_far = torch_private.nodes_so_far()
     result = plainly()
     with torch_private.unseen():
+        if any(is_view(part) for part in outside):
+            # The model of a loop that has ended, whose weights are not to be read again.
+            return result
         wrote = torch_private.versions(found) != versions
         # Each module has to note what it wrote.
         known_ones = [module.wrote_known_buffers() for module in modules]

@@ -29,10 +29,10 @@ _LOOK_UPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
 K = TypeVar("K", str, int)
 
 _REENTRANT = (
-    "the loss was computed under activation checkpointing with use_reentrant=True "
-    "(torch.utils.checkpoint; gradient_checkpointing_enable() of older packages), which hides the "
-    "parameters inside of it: they would not be trained, without an error. Switch checkpointing "
-    "off inside the loop"
+    "the loss was computed under reentrant activation checkpointing (torch.utils.checkpoint with "
+    "use_reentrant=True before the loop began or in the bridge, or a package of its own), which "
+    "hides the parameters inside of it: they would not be trained, without an error. Compute the "
+    "loss inside the block of track, or switch checkpointing off"
 )
 
 _harmless: MutableMapping[type, bool] = caches.cache("classes of nodes that need no second look")

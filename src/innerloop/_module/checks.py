@@ -32,10 +32,10 @@ class refusing_recomputation(torch_private.refusing_saved_tensors_hooks):  # noq
         _, error, _ = raised
         if isinstance(error, RuntimeError) and self._REFUSED in str(error):
             raise NotDifferentiableError(
-                "activation checkpointing (torch.utils.checkpoint) inside a function of "
-                "parameters: it would be recomputed with other "
-                "weights, switch it off. (Other saved-tensor hooks that begin there are refused "
-                "with it; write save_on_cpu around the whole loop, or "
+                "hooks on saved tensors begin inside a function of parameters, as those of "
+                "activation checkpointing do: what they compute again they would compute with "
+                "other weights. Write torch.utils.checkpoint.checkpoint inside the loop, which "
+                "uses none there. (Write save_on_cpu around the whole loop, or "
                 'strategy=innerloop.Checkpointed(offload="cpu").)'
             ) from error
 

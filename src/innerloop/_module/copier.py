@@ -113,8 +113,8 @@ def refusal(name: str) -> NotDifferentiableError:
     return NotDifferentiableError(
         f"the parameter {name!r} was read during the outer backward pass, where it has "
         "its newest value and not that of the step "
-        "being differentiated. Activation checkpointing does that "
-        "(torch.utils.checkpoint, gradient_checkpointing_enable): "
+        "being differentiated. Activation checkpointing does that in the bridge for higher, or "
+        "with a function of another package than torch.utils.checkpoint: "
         "switch it off inside the loop. A hook that runs in the backward pass does it "
         "too: let it read the parameters beforehand"
     )
@@ -260,6 +260,11 @@ class _Parameters(dict[str, Any]):
                     else _Connect.apply(p)
                 )
         return {name: None if p is None else memo[id(p)] for name, p in self.items()}
+
+
+def is_view(module: nn.Module) -> bool:
+    """True if a module is a part of the model of a loop, or a patched one."""
+    return isinstance(torch_private.parameter_table(module), _Parameters)
 
 
 def _is_empty(cell: types.CellType) -> bool:

@@ -236,6 +236,9 @@ def inside_saved_tensors_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+_checkpoint: Any = inspect.unwrap(checkpointing.checkpoint)
+
+
 def redirect_checkpoint(to: Callable[..., Any]) -> None:
     """Let every call of ``torch.utils.checkpoint.checkpoint`` become ``to(original, *arguments)``.
 
@@ -245,7 +248,7 @@ def redirect_checkpoint(to: Callable[..., Any]) -> None:
     does not trace, and makes that at the first call; here it is given another one. Its own form,
     ``original``, is made where it is called.
     """
-    plain = inspect.unwrap(checkpointing.checkpoint)
+    plain = _checkpoint
     if vars(plain).get("_innerloop_redirected") is not to:
         original = vars(plain).get("_innerloop_original")
         if original is None:
