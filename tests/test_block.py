@@ -64,7 +64,7 @@ def counted() -> Iterator[list[int]]:
         count[0] += outputs is not None
         return apply(function, outputs, *values)
 
-    block._Node.apply = counting  # type: ignore[method-assign, assignment]
+    block._Node.apply = counting  # type: ignore[method-assign]
     try:
         yield count
     finally:
@@ -159,7 +159,7 @@ def unrolled(make: Make, around: Around, loss: Loss = loss_of, strategy: Any = N
     return list(tree.tensors(found))
 
 
-WAYS: dict[str, Callable[[Make, Around], list[Any]]] = {
+WAYS: dict[str, Callable[..., list[Any]]] = {
     "track": tracked,
     "track, Checkpointed": partial(tracked, strategy=Checkpointed(slots=1)),
     "track, first order": partial(tracked, first_order=True),
@@ -524,7 +524,7 @@ def test_the_loop_itself_is_captured(reentrant: bool):
         ) as loop:
 
             def loss(t: int) -> Tensor:
-                return around(lambda x: loop.model(x).square().mean(), features(t))  # type: ignore[no-any-return]
+                return around(lambda x: loop.model(x).square().mean(), features(t))
 
             for t in range(STEPS):
                 loop.step(lambda: loss(t))  # noqa: B023
@@ -904,7 +904,7 @@ def test_a_loop_by_hand(form: str):
     def run(around: Around) -> list[Any]:
         torch.manual_seed(0)
         model = Formed(around, form)
-        start = dict(model.named_parameters())
+        start: dict[str, Tensor] = dict(model.named_parameters())
         params = start
         for t in range(STEPS):
             out = torch.func.functional_call(model, params, features(t))

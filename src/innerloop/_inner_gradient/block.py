@@ -374,7 +374,7 @@ class _Pullback:
         self, function: _Block | _Pullback, count: int, given: list[int], is_inner: bool
     ) -> None:
         self.function = function
-        self.itself = function.itself
+        self.itself: frozenset[int] = function.itself
         self._count = count
         self._given = given
         self._is_inner = is_inner
@@ -383,8 +383,8 @@ class _Pullback:
         """Return a cotangent for each input of the function, None where there is none."""
         inputs, cotangents = values[: self._count], values[self._count :]
         ends = self.function(inputs, True)
-        pairs = [(ends[i], c) for i, c in zip(self._given, cotangents, strict=True)]
-        pairs = [(y, c) for y, c in pairs if y is not None and y.requires_grad]
+        given = zip([ends[i] for i in self._given], cotangents, strict=True)
+        pairs = [(y, c) for y, c in given if y is not None and y.requires_grad]
         if not pairs:
             return [None] * len(inputs)
         with inner_pass.inner_pass() if self._is_inner else ExitStack():

@@ -237,6 +237,8 @@ def inside_saved_tensors_hooks() -> bool:
 
 
 _checkpoint: Any = inspect.unwrap(checkpointing.checkpoint)
+# As torch.compiler.disable, which imports the compiler at once; this one does at the first call.
+_untraced: Any = vars(torch)["_disable_dynamo"]
 
 
 def redirect_checkpoint(to: Callable[..., Any]) -> None:
@@ -252,7 +254,7 @@ def redirect_checkpoint(to: Callable[..., Any]) -> None:
     if vars(plain).get("_innerloop_redirected") is not to:
         original = vars(plain).get("_innerloop_original")
         if original is None:
-            original = torch._disable_dynamo(
+            original = _untraced(
                 types.FunctionType(
                     plain.__code__,
                     plain.__globals__,
@@ -264,7 +266,7 @@ def redirect_checkpoint(to: Callable[..., Any]) -> None:
             inspect.unwrap(original).__kwdefaults__ = plain.__kwdefaults__
         vars(plain)["_innerloop_original"] = original
         vars(plain)["_innerloop_redirected"] = to
-        vars(plain)["__dynamo_disable"] = torch._disable_dynamo(partial(to, original))
+        vars(plain)["__dynamo_disable"] = _untraced(partial(to, original))
 
 
 def is_tracked(tensor: Tensor) -> bool:
