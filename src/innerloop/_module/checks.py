@@ -226,5 +226,7 @@ def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str,
             continue
         seen.add(id(module))
         yield prefix, module
-        children = torch_private.module_table(module).items()
-        stack.extend((f"{prefix}{k}.", m) for k, m in reversed(list(children)) if m is not None)
+        children = torch_private.module_table(module)
+        if children:
+            below = [(f"{prefix}{k}.", m) for k, m in children.items() if m is not None]
+            stack.extend(reversed(below))

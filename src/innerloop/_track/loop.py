@@ -123,7 +123,7 @@ class TrackedLoop:
         self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
         for name, p in {**own, **given}.items():
-            if name not in self._frozen:
+            if p.is_inference() and name not in self._frozen:
                 check_not_inference(f"the parameter {name!r}", p)
         self._cut = GraphCut(learn)
         with torch.enable_grad():
