@@ -76,8 +76,11 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        self._start_is_learned = learn == "init" or any(
+            p.requires_grad for p in (params or {}).values()
+        )
         _check_devices(self._view.read())
-        self._save_at = _checked_times(save_at)
+        self._save_at = checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
         view = ModuleView(model, gate)
@@ -118,6 +121,7 @@ class ReplayedLoop(TrackedLoop):
             self._trained,
             self._hooks,
             self._second_order,
+            self._start_is_learned,
         )
         self._recorder.sparse = self._sparse
         self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
@@ -520,6 +524,7 @@ class ReplayedLoop(TrackedLoop):
     def detach(self) -> None:
         """Cut the graph here, as `TrackedLoop.detach` does."""
         super().detach()
+        self._start_is_learned = False
         self._begin()
 
 
@@ -546,7 +551,8 @@ def _check_devices(params: Params) -> None:
         )
 
 
-def _checked_times(save_at: Sequence[int]) -> frozenset[int]:
+def checked_times(save_at: Sequence[int]) -> frozenset[int]:
+    """Return the times at which states are wanted; raise if one is no time."""
     for t in save_at:
         if not isinstance(t, int) or isinstance(t, bool) or t < 0:
             raise InvalidInputError(
