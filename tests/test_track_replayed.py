@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import innerloop
 from innerloop import Checkpointed, InvalidInputError, NotDifferentiableError
+from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left
 from tests.networks import adam, direction, leaf, network, sgd
 from tests.oracles import assert_derivative, derivative
@@ -42,7 +43,7 @@ Body = Callable[[Any, bool], Tensor]
 
 
 def gradients(
-    body: Body, strategy: Checkpointed | None, *, model: Any = None, **arguments: Any
+    body: Body, strategy: Strategy | None, *, model: Any = None, **arguments: Any
 ) -> dict[str, Tensor | None]:
     """The gradients by the parameters of the outer loss that ``body(loop, replayed)`` returns."""
     model = network() if model is None else model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from innerloop._carry import Carry
 from innerloop._problem import Problem, check_problem
 from innerloop._types import HyperTree, Params
 from innerloop._unroll import unroll
-from innerloop._utils import tree
+from innerloop._utils import caches, tree
 from innerloop._utils.arguments import check_function, check_instance, check_seed, shown
 from innerloop._utils.random_state import RandomState
 from innerloop._utils.text_table import table
@@ -479,7 +479,26 @@ def _outcomes(queries: Queries, params: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
+_known: MutableMapping[Problem, dict[bool, tuple[object, Problem]]] = caches.cache(
+    "weighted problems", weak=True
+)
+"""The problems that `_weighted` made last: what was compiled for one serves the next call."""
+
+
 def _weighted(
+    problem: Problem, weights: str, index: Callable[[Any], Tensor], *, gathered: bool
+) -> Problem:
+    """Return `_made_weighted`, the same object for the same arguments."""
+    known = _known.setdefault(problem, {})
+    parts = problem.loss, problem.optimizer, problem.optimizer_hyper, problem.targets
+    # What was made holds all of them, so that no other object can come to have their identities.
+    made_of = weights, *map(id, (index, *parts))
+    if gathered not in known or known[gathered][0] != made_of:
+        known[gathered] = made_of, _made_weighted(problem, weights, index, gathered=gathered)
+    return known[gathered][1]
+
+
+def _made_weighted(
     problem: Problem, weights: str, index: Callable[[Any], Tensor], *, gathered: bool
 ) -> Problem:
     """Return the problem whose loss is the weighted mean of what its loss gives per example.
