@@ -44,6 +44,7 @@ from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.sharded import sharded_names
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
@@ -543,6 +544,12 @@ def _check_devices(params: Params) -> None:
 
     Two of them would run steps again in one copy of the model, each waiting for the other.
     """
+    if sharded := sharded_names(params):
+        raise InvalidInputError(
+            f"track(..., strategy=...) does not run steps again whose parameters "
+            f"({sorted(sharded)[:4]}) are DTensors: leave strategy= away, or write the loop with "
+            "innerloop.unroll, whose Checkpointed() takes them"
+        )
     devices = sorted({str(p.device) for p in params.values() if isinstance(p, Tensor)})
     if len(devices) > 1:
         raise InvalidInputError(
