@@ -132,7 +132,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:  # where it formats a stack for each kind of accelerator that there might be
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
