@@ -56,7 +56,7 @@ def anomaly_detection() -> Iterator[None]:
     longer than the test."""
     with (
         warnings.catch_warnings(),
-        mock.patch("torch.fx.traceback.format_stack", lambda: ["not kept\n"]),
+        mock.patch("torch.fx.traceback.format_stack", return_value=["not kept\n"]),
     ):
         warnings.filterwarnings("ignore", "Anomaly Detection has been enabled", UserWarning)
         with torch.autograd.set_detect_anomaly(True):
