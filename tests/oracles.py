@@ -14,7 +14,6 @@ answer (``NoDerivative``) instead of giving a number.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import math
@@ -260,10 +259,14 @@ def unchecked(
     return optimizer
 
 
-@functools.cache
+KERNELS = {"foreach", "fused", "differentiable", "capturable"}
+_kernel_arguments: dict[type, set[str]] = {}
+
+
 def kernel_arguments(rule: type[torch.optim.Optimizer]) -> set[str]:
-    kernels = {"foreach", "fused", "differentiable", "capturable"}
-    return kernels & set(inspect.signature(rule).parameters)
+    if rule not in _kernel_arguments:
+        _kernel_arguments[rule] = KERNELS & set(inspect.signature(rule).parameters)
+    return _kernel_arguments[rule]
 
 
 def torch_run(
