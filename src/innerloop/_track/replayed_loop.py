@@ -77,6 +77,14 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        for name, b in self._view.source_buffers.items():
+            if b.requires_grad and learn != "nothing":
+                raise InvalidInputError(
+                    f"the buffer {name!r} of the model requires grad, and a step that runs again "
+                    "computes with constant buffers: let the function given to loop.step use the "
+                    "tensor itself, loop.step(fn, args=(tensor,)), or detach it, or leave "
+                    "strategy= away"
+                )
         self._start_is_learned = learn == "init" or any(
             p.requires_grad for p in (params or {}).values()
         )
