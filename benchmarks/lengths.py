@@ -1,5 +1,5 @@
 """Memory and time by the number of steps: ``python -m benchmarks.lengths`` prints the table of
-docs/long-loops.md.
+docs/benchmarks.md.
 
 Every number is that of a process of its own, after a warm-up on a small network: the peak above
 what the process held with the data of all steps drawn, and the processor time of one meta-gradient.
@@ -27,7 +27,7 @@ from benchmarks.workloads import WARM_UP, WORKLOADS, Workload, loss
 MOST = 16_000
 """MB: a method is not asked for more steps once it would need more than this."""
 
-LENGTHS = {"M2": (8, 100, 1_000, 10_000), "M3": (8, 100, 1_000)}
+LENGTHS = {"M2": (8, 100, 1_000, 10_000), "M3": (8, 100)}
 
 
 def replayed(workload: Workload) -> MetaGradient:
@@ -132,7 +132,7 @@ def main() -> None:
         print("| loop | method | " + " | ".join(lengths) + " |")
         print("|---|---|" + "---|" * len(lengths))
         print("\n".join(table(name)), flush=True)
-    print(describe())
+    print(describe(), flush=True)
 
 
 if __name__ == "__main__":
