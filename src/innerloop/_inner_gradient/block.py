@@ -95,7 +95,8 @@ class ReadModule:
         buffers = self.view.read_buffers()
         self.now = {**params, **buffers}
         self._buffers = buffers, torch_private.versions(buffers.values())
-        kept = {n: b.detach().clone() if n in self.written else b for n, b in buffers.items()}
+        kept = {n: b.detach() for n, b in buffers.items()}
+        kept.update((n, b.clone()) for n, b in kept.items() if n in self.written)
         training = [module.training for module in self.view.modules]
         return _ModuleState(self.copy, last[1], {}, kept, training)
 
