@@ -102,7 +102,7 @@ def main() -> None:
             )
             print(*row, file=sys.stderr, flush=True)
             rows.append(row)
-    header = ("steps", "", "plain, MB", "blocks, MB", "plain / blocks", "time, blocks / plain")
+    header = ("steps", "way", "plain, MB", "blocks, MB", "plain / blocks", "time, blocks / plain")
     print(table(rows, header=header, markdown=True))
 
 
