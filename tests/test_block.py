@@ -165,7 +165,7 @@ WAYS: dict[str, Callable[..., list[Any]]] = {
     "track, first order": partial(tracked, first_order=True),
     "track, outer": partial(tracked, learn="outer"),
     "track, StoreAll": partial(tracked, strategy=innerloop.StoreAll()),
-    "track, Truncated": partial(tracked, strategy=innerloop.Truncated(2)),
+    "track, Truncated": partial(tracked, strategy=innerloop.Truncated(2), learn="outer"),
     "track, FirstOrder": partial(tracked, strategy=FirstOrder()),
     "StoreAll": unrolled,
     "Checkpointed": partial(unrolled, strategy=Checkpointed(slots=1)),
