@@ -885,5 +885,10 @@ def test_a_tensor_that_stands_for_many():
     y = x.sin()
     y.register_hook(lambda g: found.append(torch_private.is_batched(g)))
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
-    torch.func.vmap(lambda row: found.append(torch_private.is_batched(row)) or row)(torch.eye(2))
+
+    def look(row: Tensor) -> Tensor:
+        found.append(torch_private.is_batched(row))
+        return row
+
+    torch.func.vmap(look)(torch.eye(2))
     assert found == [True, True]

@@ -940,8 +940,8 @@ def test_checkpointing_inside_the_loss():
 
         def predict(t: int) -> Tensor:
             if not checkpointed:
-                return loop.model(features(t))  # type: ignore[no-any-return]
-            return checkpoint(loop.model, features(t), use_reentrant=False)  # type: ignore[no-any-return]
+                return loop.model(features(t))
+            return checkpoint(loop.model, features(t), use_reentrant=False)
 
         with innerloop.track(model, sgd(model), strategy=strategy) as loop:
             for t in range(3):
