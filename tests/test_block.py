@@ -637,6 +637,21 @@ def test_many_cotangents_at_once_are_refused():
         torch.autograd.grad(out, model.head.weight, torch.eye(6), is_grads_batched=True)
 
 
+@pytest.mark.parametrize("strategy", [innerloop.StoreAll(), Checkpointed()], ids=str)
+def test_the_jacobian_of_a_loop(strategy: Any):
+    """Many cotangents at once: blocks take one after the other."""
+
+    def run(around: Around) -> list[Any]:
+        torch.manual_seed(0)
+        problem = innerloop.Problem.from_module(
+            Net(around), lambda model, hyper, t: loss_of(model, t), innerloop.optim.sgd(lr=0.1)
+        )
+        traj = innerloop.unroll(problem, None, list(range(STEPS)), strategy=strategy)
+        return list(tree.tensors(innerloop.inspect.jacobian(traj, STEPS, 0)))
+
+    assert_close(run(NON_REENTRANT), run(plainly))
+
+
 # -- problems of functions -------------------------------------------------------------------------
 
 

@@ -233,7 +233,8 @@ class RecordedStep:
             # Only the pull is batched: what was recorded outside may have drawn random numbers.
             return self._pulled(self._state, given, batched=True, keep=True)
         except RuntimeError as error:
-            if isinstance(error, InnerLoopError) or not _lacks_batching(error):
+            # Among those is the error of a block under activation checkpointing.
+            if not _lacks_batching(error):
                 raise
         count = next(len(c) for c in given if c is not None)
         rows = [
