@@ -1,6 +1,10 @@
 """Differentiate through training: what comes after a training loop by what goes into it."""
 
-from innerloop import higher, inspect, nn, optim, strategy
+# First, because of `nn.FastWeights`: everything else imports files of this package.
+from innerloop import nn
+
+# isort: split
+from innerloop import higher, inspect, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._metagradient.metagradient import metagradient

@@ -10,7 +10,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up
 # to torch 2.13.
@@ -200,6 +202,15 @@ class refusing_saved_tensors_hooks:  # noqa: N801 (used like a function, at ever
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
             torch._C._autograd._saved_tensors_hooks_disable(self._before, False)
+
+
+def never_compiled(function: F) -> F:
+    """Return ``function``, which compiled code calls as it is, and everything that it calls.
+
+    The public ``torch.compiler.disable`` imports the compiler at once, this one at the first call.
+    """
+    kept: F = torch._disable_dynamo(function)
+    return kept
 
 
 class as_before_for_hooks:  # noqa: N801 (used like a function)
