@@ -133,9 +133,7 @@ class FastWeights(nn.Module):
             _check_function("output", output, "x")
         _check_optimizer(optimizer)
         if not is_integer(chunk) or chunk < 1:
-            raise InvalidInputError(
-                f"{given('chunk', chunk)}: write a number of tokens, 1 or more"
-            )
+            raise InvalidInputError(f"{given('chunk', chunk)}: write a number of tokens, 1 or more")
         if strategy is not None:
             check_strategy(strategy)
         if read not in ("before", "after"):
@@ -227,8 +225,8 @@ class _Loop:
                 f"module has no parameter {missing[0].removeprefix(_FAST)!r} any more, which is "
                 "a fast weight: make a new FastWeights of the changed module"
             )
-        count = len(x)
-        self.start = {name: _stacked(now.pop(name), count) for name in names}
+        self.rows = torch_private.over_rows(len(x))
+        self.start = {name: _stacked(now.pop(name), len(x)) for name in names}
         self.slow: Named = now
         self.buffers: Named = self.view.source_buffers
         self.rates = None if layer.hyper is None else layer.hyper()
@@ -248,42 +246,49 @@ class _Loop:
         x: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the losses of all samples ``[B]`` and the outputs; None for what is not asked."""
-        names, count = list(fast), len(fast)
-        stacked = [*fast.values(), *(data or ()), *(() if x is None else (x,))]
+        return self.view.run({**slow, **fast}, buffers, self._evaluate, fast, data, x)[0]
 
-        def of_sample(values: list[Tensor]) -> list[Tensor]:
-            own = dict(zip(names, values, strict=False))
-            rest = values[count:]
-            mine = None if x is None else rest.pop()
-            found, after = self.view.run(
-                {**slow, **own}, buffers, self._of_sample, None if data is None else rest, mine
+    def _evaluate(
+        self, fast: Params, data: tuple[Tensor, ...] | None, x: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Do what `evaluate` does, inside of `ModuleView.run`."""
+        with self.rows as rows:
+            self.view.write({name: rows.row(p) for name, p in fast.items()})
+            found = self._of_sample(
+                None if data is None else [rows.row(leaf) for leaf in data],
+                None if x is None else rows.row(x),
             )
-            _check_buffers(after)
-            return found
-
-        over_samples = torch.func.vmap(of_sample, randomness="different")
-        with replacing():
-            found = list(over_samples(stacked))
-        out = None if x is None else found.pop()
-        return (None if data is None else found[0]), out
+            stacked = [rows.stacked(row) for row in found]
+        for name, buffer in self.view.read_buffers().items():
+            # A copy for this call, which nobody else writes.
+            if torch_private.version(torch_private.innermost(buffer)):
+                raise InvalidInputError(_WRITES.format(f" ({name!r})"))
+        out = None if x is None else stacked.pop()
+        return (None if data is None else stacked[0]), out
 
     def _of_sample(self, data: list[Tensor] | None, x: Tensor | None) -> list[Tensor]:
         """Run the user's code for one sample, in `ModuleView.run`."""
         modules = self.view.module
-        found = []
+        found: list[Tensor] = []
+        with replacing():
+            if data is not None:
+                function = modules.get("loss", self.loss)
+                loss = function(modules["module"], tree.join(self.template, data))
+            if x is not None:
+                read = modules.get("output", self.output)
+                out = modules["module"](x) if read is None else read(modules["module"], x)
         if data is not None:
-            loss = modules.get("loss", self.loss)(
-                modules["module"], tree.join(self.template, data)
-            )
             found.append(check_loss(loss, "what loss(module, data) returns for one sample"))
         if x is not None:
-            output = modules.get("output", self.output)
-            out = modules["module"](x) if output is None else output(modules["module"], x)
             found.append(_check_output(out, x))
         return found
 
     def plain(self) -> Tensor:
         """Run all steps; autograd keeps their graph if anything is to be differentiated."""
+        return self.view.run(self.start, self.buffers, self._plain)[0]
+
+    def _plain(self) -> Tensor:
+        """Do what `plain` does, inside of `ModuleView.run`."""
         given = [*self.start.values(), *self.slow.values(), *self.leaves]
         given += [*tree.tensors(self.rates), *self.x]
         recording = torch.is_grad_enabled() and any(t.requires_grad for t in given)
@@ -299,7 +304,7 @@ class _Loop:
             if out is not None:
                 outputs.append(out)
             params, state = self.rule.update(grads, state, params, self.rates)
-        outputs.append(self.last(params))
+        outputs.append(_given(self._evaluate(params, None, self.x[-1])[1]))
         self.check_finite(losses, params)
         return torch.cat(outputs, 1)
 
@@ -312,8 +317,8 @@ class _Loop:
                 n: p if p.requires_grad else p.detach().requires_grad_() for n, p in params.items()
             }
             with refusing_recomputation(), refusing_writes(own):
-                losses, out = self.evaluate(own, self.slow, self.buffers, data, x)
-            assert losses is not None
+                found_losses, out = self._evaluate(own, data, x)
+            losses = _given(found_losses)
             # What is upstream of the layer is differentiated once only: the walk ends there.
             check_graph([losses], own.values(), second_order=recording, stops=data)
             found = inner_gradient(
@@ -326,16 +331,10 @@ class _Loop:
             return losses, out, grads
         return tree.map_tensors(Tensor.detach, (losses, out, grads))
 
-    def last(self, params: Params) -> Tensor:
-        """Return the outputs of the last chunk."""
-        out = self.evaluate(params, self.slow, self.buffers, None, self.x[-1])[1]
-        assert out is not None
-        return out
-
     def unrolled(self, strategy: Strategy | None) -> Tensor:
         """Run the steps as `unroll` does, with any strategy and inside transforms."""
         if not self.steps:
-            return self.last(self.start)
+            return self._last(self.start)
 
         def loss(params: Params, hyper: Any, t: int) -> tuple[Tensor, Tensor]:
             x = hyper["x"][max(self.chunk_read_at(t), 0)]
@@ -347,9 +346,7 @@ class _Loop:
                 losses, _ = self.evaluate(params, hyper["slow"], hyper["buffers"], data, None)
                 with at_random_state(RandomState.now()), torch.no_grad():
                     _, out = self.evaluate(params, hyper["slow"], hyper["buffers"], None, x)
-            assert losses is not None
-            assert out is not None
-            return losses.sum(), out
+            return _given(losses).sum(), _given(out)
 
         problem = Problem(loss, self.rule, optimizer_hyper=lambda hyper, t: hyper["rates"])
         # Chunk by chunk: a step sends back a gradient of its own chunk's size.
@@ -362,7 +359,11 @@ class _Loop:
         }
         traj = unroll(problem, self.start, list(range(self.steps)), hyper=hyper, strategy=strategy)
         read = traj.aux[1:] if self.after else traj.aux
-        return torch.cat([read.transpose(0, 1).flatten(1, 2), self.last(traj.params)], 1)
+        return torch.cat([read.transpose(0, 1).flatten(1, 2), self._last(traj.params)], 1)
+
+    def _last(self, params: Params) -> Tensor:
+        """Return the outputs of the last chunk."""
+        return _given(self.evaluate(params, self.slow, self.buffers, None, self.x[-1])[1])
 
     def check_finite(self, losses: list[Tensor], params: Params) -> None:
         """Raise unless the losses and the last weights are finite."""
@@ -424,6 +425,12 @@ def _stacked(p: Tensor, count: int) -> Tensor:
     return p.expand(count, *p.shape)
 
 
+def _given(x: Tensor | None) -> Tensor:
+    """Return what was asked for."""
+    assert x is not None
+    return x
+
+
 def _independent() -> Exception:
     return NotDifferentiableError(
         "the inner loss does not depend on the fast weights: compute it from the `module` that "
@@ -472,9 +479,7 @@ def _as_module(hyper: object, optimizer: Optimizer) -> nn.Module | None:
     known = hyper_names(optimizer)
     for name in hyper:
         if known is not None and name not in known:
-            raise InvalidInputError(
-                f"hyper has {name!r}, but {optimizer!r} has {', '.join(known)}"
-            )
+            raise InvalidInputError(f"hyper has {name!r}, but {optimizer!r} has {', '.join(known)}")
     return _Learned(hyper)
 
 
@@ -513,13 +518,6 @@ _WRITES = (
     "module, loss or output writes a buffer{0}, which all samples would share: call eval() on the "
     "norms with running statistics, or write track_running_stats=False, or use LayerNorm"
 )
-
-
-def _check_buffers(after: Named) -> None:
-    """Raise if the user's code has written one of its buffers (copies, which nobody else writes)."""
-    for name, buffer in after.items():
-        if torch_private.version(torch_private.innermost(buffer)):
-            raise InvalidInputError(_WRITES.format(f" ({name!r})"))
 
 
 def _explained(error: RuntimeError) -> RuntimeError:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.vmap import lazy_load_decompositions
 from torch.autograd import forward_ad
 from torch.multiprocessing import reductions
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -148,6 +149,38 @@ def inside_vmap() -> bool:
     """True if one of the running transforms is ``torch.func.vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+class over_rows:  # noqa: N801 (used like a function, at every step of a layer)
+    """Run the block for all rows of the tensors that `row` is given at once.
+
+    As ``torch.func.vmap``, which takes as long to look through its arguments as a small layer
+    takes to compute. Each row draws random numbers of its own.
+
+    Args:
+        count: the number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        lazy_load_decompositions()
+
+    def __enter__(self) -> over_rows:
+        self._level = torch._C._functorch._vmap_increment_nesting(self._count, "different")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._functorch._vmap_decrement_nesting()
+
+    def row(self, stacked: Tensor) -> Tensor:
+        """Return what stands for one row of ``stacked``, inside the block."""
+        found: Tensor = torch._C._functorch._add_batch_dim(stacked, 0, self._level)
+        return found
+
+    def stacked(self, row: Tensor) -> Tensor:
+        """Return the results of all rows, stacked; called inside the block."""
+        found: Tensor = torch._C._functorch._remove_batch_dim(row, self._level, self._count, 0)
+        return found
 
 
 def inside_reverse_transform() -> bool:
