@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -219,14 +218,13 @@ class _Loop:
         # Made anew for every call: the user may have changed anything about the modules.
         self.view = ModuleView({k: m for k, m in modules.items() if isinstance(m, nn.Module)})
         now = dict(self.view.source)
-        names = [_FAST + name for name in layer.fast]
-        if missing := [name for name in names if name not in now]:
+        if missing := [name for name in layer.fast if _FAST + name not in now]:
             raise InvalidInputError(
-                f"module has no parameter {missing[0].removeprefix(_FAST)!r} any more, which is "
-                "a fast weight: make a new FastWeights of the changed module"
+                f"module has no parameter {missing[0]!r} any more, which is a fast weight: make a "
+                "new FastWeights of the changed module"
             )
         self.rows = torch_private.over_rows(len(x))
-        self.start = {name: _stacked(now.pop(name), len(x)) for name in names}
+        self.start = {n: _stacked(now.pop(_FAST + n), len(x)) for n in layer.fast}
         self.slow: Named = now
         self.buffers: Named = self.view.source_buffers
         self.rates = None if layer.hyper is None else layer.hyper()
@@ -246,14 +244,15 @@ class _Loop:
         x: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the losses of all samples ``[B]`` and the outputs; None for what is not asked."""
-        return self.view.run({**slow, **fast}, buffers, self._evaluate, fast, data, x)[0]
+        placed = {**slow, **_as_viewed(fast)}
+        return self.view.run(placed, buffers, self._evaluate, fast, data, x)[0]
 
     def _evaluate(
         self, fast: Params, data: tuple[Tensor, ...] | None, x: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Do what `evaluate` does, inside of `ModuleView.run`."""
         with self.rows as rows:
-            self.view.write({name: rows.row(p) for name, p in fast.items()})
+            self.view.write(_as_viewed({name: rows.row(p) for name, p in fast.items()}))
             found = self._of_sample(
                 None if data is None else [rows.row(leaf) for leaf in data],
                 None if x is None else rows.row(x),
@@ -285,7 +284,7 @@ class _Loop:
 
     def plain(self) -> Tensor:
         """Run all steps; autograd keeps their graph if anything is to be differentiated."""
-        return self.view.run(self.start, self.buffers, self._plain)[0]
+        return self.view.run(_as_viewed(self.start), self.buffers, self._plain)[0]
 
     def _plain(self) -> Tensor:
         """Do what `plain` does, inside of `ModuleView.run`."""
@@ -357,7 +356,9 @@ class _Loop:
             "buffers": self.buffers,
             "rates": self.rates,
         }
-        traj = unroll(problem, self.start, list(range(self.steps)), hyper=hyper, strategy=strategy)
+        # Their own memory, for forward mode writes into what it was given.
+        start = {name: p.contiguous() for name, p in self.start.items()}
+        traj = unroll(problem, start, list(range(self.steps)), hyper=hyper, strategy=strategy)
         read = traj.aux[1:] if self.after else traj.aux
         return torch.cat([read.transpose(0, 1).flatten(1, 2), self._last(traj.params)], 1)
 
@@ -375,8 +376,7 @@ class _Loop:
         for name, p in params.items():
             if not is_finite(p):
                 raise NonFiniteError(
-                    f"the fast weight {name.removeprefix(_FAST)!r} is not finite after the last "
-                    f"chunk. {_LOWER}"
+                    f"the fast weight {name!r} is not finite after the last chunk. {_LOWER}"
                 )
 
 
@@ -421,8 +421,15 @@ class PerSample(Optimizer):
         return repr(self.rule)
 
 
+def _as_viewed(fast: Named) -> dict[str, Tensor]:
+    """Return the fast weights by their names in the view of all the modules."""
+    return {_FAST + name: p for name, p in fast.items()}
+
+
 def _stacked(p: Tensor, count: int) -> Tensor:
-    return p.expand(count, *p.shape)
+    """Return a row for each sample."""
+    # A view of a leaf requires grad even if it is made under no_grad.
+    return (p if torch.is_grad_enabled() else p.detach()).expand(count, *p.shape)
 
 
 def _given(x: Tensor | None) -> Tensor:
