@@ -6,22 +6,15 @@ time, with ``torch.func.functional_call`` for the module and the update rule by 
 
 from __future__ import annotations
 
-import copy
-import io
 import os
-import pickle
 import subprocess
 import sys
-import textwrap
-import tracemalloc
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ from innerloop.strategy._base import Strategy
 
 _FAST = "module."
 """How the names of the parameters of the inner module begin, in a view of all the modules."""
+
+GROUP = 8
+"""Chunks of a sequence that are one tensor for a strategy which replays steps."""
 
 
 class FastWeights(nn.Module):
@@ -205,6 +208,7 @@ class _Loop:
         self.leaves, self.template = tree.split(x if data is None else data)
         _check_sequences(x, self.leaves)
         size, self.after = layer.chunk, layer.read == "after"
+        self.whole, self.size = x, size
         self.x = x.split(size, dim=1)
         self.data = list(zip(*(leaf.split(size, dim=1) for leaf in self.leaves), strict=True))
         # The last chunk trains nothing that would be read, unless it is read afterwards.
@@ -336,8 +340,8 @@ class _Loop:
             return self._last(self.start)
 
         def loss(params: Params, hyper: Any, t: int) -> tuple[Tensor, Tensor]:
-            x = hyper["x"][max(self.chunk_read_at(t), 0)]
-            data = hyper["data"][t]
+            x = self._chunk_of(hyper["x"], max(self.chunk_read_at(t), 0))
+            data = tuple(self._chunk_of(groups, t) for groups in hyper["data"])
             if self.chunk_read_at(t) >= 0:
                 losses, out = self.evaluate(params, hyper["slow"], hyper["buffers"], data, x)
             else:
@@ -348,10 +352,9 @@ class _Loop:
             return _given(losses).sum(), _given(out)
 
         problem = Problem(loss, self.rule, optimizer_hyper=lambda hyper, t: hyper["rates"])
-        # Chunk by chunk: a step sends back a gradient of its own chunk's size.
         hyper = {
-            "x": self.x,
-            "data": self.data,
+            "x": self._grouped(self.whole),
+            "data": [self._grouped(leaf) for leaf in self.leaves],
             "slow": self.slow,
             "buffers": self.buffers,
             "rates": self.rates,
@@ -361,6 +364,23 @@ class _Loop:
         traj = unroll(problem, start, list(range(self.steps)), hyper=hyper, strategy=strategy)
         read = traj.aux[1:] if self.after else traj.aux
         return torch.cat([read.transpose(0, 1).flatten(1, 2), self._last(traj.params)], 1)
+
+    def _grouped(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """Cut a sequence into groups of chunks.
+
+        A step sends back a gradient of the size of its group. A single tensor would make the time
+        quadratic in the length, and so would a tensor for each chunk, at all of which a strategy
+        looks in each step.
+        """
+        return whole.split(GROUP * self.size, dim=1)
+
+    def _chunk_of(self, groups: Sequence[Tensor], t: int) -> Tensor:
+        """Return chunk t."""
+        place, inside = divmod(t, GROUP)
+        return groups[place].narrow(1, inside * self.size, self._length(t))
+
+    def _length(self, t: int) -> int:
+        return self.x[t].shape[1]
 
     def _last(self, params: Params) -> Tensor:
         """Return the outputs of the last chunk."""
