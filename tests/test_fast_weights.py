@@ -6,7 +6,10 @@ time, with ``torch.func.functional_call`` for the module and the update rule by 
 
 from __future__ import annotations
 
+import copy
+import io
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import innerloop
 from innerloop import Checkpointed, StoreAll
 from innerloop.nn import FastWeights
+from tests.memory import assert_nothing_is_left
 
 WIDTH, HIDDEN = 3, 4
 LOOPS = {
@@ -553,6 +558,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """DistributedDataParallel on two gloo processes, each with half of the samples."""
     root = str(Path(__file__).parent.parent)
     processes = [
         subprocess.Popen(
@@ -585,4 +591,266 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert_equal(found, truth.state_dict(), 1e-10)
 
 
-"""Two gloo processes with half of the samples each."""
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@over_reads
+def test_the_memory_of_64_chunks_is_at_most_1_3_of_that_of_8(read: str) -> None:
+    """Forward and backward pass; what is counted is all tensor memory at its peak, without the four
+    tensors as long as the sequence that any layer has: input, output, and the gradient of each."""
+    from innerloop.strategy._measure import _peak
+
+    def inner(module: nn.Module, data: Tensor) -> Tensor:
+        return (module(data) - data.flip(-1)).square().mean()
+
+    def beyond(strategy: Any, chunks: int) -> float:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        made = FastWeights(module, inner, innerloop.optim.sgd(lr=0.1), 16, strategy, read=read)
+        x = torch.randn(4, 16 * chunks, 64, requires_grad=True)
+        given = torch.randn_like(x)
+
+        def run() -> None:
+            x.grad = None
+            made(x).backward(given)
+
+        run()
+        return _peak(run, torch.device("cpu")) - 4 * x.numel() * x.element_size()
+
+    bounded = [beyond(Checkpointed(slots=4), chunks) for chunks in (8, 64)]
+    assert bounded[1] <= 1.3 * bounded[0]
+
+
+def test_nothing_is_left_behind() -> None:
+    for strategy in (None, Checkpointed(slots=2)):
+        made, x = layer(strategy), sequences(2, 8)
+
+        def episode(made: Any = made, x: Tensor = x) -> None:
+            made(x).sum().backward()
+
+        assert_nothing_is_left(episode, 10)
+
+
+# -- a module like any other -----------------------------------------------------------------------
+
+
+def inner_loss(module: nn.Module, data: Tensor) -> Tensor:
+    return (module(data) - data.flip(-1)).square().mean()
+
+
+def simple(**more: Any) -> Any:
+    torch.manual_seed(0)
+    given = {"optimizer": innerloop.optim.adam(lr=0.1), "chunk": 4, "loss": inner_loss, **more}
+    return FastWeights(**{"module": nn.Linear(WIDTH, WIDTH), **given})  # type: ignore[arg-type]
+
+
+def test_it_is_saved_loaded_copied_and_pickled() -> None:
+    made, x = layer(), sequences(2, 8).detach()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.1)
+    expected = made(x)
+    other = layer()
+    assert (other(x) - expected).abs().max() > 1e-3
+    other.load_state_dict(made.state_dict())
+    assert list(made.state_dict()) == [
+        *("module.fixed", "module.scale", "module.first.weight", "module.first.bias"),
+        *("module.second.weight", "module.second.bias", "module.third.weight"),
+        *("loss.key.weight", "loss.value.weight", "output.query.weight", "hyper.raw"),
+    ]
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    copies = [
+        other,
+        copy.deepcopy(made),
+        pickle.loads(pickle.dumps(made)),
+        torch.load(buffer, weights_only=False),
+    ]
+    for same in copies:
+        torch.testing.assert_close(same(x), expected, rtol=0, atol=0)
+        assert same is not made
+    with torch.no_grad():
+        copies[1].module.first.weight.zero_()
+    torch.testing.assert_close(made(x), expected, rtol=0, atol=0)
+
+
+def test_a_module_that_was_changed_is_run_as_it_is() -> None:
+    """Its attributes, its parts and its parameters are looked at in every call."""
+    made = FastWeights(
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softplus(beta=1.0)),
+        inner_loss,
+        innerloop.optim.sgd(lr=0.1),
+        4,
+    )
+    x = sequences(2, 4).detach().float()
+    made(x)
+    made.module[1].beta = 3.0
+    torch.testing.assert_close(made(x), made.module(x))
+    made.module[1] = nn.Tanh()
+    torch.testing.assert_close(made(x), made.module(x))
+    made.module[0].weight = nn.Parameter(torch.ones(WIDTH, WIDTH))
+    torch.testing.assert_close(made(x), made.module(x))
+    made.module[0] = nn.Linear(WIDTH, WIDTH, bias=False)
+    with pytest.raises(innerloop.InvalidInputError, match=r"no parameter '0.bias' any more"):
+        made(x)
+
+
+def test_moves_to_another_dtype_and_device() -> None:
+    made = layer()
+    x = sequences(2, 8).detach()
+    assert made.float()(x.float()).dtype == torch.float32
+    torch.testing.assert_close(made(x.float()).double(), layer()(x), rtol=1e-4, atol=1e-5)
+    assert made.double()(x).dtype == torch.float64
+    moved = made.to("meta")
+    assert {p.device.type for p in moved.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("strategy", [None, Checkpointed(slots=2)], ids=["plain", "Checkpointed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_with_a_warning(strategy: Any, dtype: torch.dtype) -> None:
+    from innerloop._utils import caches
+
+    made, x = layer(strategy), sequences(2, 8).detach()
+    expected = made(x)
+    caches.clear()
+    with pytest.warns(innerloop.PrecisionWarning):
+        found = made.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    found.sum().backward()
+    assert made.module.first.weight.grad.dtype == dtype
+
+
+@over_loops
+def test_dropout_inside_draws_for_each_sample(strategy: Any) -> None:
+    module = nn.Sequential(nn.Linear(WIDTH, 64), nn.Dropout(0.5), nn.Linear(64, WIDTH))
+    torch.manual_seed(0)
+    made = FastWeights(module, inner_loss, innerloop.optim.sgd(lr=0.1), 4, strategy).double()
+    row = sequences(1, 8)
+    x = row.detach().expand(2, -1, -1).clone().requires_grad_()
+    torch.manual_seed(5)
+    first = made(x)
+    assert (first[0] - first[1]).abs().max() > 1e-2
+    torch.manual_seed(5)
+    (g,) = torch.autograd.grad(made(x).square().sum(), x)
+    for place in ((0, 1, 2), (1, 5, 0)):
+        ends = []
+        for h in (1e-6, -1e-6):
+            moved = x.detach().clone()
+            moved[place] += h
+            torch.manual_seed(5)
+            ends.append(made(moved).square().sum().item())
+        slope = (ends[0] - ends[1]) / 2e-6
+        assert g[place].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    made.eval()
+    torch.testing.assert_close(made(x)[0], made(x)[1])
+
+
+def test_an_operation_without_a_second_derivative_is_replaced() -> None:
+    """Attention as the inner module, whose fused kernel has none, against the same with the
+    composite kernel of PyTorch."""
+
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x)[None].chunk(3, -1)
+            return F.scaled_dot_product_attention(q, k, v)[0]
+
+    torch.manual_seed(0)
+    made: Any = FastWeights(Attend(), inner_loss, innerloop.optim.sgd(lr=0.1), 4).double()
+    made.output, x = lambda module, part: module(part), sequences(2, 8)
+    found = gradients(made(x), inputs_of(made, x))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        by_loss: Any = made
+        truth = gradients(by_hand(by_loss, x), inputs_of(made, x))
+    assert_equal(found, truth, 1e-8)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "no module": (lambda: simple(module=inner_loss), "nn.Module"),
+    "a class as the loss": (lambda: simple(loss=nn.MSELoss), "loss is the class MSELoss"),
+    "another signature": (lambda: simple(loss=lambda module: 0), "loss is called as"),
+    "a frozen module": (
+        lambda: simple(module=nn.Linear(2, 2).requires_grad_(False)),
+        "nothing to train inside",
+    ),
+    "torch.optim": (
+        lambda: simple(optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)])),
+        "one of innerloop.optim",
+    ),
+    "lbfgs": (lambda: simple(optimizer=innerloop.optim.lbfgs()), "within its update"),
+    "chunk": (lambda: simple(chunk=0), "chunk=0: write a number of tokens"),
+    "read": (lambda: simple(read="during"), 'write "before" or "after"'),
+    "strategy": (lambda: simple(strategy=Checkpointed), "the class Checkpointed"),
+    "a strategy that has no graph": (
+        lambda: simple(strategy=innerloop.Evolution(0.1))(torch.ones(2, 8, WIDTH)),
+        "unroll does not see the outer loss",
+    ),
+    "a strategy that compiles": (
+        lambda: simple(strategy=Checkpointed(compile=True)),
+        "runs uncompiled",
+    ),
+    "hyper": (lambda: simple(hyper={"lr": 0.1}), "numbers belong in the optimizer"),
+    "another name": (
+        lambda: simple(hyper={"rate": nn.Parameter(torch.ones(()))}),
+        "has lr, betas",
+    ),
+    "two dimensions too few": (lambda: simple()(torch.ones(3)), "samples, tokens"),
+    "no sample": (lambda: simple()(torch.ones(0, 4, WIDTH)), "has to be a sample"),
+    "no token": (lambda: simple()(torch.ones(2, 0, WIDTH)), "a token to read"),
+    "other lengths": (
+        lambda: simple()(torch.ones(2, 4, WIDTH), torch.ones(2, 5, WIDTH)),
+        "samples and the tokens",
+    ),
+    "no tensor": (lambda: simple()(torch.ones(2, 4, WIDTH), {}), "data holds no tensor"),
+    "a vector as the loss": (
+        lambda: simple(loss=lambda module, data: module(data).sum(-1))(torch.ones(2, 8, WIDTH)),
+        "must return a scalar|what loss",
+    ),
+    "a loss of something else": (
+        lambda: simple(loss=lambda module, data: data.sum())(torch.ones(2, 8, WIDTH)),
+        "does not depend on the fast weights",
+    ),
+    "an output of another length": (
+        lambda: simple(output=lambda module, x: module(x).sum(0))(torch.ones(2, 8, WIDTH)),
+        "one row for each token",
+    ),
+    "running statistics": (
+        lambda: simple(module=nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)))(
+            torch.ones(2, 8, WIDTH)
+        ),
+        "which all samples would share",
+    ),
+    "a rate that is too large": (
+        lambda: simple(optimizer=innerloop.optim.sgd(lr=1e30))(1e10 * torch.ones(2, 64, WIDTH)),
+        "Lower the inner learning rate",
+    ),
+    "checkpointing inside": (
+        lambda: simple(
+            loss=lambda module, data: checkpoint(module, data, use_reentrant=False).sum()
+        )(torch.ones(2, 8, WIDTH)),
+        "checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_refused_by_name(name: str) -> None:
+    call, message = WRONG[name]
+    with pytest.raises(innerloop.InnerLoopError, match=message):
+        call()
+
+
+def test_running_statistics_that_rest_are_no_obstacle() -> None:
+    norm = nn.BatchNorm1d(WIDTH)
+    made = simple(module=nn.Sequential(nn.Linear(WIDTH, WIDTH), norm)).eval()
+    assert made(torch.randn(2, 8, WIDTH)).shape == (2, 8, WIDTH)
+    assert norm.running_mean is not None
+    assert not norm.running_mean.any()

@@ -35,6 +35,7 @@ from innerloop.errors import (
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer, refuse_class
 from innerloop.optim._engine.elementwise import Elementwise
+from innerloop.optim._engine.precision import warn_of_half
 from innerloop.strategy._base import Strategy
 
 _FAST = "module."
@@ -138,6 +139,11 @@ class FastWeights(nn.Module):
             raise InvalidInputError(f"{given('chunk', chunk)}: write a number of tokens, 1 or more")
         if strategy is not None:
             check_strategy(strategy)
+            if getattr(strategy, "compile", False):
+                raise InvalidInputError(
+                    f"strategy={strategy!r}: a layer runs uncompiled, for its problem is another "
+                    "one in every call. Write compile=False"
+                )
         if read not in ("before", "after"):
             raise InvalidInputError(f'{given("read", read)}: write "before" or "after"')
         self.module, self.loss, self.output = module, loss, output
@@ -208,7 +214,7 @@ class _Loop:
         self.leaves, self.template = tree.split(x if data is None else data)
         _check_sequences(x, self.leaves)
         size, self.after = layer.chunk, layer.read == "after"
-        self.whole, self.size = x, size
+        self.whole, self.size, self.own_data = x, size, data is not None
         self.x = x.split(size, dim=1)
         self.data = list(zip(*(leaf.split(size, dim=1) for leaf in self.leaves), strict=True))
         # The last chunk trains nothing that would be read, unless it is read afterwards.
@@ -341,7 +347,8 @@ class _Loop:
 
         def loss(params: Params, hyper: Any, t: int) -> tuple[Tensor, Tensor]:
             x = self._chunk_of(hyper["x"], max(self.chunk_read_at(t), 0))
-            data = tuple(self._chunk_of(groups, t) for groups in hyper["data"])
+            groups = hyper["data"] if self.own_data else [hyper["x"]]
+            data = tuple(self._chunk_of(group, t) for group in groups)
             if self.chunk_read_at(t) >= 0:
                 losses, out = self.evaluate(params, hyper["slow"], hyper["buffers"], data, x)
             else:
@@ -354,16 +361,18 @@ class _Loop:
         problem = Problem(loss, self.rule, optimizer_hyper=lambda hyper, t: hyper["rates"])
         hyper = {
             "x": self._grouped(self.whole),
-            "data": [self._grouped(leaf) for leaf in self.leaves],
+            "data": [self._grouped(leaf) for leaf in self.leaves] if self.own_data else [],
             "slow": self.slow,
             "buffers": self.buffers,
             "rates": self.rates,
         }
         # Their own memory, for forward mode writes into what it was given.
         start = {name: p.contiguous() for name, p in self.start.items()}
+        for p in start.values():
+            warn_of_half(p)
         traj = unroll(problem, start, list(range(self.steps)), hyper=hyper, strategy=strategy)
-        read = traj.aux[1:] if self.after else traj.aux
-        return torch.cat([read.transpose(0, 1).flatten(1, 2), self._last(traj.params)], 1)
+        read = traj.aux.unbind()[1 if self.after else 0 :]
+        return torch.cat([*read, self._last(traj.params)], 1)
 
     def _grouped(self, whole: Tensor) -> tuple[Tensor, ...]:
         """Cut a sequence into groups of chunks.
