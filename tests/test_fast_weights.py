@@ -790,7 +790,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "read": (lambda: simple(read="during"), 'write "before" or "after"'),
     "strategy": (lambda: simple(strategy=Checkpointed), "the class Checkpointed"),
     "a strategy that has no graph": (
-        lambda: simple(strategy=innerloop.Evolution(0.1))(torch.ones(2, 8, WIDTH)),
+        lambda: simple(strategy=innerloop.Evolution(0.1))(torch.ones(2, 8, WIDTH)).sum().backward(),
         "unroll does not see the outer loss",
     ),
     "a strategy that compiles": (

@@ -9,6 +9,7 @@ from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._metagradient.tasks import map_tasks
+from innerloop._micro_batches import micro_batches
 from innerloop._module.functional import functional
 from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
@@ -102,6 +103,7 @@ __all__ = [
     "inspect",
     "map_tasks",
     "metagradient",
+    "micro_batches",
     "nn",
     "optim",
     "plan",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.multiprocessing import reductions
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
@@ -235,6 +236,19 @@ class refusing_saved_tensors_hooks:  # noqa: N801 (used like a function, at ever
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
             torch._C._autograd._saved_tensors_hooks_disable(self._before, False)
+
+
+def is_asked_for(node: Node | None) -> bool:
+    """True if the backward pass that is running goes on to ``node``, or ends there.
+
+    The public ``needs_input_grad`` of a Function says only which inputs require grad.
+    """
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
 
 
 def never_compiled(function: F) -> F:
