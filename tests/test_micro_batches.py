@@ -254,6 +254,22 @@ def test_vmap_over_tasks() -> None:
         assert_same([g[i] for g in grads.values()], truth)
 
 
+@pytest.mark.parametrize("name", ["StoreAll", "Checkpointed"])
+def test_a_hook_acts_in_the_inner_gradient_and_not_in_the_outer_one(name: str) -> None:
+    """Here the whole batch is the truth, by the same library: what it does is tested elsewhere."""
+
+    def loss(params: Any, hyper: Any, batch: Batch) -> Tensor:
+        each = wrong(params, hyper, batch)
+        each.register_hook(lambda g: 2 * g)
+        return each.mean()
+
+    p, h = start(), hyper()
+    values = [
+        unrolled(way, p, h, batches(), STRATEGIES[name]) for way in (micro_batches(loss, 3), loss)
+    ]
+    assert_same(*[torch.autograd.grad(value, leaves(p, h)) for value in values])
+
+
 # -- modules ---------------------------------------------------------------------------------------
 
 

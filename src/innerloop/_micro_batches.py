@@ -367,7 +367,13 @@ class _Call:
         create_graph: bool,
     ) -> list[Tensor | None]:
         """Pull cotangents through part i, to the inputs that are wanted."""
+        hooks = torch_private.hooks_so_far()
         ends = self._evaluated(self._pieces[i], inputs).tensors
+        if not is_inner_pass() and torch_private.hooks_so_far() != hooks and ends[0].requires_grad:
+            # A hook acts in the inner gradient alone; what runs here is the outer one.
+            with inner_pass():
+                params = inputs[: self.count]
+                torch.autograd.grad(ends[0], params, retain_graph=True, allow_unused=True)
         if create_graph:
             check_graph(ends, inputs[: self.count], second_order=True)
         pairs = [
