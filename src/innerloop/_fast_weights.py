@@ -330,9 +330,7 @@ class _Loop:
             losses = _given(found_losses)
             # What is upstream of the layer is differentiated once only: the walk ends there.
             check_graph([losses], own.values(), second_order=recording, stops=data)
-            found = inner_gradient(
-                losses.sum(), own, create_graph=recording, independent=_independent
-            )
+            found = inner_gradient(losses, own, create_graph=recording, independent=_independent)
             grads = {
                 n: torch.zeros_like(own[n]) if g is None else g for n, g in finish(found).items()
             }
