@@ -51,7 +51,7 @@ class Inner(nn.Module):
         self.register_buffer("scale", torch.tensor(1.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale: Tensor = self.scale
+        scale: Any = self.scale
         hidden = self.first(x).tanh() * scale
         return self.second(hidden) + self.third(hidden**2) + self.fixed
 
@@ -200,6 +200,8 @@ def momentum(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor], state: 
 
 
 def adam(weights: Mapping[str, Tensor], grads: Mapping[str, Tensor], state: Any) -> Any:
+    first: Any
+    second: Any
     t, first, second = state or (0, dict.fromkeys(grads, 0.0), dict.fromkeys(grads, 0.0))
     t += 1
     first = {n: 0.9 * first[n] + 0.1 * g for n, g in grads.items()}
@@ -284,7 +286,7 @@ def test_the_data_of_the_loss_may_be_others() -> None:
         wrong = (module(data["k"]) - data["v"]).square().sum(-1)
         return (wrong * data["mask"]).sum() / 2
 
-    made = FastWeights(
+    made: Any = FastWeights(
         nn.Linear(WIDTH, WIDTH, bias=False), inner, innerloop.optim.sgd(lr=0.1), 2
     ).double()
     x, k, v = (sequences(2, 5).detach().roll(i, 1).requires_grad_() for i in range(3))
@@ -409,7 +411,8 @@ def test_checkpointing_around_the_layer_evaluates_a_few_times_only(strategy: Any
     """PyTorch's own would begin anew at each chunk: quadratic in the number of chunks."""
     counts = []
     for length in (16, 64):
-        made, calls = layer(strategy), []
+        made = layer(strategy)
+        calls: list[int] = []
         made.loss.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         x = sequences(2, length)
         checkpoint(made, x, use_reentrant=False).sum().backward()
@@ -486,8 +489,8 @@ def test_a_layer_inside_of_a_tracked_loop_and_under_torch_func() -> None:
     x = sequences()
     found = []
     for net in (network(), network(Checkpointed(slots=2)), network(around=hand)):
-        params = [p for p in net.parameters() if p.requires_grad]
-        found.append(torch.autograd.grad(trained(net, x), params))
+        own = [p for p in net.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(trained(net, x), own))
     for row in found[:2]:
         for g, h in zip(row, found[2], strict=True):
             torch.testing.assert_close(g, h, rtol=1e-8, atol=1e-10)
@@ -641,7 +644,7 @@ def inner_loss(module: nn.Module, data: Tensor) -> Tensor:
 def simple(**more: Any) -> Any:
     torch.manual_seed(0)
     given = {"optimizer": innerloop.optim.adam(lr=0.1), "chunk": 4, "loss": inner_loss, **more}
-    return FastWeights(**{"module": nn.Linear(WIDTH, WIDTH), **given})  # type: ignore[arg-type]
+    return FastWeights(**{"module": nn.Linear(WIDTH, WIDTH), **given})
 
 
 def test_it_is_saved_loaded_copied_and_pickled() -> None:
@@ -677,7 +680,7 @@ def test_it_is_saved_loaded_copied_and_pickled() -> None:
 
 def test_a_module_that_was_changed_is_run_as_it_is() -> None:
     """Its attributes, its parts and its parameters are looked at in every call."""
-    made = FastWeights(
+    made: Any = FastWeights(
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Softplus(beta=1.0)),
         inner_loss,
         innerloop.optim.sgd(lr=0.1),

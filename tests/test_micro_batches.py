@@ -193,7 +193,7 @@ def test_what_the_loss_returns_besides_is_put_together(strategy: Any) -> None:
         torch.testing.assert_close(aux["each"], whole["each"])
         value = aux["each"].pow(3).sum() + aux["worst"].sum()
         values.append(torch.autograd.grad(value, leaves(p, h)))
-    assert_same(*values)
+    assert_same(values[0], values[1])
 
 
 @over_strategies
@@ -216,7 +216,7 @@ def test_every_rule_gets_the_gradient_of_the_whole(strategy: Any, name: str) -> 
         traj = innerloop.unroll(problem, p, batches(), hyper=h, strategy=way)
         value = outer(traj.params, traj.losses)
         found.append(torch.autograd.grad(value, [*p.values(), h["scale"]]))
-    assert_same(*found, tolerance=1e-9 if name == "lbfgs" else 1e-11)
+    assert_same(found[0], found[1], tolerance=1e-9 if name == "lbfgs" else 1e-11)
 
 
 def test_a_second_derivative_of_the_outer_loss() -> None:
@@ -267,7 +267,8 @@ def test_a_hook_acts_in_the_inner_gradient_and_not_in_the_outer_one(name: str) -
     values = [
         unrolled(way, p, h, batches(), STRATEGIES[name]) for way in (micro_batches(loss, 3), loss)
     ]
-    assert_same(*[torch.autograd.grad(value, leaves(p, h)) for value in values])
+    parts, whole = (torch.autograd.grad(value, leaves(p, h)) for value in values)
+    assert_same(parts, whole)
 
 
 # -- modules ---------------------------------------------------------------------------------------

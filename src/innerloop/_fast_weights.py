@@ -427,9 +427,10 @@ class PerSample(Optimizer):
     def update(
         self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], Any]:
-        found: tuple[dict[str, Tensor], Any] = self._over_samples(
-            lambda *given: self.rule.update(*given, hyper), grads, state, params
-        )
+        def of_sample(grads: Grads, state: Any, params: Params) -> tuple[dict[str, Tensor], Any]:
+            return self.rule.update(grads, state, params, hyper)
+
+        found: tuple[dict[str, Tensor], Any] = self._over_samples(of_sample, grads, state, params)
         return found
 
     def _over_samples(self, function: Callable[..., Any], *args: object) -> Any:

@@ -511,7 +511,7 @@ class _Request:
         rest = iter(tensors)
         return [next(rest) if there else None for there in self.given]
 
-    def spread(self, found: Sequence[Tensor]) -> list[Tensor | None]:
+    def spread(self, found: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the gradients of all inputs."""
         return tree.put([None] * len(self.wanted), self.reached, list(found))
 
@@ -539,7 +539,7 @@ class _PartsGradient(torch.autograd.Function):
             tensors[:count],
             request.cotangents(tensors[count:]),
             request.wanted,
-            request.spread(along),  # type: ignore[arg-type]
+            request.spread(along),
         )
         kept = [g for g, there in zip(of_given, request.given, strict=True) if there]
         return (None, *of_inputs, *kept)

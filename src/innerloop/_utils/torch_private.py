@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.vmap import lazy_load_decompositions
+from torch._compile import _disable_dynamo
+from torch._functorch import vmap as _vmap
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.multiprocessing import reductions
@@ -164,7 +165,8 @@ class over_rows:  # noqa: N801 (used like a function, at every step of a layer)
 
     def __init__(self, count: int) -> None:
         self._count = count
-        lazy_load_decompositions()
+        loaded: Any = _vmap
+        loaded.lazy_load_decompositions()
 
     def __enter__(self) -> over_rows:
         self._level = torch._C._functorch._vmap_increment_nesting(self._count, "different")
@@ -256,7 +258,8 @@ def never_compiled(function: F) -> F:
 
     The public ``torch.compiler.disable`` imports the compiler at once, this one at the first call.
     """
-    kept: F = torch._disable_dynamo(function)
+    disable: Any = _disable_dynamo
+    kept: F = disable(function)
     return kept
 
 
