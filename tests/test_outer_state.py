@@ -272,6 +272,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_file(tmp_path: Path) -> 
     with process:
         process.stdout.readline()
         while not path.exists():
+            assert process.poll() is None, "the process has ended by itself"
             time.sleep(0.01)
         time.sleep(random.Random().random() / 5)
         process.send_signal(signal.SIGKILL)

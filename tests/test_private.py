@@ -63,6 +63,7 @@ EXERCISED = {
     "mark_stepped",
     "backward_pass",
     "keeps_graph",
+    "gradient",
     "graph_bytes",
     "distance",
     "weight_norm",
@@ -826,6 +827,38 @@ def test_forward_mode_in_one_thread_at_a_time():
     with torch_private.only_forward_mode(), torch_private.only_forward_mode():
         assert torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))[1] == 1
     assert not torch_private.inside_transform()
+
+
+class _Doubled(torch.overrides.TorchFunctionMode):
+    """Doubles what ``torch.autograd.grad`` returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return tuple(2 * g for g in found) if func is torch.autograd.grad else found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_the_engine_is_called_as_pytorch_calls_it(dtype: torch.dtype, shape: tuple[int, ...]):
+    x = torch.tensor([0.5, -2.0], dtype=dtype, requires_grad=True)
+    weight = torch.nn.Parameter(torch.tensor(3.0, dtype=dtype))
+    idle = torch.ones(2, requires_grad=True)
+    loss = (weight * x**3).sum().reshape(shape)
+    loss.register_hook(lambda g: g.mul_(2))
+    first = torch_private.gradient(loss, [x, idle, weight], True)
+    again = torch.autograd.grad(loss, [x, idle, weight], create_graph=True, allow_unused=True)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert first[1] is None
+    assert first[0] is not None
+    (second,) = torch_private.gradient(first[0][0], [x], False)
+    torch.testing.assert_close(second, torch.stack([2 * 18 * x[0], 0 * x[1]]))
+    torch_private.gradient(loss, [x], False)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch_private.gradient(loss, [x], False)
+    with _Doubled():
+        (seen,) = torch_private.gradient(weight * weight, [weight], False)
+        assert seen == 12
 
 
 def test_a_compiled_backward_pass_may_keep_its_graph():

@@ -157,6 +157,7 @@ CALLS_AUTOGRAD = {
     "_inner_gradient/gradient.py": "the gradient of the inner loss",
     "_check.py": "the outer gradient of a checked loop",
     "_linear/": "second derivatives: it differentiates a gradient, not a loss",
+    "_utils/torch_private.py": "what the gradient of the inner loss calls",
     "doctor/_model.py": "the derivatives of a model under audit; there is no loop",
     "doctor/_probe.py": "derivatives of one operation under audit; there is no loop",
     "higher/_context.py": "the outer gradient of the bridge",
@@ -537,11 +538,12 @@ def test_how_code_is_run_is_asked_in_one_room() -> None:
 
 
 def autograd_calls(tree: ast.Module) -> list[int]:
-    """Lines that name ``torch.autograd.grad``."""
+    """Lines that name ``torch.autograd.grad``, or what calls it."""
+    ends = ("autograd.grad", "torch_private.gradient")
     return [
         node.lineno
         for node in ast.walk(tree)
-        if (isinstance(node, ast.Attribute) and dotted(node).endswith("autograd.grad"))
+        if (isinstance(node, ast.Attribute) and dotted(node).endswith(ends))
         or (
             isinstance(node, ast.ImportFrom)
             and node.module == "torch.autograd"
@@ -553,6 +555,7 @@ def autograd_calls(tree: ast.Module) -> list[int]:
 def test_the_inner_loss_is_differentiated_in_one_room() -> None:
     assert autograd_calls(ast.parse("import torch\ntorch.autograd.grad(x, y)"))
     assert autograd_calls(ast.parse("from torch.autograd import grad"))
+    assert autograd_calls(ast.parse("torch_private.gradient(x, y, True)"))
     callers = {inside(path): autograd_calls(tree_of(path)) for path in SOURCES}
     others = [
         f"{name}:{line}"

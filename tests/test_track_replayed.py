@@ -5,8 +5,11 @@ that run again, or a named error."""
 
 from __future__ import annotations
 
+import gc
+import math
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 
 import innerloop
 from innerloop import Checkpointed, InvalidInputError, NotDifferentiableError
+from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left
 from tests.networks import adam, direction, leaf, network, sgd
 from tests.oracles import assert_derivative, derivative
@@ -40,7 +44,7 @@ Body = Callable[[Any, bool], Tensor]
 
 
 def gradients(
-    body: Body, strategy: Checkpointed | None, *, model: Any = None, **arguments: Any
+    body: Body, strategy: Strategy | None, *, model: Any = None, **arguments: Any
 ) -> dict[str, Tensor | None]:
     """The gradients by the parameters of the outer loss that ``body(loop, replayed)`` returns."""
     model = network() if model is None else model
@@ -104,6 +108,31 @@ def test_every_situation_has_the_gradients_of_plain_track(situation: Situation, 
     truth = episode(situation, None, learn)
     for slots in (1, 3, "all"):
         assert_same(episode(situation, Checkpointed(slots=slots), learn), truth)
+
+
+def test_a_loop_that_is_replayed_many_times():
+    """More steps than are replayed with their graphs: states of a replay are kept on the way."""
+
+    def run(strategy: Strategy | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        model = nn.Linear(2, 1)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[0.5, -0.3]]))
+            model.bias.zero_()
+        x, found = torch.tensor([[1.0, 0.4], [-0.3, 0.8]]), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+            for t in range(300):
+                target = math.sin(t)
+                found.append(loop.step(lambda: (loop.model(x).sum() - target) ** 2))
+            outer = loop.model(x).sin().sum()
+        outer.backward()
+        return found, [p.grad for p in model.parameters()]
+
+    losses, truth = run(None)
+    ours, grads = run(Checkpointed(slots=2))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(losses), rtol=1e-12, atol=1e-14)
+    for a, b in zip(grads, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -676,9 +705,7 @@ def test_a_loss_in_place_of_a_function():
 @pytest.mark.parametrize(
     "strategy",
     [
-        innerloop.StoreAll(),
-        innerloop.FirstOrder(),
-        innerloop.Truncated(2),
+        innerloop.StoreAll(compile=True),
         innerloop.ForwardMode(),
         innerloop.Auto(memory="1GB"),
         Checkpointed(compile=True),
@@ -692,6 +719,111 @@ def test_strategies_that_do_not_fit(strategy: Any):
     model = network()
     with pytest.raises(InvalidInputError, match="hand-written loop"):
         innerloop.track(model, sgd(model), strategy=strategy)
+
+
+# -- other strategies ------------------------------------------------------------------------------
+
+
+def test_strategies_that_keep_every_graph():
+    def body(loop: Any, replayed: bool) -> Tensor:
+        for t in range(3):
+            loop.step(regression(loop.model, t))
+        return regression(loop.model, 9) + loop.at(1).params["head.weight"].sum()
+
+    plain = gradients(body, None)
+    assert_same(gradients(body, innerloop.StoreAll()), plain)
+    assert_same(gradients(body, innerloop.StoreAll(), save_at=[1]), plain)
+    assert_same(gradients(body, innerloop.FirstOrder()), gradients(body, None, first_order=True))
+    with pytest.raises(InvalidInputError, match="save_at"):
+        gradients(body, innerloop.StoreAll(), save_at=[-1])
+
+
+def cut_off(
+    steps: int, cut: int | None, last: int | None, learn: Any = "outer"
+) -> dict[str, Tensor | None]:
+    """Gradients where `loop.detach` cuts the graph before step ``cut``, or ``Truncated`` does."""
+    model, lr, scale = network(), leaf(0.1), leaf(1.5)
+    strategy = None if last is None else innerloop.Truncated(last)
+    optimizer = adam(model)
+    torch.manual_seed(SEED)
+    with innerloop.track(model, optimizer, learn, hyper={"lr": lr}, strategy=strategy) as loop:
+        for t in range(steps):
+            if t == cut:
+                loop.detach()
+            weight = scale * (t + 1)
+            loop.step(lambda: weight * regression(loop.model, t))
+            if t == steps - 2:
+                loop.assign({"head.bias": scale * loop.model.head.bias})
+        (regression(loop.model, 30) * scale).backward()
+    return {"lr": lr.grad, "scale": scale.grad} | {n: p.grad for n, p in named(model).items()}
+
+
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_truncated_differentiates_the_last_steps(last: int):
+    assert_same(cut_off(6, None, last), cut_off(6, 6 - last, None))
+
+
+@pytest.mark.parametrize("learn", ["init", "outer"])
+def test_truncated_is_exact_where_no_step_is_cut_off(learn: Any):
+    assert_same(cut_off(4, None, 4, learn), cut_off(4, None, None, learn))
+
+
+def test_truncated_counts_from_the_newest_step():
+    """Outer gradients while the loop goes on: each one reaches two steps back."""
+
+    def slopes(last: int | None) -> list[float]:
+        found = []
+        for end in range(2, 6) if last is None else [6]:
+            model, lr = network(), leaf(0.1)
+            strategy = None if last is None else innerloop.Truncated(last)
+            with innerloop.track(
+                model, sgd(model), "outer", hyper={"lr": lr}, strategy=strategy
+            ) as loop:
+                for t in range(end):
+                    if last is None and t == end - 2:
+                        loop.detach()
+                    loop.step(lambda: regression(loop.model, t))
+                    if last is not None and t > 0:
+                        outer = regression(loop.model, 30)
+                        found.append(torch.autograd.grad(outer, lr)[0].item())
+                if last is None:
+                    outer = regression(loop.model, 30)
+                    found.append(torch.autograd.grad(outer, lr)[0].item())
+        return found
+
+    assert slopes(2)[:4] == pytest.approx(slopes(None), rel=1e-12)
+
+
+def test_what_truncated_holds_constant_is_named():
+    with pytest.raises(NotDifferentiableError, match="does not differentiate with respect to what"):
+        cut_off(4, None, 3, "init")
+    model, lr = network(), leaf(0.1)
+    with innerloop.track(
+        model, sgd(model), "outer", hyper={"lr": lr}, strategy=innerloop.Truncated(2), save_at=[1]
+    ) as loop:
+        losses = [loop.step(lambda: regression(loop.model, t)) for t in range(2)]
+        early = regression(loop.model, 30)
+        losses += [loop.step(lambda: regression(loop.model, t)) for t in range(2)]
+    assert torch.equal(loop.trajectory.losses, torch.stack(losses))
+    for outer in (early, loop.trajectory.losses.sum(), loop.at(1).params["head.bias"].sum()):
+        with pytest.raises(NotDifferentiableError, match="holds constant by now"):
+            torch.autograd.grad(outer, lr, retain_graph=True)
+    assert torch.autograd.grad(loop.trajectory.losses[3], lr)[0].isfinite()
+
+
+def test_truncated_keeps_as_much_as_its_last_steps():
+    model, lr = network(), leaf(0.1)
+    with innerloop.track(
+        model, sgd(model), "outer", hyper={"lr": lr}, strategy=innerloop.Truncated(3)
+    ) as loop:
+        data: list[weakref.ref[Tensor]] = []
+        for t in range(8):
+            x = features(t)
+            data.append(weakref.ref(x))
+            loop.step(lambda: loop.model(x).square().mean())
+            del x
+    gc.collect()
+    assert [ref() is not None for ref in data] == [False] * 5 + [True] * 3
 
 
 def test_times_that_are_none():

@@ -18,6 +18,7 @@ from innerloop._inner_gradient.graph import check_graph as check_graph
 from innerloop._inner_gradient.graph import sent_sparse as sent_sparse
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
+from innerloop._utils import torch_private
 from innerloop._utils.inner_pass import inner_pass
 from innerloop.errors import InnerLoopError
 from innerloop.optim._engine.callback import call_back
@@ -61,13 +62,7 @@ def inner_gradient(
         before, gate.closed = gate.closed, False
     try:
         with inner_pass():
-            values = torch.autograd.grad(
-                loss,
-                list(params.values()),
-                torch.ones_like(loss) if loss.ndim else None,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            values = torch_private.gradient(loss, list(params.values()), create_graph)
     except InnerLoopError:
         raise
     except RuntimeError as error:

@@ -102,6 +102,22 @@ def check_module(model: object) -> None:
             "does not run: pass model.module, "
             "and average the outer gradients yourself"
         )
+    _refuse_gathering(model)
+
+
+def _refuse_gathering(model: nn.Module) -> None:
+    """Raise if a module gathers sharded parameters in hooks of its own."""
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    if module is not None and isinstance(
+        model, (module.FSDPModule, module.FullyShardedDataParallel)
+    ):
+        raise InvalidInputError(
+            f"{type(model).__name__} was sharded by fully_shard (or FullyShardedDataParallel), "
+            "which gathers its parameters in hooks that belong to the module itself: a loop's copy "
+            "would compute with the parts. Keep the parameters as DTensors "
+            "(torch.distributed.tensor.distribute_tensor) and gather them in the loss of an "
+            "innerloop.Problem, {name: p.full_tensor() for name, p in params.items()}"
+        )
 
 
 class LateHooks:
@@ -226,5 +242,7 @@ def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str,
             continue
         seen.add(id(module))
         yield prefix, module
-        children = torch_private.module_table(module).items()
-        stack.extend((f"{prefix}{k}.", m) for k, m in reversed(list(children)) if m is not None)
+        children = torch_private.module_table(module)
+        if children:
+            below = [(f"{prefix}{k}.", m) for k, m in children.items() if m is not None]
+            stack.extend(reversed(below))

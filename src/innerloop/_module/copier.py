@@ -27,7 +27,7 @@ def plain(module: nn.Module) -> nn.Module:
     return torch_private.uncompiled(module)
 
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 _CONTAINERS = (
     *(list, tuple, set, frozenset, dict),
     *(OrderedDict, defaultdict, Counter, deque),
@@ -231,7 +231,12 @@ class _Parameters(dict[str, Any]):
                 # A repetition reads what the checkpointed forward pass has read.
                 return found
         gate = self.gate
-        if gate.closed and gate.refuses() and isinstance(found, Tensor):
+        # `refuses`, written out: this runs at each reading of a parameter.
+        if (
+            gate.closed
+            and torch_private.backward_pass() not in (-1, gate.home)
+            and isinstance(found, Tensor)
+        ):
             return _Unreadable.of(found, name)
         return found
 
@@ -296,11 +301,11 @@ class _Copier:
             return obj
         if id(obj) in self.done:
             return self.done[id(obj)]
-        if type(obj) is Tensor or (type(obj).__module__, type(obj).__name__) in _ARRAYS:
-            return self._constant(obj)
         if isinstance(obj, nn.Module):
             inner = plain(obj)
             return self._module(obj) if inner is obj else self.copy(inner)
+        if type(obj) is Tensor or (type(obj).__module__, type(obj).__name__) in _ARRAYS:
+            return self._constant(obj)
         if isinstance(obj, types.MethodType) and isinstance(obj.__self__, nn.Module):
             return types.MethodType(obj.__func__, self.copy(obj.__self__))
         if isinstance(obj, functools.partial):
@@ -340,16 +345,17 @@ class _Copier:
         self.keep.append(module)
         self.modes.append((new, module))
         own, parameters = vars(new), torch_private.parameter_table(module)
+        plain_types, own_tables, tensor_tables = _PLAIN, _TABLES, torch_private.TENSOR_TABLES
         for key, value in vars(module).items():
-            if key in torch_private.TENSOR_TABLES:
+            if type(value) in plain_types:
+                own[key] = value
+            elif key in own_tables:
+                own[key] = self._own(value) if value else type(value)()
+            elif key in tensor_tables:
                 own[key] = table = self._table(value, value is parameters)
                 for name, tensor in dict.items(table):
                     if tensor is not None:
                         self.places.setdefault(id(tensor), []).insert(0, (table, name))
-            elif type(value) in _PLAIN:
-                own[key] = value
-            elif key in _TABLES:
-                own[key] = self._own(value) if value else type(value)()
             else:
                 own[key] = self.copy(value)
                 if id(value) in self.registered:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import (
@@ -86,7 +87,7 @@ class ModuleView:
         self.sparse = {
             listed[id(p)]
             for _, module in tables
-            if getattr(module, "sparse", False) is True
+            if _has(module, "sparse")
             for p in torch_private.parameter_table(module).values()
             if id(p) in listed
         }
@@ -146,6 +147,17 @@ class ModuleView:
     def read_buffers(self) -> dict[str, Tensor]:
         """Return the buffers as they are now."""
         return {name: places[0][0][places[0][1]] for name, places in self.buffers.items()}
+
+    def copies_of_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the user's own buffers, for the start of a loop.
+
+        One that requires grad is no running statistic: it stays connected to where it comes from.
+        """
+        with torch.enable_grad():
+            return {
+                name: b.clone() if b.requires_grad else b.detach().clone()
+                for name, b in self.source_buffers.items()
+            }
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the places of parameters."""
@@ -210,7 +222,7 @@ class ModuleView:
 
 
 def _as_they_stand(
-    modules: Iterable[tuple[str, nn.Module]],
+    modules: Sequence[tuple[str, nn.Module]],
     params: dict[str, Tensor],
     buffers: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -220,15 +232,26 @@ def _as_they_stand(
     was listed is then not in it any more.
     """
     kinds = (torch_private.parameter_table, torch_private.buffer_table)
-    tables: list[list[tuple[str, Tensor]]] = [[], []]
-    for prefix, module in modules:
-        for listed, table in zip(tables, kinds, strict=True):
-            listed.extend((prefix + k, t) for k, t in table(module).items() if t is not None)
-    standing = {id(t) for listed in tables for _, t in listed}
-    if all(id(t) in standing for t in (*params.values(), *buffers.values())):
+    standing: set[int] = set()
+    for table in kinds:
+        for _, module in modules:
+            standing.update(map(id, table(module).values()))
+    if standing.issuperset(map(id, params.values())) and standing.issuperset(
+        map(id, buffers.values())
+    ):
         return params, buffers
+    tables = [
+        [(prefix + k, t) for prefix, m in modules for k, t in table(m).items() if t is not None]
+        for table in kinds
+    ]
     found = [by_name({id(t): (n, t) for n, t in reversed(x)}.values()) for x in tables]
     return {n: found[0][n] for n in params}, {n: found[1][n] for n in buffers}
+
+
+def _has(module: nn.Module, flag: str) -> bool:
+    """True if an attribute that a module keeps of its own, or in its class, is True."""
+    # Not getattr: of what it does not find a module makes an error, which takes its time.
+    return vars(module).get(flag) is True or getattr(type(module), flag, None) is True
 
 
 def look_up_densely(modules: Iterable[nn.Module]) -> None:
@@ -250,7 +273,7 @@ def keep_running_statistics(view: ModuleView) -> None:
     """
     for module in view.modules:
         if (
-            getattr(module, "track_running_stats", False)
+            _has(module, "track_running_stats")
             and torch_private.buffer_table(module).get("running_mean") is not None
         ):
             module.register_forward_hook(_copy_running_statistics)

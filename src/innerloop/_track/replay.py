@@ -159,6 +159,10 @@ class StepRecord:
     layout: Layout
 
 
+_CUT_OFF = StepRecord()
+"""In the place of a step that is not differentiated any more."""
+
+
 class Taken(NamedTuple):
     """What a step computes.
 
@@ -321,6 +325,7 @@ class Recorder:
         trained: of those that are not frozen.
         hooks: the user's hooks on the gradients of parameters.
         second_order: False treats inner gradients as constants.
+        start_is_learned: True if gradients with respect to the start of the loop are wanted.
     """
 
     def __init__(
@@ -331,6 +336,7 @@ class Recorder:
         trained: Sequence[str],
         hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]],
         second_order: bool,
+        start_is_learned: bool,
     ) -> None:
         self.model = model
         self.kept = kept
@@ -344,6 +350,7 @@ class Recorder:
         self._later: tuple[int, State] | None = None
         self._ready: dict[int, Prepared] = {}
         self._merges = True
+        self.start_is_learned = start_is_learned
 
     def add(self, record: StepRecord, before: State) -> None:
         """Add a step that was taken from the state ``before``."""
@@ -354,6 +361,8 @@ class Recorder:
             self._later = None
             self._ready.clear()
             self.steps.append(record)
+            if cut := self.kept.cut(len(self.steps)):
+                self.steps[cut - 1] = _CUT_OFF
 
     def _prepare(self, t: int) -> Prepared:
         """Run step ``t`` again with a graph, from the last state that is kept.
@@ -547,6 +556,18 @@ class Recorder:
         """
         with self.model.lock:
             again = torch_private.keeps_graph()
+            cut = self.kept.cut(len(self.steps))
+            if t < cut:
+                # ``losses[-1]`` sends zeros back to the others.
+                if not any(bool(c.any()) for c in cotangents if c is not None):
+                    return [None] * len(wanted)
+                self.kept.refuse_early()
+            if cut and t == cut:
+                layout = self.steps[t].layout
+                before = len(layout.params) + len(layout.state)
+                if self.start_is_learned and any(wanted[:before]):
+                    self.kept.refuse_start()
+                wanted = [False] * before + list(wanted[before:])
             prepared = self._prepare(t)
             found = _pulled(prepared, cotangents, wanted)
             self._later = t, prepared.before
@@ -737,7 +758,7 @@ def transformed(transform: Transform, grads: Gradients, at: Params) -> Gradients
 
 def _differs(t: int, what: str) -> InvalidInputError:
     return InvalidInputError(
-        f"step {t} ran again in the backward pass (strategy=Checkpointed), and {what}: the "
+        f"step {t} ran again in the backward pass (track with a strategy), and {what}: the "
         f"derivative would be that of another step. {USE_ARGS}; and do not write data in place "
         "before the backward pass"
     )
@@ -745,7 +766,7 @@ def _differs(t: int, what: str) -> InvalidInputError:
 
 def _failed(t: int, error: Exception) -> InvalidInputError:
     return InvalidInputError(
-        f"step {t} ran again in the backward pass (strategy=Checkpointed), and its closure raised "
+        f"step {t} ran again in the backward pass (track with a strategy), and its closure raised "
         f"{type(error).__name__}: {error}. {USE_ARGS}"
     )
 
@@ -769,15 +790,15 @@ class _StepNode(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise NotDifferentiableError(
                 "a derivative of the meta-gradient was asked for (create_graph=True, or a loop "
-                "around this one that differentiates through it), and strategy=Checkpointed() of "
-                "track gives the first one only. Write track without strategy, or "
+                "around this one that differentiates through it), and track with a strategy whose "
+                "steps run again gives the first one only. Write track without strategy, or "
                 "innerloop.metagradient with strategy=Checkpointed()"
             )
         if torch_private.inside_vmap():
             raise NotDifferentiableError(
                 "many cotangents at once (is_grads_batched=True, vmap) do not pass through a loop "
-                "with strategy=Checkpointed(): take one gradient after the other, or write track "
-                "without strategy"
+                "whose steps run again (track with a strategy): take one gradient after the other, "
+                "or write track without strategy"
             )
         dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
         none = [None] * (3 + ctx.count)

@@ -44,6 +44,7 @@ from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.sharded import sharded_names
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
@@ -76,8 +77,19 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        for name, b in self._view.source_buffers.items():
+            if b.requires_grad and learn != "nothing":
+                raise InvalidInputError(
+                    f"the buffer {name!r} of the model requires grad, and a step that runs again "
+                    "computes with constant buffers: let the function given to loop.step use the "
+                    "tensor itself, loop.step(fn, args=(tensor,)), or detach it, or leave "
+                    "strategy= away"
+                )
+        self._start_is_learned = learn == "init" or any(
+            p.requires_grad for p in (params or {}).values()
+        )
         _check_devices(self._view.read())
-        self._save_at = _checked_times(save_at)
+        self._save_at = checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
         view = ModuleView(model, gate)
@@ -118,6 +130,7 @@ class ReplayedLoop(TrackedLoop):
             self._trained,
             self._hooks,
             self._second_order,
+            self._start_is_learned,
         )
         self._recorder.sparse = self._sparse
         self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
@@ -520,6 +533,7 @@ class ReplayedLoop(TrackedLoop):
     def detach(self) -> None:
         """Cut the graph here, as `TrackedLoop.detach` does."""
         super().detach()
+        self._start_is_learned = False
         self._begin()
 
 
@@ -538,6 +552,12 @@ def _check_devices(params: Params) -> None:
 
     Two of them would run steps again in one copy of the model, each waiting for the other.
     """
+    if sharded := sharded_names(params):
+        raise InvalidInputError(
+            f"track(..., strategy=...) does not run steps again whose parameters "
+            f"({sorted(sharded)[:4]}) are DTensors: leave strategy= away, or write the loop with "
+            "innerloop.unroll, whose Checkpointed() takes them"
+        )
     devices = sorted({str(p.device) for p in params.values() if isinstance(p, Tensor)})
     if len(devices) > 1:
         raise InvalidInputError(
@@ -546,7 +566,8 @@ def _check_devices(params: Params) -> None:
         )
 
 
-def _checked_times(save_at: Sequence[int]) -> frozenset[int]:
+def checked_times(save_at: Sequence[int]) -> frozenset[int]:
+    """Return the times at which states are wanted; raise if one is no time."""
     for t in save_at:
         if not isinstance(t, int) or isinstance(t, bool) or t < 0:
             raise InvalidInputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from innerloop._track.loop import TrackedLoop
-from innerloop._track.replayed_loop import ReplayedLoop
+from innerloop._track.replayed_loop import ReplayedLoop, checked_times
 from innerloop._track.start import Learn, Model, TorchOptimizer, check_save_at
 from innerloop._types import Params
 from innerloop._unroll import check_strategy
@@ -47,11 +47,14 @@ def track(
             :math:`\partial\theta_{t+1}/\partial\theta_t = I` and what the rule itself adds:
             ``.grad`` is the gradient of first-order MAML (Finn et al. 2017), exact if the inner
             loss is linear. `unroll` does the same with the strategy `FirstOrder`.
-        strategy: None keeps the graph of every step. `Checkpointed` (its ``slots``, ``memory`` of
-            the states alone, and ``offload``) keeps some of the states, and runs each step again in
-            the backward pass: ``loop.step`` then needs a function that computes the loss,
-            ``loop.step(lambda: loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The
-            gradients are the same. Second derivatives of the outer loss are refused.
+        strategy: None, or `StoreAll`, keeps the graph of every step; `FirstOrder` is
+            ``first_order=True``. `Checkpointed` (its ``slots``, ``memory`` of the states alone, and
+            ``offload``) keeps some of the states, and runs each step again in the backward pass:
+            ``loop.step`` then needs a function that computes the loss, ``loop.step(lambda:
+            loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The gradients are the
+            same. `Truncated` does so for the last steps, those before the moment at which the
+            backward pass begins; what is learned must act along the loop (``learn="outer"``).
+            Second derivatives of the outer loss are refused under both.
         save_at: with a strategy, the times whose states ``loop.at(t)`` returns, besides the start
             and the newest.
 
@@ -68,9 +71,9 @@ def track(
         on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
         Assigning a new ``nn.Parameter`` cuts the gradient there, and the loop then trains that one
         (PyTorch's optimizer would go on with the old one). Frozen parameters are shared with
-        ``model``, not copied: do not edit those in place. Buffers (running statistics) are
-        constants of the derivative, as in PyTorch. What is frozen, the param groups and the hooks
-        are read once: a change of them inside the block is refused.
+        ``model``, not copied: do not edit those in place. Running statistics are constants of the
+        derivative, as in PyTorch; a buffer that requires grad is not. What is frozen, the param
+        groups and the hooks are read once: a change of them inside the block is refused.
 
         A parameter that the loss does not use is skipped, as after ``backward()``: weight decay and
         momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients
@@ -107,4 +110,10 @@ def track(
         check_save_at(save_at, learn)
         return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
     check_strategy(strategy)
+    kept = strategy.kept_graphs()
+    if kept is not None:
+        # Every time is kept: there is nothing to choose among.
+        checked_times(save_at)
+        first_order = first_order or kept.first_order
+        return TrackedLoop(model, optimizer, learn, params, hyper, first_order)
     return ReplayedLoop(model, optimizer, learn, params, hyper, first_order, strategy, save_at)

@@ -92,6 +92,16 @@ def concatenate(before: Any, after: object) -> Any:
     return tree.with_leaves(after, [b if a is None else torch.cat([a, b]) for a, b in pairs])
 
 
+class KeptGraphs(NamedTuple):
+    """How a hand-written loop keeps the graph of every step.
+
+    Attributes:
+        first_order: True if inner gradients are constants in it.
+    """
+
+    first_order: bool
+
+
 class Strategy(abc.ABC):
     """A way of differentiating a loop: exactly or not, with which memory.
 
@@ -146,6 +156,14 @@ class Strategy(abc.ABC):
         """Return what receives a gradient in a loop of ``steps`` steps; None: not known yet."""
         return self.differentiates
 
+    def kept_graphs(self) -> KeptGraphs | None:
+        """Return how `track` keeps the graph of every step; None: its steps run again.
+
+        Raises:
+            InvalidInputError: the strategy does not differentiate such loops.
+        """
+        return None
+
     def kept_states(self, size: int) -> KeptStates:
         """Return an empty storage for the states of a hand-written loop, whose steps run again.
 
@@ -156,10 +174,9 @@ class Strategy(abc.ABC):
             InvalidInputError: the strategy does not differentiate such loops.
         """
         raise InvalidInputError(
-            f"track(..., strategy={self!r}): a hand-written loop runs under Checkpointed() only. "
-            "Leave strategy= away to keep every graph (as StoreAll); write first_order=True for "
-            "FirstOrder, loop.detach() for Truncated; the other strategies need the loop as "
-            "innerloop.unroll or innerloop.metagradient"
+            f"track(..., strategy={self!r}): a hand-written loop runs under Checkpointed(), "
+            "Truncated(last=...), FirstOrder() or StoreAll(). Write the loop as "
+            "innerloop.unroll or innerloop.metagradient for the other strategies"
         )
 
     def forecast(self, measure: Measure) -> Forecast:

@@ -19,7 +19,7 @@ from innerloop._types import HyperTree
 from innerloop._utils import tree
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InnerLoopError, NotDifferentiableError
-from innerloop.strategy._base import Loop, Measure, StepOutputs, Strategy
+from innerloop.strategy._base import KeptGraphs, Loop, Measure, StepOutputs, Strategy
 from innerloop.strategy._engine.guards import check_constants, refuse_inputs, refuse_outputs
 from innerloop.strategy._engine.step_pullback import state_of
 from innerloop.strategy._forecast import Forecast
@@ -45,7 +45,8 @@ class FirstOrder(Strategy):
     the inner loss: it acts through the inner gradients alone, so asking for its gradient raises.
     Nor for outer losses made of ``traj.losses`` or ``traj.aux``.
 
-    ``track(..., first_order=True)`` does the same to a hand-written loop.
+    ``track(..., first_order=True)`` does the same to a hand-written loop, and so does this strategy
+    given to ``track``.
 
     Example:
         On the loss w²/2 every step multiplies w by 1 - lr. Exact: d w₃/d w₀ = (1 - lr)³ = 1/8; with
@@ -66,10 +67,20 @@ class FirstOrder(Strategy):
     exact = False
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
+    def kept_graphs(self) -> KeptGraphs:
+        """Return that `track` keeps those of the updates alone."""
+        return KeptGraphs(first_order=True)
+
     def run(self, loop: Loop) -> Trajectory:
         carry = loop.start
         states, rows = {0: carry}, StepOutputs(carry.params)
-        in_loss: dict[int, Tensor] = {}
+        view = loop.problem.view
+        # A buffer that requires grad acts through the inner gradients too.
+        in_loss: dict[int, Tensor] = {
+            id(b): b
+            for name, b in loop.start.buffers.items()
+            if b.requires_grad and view is not None and name in view.no_statistics
+        }
         for t in loop.batches.times():
             batch = loop.batch(carry.detach(), t)
             grads, loss, aux, buffers = _constant_gradient(

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from innerloop._trajectory import Trajectory
 from innerloop._utils.execution import Mode, mode
-from innerloop.strategy._base import Loop, Strategy
+from innerloop.errors import InvalidInputError
+from innerloop.strategy._base import KeptGraphs, Loop, Strategy
 from innerloop.strategy._engine.compiled_step import CompiledProblem, with_counts
 from innerloop.strategy._engine.plain_run import plain_run
 
@@ -50,6 +51,15 @@ class StoreAll(Strategy):
 
     def __repr__(self) -> str:
         return "StoreAll(compile=True)" if self.compile else "StoreAll()"
+
+    def kept_graphs(self) -> KeptGraphs:
+        """Return that `track` keeps them, as it does without a strategy."""
+        if self.compile:
+            raise InvalidInputError(
+                f"track(..., strategy={self!r}): the steps of a hand-written loop are not compiled "
+                "by a strategy. Write StoreAll(), or the loop as innerloop.unroll"
+            )
+        return KeptGraphs(first_order=False)
 
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop step by step, recorded by autograd."""

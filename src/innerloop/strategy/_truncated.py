@@ -15,6 +15,7 @@ from innerloop._utils.arguments import given, is_integer
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import BOTH, Loop, Measure, StepOutputs, Strategy, concatenate
 from innerloop.strategy._engine.guards import on_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._engine.kept_states import KeptStates, LastStates
 from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.step_pullback import state_of
 from innerloop.strategy._forecast import Forecast
@@ -83,6 +84,10 @@ class Truncated(Strategy):
     def differentiates_in(self, steps: int | None) -> frozenset[str]:
         """Return what receives a gradient: everything where no step is cut off."""
         return self.differentiates if steps is None or steps > self.last else BOTH
+
+    def kept_states(self, size: int) -> KeptStates:
+        """Return an empty storage for the states of a hand-written loop: the last ones."""
+        return LastStates(self.last)
 
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop: its early steps on constants, the last ones recorded by autograd."""

@@ -86,7 +86,7 @@ class Elementwise(Rule):
     def init(self, params: Params) -> Any:
         resolved = self.resolve(None)
         used = self.fields(resolved)
-        layout = self._layout(params, resolved)
+        layout = self._layout(params, resolved) if used else ()
         return self.state_type(
             0,
             *(self._start(name, layout, params) if name in used else None for name in self.slots()),

@@ -6,6 +6,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable
 from typing import Any
 
+from innerloop.errors import NotDifferentiableError
 from innerloop.strategy._engine import schedule
 from innerloop.strategy._engine.snapshots import Snapshots
 
@@ -82,6 +83,16 @@ class KeptStates:
             for time in [x for x in self._temporary if x >= t]:
                 self._drop(time)
 
+    def cut(self, steps: int) -> int:
+        """Return the first of so many steps that is differentiated."""
+        return 0
+
+    def refuse_early(self) -> None:
+        """Raise because the outer loss uses something from before `cut`."""
+
+    def refuse_start(self) -> None:
+        """Raise because the gradient with respect to what the loop starts from is wanted."""
+
     def _put(self, t: int, state: object) -> None:
         self._snapshots[t] = state
         insort(self._times, t)
@@ -91,3 +102,46 @@ class KeptStates:
         if t in self._snapshots:
             del self._snapshots[t]
             self._times.remove(t)
+
+
+class LastStates(KeptStates):
+    """The states before the last steps.
+
+    Args:
+        last: how many steps are differentiated.
+    """
+
+    def __init__(self, last: int) -> None:
+        super().__init__(lambda _: last, None, stride=1)
+        self._last = last
+
+    def offer(self, t: int, state: object) -> None:
+        """Keep the state at time ``t`` of the forward pass, and let go of the oldest one."""
+        self._put(t, state)
+        while self._times[0] <= t - self._last:
+            self._drop(self._times[0])
+
+    def pass_by(self, t: int, *, again: bool) -> None:
+        """Keep them all: the loop may go on, and they are among the last ones then too."""
+
+    def cut(self, steps: int) -> int:
+        """Return the first of so many steps that is differentiated."""
+        return max(steps - self._last, 0)
+
+    def refuse_early(self) -> None:
+        """Raise because the outer loss uses something from before `cut`."""
+        raise NotDifferentiableError(
+            "the outer loss uses the parameters, or the loss, of a time that "
+            f"Truncated(last={self._last}) holds constant by now: it differentiates the steps that "
+            "were taken last when the backward pass begins. Take the outer gradient earlier, or "
+            "write a larger `last`, or strategy=innerloop.Checkpointed()"
+        )
+
+    def refuse_start(self) -> None:
+        """Raise because the gradient with respect to what the loop starts from is wanted."""
+        raise NotDifferentiableError(
+            f"Truncated(last={self._last}) does not differentiate with respect to what the loop "
+            "starts from, which is further away than that by now: write "
+            'track(..., learn="outer") for the gradients of tensors outside of the model, or '
+            "strategy=innerloop.Checkpointed(), which is exact at any length"
+        )
