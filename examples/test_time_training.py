@@ -13,9 +13,7 @@ takes one step of gradient descent for each chunk of 16 tokens, and answers the 
 with the W of the chunks before: z_i = q_i W. What is learned by ordinary training, through all
 inner steps, are the maps that make keys, values and queries, the start of W, and the inner rate.
 
-**The keys and values are computed by the network, and need a gradient. So they go into ``hyper``,
-and the batches are indices of chunks.** A batch is a constant of the derivative; passing the keys
-as batches raises an error.
+`innerloop.nn.FastWeights` is the layer: it cuts the sequences into chunks and trains a W for each.
 
 The text is generated: phrases that are copied and pairs of keys and values that come back, made
 anew for each sequence of 512 tokens. The other layer, attention, sees no further than its chunk.
@@ -118,9 +116,21 @@ def generate(count: int, generator: torch.Generator) -> Text:
 # -- the layer -------------------------------------------------------------------------------------
 
 
-def inner_loss(params: Named, hyper: Named, chunk: int) -> Tensor:
-    """Squared error of the values that W predicts from the keys of a chunk."""
-    return (hyper["keys"][chunk] @ params["w"] - hyper["values"][chunk]).square().sum() / 2
+def inner_loss(module: nn.Module, data: Named) -> Tensor:
+    """Squared error of the values that W predicts from the keys of a chunk of one sequence."""
+    return (module(data["keys"]) - data["values"]).square().sum() / 2
+
+
+class Rate(nn.Module):
+    """The inner rate, between 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self) -> Named:
+        """Return the hyper-parameters of the inner optimizer."""
+        return {"lr": self.raw.sigmoid()}
 
 
 class FastWeights(nn.Module):
@@ -134,44 +144,37 @@ class FastWeights(nn.Module):
 
     def __init__(self, width: int, chunk: int, adapts: bool = True) -> None:
         super().__init__()
-        self.chunk, self.adapts = chunk, adapts
+        self.adapts = adapts
         self.to_query = nn.Linear(width, width, bias=False)
         self.to_value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.start = nn.Parameter(torch.zeros(width, width))
-        self.rate = nn.Parameter(torch.tensor(-1.0))
-        self.problem = innerloop.Problem(inner_loss, innerloop.optim.sgd(), optimizer_hyper=("lr",))
+        matrix = nn.Linear(width, width, bias=False)
+        nn.init.zeros_(matrix.weight)
+        self.fast = innerloop.nn.FastWeights(
+            matrix, inner_loss, innerloop.optim.sgd(), chunk, hyper=Rate()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[sequences, length, width]`` to the same shape."""
         queries = F.normalize(self.to_query(x), dim=-1)
         # The key of a token is the query of the token before it.
         keys = F.pad(queries, (0, 0, 1, -1))
-        parts = [p.unflatten(1, (-1, self.chunk)) for p in (keys, self.to_value(x), queries)]
         if not self.adapts:
-            return self.out((parts[2] @ self.start).flatten(1, 2))
-        rate = self.rate.sigmoid()
-        read: Callable[..., Tensor] = torch.func.vmap(self.adapt, in_dims=(0, 0, 0, None, None))
-        return self.out(read(*parts, self.start, rate).flatten(1, 2))
-
-    def adapt(self, keys: Tensor, values: Tensor, queries: Tensor, w: Tensor, lr: Tensor) -> Tensor:
-        """One sequence: what its queries read from the W of the chunks before."""
-        steps = len(keys) - 1
-        # Keys, values and rate need a gradient: they are `hyper`. The batches are indices.
-        hyper = {"keys": keys, "values": values, "lr": lr}
-        traj = innerloop.unroll(self.problem, {"w": w}, list(range(steps)), hyper=hyper)
-        return torch.stack([queries[t] @ traj.at(t).params["w"] for t in range(steps + 1)])
+            return self.out(self.fast.module(queries))
+        return self.out(self.fast(queries, {"keys": keys, "values": self.to_value(x)}))
 
 
 def by_hand(layer: FastWeights, x: Tensor) -> Tensor:
     """What `FastWeights` computes, batched by hand: a matrix for each sequence, and one inner
     gradient by autograd for all of them."""
     queries = F.normalize(layer.to_query(x), dim=-1)
-    keys = F.pad(queries, (0, 0, 1, -1)).unflatten(1, (-1, layer.chunk))
-    values = layer.to_value(x).unflatten(1, (-1, layer.chunk))
-    asked = queries.unflatten(1, (-1, layer.chunk))
-    w = layer.start.expand(len(x), -1, -1)
-    rate, read = layer.rate.sigmoid(), list[Tensor]()
+    fast: Any = layer.fast  # the attributes of a module have no types
+    chunk = fast.chunk
+    keys = F.pad(queries, (0, 0, 1, -1)).unflatten(1, (-1, chunk))
+    values = layer.to_value(x).unflatten(1, (-1, chunk))
+    asked = queries.unflatten(1, (-1, chunk))
+    w = fast.module.weight.T.expand(len(x), -1, -1)
+    rate, read = fast.hyper()["lr"], list[Tensor]()
     for t in range(keys.shape[1]):
         read.append(asked[:, t] @ w)
         if t < keys.shape[1] - 1:

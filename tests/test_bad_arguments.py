@@ -101,6 +101,16 @@ def trained_by(rule: Callable[..., Any]) -> Callable[..., object]:
     return call
 
 
+def layered(**given: Any) -> object:
+    inputs = {key: given.pop(key) for key in ("x", "data") if key in given}
+    return innerloop.nn.FastWeights(**given)(**inputs)
+
+
+def in_parts(**given: Any) -> object:
+    split = innerloop.Problem(innerloop.micro_batches(**given), innerloop.optim.sgd(lr=0.1))
+    return innerloop.unroll(split, start(), batches(), hyper=hyper())
+
+
 LOOP: dict[str, Make] = {"problem": problem, "params": start, "batches": batches, "hyper": hyper}
 BEHIND: dict[str, Make] = {"outer": always(outer), **LOOP}
 WHEN: dict[str, Make] = {"time": always(1), "wrt": always(0)}
@@ -178,6 +188,30 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Make]]] = {
             "randomness": always("different"),
             "reduce": always(None),
             "compile": always(False),
+        },
+    ),
+    "micro_batches": (
+        in_parts,
+        {
+            "loss": always(loss),
+            "size": always(3),
+            "reduction": always("mean"),
+            "weight": always(None),
+        },
+    ),
+    "FastWeights": (
+        layered,
+        {
+            "module": always(nn.Linear(3, 3)),
+            "loss": always(lambda module, data: module(data).square().mean()),
+            "optimizer": lambda: innerloop.optim.sgd(lr=0.1),
+            "chunk": always(2),
+            "strategy": always(None),
+            "output": always(None),
+            "read": always("before"),
+            "hyper": always(None),
+            "x": lambda: torch.ones(2, 4, 3),
+            "data": always(None),
         },
     ),
     "assign": (innerloop.assign, {"tree": start, "grads": lambda: {"w": torch.ones(3)}}),

@@ -365,17 +365,17 @@ def test_fast_weights_are_those_of_gradient_descent_by_hand(ttt: ModuleType) -> 
     """With the gradient of the inner loss in closed form, kᵀ (k W - v), and by autograd."""
     torch.manual_seed(0)
     layer = ttt.FastWeights(6, 4).double()
-    torch.nn.init.normal_(layer.start)
+    torch.nn.init.normal_(layer.fast.module.weight)
     x = torch.randn(3, 16, 6, dtype=torch.float64)
     weights = torch.randn(3, 16, 6, dtype=torch.float64)
 
     queries = nn.functional.normalize(layer.to_query(x), dim=-1)
     keys = torch.cat([torch.zeros(3, 1, 6).double(), queries[:, :-1]], 1)
-    values, w, read = layer.to_value(x), layer.start.expand(3, 6, 6), []
+    values, w, read = layer.to_value(x), layer.fast.module.weight.T.expand(3, 6, 6), []
     for t in range(0, 16, 4):
         k, v = keys[:, t : t + 4], values[:, t : t + 4]
         read.append(queries[:, t : t + 4] @ w)
-        w = w - layer.rate.sigmoid() * k.transpose(1, 2) @ (k @ w - v)
+        w = w - layer.fast.hyper()["lr"] * k.transpose(1, 2) @ (k @ w - v)
     expected = layer.out(torch.cat(read, 1))
     leaves = list(layer.parameters())
     truth = torch.autograd.grad((expected * weights).sum(), leaves)
@@ -390,7 +390,7 @@ def test_no_token_sees_what_comes_later(ttt: ModuleType) -> None:
     args = ttt.Args(width=8)
     net = ttt.GPT(args, True)
     tokens = ttt.generate(1, torch.Generator().manual_seed(0)).tokens
-    torch.nn.init.normal_(net.blocks[1].mixer.start, std=0.1)
+    torch.nn.init.normal_(net.blocks[1].mixer.fast.module.weight, std=0.1)
     with torch.no_grad():
         before = net(tokens)
         for place in (1, 15, 16, 100, 511):

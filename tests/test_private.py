@@ -83,6 +83,9 @@ EXERCISED = {
     "uncompiled_name",
     "forget_compiled_call",
     "is_once_differentiable",
+    "is_asked_for",
+    "never_compiled",
+    "over_rows",
     "sends_sparse",
     "of_class",
     "data_getter",
@@ -749,6 +752,61 @@ def test_once_differentiable_is_seen_in_the_graph():
     x = torch.ones(1, requires_grad=True)
     nodes = (Marked.apply(x).grad_fn, x.clone().grad_fn)
     assert [torch_private.is_once_differentiable(node) for node in nodes] == [True, False]
+
+
+def test_what_a_backward_pass_is_asked_for():
+    found = []
+
+    class Asking(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            return sum(inputs, torch.zeros(()))
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:
+            found.append([torch_private.is_asked_for(n) for n, _ in ctx.next_functions])
+            return (g,) * len(ctx.next_functions)
+
+    leaf, other, constant = torch.ones((), requires_grad=True), torch.ones(()), torch.ones(())
+    inside = other.requires_grad_() * 2
+    for asked in ([leaf], [inside], [other], [leaf, other]):
+        torch.autograd.grad(Asking.apply(leaf, inside, constant), asked, retain_graph=True)
+    Asking.apply(leaf, inside, constant).backward()
+    both = [True, True, False]
+    assert found == [[True, False, False], [False, True, False], [False, True, False], both, both]
+
+
+def test_rows_are_run_at_once():
+    x = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    again = torch_private.over_rows(3)
+    for _ in range(2):
+        with again as rows:
+            row = rows.row(x)
+            assert row.shape == (2,)
+            total, same = rows.stacked(row.sum()), rows.stacked(torch.ones(4))
+            drawn = rows.stacked(torch.rand_like(row))
+        assert total.tolist() == [1, 5, 9]
+        assert same.shape == (3, 4)
+        assert drawn.unique().numel() == 6
+        assert torch.autograd.grad(total.sum(), x)[0].equal(torch.ones(3, 2))
+    assert not torch_private.inside_transform()
+
+
+def test_what_is_never_compiled_runs_in_compiled_code_as_it_is():
+    traced: list[bool] = []
+
+    def inner(x: Tensor) -> Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return x + 1
+
+    kept = torch_private.never_compiled(inner)
+
+    def outer(x: Tensor) -> Tensor:
+        return kept(x * 2) * 3
+
+    compiled: Any = torch.compile(outer, backend="eager")
+    assert compiled(torch.ones(())).item() == 9
+    assert traced == [False]
 
 
 def test_a_sparse_look_up_is_seen_in_the_graph():

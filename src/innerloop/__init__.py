@@ -1,12 +1,17 @@
 """Differentiate through training: what comes after a training loop by what goes into it."""
 
-from innerloop import higher, inspect, nn, optim, strategy
+# First, because of `nn.FastWeights`: everything else imports files of this package.
+from innerloop import nn
+
+# isort: split
+from innerloop import higher, inspect, optim, strategy
 from innerloop._carry import Carry
 from innerloop._check import check_metagradient
 from innerloop._functional import functional
 from innerloop._inner_gradient.block import checkpoint_block
 from innerloop._metagradient.metagradient import metagradient
 from innerloop._metagradient.tasks import map_tasks
+from innerloop._micro_batches import micro_batches
 from innerloop._outer_state import OuterState
 from innerloop._plan import Plan, plan
 from innerloop._problem import Problem
@@ -100,6 +105,7 @@ __all__ = [
     "inspect",
     "map_tasks",
     "metagradient",
+    "micro_batches",
     "nn",
     "optim",
     "plan",

@@ -25,6 +25,7 @@ from innerloop._inner_gradient.gradient import (
 )
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
 from innerloop._inner_gradient.torch_errors import explain
+from innerloop._micro_batches import MicroBatches, check_parts, check_written
 from innerloop._module import view as module
 from innerloop._module.checks import (
     check_names,
@@ -139,6 +140,11 @@ class Problem(Generic[Batch, Aux]):
             raise InvalidInputError(
                 "targets must be a function targets(params, hyper, batch), got "
                 f"{type(targets).__name__}"
+            )
+        if targets is not None and isinstance(loss, MicroBatches):
+            raise InvalidInputError(
+                "targets= computes the targets of the whole batch at once, and loss is "
+                "micro_batches(...): compute them in the loss, of its part"
             )
         if targets is not None:
             check_takes("targets", targets, "params", "hyper", "batch")
@@ -280,7 +286,9 @@ class Problem(Generic[Batch, Aux]):
             batch, more = given.batch, (given.targets,)
         blocks = nullcontext() if mode() is Mode.COMPILING else block.reading(self._read)
         with replacing() if second_order else nullcontext(), blocks:
-            if self.view is None:
+            if isinstance(self.loss, MicroBatches):
+                result, new_buffers = self._in_parts(params, buffers, hyper, batch), dict(buffers)
+            elif self.view is None:
                 result, new_buffers = self.loss(params, hyper, batch, *more), dict(buffers)
             else:
                 loss_of = self._noting_buffers if self.view.no_statistics else self.loss
@@ -296,6 +304,23 @@ class Problem(Generic[Batch, Aux]):
             aux,
             new_buffers,
         )
+
+    def _in_parts(
+        self, params: Mapping[str, Tensor], buffers: Named, hyper: HyperTree, batch: object
+    ) -> Any:
+        """Evaluate the loss on one part of the batch after another."""
+        whole, view = self.loss, self.view
+        assert isinstance(whole, MicroBatches)
+        if view is None:
+            return whole.run(whole.loss, dict(params), hyper, batch, None)
+        check_parts(view)
+
+        def part(params: Params, hyper: HyperTree, batch: object) -> Any:
+            found, after = view.run(params, buffers, whole.loss, view.module, hyper, batch)
+            check_written(after)
+            return found
+
+        return whole.run(part, dict(params), hyper, batch, view)
 
     def with_targets(
         self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch | _WithTargets

@@ -42,7 +42,7 @@ def inner_gradient(
     """Differentiate ``loss`` by ``params``; None for those that it does not use.
 
     Args:
-        loss: a scalar.
+        loss: a scalar, or the losses of several samples, whose sum is differentiated.
         params: what to differentiate by; may be empty.
         create_graph: let the gradients have derivatives of their own.
         independent: makes the error for a loss that uses none of ``params``, in the words of the

@@ -44,10 +44,12 @@ def check_graph(
     *,
     second_order: bool,
     sparse: list[Node] | None = None,
+    stops: Iterable[Tensor] = (),
 ) -> list[Tensor]:
     """Raise if an operation between ``ends`` and ``params`` lacks a second derivative.
 
-    The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters.
+    The walk starts at what a step evaluates (the loss, aux) and ends at the current parameters, and
+    at ``stops``, behind which the inner gradient does not go.
     Nodes that send a sparse gradient back are appended to ``sparse``, if given: see `sent_sparse`.
 
     Returns:
@@ -59,7 +61,7 @@ def check_graph(
     suspects: list[tuple[Any, Operation]] = []
     leaves = [x for x in ends if x.requires_grad and x.grad_fn is None]
     stack: list[Any] = [x.grad_fn for x in ends]
-    seen = {p.grad_fn for p in current}
+    seen = {p.grad_fn for p in (*current, *stops)}
     harmless = _harmless
     while stack:
         node = stack.pop()

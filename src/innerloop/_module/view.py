@@ -213,7 +213,8 @@ class ModuleView:
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Tensor]]:
         for (copied, _), training in zip(self._modes, self.training, strict=True):
-            copied.training = training
+            if copied.training != training:  # it takes a while to set
+                copied.training = training
         own, own_buffers = self.read(), self.read_buffers()
         try:
             self.write(params)

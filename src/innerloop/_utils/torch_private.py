@@ -13,17 +13,22 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch._functorch import vmap as _vmap
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.multiprocessing import reductions
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up
 # to torch 2.13.
@@ -158,6 +163,39 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
+class over_rows:  # noqa: N801 (used like a function, at every step of a layer)
+    """Run the block for all rows of the tensors that `row` is given at once.
+
+    As ``torch.func.vmap``, which takes as long to look through its arguments as a small layer
+    takes to compute. Each row draws random numbers of its own.
+
+    Args:
+        count: the number of rows.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        loaded: Any = _vmap
+        loaded.lazy_load_decompositions()
+
+    def __enter__(self) -> over_rows:
+        self._level = torch._C._functorch._vmap_increment_nesting(self._count, "different")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._functorch._vmap_decrement_nesting()
+
+    def row(self, stacked: Tensor) -> Tensor:
+        """Return what stands for one row of ``stacked``, inside the block."""
+        found: Tensor = torch._C._functorch._add_batch_dim(stacked, 0, self._level)
+        return found
+
+    def stacked(self, row: Tensor) -> Tensor:
+        """Return the results of all rows, stacked; called inside the block."""
+        found: Tensor = torch._C._functorch._remove_batch_dim(row, self._level, self._count, 0)
+        return found
+
+
 def inside_reverse_transform() -> bool:
     """True if one of the running transforms is ``torch.func.grad`` or ``vjp``.
 
@@ -210,6 +248,29 @@ class refusing_saved_tensors_hooks:  # noqa: N801 (used like a function, at ever
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
             torch._C._autograd._saved_tensors_hooks_disable(self._before, False)
+
+
+def is_asked_for(node: Node | None) -> bool:
+    """True if the backward pass that is running goes on to ``node``, or ends there.
+
+    The public ``needs_input_grad`` of a Function says only which inputs require grad.
+    """
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
+def never_compiled(function: F) -> F:
+    """Return ``function``, which compiled code calls as it is, and everything that it calls.
+
+    The public ``torch.compiler.disable`` imports the compiler at once, this one at the first call.
+    """
+    disable: Any = _disable_dynamo
+    kept: F = disable(function)
+    return kept
 
 
 class as_before_for_hooks:  # noqa: N801 (used like a function)
@@ -446,7 +507,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 def gradient(
     loss: Tensor, inputs: Sequence[Tensor], create_graph: bool
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate a scalar, as ``torch.autograd.grad(..., allow_unused=True)`` does.
+    """Differentiate the sum of ``loss``, as ``torch.autograd.grad(..., allow_unused=True)`` does.
 
     What that does before and after the engine runs takes 26 microseconds, which is 3 % of a step of
     a small network. On other devices it also hands the context to the engine's threads, so there it
@@ -456,12 +517,14 @@ def gradient(
         type(loss) is not Tensor
         or not loss.is_cpu
         or not loss.is_floating_point()
-        or loss.numel() != 1
         or torch._C._len_torch_function_stack()
         or _is_compiling()
         or any(type(x) not in _PLAIN_TENSORS or not x.is_cpu for x in inputs)
     ):
-        return torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+        seeds = torch.ones_like(loss) if loss.ndim else None
+        return torch.autograd.grad(
+            loss, inputs, seeds, create_graph=create_graph, allow_unused=True
+        )
     # Made anew: a hook on the loss may write it.
     seed = torch.ones_like(loss)
     found: tuple[Tensor | None, ...] = _run_backward(

@@ -1,7 +1,11 @@
-"""Replacements for operations of PyTorch that lack a derivative, and their automatic choice."""
+"""Layers that train inside, and replacements for operations of PyTorch that lack a derivative."""
 
 from innerloop.nn import functional
 from innerloop.nn._derivative_order import any_order
 from innerloop.nn._mode import keep_kernels, replaced, replacing
 
-__all__ = ["any_order", "functional", "keep_kernels", "replaced", "replacing"]
+# isort: split
+# It is made of the loop, which needs the modules above: they come first.
+from innerloop._fast_weights import FastWeights
+
+__all__ = ["FastWeights", "any_order", "functional", "keep_kernels", "replaced", "replacing"]

@@ -119,6 +119,11 @@ class Strategy(abc.ABC):
     compiles: ClassVar[bool] = False
     """True if a whole meta-gradient with this strategy can be compiled."""
 
+    @property
+    def keeps_graph(self) -> bool:
+        """True if it runs the steps one by one, with autograd recording them, and nothing else."""
+        return False
+
     def __post_init__(self) -> None:
         """Check what the fields hold; a class with checks of its own calls this first."""
         check_fields(self)

@@ -44,6 +44,11 @@ class StoreAll(Strategy):
     compiles: ClassVar[bool] = True
     differentiates: ClassVar[frozenset[str]] = frozenset({"params", "hyper"})
 
+    @property
+    def keeps_graph(self) -> bool:
+        """True unless the steps are compiled."""
+        return not self.compile
+
     def __repr__(self) -> str:
         return "StoreAll(compile=True)" if self.compile else "StoreAll()"
 

@@ -19,6 +19,7 @@ from innerloop.optim._engine.update import (
     advance,
     in_bucket,
     in_lists,
+    one_by_one,
     repack,
     scalar_field,
     without_state,
@@ -105,13 +106,14 @@ class Elementwise(Rule):
         active = which_have_gradient(grads, params)
         lists = self._takes_lists(resolved)
         if (
-            lists
-            and active is None
+            active is None
             and params
             and isinstance(state.count, int)
             and not self.fields(resolved)
+            and (lists or not self.packs_small_params(resolved))
         ):
-            done = without_state(self, grads, state, params, resolved)
+            way = without_state if lists else one_by_one
+            done = way(self, grads, state, params, resolved)
             if done is not None:
                 return done
         ages, counts = by_step_count(state.count, params)

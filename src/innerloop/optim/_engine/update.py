@@ -77,6 +77,30 @@ def without_state(
     return dict(zip(params, stepped[0], strict=True)), state
 
 
+def one_by_one(
+    rule: Steps, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Any] | None:
+    """Step a rule that keeps nothing and does not pack, with hyper-parameters that are learned.
+
+    Returns:
+        None where a tensor or a hyper-parameter has to be prepared first.
+    """
+    if rule.scalars or not all(
+        isinstance(value, (float, int)) or (isinstance(value, Tensor) and not value.ndim)
+        for value in hyper.values()
+    ):
+        return None
+    state = state._replace(count=state.count + 1)
+    new: dict[str, Tensor] = {}
+    for name, p in params.items():
+        g = grads[name]
+        if g is None or p.is_complex() or p.dtype != g.dtype or g.layout != torch.strided:
+            return None
+        new[name] = _cast(rule.step(g, p, state, hyper)[0], p)
+        warn_of_half(new[name])
+    return new, state
+
+
 def in_lists(
     rule: Steps,
     layout: Layout,
