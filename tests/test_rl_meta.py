@@ -209,6 +209,21 @@ def test_anil_adapts_the_head_alone_and_learns_everything() -> None:
     assert not any(map(torch.equal, before, weights(learner)))
 
 
+@pytest.mark.parametrize("algorithm", ["promp", "reptile"])
+def test_the_outer_rate_falls_linearly_if_it_is_to(algorithm: str) -> None:
+    learner = MetaLearner(small(algorithm=algorithm, anneal=True, outer_lr=0.1))
+    rates: list[float] = []
+    learner.train(callback=lambda row: rates.append(learner.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    # One iteration more than planned moves nothing.
+    before = [p.detach().clone() for p in weights(learner)]
+    learner.iterate()
+    assert all(map(torch.equal, before, weights(learner)))
+    constant = MetaLearner(small(algorithm=algorithm, outer_lr=0.1))
+    constant.train()
+    assert constant.optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_later_adaptation_steps_are_smaller() -> None:
     learner = MetaLearner(small(later_lr=0.5, adaptation_steps=2))
     tasks = learner.env.sample_tasks(3, learner.generator)

@@ -100,6 +100,7 @@ class MetaConfig:
         inner_minibatches: in each of its epochs.
         inner_adam: Adam in place of SGD in the inner loop.
         outer_lr: learning rate of the outer Adam; with ``"reptile"`` the outer step, by SGD.
+        anneal: let ``outer_lr`` fall linearly to 0.
         outer_epochs: outer updates on the same rollouts.
         outer_clip: clip range of the outer loss.
         clip: clip range of a PPO inner loop.
@@ -124,6 +125,7 @@ class MetaConfig:
     inner_minibatches: int = 4
     inner_adam: bool = False
     outer_lr: float = 0.005
+    anneal: bool = False
     outer_epochs: int = 8
     outer_clip: float = 0.3
     clip: float = 0.2
@@ -299,6 +301,9 @@ class MetaLearner:
         start, config = time.perf_counter(), self.config
         tasks = self.env.sample_tasks(config.tasks, self.generator)
         data, adapted = self._acted(tasks, config.adaptation_steps)
+        left = max(0.0, 1 - self.counters["iteration"] / config.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.outer_lr * (left if config.anneal else 1.0)
         losses: list[float] = []
         if self.algorithm.interpolates:
             self._step_towards(adapted)
