@@ -247,7 +247,8 @@ def mdp(seeds: int = 3, iterations: int = 500) -> None:
             tasks=20,
             episodes=20,
             inner_lr=300.0,
-            outer_lr=0.05,
+            outer_lr=0.02,
+            anneal=True,
             outer_epochs=1,
             gamma=1.0,
             hidden=(),
@@ -260,10 +261,17 @@ def mdp(seeds: int = 3, iterations: int = 500) -> None:
         print(f"seed {seed}, 400 held-out tasks: {before} before, {after} after", flush=True)
 
 
-def navigation(seeds: int = 1, iterations: int = 40) -> None:
+def navigation(seeds: int = 3, iterations: int = 20) -> None:
     """Figure 2: ProMP on two-dimensional navigation, at 1.5 million steps."""
     for seed in range(seeds):
-        learner = MetaLearner(MetaConfig(iterations=iterations, seed=seed))
+        config = MetaConfig(
+            iterations=iterations,
+            tasks=40,
+            outer_lr=0.01,
+            anneal=True,
+            seed=seed,
+        )
+        learner = MetaLearner(config)
         print(f"seed {seed}, untrained: {learner.summary()}", flush=True)
         learner.train()
         print(f"seed {seed}: {learner.summary()}", flush=True)
