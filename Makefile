@@ -12,6 +12,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_PIP_ARGS ?=
 # One process per core; torch then gets one thread in each.
 WORKERS ?= 2
+# Workers, and the processes that tests start, import the same files: who forbids Python to keep its
+# bytecode compiles them a hundred times.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -28,7 +31,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help walkthrough test lint format types pytest slow compiled fuzz mutants errors coverage bench docs setup clean
+.PHONY: help walkthrough test lint format types pytest typed untyped slow compiled fuzz mutants errors coverage bench docs setup clean
 
 help:  ## what can be asked for
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -56,7 +59,9 @@ setup: $(DEV_READY)  ## create .venv with everything in it
 walkthrough: $(RUN_READY)  ## the walk-through: closed form, autograd and finite differences side by side
 	$(BIN)/innerloop walkthrough
 
-test: lint types pytest  ## formatter, linter, type checker, tests and doctests, in that order
+test: lint  ## formatter, linter, type checker, tests and doctests
+	$(MAKE) --no-print-directory --jobs=2 types typed  # mypy uses one core
+	$(MAKE) --no-print-directory untyped
 
 lint: $(DEV_READY)  ## formatter and linter, changing nothing
 	$(BIN)/ruff check
@@ -69,8 +74,12 @@ format: $(DEV_READY)  ## formatter and linter, mending what they can
 types: $(DEV_READY)  ## type checker
 	$(BIN)/mypy
 
-pytest: $(DEV_READY)  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
+pytest: typed untyped  ## tests and doctests alone; PYTEST_ARGS="-k sgd" passes arguments on
+
+typed: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --types=first $(PYTEST_ARGS)
+
+untyped: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each

@@ -68,11 +68,14 @@ NOT_COMPUTING = re.compile(
 )
 """Functions that judge what was passed or foresee what it costs, and compute nothing."""
 
+CLOCK = re.compile(r"\b(perf_counter|process_time|monotonic)\(")
+"""Measurements of time, which no derivative depends on."""
+
 NUMBERS = re.compile(
     r"\b(int|float|len|max|min|abs|set|dict|numel|prod|sizes?|itemsize|detach|ceil|floor)\("
     r"|\bmath\.|\.shape\b|\bsizes\b|\.(eps|tiny|ndim|active|every|dropout_p|count|steps)\b"
     r"|^(count|n|t|steps|keys|flat|flips|evaluated|rows|low|ALPHA|self\.scale)$"
-    r"|\b(advances|replays)\(|dtype=torch\.(bool|long)"
+    r"|\b(advances|replays)\(|dtype=torch\.(bool|long)|^(begin|end|eps)$"
 )
 """What is never a tensor with a derivative: to detach it changes nothing."""
 
@@ -90,6 +93,10 @@ UNRECORDED = {
 }
 """Functions that are called in the forward of an autograd Function only, where nothing is recorded:
 pullbacks, whose derivatives are those of another run."""
+
+UNRECORDED_FILES = ("_linear/solvers.py", "inspect/_attribution.py")
+"""Files whose functions are handed constants only: a linear system is solved once more for its own
+derivative, and scores have none."""
 
 DETACHED = "(lambda x: x.detach() if hasattr(x, 'detach') else x)"
 """Detach what is a tensor, and leave a number: so that the mutant is a number, not an error."""
@@ -199,6 +206,8 @@ class _Finder(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.Slice)):
             return  # messages, bounds and places are not what is computed
+        if isinstance(node, (ast.Assign, ast.Expr, ast.Return)) and CLOCK.search(self._text(node)):
+            return
         if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             self._statements.append(node.lineno)
             super().visit(node)
@@ -366,7 +375,7 @@ class _Finder(ast.NodeVisitor):
     def _records_nothing(self) -> bool:
         """True in what autograd calls while it records nothing: there is nothing to detach."""
         base, name = self._bases[-1] if self._bases else "", self._names[-1]
-        if name in UNRECORDED.get(self._path, ()):
+        if self._path in UNRECORDED_FILES or name in UNRECORDED.get(self._path, ()):
             return True
         if base.endswith("TwiceDifferentiable"):
             return name in ("forward", "vjp", "jvp", "vjp_of_jvp", "_output", "_pushed", "_weights")

@@ -9,6 +9,7 @@ wrappers that check, so tests with the marker ``compiled`` are left out there.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import pkgutil
@@ -52,8 +53,19 @@ NOT_CHECKED = {
 """Called for every node of every tree, every operation of a foreign optimizer, and every parameter
 at every step: they alone would double the time of the suite."""
 
-OTHER_PROCESSES = {"test_contributing.py", "test_reference.py"}
-"""What they run does not see the hook."""
+UNCHECKED_FILES = {
+    # What they run, they run in other processes, which do not see the hook.
+    "test_contributing.py",
+    "test_fuzz.py",
+    "test_reference.py",
+    "test_rl_killed.py",
+    # Most of their time passes in modules that are not checked; test_adapt_packages.py calls the
+    # others.
+    "test_adapt.py",
+    # They count objects.
+    "test_track_memory.py",
+}
+"""Tests that `--types=first` leaves out: they take long, and could find little."""
 
 
 def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[str]:
@@ -72,6 +84,8 @@ def checked_modules(package: str = "innerloop", folder: Path = FOLDER) -> list[s
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_slow(items)
+    # Looking through all objects is rarely worth it: the compiler makes millions, and keeps them.
+    gc.set_threshold(700, 10, 100)
     # The compiler leaves objects and settings behind, and some tests count objects: it comes last.
     items.sort(key=lambda item: item.get_closest_marker("compiled") is not None)
     if types := config.getoption("--types"):
@@ -83,7 +97,7 @@ def first_settings(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return the first default setting of each test that has several."""
     found: dict[str, pytest.Item] = {}
     for item in items:
-        if item.path.name in OTHER_PROCESSES or item.get_closest_marker("slow"):
+        if item.path.name in UNCHECKED_FILES or item.get_closest_marker("slow"):
             continue
         if hasattr(item, "callspec"):
             found.setdefault(item.nodeid.partition("[")[0], item)
@@ -132,7 +146,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:  # where it formats a stack for each kind of accelerator that there might be
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -87,10 +87,10 @@ class Task:
     def loss(self, params: Params, t: int) -> Tensor:
         x, y = self.batch(t, params["weight"].dtype)
         hidden = x @ params["weight"] + params["bias"]
-        hidden = torch.cat(
-            [hidden[:, :4].tanh(), (hidden[:, 4:].relu() if self.dead else hidden[:, 4:].tanh())],
-            dim=1,
-        )
+        if self.dead:
+            hidden = torch.cat([hidden[:, :4].tanh(), hidden[:, 4:].relu()], dim=1)
+        else:
+            hidden = hidden.tanh()
         prediction = params["scale"] * hidden + params["shift"]
         loss = (
             ((prediction - y) ** 2).sum() / 50
@@ -150,7 +150,7 @@ class Bowl:
 
 def plain_gradient(loss: Callable[[Params, int], Tensor], params: Params, t: int) -> Params:
     """The inner gradient as a plain training loop takes it: no graph is left behind."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     with torch.enable_grad():
         grads = torch.autograd.grad(loss(leaves, t), list(leaves.values()))
     return dict(zip(leaves, grads, strict=True))
@@ -216,21 +216,24 @@ class TorchRun:
     def params(self) -> Params:
         whole = {}
         for name, pieces in self.leaves.items():
-            empty = torch.zeros(self.shapes[name], dtype=torch.float64)
-            joined = (torch.stack(pieces) if pieces else empty) if self.split[name] else pieces[0]
-            whole[name] = joined.detach().clone().reshape(self.shapes[name])
+            if not self.split[name]:
+                whole[name] = pieces[0].detach().clone()
+            elif pieces:
+                whole[name] = torch.stack(pieces).detach().reshape(self.shapes[name])
+            else:
+                whole[name] = torch.zeros(self.shapes[name], dtype=torch.float64)
         return whole
 
     def step(self, grads: Mapping[str, Tensor | None]) -> None:
         for name, pieces in self.leaves.items():
             grad = grads[name]
             whole = None if grad is None else grad.detach().clone()
-            for index, leaf in enumerate(pieces):
-                leaf.grad = (
-                    whole.reshape(-1)[index].clone()
-                    if self.split[name] and whole is not None
-                    else whole
-                )
+            if self.split[name] and whole is not None:
+                for leaf, entry in zip(pieces, whole.reshape(-1).unbind(), strict=True):
+                    leaf.grad = entry.clone()
+            else:
+                for leaf in pieces:
+                    leaf.grad = whole
         with torch.no_grad():
             self.optimizer.step()
 
@@ -244,9 +247,7 @@ def unchecked(
     refuses and ``step`` does not. A class outside of ``torch.optim`` may have one kernel only, and
     no arguments to choose it by.
     """
-    kernels = {"foreach", "fused", "differentiable", "capturable"}
-    known = kernels & set(inspect.signature(rule).parameters)
-    flags = {k: v for k, v in groups[0].items() if k in known}
+    flags = {k: v for k, v in groups[0].items() if k in kernel_arguments(rule)}
     optimizer = rule([{"params": group["params"]} for group in groups], **flags)
     for ours, theirs in zip(groups, optimizer.param_groups, strict=True):
         theirs.update({k: v for k, v in ours.items() if k != "params"})
@@ -256,6 +257,16 @@ def unchecked(
             value = float(ours["initial_accumulator_value"])
             optimizer.state[p]["sum"].fill_(complex(value, value) if p.is_complex() else value)
     return optimizer
+
+
+KERNELS = {"foreach", "fused", "differentiable", "capturable"}
+_kernel_arguments: dict[type, set[str]] = {}
+
+
+def kernel_arguments(rule: type[torch.optim.Optimizer]) -> set[str]:
+    if rule not in _kernel_arguments:
+        _kernel_arguments[rule] = KERNELS & set(inspect.signature(rule).parameters)
+    return _kernel_arguments[rule]
 
 
 def torch_run(

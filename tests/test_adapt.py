@@ -32,7 +32,7 @@ from tests.oracles import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-STEPS = 6
+STEPS = 4
 
 
 class Base(torch.optim.Optimizer):

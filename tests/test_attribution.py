@@ -259,3 +259,35 @@ def test_what_cannot_be_attributed() -> None:
 def test_the_plot() -> None:
     pytest.importorskip("matplotlib")
     assert len(logistic().plot(1).axes) == 1
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param("weights in the loss", marks=pytest.mark.slow), "one loss per example"],
+)
+def test_compiled_steps_give_the_same_scores(form: str) -> None:
+    by_index = form == "one loss per example"
+    problem = innerloop.Problem.from_module(
+        network(nn.Dropout(0.4)), per_example if by_index else weighted, RULES["adam"]
+    )
+    index = (lambda i: i) if by_index else None
+
+    def scores(compile: bool) -> Tensor:
+        torch.manual_seed(4)
+        found = attribute(
+            outcomes,
+            problem,
+            None,
+            INDICES,
+            hyper={"weights": torch.ones(N)},
+            index=index,
+            strategy=innerloop.Checkpointed(product="reverse", compile=compile),
+            chunk=3,
+        )
+        return found.scores
+
+    truth, found = scores(False), scores(True)
+    assert truth.abs().max() > 1e-3
+    torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-10)

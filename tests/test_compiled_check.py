@@ -42,6 +42,25 @@ def test_a_gradient_beside_none_is_refused(side: str) -> None:
         check_compiled(found, eager, "the pullback of a step")
 
 
+def test_a_loss_in_float64_is_as_precise_as_its_parameters() -> None:
+    """A hyper-parameter in float64 makes it one."""
+    loss = torch.tensor(0.25, dtype=torch.float64)
+    for params, error, accepted in (
+        (numbers(1.0), 1e-5, True),
+        (numbers(1.0), 1e-3, False),
+        (numbers(1.0).double(), 1e-6, False),
+    ):
+        eager, found = (
+            {"params": [params], "loss": loss},
+            {"params": [params], "loss": loss + error},
+        )
+        if accepted:
+            check_compiled(found, eager, "the step")
+            continue
+        with pytest.raises(innerloop.MetaGradientError, match="in loss"):
+            check_compiled(found, eager, "the step")
+
+
 def test_a_large_loss_does_not_excuse_a_wrong_state() -> None:
     eager = {"optimizer_state.mu": {"w": numbers(0.001)}, "loss": torch.tensor(1000.0)}
     wrong = {"optimizer_state.mu": {"w": numbers(0.002)}, "loss": torch.tensor(1000.0)}

@@ -67,8 +67,15 @@ def each(traps: list[Trap]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.usefixtures("aot_eager")
-@each(TRAPS)
+@each([trap for trap in TRAPS if not trap.inductor])
 def test_a_trap(trap: Trap) -> None:
+    check(trap, STORE)
+
+
+@pytest.mark.slow  # by default, they run with inductor alone
+@pytest.mark.usefixtures("aot_eager")
+@each([trap for trap in TRAPS if trap.inductor])
+def test_a_trap_that_inductor_compiles(trap: Trap) -> None:
     check(trap, STORE)
 
 

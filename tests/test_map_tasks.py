@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
+from innerloop._metagradient.tasks import _mixed
 from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -109,6 +110,25 @@ def noisy(task: dict[str, Any]) -> Any:
         "drawn": torch.randn(2) * torch.rand(()),
         "permuted": torch.randperm(4),
     }
+
+
+def test_each_call_draws_other_numbers() -> None:
+    """From the user's generator, so that a seed repeats them all."""
+
+    def calls() -> list[Tensor]:
+        torch.manual_seed(8)
+        return [innerloop.map_tasks(noisy, tasks())["drawn"] for _ in range(6)]
+
+    first = calls()
+    assert len({tuple(x.flatten().tolist()) for x in first}) == 6
+    assert all(torch.equal(a, b) for a, b in zip(first, calls(), strict=True))
+
+
+def test_the_mixing_of_seeds_is_that_of_splitmix64() -> None:
+    """The first two outputs for the seed 0 (Steele, Lea & Flood 2014), less their lowest bit."""
+    step = 0x9E3779B97F4A7C15
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+    assert [_mixed(i * step) for i in (1, 2)] == [x >> 1 for x in outputs]
 
 
 def test_random_numbers_belong_to_the_task() -> None:

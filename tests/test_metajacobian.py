@@ -119,3 +119,46 @@ def test_what_cannot_be_differentiated() -> None:
     for more in ({"chunk": 0}, {"wrt": "all"}):
         with pytest.raises(innerloop.InvalidInputError, match="write"):
             ask(lambda traj, hyper: traj.params["w"], **more)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.slow), 2])
+def test_compiled_pullbacks_of_many_outcomes(chunk: int | None) -> None:
+    """Adam, whose state has zeros behind the last step, dropout, and a learned rate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 3)).float()
+    x = torch.randn(6, 2, dtype=torch.float32)
+
+    def loss(m: Any, hyper: Any, batch: Tensor) -> Tensor:
+        return m(batch).square().mean() + hyper["l2"] * m[0].weight.square().sum()
+
+    def outer(traj: Any, hyper: Any) -> Tensor:
+        h = (x @ traj.params["0.weight"].T).tanh() @ traj.params["3.weight"].T
+        return h.square().mean(0) + hyper["l2"]
+
+    problem = innerloop.Problem.from_module(
+        model,
+        loss,
+        innerloop.optim.adam(eps=0.1),
+        optimizer_hyper=lambda hyper, t: {"lr": hyper["log_lr"].exp()},
+    )
+    hyper = {"l2": torch.tensor(0.1).float(), "log_lr": torch.tensor(-2.0).float()}
+
+    def run(compile: bool) -> Any:
+        torch.manual_seed(3)
+        strategy = innerloop.Checkpointed(product="reverse", compile=compile)
+        return metajacobian(
+            outer, problem, None, [x] * 4, hyper=hyper, chunk=chunk, strategy=strategy
+        )
+
+    (values, truth), (compiled, found) = run(False), run(True)
+    torch.testing.assert_close(compiled, values, rtol=1e-5, atol=1e-6)
+    assert found["params"].keys() == truth["params"].keys()
+    for ours, theirs in zip(
+        [*found["params"].values(), *found["hyper"].values()],
+        [*truth["params"].values(), *truth["hyper"].values()],
+        strict=True,
+    ):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

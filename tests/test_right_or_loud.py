@@ -562,3 +562,82 @@ def test_targets_elsewhere() -> None:
             hyper=tensor(0.8),
             strategy=Checkpointed(product="mixed"),
         )
+
+
+# -- a buffer that requires grad -------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A loss (sum w b)² whose b is a buffer, a hypernetwork's output say."""
+
+    b: Tensor
+
+    def __init__(self, b: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        self.register_buffer("b", b)
+
+    def forward(self) -> Tensor:
+        return (self.w * self.b).sum() ** 2
+
+
+def by_hand(source: Tensor) -> Tensor:
+    """The gradient of the outer loss behind two steps of SGD, by plain PyTorch."""
+    b = source.exp()
+    w = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        (g,) = torch.autograd.grad((w * b).sum() ** 2, w, create_graph=True)
+        w = w - 0.1 * g
+    return torch.autograd.grad(w.sin().sum(), source)[0]
+
+
+SOURCE = [0.2, -0.4]
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(slots=1), Checkpointed()], ids=repr)
+def test_a_buffer_that_requires_grad(strategy: Strategy) -> None:
+    source = tensor(SOURCE).requires_grad_()
+    problem = innerloop.Problem.from_module(
+        Scaled(source.exp()), lambda m, hyper, batch: m(), innerloop.optim.sgd(lr=0.1)
+    )
+    traj = innerloop.unroll(problem, None, None, steps=2, strategy=strategy)
+    (found,) = torch.autograd.grad(traj.params["w"].sin().sum(), source)
+    torch.testing.assert_close(found, by_hand(source), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "strategy", [ForwardMode(), innerloop.Truncated(1), innerloop.FirstOrder()], ids=repr
+)
+def test_a_buffer_that_requires_grad_where_none_is_passed_on(strategy: Strategy) -> None:
+    source = tensor(SOURCE).requires_grad_()
+    problem = innerloop.Problem.from_module(
+        Scaled(source.exp()), lambda m, hyper, batch: m(), innerloop.optim.sgd(lr=0.1)
+    )
+
+    def gradient() -> None:
+        traj = innerloop.unroll(problem, None, None, steps=2, strategy=strategy)
+        torch.autograd.grad(traj.params["w"].sin().sum(), source)
+
+    with pytest.raises(innerloop.InnerLoopError):
+        gradient()
+
+
+def test_a_buffer_that_requires_grad_in_loops_written_by_hand() -> None:
+    source = tensor(SOURCE).requires_grad_()
+    truth = by_hand(source)
+    model = Scaled(source.exp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with innerloop.track(model, optimizer) as loop:
+        for _ in range(2):
+            loop.step(loop.model())
+    (found,) = torch.autograd.grad(loop.model.w.sin().sum(), source)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    model = Scaled(source.exp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with innerloop.higher.innerloop_ctx(model, optimizer) as (fast, inner):
+        for _ in range(2):
+            inner.step(fast())
+        (found,) = torch.autograd.grad(fast.w.sin().sum(), source)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    with pytest.raises(innerloop.InvalidInputError, match="the buffer 'b' of the model"):
+        innerloop.track(model, optimizer, strategy=Checkpointed())

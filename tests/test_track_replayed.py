@@ -6,6 +6,7 @@ that run again, or a named error."""
 from __future__ import annotations
 
 import gc
+import math
 import random
 import threading
 import weakref
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 import innerloop
 from innerloop import Checkpointed, InvalidInputError, NotDifferentiableError
+from innerloop.strategy import Strategy
 from tests.memory import assert_nothing_is_left
 from tests.networks import adam, direction, leaf, network, sgd
 from tests.oracles import assert_derivative, derivative
@@ -42,7 +44,7 @@ Body = Callable[[Any, bool], Tensor]
 
 
 def gradients(
-    body: Body, strategy: Checkpointed | None, *, model: Any = None, **arguments: Any
+    body: Body, strategy: Strategy | None, *, model: Any = None, **arguments: Any
 ) -> dict[str, Tensor | None]:
     """The gradients by the parameters of the outer loss that ``body(loop, replayed)`` returns."""
     model = network() if model is None else model
@@ -106,6 +108,31 @@ def test_every_situation_has_the_gradients_of_plain_track(situation: Situation, 
     truth = episode(situation, None, learn)
     for slots in (1, 3, "all"):
         assert_same(episode(situation, Checkpointed(slots=slots), learn), truth)
+
+
+def test_a_loop_that_is_replayed_many_times():
+    """More steps than are replayed with their graphs: states of a replay are kept on the way."""
+
+    def run(strategy: Strategy | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        model = nn.Linear(2, 1)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[0.5, -0.3]]))
+            model.bias.zero_()
+        x, found = torch.tensor([[1.0, 0.4], [-0.3, 0.8]]), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+            for t in range(300):
+                target = math.sin(t)
+                found.append(loop.step(lambda: (loop.model(x).sum() - target) ** 2))
+            outer = loop.model(x).sin().sum()
+        outer.backward()
+        return found, [p.grad for p in model.parameters()]
+
+    losses, truth = run(None)
+    ours, grads = run(Checkpointed(slots=2))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(losses), rtol=1e-12, atol=1e-14)
+    for a, b in zip(grads, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -240,7 +240,7 @@ class Problem(Generic[Batch, Aux]):
         buffers: dict[str, Tensor] = {}
         if self.view is not None:
             check_names(params, self.view.source)
-            buffers = {name: b.detach().clone() for name, b in self.view.source_buffers.items()}
+            buffers = self.view.copies_of_buffers()
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def first_since_init(self) -> bool:

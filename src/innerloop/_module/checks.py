@@ -102,6 +102,22 @@ def check_module(model: object) -> None:
             "does not run: pass model.module, "
             "and average the outer gradients yourself"
         )
+    _refuse_gathering(model)
+
+
+def _refuse_gathering(model: nn.Module) -> None:
+    """Raise if a module gathers sharded parameters in hooks of its own."""
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    if module is not None and isinstance(
+        model, (module.FSDPModule, module.FullyShardedDataParallel)
+    ):
+        raise InvalidInputError(
+            f"{type(model).__name__} was sharded by fully_shard (or FullyShardedDataParallel), "
+            "which gathers its parameters in hooks that belong to the module itself: a loop's copy "
+            "would compute with the parts. Keep the parameters as DTensors "
+            "(torch.distributed.tensor.distribute_tensor) and gather them in the loss of an "
+            "innerloop.Problem, {name: p.full_tensor() for name, p in params.items()}"
+        )
 
 
 class LateHooks:

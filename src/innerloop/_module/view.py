@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from innerloop._module.checks import (
@@ -146,6 +147,17 @@ class ModuleView:
     def read_buffers(self) -> dict[str, Tensor]:
         """Return the buffers as they are now."""
         return {name: places[0][0][places[0][1]] for name, places in self.buffers.items()}
+
+    def copies_of_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the user's own buffers, for the start of a loop.
+
+        One that requires grad is no running statistic: it stays connected to where it comes from.
+        """
+        with torch.enable_grad():
+            return {
+                name: b.clone() if b.requires_grad else b.detach().clone()
+                for name, b in self.source_buffers.items()
+            }
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the places of parameters."""

@@ -139,9 +139,10 @@ class TrackedLoop:
         self._place()
         if self._second_order and learn == "init":
             self._watch(start)
-        self._view.write_buffers(
-            {name: buffer.detach().clone() for name, buffer in self._view.source_buffers.items()}
-        )
+        copies = self._view.copies_of_buffers()
+        if learn == "nothing":
+            copies = {name: b.detach() for name, b in copies.items()}
+        self._view.write_buffers(copies)
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view, self._second_order)
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}

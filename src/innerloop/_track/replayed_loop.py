@@ -44,6 +44,7 @@ from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.sharded import sharded_names
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Situation
 from innerloop.optim._base import Optimizer
@@ -76,6 +77,14 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        for name, b in self._view.source_buffers.items():
+            if b.requires_grad and learn != "nothing":
+                raise InvalidInputError(
+                    f"the buffer {name!r} of the model requires grad, and a step that runs again "
+                    "computes with constant buffers: let the function given to loop.step use the "
+                    "tensor itself, loop.step(fn, args=(tensor,)), or detach it, or leave "
+                    "strategy= away"
+                )
         self._start_is_learned = learn == "init" or any(
             p.requires_grad for p in (params or {}).values()
         )
@@ -543,6 +552,12 @@ def _check_devices(params: Params) -> None:
 
     Two of them would run steps again in one copy of the model, each waiting for the other.
     """
+    if sharded := sharded_names(params):
+        raise InvalidInputError(
+            f"track(..., strategy=...) does not run steps again whose parameters "
+            f"({sorted(sharded)[:4]}) are DTensors: leave strategy= away, or write the loop with "
+            "innerloop.unroll, whose Checkpointed() takes them"
+        )
     devices = sorted({str(p.device) for p in params.values() if isinstance(p, Tensor)})
     if len(devices) > 1:
         raise InvalidInputError(

@@ -71,9 +71,9 @@ def track(
         on; other edits under ``no_grad`` or ``.data`` are refused (``learn="nothing"`` takes all).
         Assigning a new ``nn.Parameter`` cuts the gradient there, and the loop then trains that one
         (PyTorch's optimizer would go on with the old one). Frozen parameters are shared with
-        ``model``, not copied: do not edit those in place. Buffers (running statistics) are
-        constants of the derivative, as in PyTorch. What is frozen, the param groups and the hooks
-        are read once: a change of them inside the block is refused.
+        ``model``, not copied: do not edit those in place. Running statistics are constants of the
+        derivative, as in PyTorch; a buffer that requires grad is not. What is frozen, the param
+        groups and the hooks are read once: a change of them inside the block is refused.
 
         A parameter that the loss does not use is skipped, as after ``backward()``: weight decay and
         momentum do not move it. (In `unroll` its gradient is zero, and they do.) Sparse gradients

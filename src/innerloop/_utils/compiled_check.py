@@ -47,13 +47,26 @@ def check_compiled(
             the compiler has cases of wrong numbers without an error.)
     """
     moved: Mapping[str, object] | None = None
+    # A float64 loss of float32 parameters is no more precise than these.
+    coarsest = max(
+        (
+            torch.finfo(x.dtype).eps
+            for group in ("params", "gradient of params")
+            for x in tree.tensors(eager.get(group))
+            if tree.differentiable(x)
+        ),
+        default=0.0,
+    )
     for group, expected in eager.items():
         pairs = list(_pairs(found[group], expected))
         started = tree.tensors((before or {}).get(group))
         sizes = [_scale(x) for x in started if tree.differentiable(x) and x.numel()]
         largest = max((*sizes, *(_scale(theirs) for _, _, theirs in pairs)), default=0.0)
         for place, ours, theirs in pairs:
-            slack = 100 * torch.finfo(theirs.dtype).eps * largest
+            eps = torch.finfo(theirs.dtype).eps
+            slack = 100 * max(eps, coarsest) * largest
+            if coarsest > eps:
+                slack += 3 * coarsest**0.5 * _scale(theirs)
             difference = difference_beyond_rounding(ours, theirs, slack)
             if difference is not None and perturbed is not None:
                 moved = perturbed() if moved is None else moved

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private, tree
+from innerloop._utils.sharded import local
 
 
 class Fingerprint(NamedTuple):
@@ -28,7 +29,7 @@ class Fingerprint(NamedTuple):
         """Compute the fingerprint of a batch, a pytree of tensors and numbers."""
         numbers: list[Tensor] = []
         precision = torch.finfo(torch.float64).eps
-        for x in tree.tensors(batch):
+        for x in map(local, tree.tensors(batch)):
             if x.is_floating_point() or x.is_complex():
                 precision = max(precision, torch.finfo(x.dtype).eps)
             flat = (torch.view_as_real(x) if x.is_complex() else x).detach().reshape(-1).double()

@@ -416,7 +416,7 @@ def gradient(
         or loss.numel() != 1
         or torch._C._len_torch_function_stack()
         or _is_compiling()
-        or any(type(x) not in _PLAIN_TENSORS for x in inputs)
+        or any(type(x) not in _PLAIN_TENSORS or not x.is_cpu for x in inputs)
     ):
         return torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
     # Made anew: a hook on the loss may write it.

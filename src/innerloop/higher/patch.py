@@ -400,9 +400,7 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None)
             for name, p in view.source.items()
         }
     )
-    view.write_buffers(
-        {name: buffer.detach().clone() for name, buffer in view.source_buffers.items()}
-    )
+    view.write_buffers(view.copies_of_buffers())
     new = view.hand_over()
     fast = FastWeights(view, gate, new)
     for part in parts:

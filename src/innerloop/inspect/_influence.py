@@ -15,7 +15,7 @@ from innerloop._utils.arguments import check_seed
 from innerloop._utils.text_table import table
 from innerloop.errors import InvalidInputError
 from innerloop.inspect._adjoints import Sink, sweep_back
-from innerloop.inspect._plot import axes_of, curves, figure_with, tidy
+from innerloop.inspect._plot import COLOURS, axes_of, curves, figure_with, tidy
 from innerloop.inspect._window import (
     Inspected,
     hyper_of,
@@ -85,8 +85,10 @@ class Influence(NamedTuple):
         curves(ax, self.params)
         steps = range(len(self.whole))
         ax.plot(steps, self.whole.tolist(), color="#222222", linewidth=2, label="all parameters")
-        for path, x in self.hyper.items():
-            ax.plot(range(len(x)), x.tolist(), linestyle=":", label=f"hyper{path}, in the step")
+        for i, (path, x) in enumerate(self.hyper.items(), start=len(self.params)):
+            colour = COLOURS[i % len(COLOURS)]
+            label = f"hyper{path}, in the step"
+            ax.plot(range(len(x)), x.tolist(), linestyle=":", color=colour, label=label)
         if self.jacobian is not None:
             y = self.jacobian.tolist()
             ax.plot(steps, y, color="#222222", linestyle="--", label="Jacobian to the end")

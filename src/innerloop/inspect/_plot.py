@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # The Okabe-Ito palette: told apart under every kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676")
 INK = "#222222"
+DASHED = (0, (5, 1.5))
+"""The stroke of every other curve."""
 MANY = 7
 """More curves than that are drawn in one colour, without a legend for each."""
 
@@ -63,6 +65,8 @@ def curves(ax: Axes, named: Mapping[str, Tensor], begin: int = 0) -> None:
             color=COLOURS[-1] if many else COLOURS[i % len(COLOURS)],
             alpha=0.5 if many else 1.0,
             linewidth=0.8 if many else 1.5,
+            # Thin lines of two colours may look alike: neighbours have another stroke too.
+            linestyle=DASHED if i % 2 and not many else "-",
             marker=marker,
             label=None if many else name,
         )

@@ -568,7 +568,14 @@ class _Replay(LoopFunction):
             )
             gradient = None if kept.gradients is None else kept.gradients[t][0]
             of_many: PulledMany | None = None
-            if many is not None:
+            if many is not None and self._compiled is not None and given.is_zero:
+                compiled = CompiledProblem(step.problem, self.strategy.product)
+                pulled = compiled.pull_many(step, many)
+                of_many = PulledMany(pulled.state, pulled.hyper)
+                many = of_many.state
+                nothing: Cotangents = [None] * len(cotangent)
+                pulled = pulled._replace(state=nothing, hyper=[None] * len(wanted))
+            elif many is not None:
                 recorded = RecordedStep(step)
                 pulled = recorded.pull(given, keep=True)
                 of_many = PulledMany(*recorded.pull_many(many))

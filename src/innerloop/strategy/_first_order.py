@@ -74,7 +74,13 @@ class FirstOrder(Strategy):
     def run(self, loop: Loop) -> Trajectory:
         carry = loop.start
         states, rows = {0: carry}, StepOutputs(carry.params)
-        in_loss: dict[int, Tensor] = {}
+        view = loop.problem.view
+        # A buffer that requires grad acts through the inner gradients too.
+        in_loss: dict[int, Tensor] = {
+            id(b): b
+            for name, b in loop.start.buffers.items()
+            if b.requires_grad and view is not None and name in view.no_statistics
+        }
         for t in loop.batches.times():
             batch = loop.batch(carry.detach(), t)
             grads, loss, aux, buffers = _constant_gradient(

@@ -13,7 +13,7 @@ instead of one per tensor is what makes an unrolled Adam step cheap. Two rules k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from innerloop._utils import caches, tree
 from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.sharded import sharded_names
 
 # Elements; a larger tensor is bound by memory traffic, so it is updated alone and never copied.
 FLAT_LIMIT = 16_384
@@ -69,6 +70,10 @@ def layout_of(
     )
     if mode() is Mode.COMPILING:
         return _build(key, limit)
+    # Parts of tensors that lie in other processes cannot be joined.
+    apart = sharded_names(params)
+    if apart:
+        return _build(key, limit, apart)
     layout = _layouts.get((key, limit))
     if layout is None:
         if len(_layouts) > 512:
@@ -78,13 +83,16 @@ def layout_of(
 
 
 def _build(
-    key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...], limit: int
+    key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...],
+    limit: int,
+    apart: Collection[str] = (),
 ) -> Layout:
     members: dict[object, list[int]] = {}
     for i, (name, shape, dtype, device, active, age) in enumerate(key):
         # Half precision rounds differently in the vectorised part and the tail of a kernel: alone,
         # it has the bits of torch.optim.
-        alone = name if not limit or shape.numel() > limit or dtype.itemsize < 4 else None
+        is_alone = not limit or shape.numel() > limit or dtype.itemsize < 4 or name in apart
+        alone = name if is_alone else None
         members.setdefault((alone, dtype, device, active, age), []).append(i)
     return tuple(
         Bucket(

@@ -82,8 +82,15 @@ class Core:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.PRODUCTS[product](step, given, None)
 
+        def pull_many(
+            state: Any, hyper: Any, batch: object, wanted: tuple[bool, ...], rows: Cotangents
+        ) -> InputCotangents:
+            step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
+            return step_pullback.reverse_many(step, rows)
+
         self._advance = _Checked(advance, "the step")
         self._pull = _Checked(pull, "the pullback of a step")
+        self._pull_many = _Checked(pull_many, "the pullback of many cotangents")
 
     def advance(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
         """Run the step on constants, and return ``(new_state, loss, aux)``."""
@@ -136,6 +143,28 @@ class Core:
         given: OutputCotangents,
     ) -> InputCotangents:
         """Pull ``given`` back to the state and to hyper."""
+        return self._pulled(self._pull, state, hyper, batch, wanted, given)
+
+    def pull_many(
+        self,
+        state: State,
+        hyper: tuple[Any, Any],
+        batch: object,
+        wanted: tuple[bool, ...],
+        rows: Cotangents,
+    ) -> InputCotangents:
+        """Pull many cotangents of the new state back to the state and to hyper."""
+        return self._pulled(self._pull_many, state, hyper, batch, wanted, rows)
+
+    def _pulled(
+        self,
+        pull: _Checked,
+        state: State,
+        hyper: tuple[Any, Any],
+        batch: object,
+        wanted: tuple[bool, ...],
+        given: OutputCotangents | Cotangents,
+    ) -> InputCotangents:
         arguments = (state, hyper, batch, wanted, given)
 
         def groups(found: InputCotangents) -> Groups:
@@ -144,7 +173,7 @@ class Core:
         def verify(found: InputCotangents, random_state: RandomState | None) -> None:
             def eager(*arguments: Any) -> Groups:
                 with at_random_state(random_state):
-                    return groups(self._pull.eager(*arguments))
+                    return groups(pull.eager(*arguments))
 
             def perturbed() -> Groups:
                 return eager(*_moved(arguments[:3]), wanted, given)
@@ -153,7 +182,7 @@ class Core:
                 groups(found), eager(*arguments), "the pullback of a step", perturbed=perturbed
             )
 
-        found: InputCotangents = self._pull(arguments, verify)
+        found: InputCotangents = pull(arguments, verify)
         return found
 
 
@@ -410,6 +439,23 @@ class CompiledProblem:
 
     def pull(self, step: Step, given: OutputCotangents) -> InputCotangents:
         """Pull a step back, as `step_pullback.pull` does."""
+        full = _without_gaps(step, given.state)
+        return self._pulled(self.core.pull, step, given._replace(state=full), batched=False)
+
+    def pull_many(self, step: Step, rows: Cotangents) -> InputCotangents:
+        """Pull many cotangents of the new state back, as `step_pullback.reverse_many` does."""
+        count = next(len(c) for c in rows if c is not None)
+        full = _without_gaps(step, rows, count)
+        return self._pulled(self.core.pull_many, step, full, batched=True)
+
+    def _pulled(
+        self,
+        pull: Callable[..., InputCotangents],
+        step: Step,
+        given: OutputCotangents | Cotangents,
+        *,
+        batched: bool,
+    ) -> InputCotangents:
         leaves = tree.leaves(step.hyper)
         with torch.enable_grad():
             inputs = [
@@ -420,23 +466,10 @@ class CompiledProblem:
         ends = tree.leaves(overrides)
         wanted = (*step.wanted, *[isinstance(x, Tensor) and x.requires_grad for x in ends])
         constants = tree.map_tensors(Tensor.detach, overrides)
-        # Zeros stand in the places without a cotangent, so that one compiled pullback serves all
-        # steps.
-        full = given.state
         step.rewind()
-        old = tree.leaves(state_of(step.carry))
-        if len(old) == len(full):
-            pairs = zip(full, old, strict=True)
-            full = [
-                torch.zeros_like(x) if c is None and tree.differentiable(x) else c for c, x in pairs
-            ]
         with torch.no_grad():
-            found = self.core.pull(
-                _counted(state_of(step.carry)),
-                (step.hyper, constants),
-                step.batch,
-                wanted,
-                given._replace(state=full),
+            found = pull(
+                _counted(state_of(step.carry)), (step.hyper, constants), step.batch, wanted, given
             )
         direct, through = found.hyper[: len(leaves)], found.hyper[len(leaves) :]
         reached = [
@@ -452,12 +485,32 @@ class CompiledProblem:
                 [inputs[i] for i in chosen],
                 [c for _, c in reached],
                 allow_unused=True,
+                is_grads_batched=batched,
             )
             for i, value in zip(chosen, more, strict=True):
                 rest[i] = value
         step.reached.update(range(len(leaves)))
         hyper = [step_pullback.add(a, b) for a, b in zip(direct, rest, strict=True)]
         return InputCotangents(found.state, hyper, found.loss)
+
+
+def _without_gaps(step: Step, given: Cotangents, *rows: int) -> Cotangents:
+    """Return cotangents with zeros where there are none.
+
+    One compiled pullback then serves all steps.
+
+    Args:
+        step: the step.
+        given: for the leaves of its new state.
+        rows: the sizes of their leading dimensions.
+    """
+    old = tree.leaves(state_of(step.carry))
+    if len(old) != len(given):
+        return given
+    return [
+        x.new_zeros((*rows, *x.shape)) if c is None and tree.differentiable(x) else c
+        for c, x in zip(given, old, strict=True)
+    ]
 
 
 def _after(carry: Carry, state: State) -> Carry:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import tree
+from innerloop._utils.sharded import is_sharded
 from innerloop.errors import InnerLoopError
 
 PLACES = (None, "cpu", "disk")
@@ -118,6 +119,7 @@ def _compact(value: object) -> object:
             x.layout is torch.strided
             and x.is_floating_point()
             and 0 < x.numel() * x.element_size() <= SMALL
+            and not is_sharded(x)
         ):
             groups.setdefault((x.dtype, x.device), []).append(i)
     for (dtype, device), members in groups.items():

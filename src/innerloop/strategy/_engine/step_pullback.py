@@ -105,6 +105,11 @@ class OutputCotangents(NamedTuple):
     loss: Tensor | None
     aux: Cotangents
 
+    @property
+    def is_zero(self) -> bool:
+        """True if there is none."""
+        return self.loss is None and all(c is None for c in (*self.state, *self.aux))
+
     def of_aux(self, aux: object) -> Cotangents:
         """Return the cotangents of the leaves of ``aux``, written out."""
         return self.aux or [None] * len(tree.leaves(aux))
@@ -305,6 +310,35 @@ class RecordedStep:
         count = len(self._leaves) - len(self._step.wanted)
         self._step.reached.update(i for i, c in enumerate(row[count:]) if c is not None)
         return row[:count], row[count:]
+
+
+def reverse_many(step: Step, rows: Cotangents) -> InputCotangents:
+    """Pull many cotangents of the new state back, as `RecordedStep.pull_many`; compiled too.
+
+    Args:
+        step: the step.
+        rows: for each leaf of the new state a tensor ``[Q, *shape]``, or None for zeros.
+
+    Returns:
+        Cotangents ``[Q, *shape]`` or None, and the loss.
+    """
+    if may_call_autograd():
+        recorded = RecordedStep(step)
+        return InputCotangents(*recorded.pull_many(rows), recorded.loss)
+    inputs = _Inputs(step, (*state_of(step.carry), step.hyper), buffers_at=2)
+
+    def ends(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        *state, hyper = inputs.filled(values)
+        carry = carry_of(state, step.carry.random_state)
+        new, loss, _ = step.problem.step(carry, hyper, step.batch, step.t)
+        return _selected(tree.leaves(state_of(new)), rows), loss
+
+    # The step is outside of vmap: only the pull is batched.
+    _, pull, loss = _vjp(ends, inputs.values, has_aux=True)
+    (values,) = torch.func.vmap(pull)([c for c in rows if c is not None])
+    found = inputs.aligned(values)
+    count = len(found) - len(step.wanted)
+    return InputCotangents(found[:count], found[count:], loss)
 
 
 def _lacks_batching(error: RuntimeError) -> bool:
