@@ -9,6 +9,8 @@ other, tabular MDPs, navigation, CartPole.
     python examples/rl_figures.py navigation    # ProMP on two-dimensional navigation
     python examples/rl_figures.py cheetah       # ProMP on the half cheetah; needs MuJoCo
     python examples/rl_figures.py cartpole      # plain PPO
+    python examples/rl_figures.py acrobot       # plain PPO, beside stable-baselines3 if installed
+    python examples/rl_figures.py pendulum      # the same with continuous actions
 
 Each prints what it reached, for each seed; docs/rl-results.md has the numbers.
 """
@@ -245,7 +247,8 @@ def mdp(seeds: int = 3, iterations: int = 500) -> None:
             tasks=20,
             episodes=20,
             inner_lr=300.0,
-            outer_lr=0.05,
+            outer_lr=0.02,
+            anneal=True,
             outer_epochs=1,
             gamma=1.0,
             hidden=(),
@@ -258,10 +261,17 @@ def mdp(seeds: int = 3, iterations: int = 500) -> None:
         print(f"seed {seed}, 400 held-out tasks: {before} before, {after} after", flush=True)
 
 
-def navigation(seeds: int = 1, iterations: int = 40) -> None:
+def navigation(seeds: int = 3, iterations: int = 20) -> None:
     """Figure 2: ProMP on two-dimensional navigation, at 1.5 million steps."""
     for seed in range(seeds):
-        learner = MetaLearner(MetaConfig(iterations=iterations, seed=seed))
+        config = MetaConfig(
+            iterations=iterations,
+            tasks=40,
+            outer_lr=0.01,
+            anneal=True,
+            seed=seed,
+        )
+        learner = MetaLearner(config)
         print(f"seed {seed}, untrained: {learner.summary()}", flush=True)
         learner.train()
         print(f"seed {seed}: {learner.summary()}", flush=True)
@@ -290,6 +300,89 @@ def cartpole(seeds: int = 3) -> None:
         learner = PPO(PPOConfig(seed=seed))
         learner.train()
         print(f"seed {seed}: {learner.summary()}", flush=True)
+
+
+ACROBOT: dict[str, Any] = {
+    "env": "Acrobot-v1",
+    "total_steps": 500_000,
+    "num_envs": 16,
+    "steps": 128,
+    "epochs": 4,
+    "minibatch": 256,
+    "lr": 1e-3,
+    "gamma": 0.99,
+    "lam": 0.95,
+    "anneal": False,
+    "value_coef": 1.0,
+}
+PENDULUM: dict[str, Any] = {
+    **ACROBOT,
+    "env": "Pendulum-v1",
+    "total_steps": 100_000,
+    "num_envs": 4,
+    "steps": 1024,
+    "epochs": 10,
+    "gamma": 0.9,
+}
+
+
+def beside_sb3(settings: dict[str, Any], seed: int, episodes: int = 100) -> dict[str, Tensor]:
+    """Train our PPO and that of stable-baselines3, if it is installed, with the same settings.
+
+    The critic's loss is half the mean squared error here and all of it there, so its weight there
+    is half of ours.
+
+    Returns:
+        For each the returns of the most likely actions in new episodes that start alike.
+    """
+    learner = PPO(PPOConfig(**settings, seed=seed))
+    start = time.process_time()
+    learner.train()
+    found = {f"innerloop, {time.process_time() - start:.0f} s": learner.evaluate(episodes)}
+    try:
+        import stable_baselines3 as sb3
+        from stable_baselines3.common.env_util import make_vec_env
+    except ImportError:
+        return found
+    theirs = sb3.PPO(
+        "MlpPolicy",
+        make_vec_env(settings["env"], n_envs=settings["num_envs"], seed=seed),
+        learning_rate=settings["lr"],
+        n_steps=settings["steps"],
+        batch_size=settings["minibatch"],
+        n_epochs=settings["epochs"],
+        gamma=settings["gamma"],
+        gae_lambda=settings["lam"],
+        vf_coef=settings["value_coef"] / 2,
+        seed=seed,
+        device="cpu",
+    )
+    start = time.process_time()
+    theirs.learn(settings["total_steps"])
+    name = f"stable-baselines3, {time.process_time() - start:.0f} s"
+    # Its networks are ours: two of two hidden layers with tanh. Let our evaluation act with them.
+    weights = {
+        **{f"actor.{i}": theirs.policy.mlp_extractor.policy_net[i] for i in (0, 2)},
+        **{f"critic.{i}": theirs.policy.mlp_extractor.value_net[i] for i in (0, 2)},
+        "actor.4": theirs.policy.action_net,
+        "critic.4": theirs.policy.value_net,
+    }
+    state = {f"{k}.{n}": p for k, m in weights.items() for n, p in m.named_parameters()}
+    if hasattr(theirs.policy, "log_std"):
+        state["log_std"] = theirs.policy.log_std
+    learner.policy.load_state_dict(state)
+    return {**found, name: learner.evaluate(episodes)}
+
+
+def control(settings: dict[str, Any], seeds: int = 3) -> None:
+    """Figure 10: plain PPO beside stable-baselines3."""
+    for seed in range(seeds):
+        for name, found in beside_sb3(settings, seed).items():
+            print(
+                f"{settings['env']}, seed {seed}, {name}: return of {len(found)} episodes "
+                f"{found.mean():.1f} ± {1.96 * found.std() / len(found) ** 0.5:.1f}",
+                flush=True,
+            )
 
 
 def meta_gradient(seeds: int = 3, steps: int = 600_000) -> None:
@@ -335,6 +428,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "navigation": navigation,
     "cheetah": cheetah,
     "cartpole": cartpole,
+    "acrobot": lambda: control(ACROBOT),
+    "pendulum": lambda: control(PENDULUM),
 }
 
 

@@ -114,6 +114,17 @@ def test_naive_learners_defect_and_those_that_look_ahead_cooperate(figures: Modu
     assert (found > -1.2).float().mean() >= 0.9
 
 
+def test_plain_ppo_is_run_beside_another(figures: ModuleType) -> None:
+    pytest.importorskip("gymnasium")
+    small = {"total_steps": 256, "steps": 64, "minibatch": 64, "epochs": 1}
+    found = figures.beside_sb3({**figures.PENDULUM, **small}, seed=0, episodes=2)
+    assert next(iter(found)).startswith("innerloop")
+    for returns in found.values():
+        # 200 steps, each of which costs between 0 and π² + .1 · 8² + .001 · 2².
+        assert returns.shape == (2,)
+        assert bool(((returns < 0) & (returns > -200 * 16.3)).all())
+
+
 # -- the notebook ----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import innerloop
 from innerloop import InvalidInputError
 from innerloop.errors import BiasedSurrogateWarning
-from innerloop.rl import Categorical, envs
+from innerloop.rl import ActorCritic, Categorical, discounted_returns, envs, gae
+from innerloop.rl._policy import stacked
 from innerloop.rl.meta import ALGORITHMS, Episodes, MetaConfig, MetaLearner
 from tests import rl_beds
 
@@ -208,6 +209,21 @@ def test_anil_adapts_the_head_alone_and_learns_everything() -> None:
     assert not any(map(torch.equal, before, weights(learner)))
 
 
+@pytest.mark.parametrize("algorithm", ["promp", "reptile"])
+def test_the_outer_rate_falls_linearly_if_it_is_to(algorithm: str) -> None:
+    learner = MetaLearner(small(algorithm=algorithm, anneal=True, outer_lr=0.1))
+    rates: list[float] = []
+    learner.train(callback=lambda row: rates.append(learner.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    # One iteration more than planned moves nothing.
+    before = [p.detach().clone() for p in weights(learner)]
+    learner.iterate()
+    assert all(map(torch.equal, before, weights(learner)))
+    constant = MetaLearner(small(algorithm=algorithm, outer_lr=0.1))
+    constant.train()
+    assert constant.optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_later_adaptation_steps_are_smaller() -> None:
     learner = MetaLearner(small(later_lr=0.5, adaptation_steps=2))
     tasks = learner.env.sample_tasks(3, learner.generator)
@@ -238,6 +254,82 @@ def test_episodes_end_where_they_should_and_every_task_has_its_own_policy() -> N
     assert data.returns().tolist() == pytest.approx([-0.1, -0.3], abs=0.01)
     distribution = learner._call({n: p[1] for n, p in params.items()}, data.observations[1])[0]
     assert torch.allclose(distribution.log_prob(data.actions[1]), data.log_probs[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("actions", [envs.Discrete(3), envs.Box(2)], ids=["discrete", "box"])
+@pytest.mark.parametrize("hidden", [(), (5, 7)])
+def test_several_policies_at_once_equal_each_on_its_own(
+    actions: envs.Discrete | envs.Box, hidden: tuple[int, ...]
+) -> None:
+    policy = ActorCritic(4, actions, hidden=hidden, critic=False).double()
+    draw = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.randn(6, *p.shape, dtype=p.dtype, generator=draw)
+        for name, p in policy.named_parameters()
+    }
+    seen = torch.randn(6, 9, 4, dtype=torch.float64, generator=draw)
+    found = stacked(policy, params)(seen)
+    call, _, _ = innerloop.functional(policy)
+    for i in range(6):
+        expected = call({name: p[i] for name, p in params.items()}, seen[i])[0]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours[i], theirs.expand_as(ours[i]))
+
+
+@pytest.mark.parametrize("env", ["navigation", "mdp"])
+def test_a_policy_of_another_class_acts_as_an_actor_critic_does(env: str) -> None:
+    class Other(ActorCritic):
+        pass
+
+    config = MetaConfig(env=env, episodes=3, hidden=(5,))
+    ours = MetaLearner(config)
+    size, actions = ours.env.observation_space.size, ours.env.action_space
+    theirs = MetaLearner(config, policy=Other(size, actions, hidden=(5,), critic=False))
+    theirs.policy.load_state_dict(ours.policy.state_dict())
+    tasks = ours.env.sample_tasks(4, torch.Generator().manual_seed(1))
+    found, expected = (
+        learner.collect(
+            {name: p.detach().expand(4, *p.shape) for name, p in learner.params.items()},
+            tasks,
+            generator=torch.Generator().manual_seed(2),
+        )
+        for learner in (ours, theirs)
+    )
+    for name, x in found._asdict().items():
+        torch.testing.assert_close(x, getattr(expected, name), atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.9])
+def test_advantages_are_those_of_gae_over_the_fitted_baseline(lam: float) -> None:
+    """Against a baseline by lstsq, and each episode cut where it ends."""
+    learner = MetaLearner(MetaConfig(episodes=5, gamma=0.9, lam=lam))
+    draw = torch.Generator().manual_seed(0)
+    seen = torch.randn(7, 1, 5, 2, generator=draw)
+    lengths = [7, 3, 5, 1, 6]
+    mask = torch.arange(7).view(7, 1, 1) < torch.tensor(lengths)
+    reward = torch.randn(7, 1, 5, generator=draw) * mask
+    features, targets = [], []
+    for i, n in enumerate(lengths):
+        clock = (torch.arange(n) / 100).unsqueeze(-1)
+        x = seen[:n, 0, i]
+        features.append(torch.cat([x, x**2, clock, clock**2, clock**3, 1 + 0 * clock], -1))
+        targets.append(discounted_returns(reward[:n, 0, i], gamma=0.9))
+    x, y = torch.cat(features).double(), torch.cat(targets).double()
+    # Ridge of 1e-5 for each row of the padded data.
+    rows = (1e-5 * 35) ** 0.5 * torch.eye(x.shape[1], dtype=torch.float64)
+    fit = torch.linalg.lstsq(torch.cat([x, rows]), torch.cat([y, torch.zeros(len(rows))])).solution
+    each = []
+    for i, n in enumerate(lengths):
+        values = (features[i].double() @ fit).float()
+        rewards = reward[:n, 0, i]
+        each.append(gae(rewards, values, torch.zeros(()), gamma=0.9, lam=lam).advantages)
+    together = torch.cat(each)
+    scale = together.std(correction=0)
+    found = learner._advantages(seen, reward, mask)
+    for i, n in enumerate(lengths):
+        expected = (each[i] - together.mean()) / scale
+        torch.testing.assert_close(found[:n, 0, i], expected, atol=1e-4, rtol=1e-4)
+        assert not found[n:, 0, i].any()
 
 
 def test_advantages_are_normalised_for_each_task_and_ignore_what_follows_the_end() -> None:

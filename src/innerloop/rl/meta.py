@@ -18,16 +18,16 @@ from innerloop import optim
 from innerloop.errors import InvalidInputError, NonFiniteError
 from innerloop.rl import _run
 from innerloop.rl._checks import check_constant
+from innerloop.rl._distributions import Categorical, Gaussian
 from innerloop.rl._loss import ppo_loss
 from innerloop.rl._meta_gradient import MetaGradient, MetaGradientConfig
-from innerloop.rl._policy import ActorCritic, check_fits
-from innerloop.rl._returns import gae
+from innerloop.rl._policy import ActorCritic, check_fits, stacked
+from innerloop.rl._returns import discounted_returns, gae
 from innerloop.rl._rollout import minibatch_order
 from innerloop.rl._run import History
 from innerloop.rl._surrogate import check_objective, score_term, surrogate
 from innerloop.rl.envs._make import tensor_env
 from innerloop.rl.envs._tensor_env import (
-    Discrete,
     Tasks,
     TensorEnv,
     check_horizon,
@@ -100,6 +100,7 @@ class MetaConfig:
         inner_minibatches: in each of its epochs.
         inner_adam: Adam in place of SGD in the inner loop.
         outer_lr: learning rate of the outer Adam; with ``"reptile"`` the outer step, by SGD.
+        anneal: let ``outer_lr`` fall linearly to 0.
         outer_epochs: outer updates on the same rollouts.
         outer_clip: clip range of the outer loss.
         clip: clip range of a PPO inner loop.
@@ -124,6 +125,7 @@ class MetaConfig:
     inner_minibatches: int = 4
     inner_adam: bool = False
     outer_lr: float = 0.005
+    anneal: bool = False
     outer_epochs: int = 8
     outer_clip: float = 0.3
     clip: float = 0.2
@@ -299,6 +301,9 @@ class MetaLearner:
         start, config = time.perf_counter(), self.config
         tasks = self.env.sample_tasks(config.tasks, self.generator)
         data, adapted = self._acted(tasks, config.adaptation_steps)
+        left = max(0.0, 1 - self.counters["iteration"] / config.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.outer_lr * (left if config.anneal else 1.0)
         losses: list[float] = []
         if self.algorithm.interpolates:
             self._step_towards(adapted)
@@ -382,27 +387,20 @@ class MetaLearner:
         episodes = self.config.episodes if episodes is None else episodes
         generator = self.generator if generator is None else generator
         n, each = count(tasks), repeat(tasks, episodes)
-        act = torch.func.vmap(lambda p, o: tuple(self._call(p, o)[0]))
-        kind = type(self.policy(torch.zeros(1, self.env.observation_space.size))[0])
+        act = self._actors(params)
         state = self.env.initial(each, generator)
         alive = torch.ones(n * episodes, dtype=torch.bool)
         rows: list[tuple[Tensor, ...]] = []
         for _ in range(self.env.horizon):
             seen = self.env.observe(state)
-            distribution = kind(*act(dict(params), seen.unflatten(0, (n, episodes))))
-            if not isinstance(self.env.action_space, Discrete):
-                # A standard deviation that no state changes has one row for each task.
-                mean, log_std = distribution
-                distribution = kind(mean, log_std.reshape(n, -1, mean.shape[-1]).expand_as(mean))
-            action = distribution.sample(generator)
-            log_prob = distribution.log_prob(action).flatten()
-            action = action.flatten(0, 1)
+            distribution = act(seen.unflatten(0, (n, episodes)))
+            action = distribution.sample(generator).flatten(0, 1)
             state, reward, ended = self.env.step(state, action, each, generator)
-            rows.append((seen, action, log_prob, torch.where(alive, reward, 0.0), alive))
+            rows.append((seen, action, torch.where(alive, reward, 0.0), alive, *distribution))
             alive = alive & ~ended
             if not bool(alive.any()):
                 break
-        seen, action, log_prob, reward, mask = (torch.stack(x) for x in zip(*rows, strict=True))
+        seen, action, reward, mask, *taken = (torch.stack(x) for x in zip(*rows, strict=True))
         if not bool(reward.isfinite().all()):
             t, i = (~reward.isfinite()).nonzero()[0].tolist()
             raise InvalidInputError(
@@ -413,8 +411,26 @@ class MetaLearner:
         advantages = self._advantages(
             *(x.unflatten(1, (n, episodes)) for x in (seen, reward, mask))
         )
-        stacked = (seen, action, log_prob, advantages.flatten(1, 2), reward, mask)
+        log_prob = type(distribution)(*taken).log_prob(action.unflatten(1, (n, episodes)))
+        stacked = (seen, action, log_prob.flatten(1), advantages.flatten(1, 2), reward, mask)
         return Episodes(*(x.unflatten(1, (n, episodes)).transpose(0, 1) for x in stacked))
+
+    def _actors(self, params: Params) -> Callable[[Tensor], Categorical | Gaussian]:
+        """Return the policies of several tasks, ``[tasks, n, ...]`` in and out, without a graph."""
+        if type(self.policy) is ActorCritic:  # A subclass may have another forward.
+            return stacked(self.policy, params)
+        act = torch.func.vmap(lambda p, o: tuple(self._call(p, o)[0]))
+        kind = type(self.policy(torch.zeros(1, self.env.observation_space.size))[0])
+
+        def acting(seen: Tensor) -> Categorical | Gaussian:
+            found = kind(*act(dict(params), seen))
+            if isinstance(found, Categorical):
+                return found
+            # A standard deviation that no state changes has one row for each task.
+            mean, log_std = found
+            return kind(mean, log_std.reshape(len(mean), -1, mean.shape[-1]).expand_as(mean))
+
+        return acting
 
     def summary(self) -> str:
         """Evaluate 40 held-out tasks, and say in a line what training reached."""
@@ -586,25 +602,27 @@ class MetaLearner:
         clock = (torch.arange(steps).to(seen) / 100).view(-1, 1, 1, 1).expand(*seen.shape[:3], 1)
         columns = [seen, seen**2, clock, clock**2, clock**3, torch.ones_like(clock)]
         features = torch.cat(columns, -1) * mask.unsqueeze(-1)
-        never = torch.zeros_like(mask)
-        never[-1] = True
-        end = never | (mask & ~torch.cat([mask[1:], torch.zeros_like(mask[:1])]))
-        zero = torch.zeros_like(reward)
-        target = gae(reward, zero, zero[0], gamma=config.gamma, lam=1.0, terminated=end).returns
+        # Rewards after the end of an episode are 0.
+        target = discounted_returns(reward, gamma=config.gamma)
         x, y = (v.transpose(0, 1).flatten(1, 2).double() for v in (features, target.unsqueeze(-1)))
         gram = x.mT @ x + 1e-5 * torch.eye(x.shape[-1]).double() * x.shape[1]
         weights = torch.linalg.solve(
             gram, x.mT @ (y * mask.transpose(0, 1).flatten(1).unsqueeze(-1))
         )
-        values = (features.transpose(0, 1).double() @ weights.unsqueeze(1)).squeeze(-1)
-        found = gae(
-            reward,
-            values.transpose(0, 1).to(reward),
-            zero[0],
-            gamma=config.gamma,
-            lam=config.lam,
-            terminated=end,
-        ).advantages
+        values = (x @ weights).view(len(x), steps, -1).transpose(0, 1).to(reward)
+        found = target - values
+        if config.lam != 1:
+            last = torch.zeros_like(mask)
+            last[-1] = True
+            end = last | (mask & ~torch.cat([mask[1:], torch.zeros_like(mask[:1])]))
+            found = gae(
+                reward,
+                values,
+                torch.zeros_like(reward[0]),
+                gamma=config.gamma,
+                lam=config.lam,
+                terminated=end,
+            ).advantages
         total = mask.sum((0, 2), keepdim=True)
         mean = (found * mask).sum((0, 2), keepdim=True) / total
         centred = (found - mean) * mask

@@ -55,9 +55,10 @@ class TabularMDP(TensorEnv):
     def step(
         self, state: Tensor, action: Tensor, tasks: Tasks, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.arange(len(state))
-        mean = tasks["reward"][rows, state, action]
-        reward = mean + self.noise * torch.randn(len(state), generator=generator).to(mean)
-        chances = tasks["transition"][rows, state, action]
+        n, states, actions = tasks["reward"].shape
+        row = (torch.arange(n) * states + state) * actions + action
+        mean = tasks["reward"].flatten()[row]
+        reward = mean + self.noise * torch.randn(n, generator=generator).to(mean)
+        chances = tasks["transition"].flatten(0, 2)[row]
         state = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
-        return state, reward, torch.zeros(len(state), dtype=torch.bool)
+        return state, reward, torch.zeros(n, dtype=torch.bool)
