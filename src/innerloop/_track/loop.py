@@ -50,6 +50,7 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_flag, check_mapping
+from innerloop._utils.deep_graphs import Chain
 from innerloop._utils.execution import may_read_values
 from innerloop._utils.finite import all_finite, is_finite
 from innerloop.errors import InvalidInputError, NonFiniteError
@@ -159,6 +160,7 @@ class TrackedLoop:
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
+        self._chain = Chain()
         self._hypers: list[dict[str, object]] = []
         self._sparse = set(self._view.sparse)
 
@@ -528,6 +530,8 @@ class TrackedLoop:
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
+        if self.learn != "nothing":
+            self._chain.step(lambda: tree.tensors((params, state)))
         self._losses.append(loss if self._second_order else number)
         # Keep a number per step, not a tensor per step.
         if len(self._losses) == 256 and not self._second_order:

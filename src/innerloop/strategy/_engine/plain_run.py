@@ -13,8 +13,10 @@ from innerloop._inner_gradient.gradient import tables, with_dense_gradients
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree
 from innerloop._utils import tree
+from innerloop._utils.deep_graphs import Chain
 from innerloop._utils.execution import Mode, mode
 from innerloop.strategy._base import Loop, StepOutputs
+from innerloop.strategy._engine.step_pullback import state_of
 
 StepFunction = Callable[[Carry, HyperTree, Any, int], tuple[Carry, Tensor, Any]]
 """``step(carry, hyper, batch, t) -> (new_carry, loss, aux)``."""
@@ -37,6 +39,7 @@ def plain_run(
     states, outputs = {0: carry}, StepOutputs(carry.params)
     learned = mode() is Mode.EAGER and torch.is_grad_enabled() and _learns(loop.hyper)
     hypers: list[HyperTree] = []
+    chain = Chain() if mode() is Mode.EAGER and torch.is_grad_enabled() else None
     for t in loop.batches.times():
         here = loop
         if learned:
@@ -46,6 +49,8 @@ def plain_run(
         carry, loss, aux = step(carry, here.hyper, loop.batch(carry, t), loop.time(t))
         states[t + 1] = carry
         outputs.add(loss, aux)
+        if chain is not None:
+            chain.step(lambda now=carry: tree.tensors(state_of(now)))  # type: ignore[misc]
         loop.report("forward", t + 1, loop.batches.steps)
     if finish is not None:
         states = {t: finish(carry) if t else carry for t, carry in states.items()}
