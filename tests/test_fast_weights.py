@@ -844,6 +844,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.mark.usefixtures("types_unchecked")
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_work_is_refused_by_name(name: str) -> None:
     call, message = WRONG[name]

@@ -33,15 +33,17 @@ class _Earlier:
         self._nodes = nodes
         self._before = before
 
+    def give_up(self) -> _Earlier | None:
+        """Let go of the nodes, and return the earlier ones."""
+        before, self._before, self._nodes = self._before, None, []
+        return before
+
     def __del__(self) -> None:
-        before = self._before
-        self._nodes, self._before = [], None
-        while before is not None:
-            # One reference is `before`, one the argument: somebody else holds the earlier steps.
-            if sys.getrefcount(before) > 2:
-                return
-            one = before
-            before, one._before, one._nodes = one._before, None, []
+        before = self.give_up()
+        # One reference is `before`, one the argument; with another one somebody else holds the
+        # earlier steps.
+        while before is not None and sys.getrefcount(before) <= 2:
+            before = before.give_up()
 
 
 class Chain:
@@ -51,6 +53,10 @@ class Chain:
         self._nodes: list[Node] = []
         self._earlier: _Earlier | None = None
         self._steps = 0
+
+    def __deepcopy__(self, memo: object) -> Chain:
+        """Return a new chain: a copy of a loop has another graph."""
+        return Chain()
 
     def step(self, carried: Callable[[], Iterable[Tensor]]) -> None:
         """Note a step.

@@ -25,6 +25,7 @@ from innerloop._module.checks import LateHooks
 from innerloop._module.view import look_up_densely
 from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_device, check_flag
+from innerloop._utils.deep_graphs import Chain
 from innerloop.errors import InvalidInputError
 from innerloop.higher._fast_weights import fast_weights
 from innerloop.higher._nested import copy_and_cast, detach, flatten, recursive_map
@@ -101,6 +102,7 @@ class DifferentiableOptimizer(abc.ABC):
         )
         self._overridden: set[str] = set()
         self._states = self._initial_state(device)
+        self._chain = Chain()
         self._apply_override(override)
         _check_callback(grad_callback)
         self._late_hooks = (
@@ -207,12 +209,17 @@ class DifferentiableOptimizer(abc.ABC):
             after = list(with_dense_gradients(dict(enumerate(after)), self._sparse).values())
             # Programs cut the graph in place, p.detach_(), which PyTorch refuses for views.
             after = [p.clone() if torch_private.is_view(p) else p for p in after]
+            self._chain.step(lambda: tree.tensors((after, self._kept())))
         self._fill(after)
         self._look_for_goals(after, before)
         if self._fmodel is not None:
             self._fmodel.update_params(after)
         torch_private.mark_stepped(self._other)
         return after
+
+    def _kept(self) -> object:
+        """Return what a step leaves to the next one, besides the parameters."""
+        return [dict(held) for held in self._states]
 
     @abc.abstractmethod
     def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:

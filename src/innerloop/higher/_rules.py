@@ -123,6 +123,9 @@ class DifferentiableRule(DifferentiableOptimizer):
             for h in value
         ]
 
+    def _kept(self) -> object:
+        return self._pure_state
+
     def _update(self, grouped_grads: GroupedGrads, **kwargs: Any) -> None:
         current = [
             zip(m, g["params"], strict=True)
