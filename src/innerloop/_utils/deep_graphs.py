@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -74,4 +75,5 @@ class Chain:
         self._earlier = _Earlier(self._nodes, self._earlier)
         self._nodes = nodes
         for node in nodes:
-            node.metadata[_KEY] = self._earlier
+            metadata: Any = node.metadata  # typed as a method
+            metadata[_KEY] = self._earlier
