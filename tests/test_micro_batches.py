@@ -547,3 +547,32 @@ def test_a_named_folder_knows_the_loss(tmp_path: Any) -> None:
     for _ in range(2):
         found = unrolled(micro_batches(mean, 3), p, h, batches(), Checkpointed(offload=where))
         assert_same(torch.autograd.grad(found, leaves(p, h)), truth)
+
+
+@pytest.mark.parametrize("strategy", [None, Checkpointed(slots=1)], ids=repr)
+def test_parts_of_a_step_written_by_hand(strategy: Any) -> None:
+    """Under `track` the parts are blocks of activation checkpointing."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(50, 1, generator=generator, dtype=torch.float64)
+
+    def part(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (model(x) - y).square().mean() * (len(x) / 50)
+
+    def gradients(size: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, eps=0.1)
+
+        def loss(model: nn.Module) -> Any:
+            pieces = zip(x.split(size), y.split(size), strict=True)
+            return sum(checkpoint(part, model, *piece, use_reentrant=False) for piece in pieces)
+
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+            for _ in range(3):
+                loop.step(loss(loop.model) if strategy is None else lambda: loss(loop.model))
+            outer = part(loop.model, x, y)
+        return list(torch.autograd.grad(outer, list(model.parameters())))
+
+    for ours, whole in zip(gradients(16), gradients(50), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
