@@ -468,12 +468,6 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: of_module(network(Counting()), micro_batches(module_loss, 2), hyper()),
         "once for each part",
     ),
-    "checkpointing inside": (
-        lambda: run_with(
-            batches()[0], lambda p, h, b: checkpoint(mean, p, h, b, use_reentrant=False)
-        ),
-        "checkpoint",
-    ),
 }
 
 
@@ -576,3 +570,16 @@ def test_parts_of_a_step_written_by_hand(strategy: Any) -> None:
 
     for ours, whole in zip(gradients(16), gradients(50), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(), Checkpointed(slots=1)], ids=repr)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_parts(reentrant: bool, strategy: Any) -> None:
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        found: Tensor = checkpoint(mean, params, hyper, batch, use_reentrant=reentrant)
+        return found
+
+    p, h = start(), hyper()
+    truth = torch.autograd.grad(outer(*by_hand(mean, p, h, batches())), leaves(p, h))
+    found = unrolled(micro_batches(loss, 3), p, h, batches(), strategy)
+    assert_same(torch.autograd.grad(found, leaves(p, h)), truth)

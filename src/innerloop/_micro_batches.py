@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.graph import check_graph
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._module.view import ModuleView
@@ -279,6 +280,7 @@ class _Call:
             (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
         ]
         self._random_state = RandomState.now()
+        self._readable = block.readable()
         self._result: Any = None
         self._rows: list[bool] = []
 
@@ -305,7 +307,8 @@ class _Call:
         """Evaluate one part at these inputs, with a graph."""
         params = dict(zip(self._names, tensors, strict=False))
         hyper = tree.join(self._template, tree.put(self._all, self._places, tensors[self.count :]))
-        with torch.enable_grad(), replacing():
+        blocks = nullcontext() if self._readable is None else block.reading(None, self._readable)
+        with torch.enable_grad(), replacing(), blocks:
             return _flat(self._part(params, hyper, piece.batch))
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:

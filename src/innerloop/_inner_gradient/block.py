@@ -139,6 +139,11 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def readable() -> tuple[ReadModule, ...] | None:
+    """Return what blocks of this thread may read now, for `reading`; None: no loop is running."""
+    return _thread.modules
+
+
 def enter(module: ReadModule) -> None:
     """Run checkpointed parts of a forward pass as blocks that may read it, until `leave`."""
     torch_private.redirect_checkpoint(_in_place_of_checkpoint)
