@@ -263,10 +263,8 @@ def test_the_plot() -> None:
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-@pytest.mark.parametrize(
-    "form",
-    [pytest.param("weights in the loss", marks=pytest.mark.slow), "one loss per example"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["weights in the loss", "one loss per example"])
 def test_compiled_steps_give_the_same_scores(form: str) -> None:
     by_index = form == "one loss per example"
     problem = innerloop.Problem.from_module(

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 
 import innerloop
 from innerloop import Checkpointed, StoreAll
+from innerloop._utils import compiling
 from innerloop.strategy import Strategy
 from tests.oracles import smooth_noise
 from tests.strategies import OUTER, SAVED, batches, hyper, problem, seen, start
@@ -23,6 +25,18 @@ pytestmark = [
         "ignore:.torch.jit.script_method. is deprecated"
     ),  # raised inside of torch's compiler
 ]
+
+
+INDUCTOR = {"test_compiled_steps_equal_a_plain_run", "test_the_mixed_product_compiled"}
+"""Tests that are run with inductor by the test command too."""
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace without generating code, but for a few tests; `make compiled` generates it for all."""
+    chosen = request.config.getoption("markexpr") == "compiled"
+    if not chosen and request.node.originalname not in INDUCTOR:
+        monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
 
 
 def gradients(strategy: Strategy, learned: innerloop.Problem) -> Any:

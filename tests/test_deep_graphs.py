@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import gc, threading, torch, innerloop
 torch.set_num_threads(1)
-STEPS = 3000
+STEPS = 1200
 x = torch.ones(3)
 
 def adam():
@@ -22,7 +22,7 @@ def track():
     with innerloop.track(torch.nn.Linear(3, 3), adam()) as loop:
         for _ in range(STEPS):
             loop.step(loop.model(x).square().mean())
-        return loop, loop.at(1500).params["bias"].sum(), loop.model.bias.sum()
+        return loop, loop.at(600).params["bias"].sum(), loop.model.bias.sum()
 
 def first_order():
     with innerloop.track(torch.nn.Linear(3, 3), adam(), first_order=True) as loop:
@@ -33,8 +33,8 @@ def first_order():
 def unroll(strategy=innerloop.StoreAll()):
     problem = innerloop.Problem(lambda p, h, b: (p["w"] @ x).square().mean(), adam())
     start = {"w": torch.eye(3).requires_grad_()}
-    traj = innerloop.unroll(problem, start, None, steps=STEPS, strategy=strategy, save_at=[1500])
-    return traj, traj.at(1500).params["w"].sum(), traj.params["w"].sum()
+    traj = innerloop.unroll(problem, start, None, steps=STEPS, strategy=strategy, save_at=[600])
+    return traj, traj.at(600).params["w"].sum(), traj.params["w"].sum()
 
 def by_first_order():
     return unroll(innerloop.FirstOrder())
@@ -57,7 +57,7 @@ def bridge():
     with context as (fast, inner):
         for _ in range(STEPS):
             inner.step(fast(x).square().mean())
-        first, *_ = fast.parameters(time=1500)
+        first, *_ = fast.parameters(time=600)
         return fast, first.sum(), fast.bias.sum()
 
 def run():

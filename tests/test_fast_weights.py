@@ -597,7 +597,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@over_reads
+@pytest.mark.parametrize("read", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_the_memory_of_64_chunks_is_at_most_1_3_of_that_of_8(read: str) -> None:
     """Forward and backward pass; what is counted is all tensor memory at its peak, without the four
     tensors as long as the sequence that any layer has: input, output, and the gradient of each."""
