@@ -951,3 +951,68 @@ class _At(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.call(x)
+
+
+class _Reversal(nn.Module):
+    """Multiplies the gradient by a factor, and not the value."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        k: float = self.factor
+        return k * x + ((1 - k) * x).detach()
+
+
+def _with_a_schedule(where: str, checkpointed: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model.insert(1, _Reversal())
+    outside, settings = _Reversal(), {"factor": 1.0}
+
+    class Holder:
+        factor = 1.0
+
+    holder = Holder()
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = outside(model(x))
+        k = settings["factor"] * holder.factor
+        return k * y + ((1 - k) * y).detach()
+
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.3)) as loop:
+
+        def set_factor(k: float) -> None:
+            if where == "loop.model":
+                loop.model[1].factor = k
+            elif where == "another module":
+                outside.factor = k
+            elif where == "a dict":
+                settings["factor"] = k
+            else:
+                holder.factor = k
+
+        for t in range(3):
+            set_factor(-0.5 * t)
+            out = (
+                checkpoint(forward, loop.model, x, use_reentrant=False)
+                if checkpointed
+                else forward(loop.model, x)
+            )
+            loop.step((out - 1).square().mean())
+        set_factor(2.0)
+        loop.model[0](x).square().mean().backward()
+    assert outside.factor == (2.0 if where == "another module" else 1.0)
+    return [p.grad for p in model[0].parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("where", ["loop.model", "another module", "a dict"])
+def test_a_setting_that_acts_in_the_backward_pass_alone(where: str):
+    found, expected = (_with_a_schedule(where, checkpointed) for checkpointed in (True, False))
+    assert len(found) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_setting_of_a_plain_object_that_acts_in_the_backward_pass_alone_is_refused():
+    with pytest.raises(InvalidInputError, match="has another derivative"):
+        _with_a_schedule("an object", True)
