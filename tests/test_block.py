@@ -1016,3 +1016,43 @@ def test_a_setting_that_acts_in_the_backward_pass_alone(where: str):
 def test_a_setting_of_a_plain_object_that_acts_in_the_backward_pass_alone_is_refused():
     with pytest.raises(InvalidInputError, match="has another derivative"):
         _with_a_schedule("an object", True)
+
+
+def _gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    """Return outputs plus their gradient by the inputs; those are a leaf made here."""
+    leaf = x.detach().requires_grad_()
+    y: Tensor = model(leaf)
+    (slope,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    return y + slope
+
+
+def test_a_gradient_taken_inside_a_block():
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    found = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+            for _ in range(3):
+                run = partial(checkpoint, use_reentrant=False) if checkpointed else None
+                out = (
+                    _gradient_penalty(loop.model, x)
+                    if run is None
+                    else run(_gradient_penalty, loop.model, x)
+                )
+                loop.step(out.square().mean())
+            loop.model(x).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_leaf_in_an_object_is_an_input():
+    class Holder:
+        scale = torch.tensor(2.0, requires_grad=True)
+
+    holder = Holder()
+    x = torch.tensor(3.0, requires_grad=True)
+    y = innerloop.checkpoint_block(lambda x: holder.scale**2 * x**3, x)
+    assert type(y.grad_fn).__name__ == "_NodeBackward"
+    (slope,) = torch.autograd.grad(y, holder.scale, create_graph=True)
+    assert (slope.item(), torch.autograd.grad(slope, x)[0].item()) == (4 * 27, 4 * 27)

@@ -11,6 +11,7 @@ times, each time with the weights, buffers, modes and random numbers of its own 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -666,6 +667,15 @@ def _outputs(leaves: list[Any], read: list[Tensor], so_far: int) -> list[int]:
     return [i for i in places if memory[leaves[i].untyped_storage().data_ptr()] == 1]
 
 
+@functools.cache
+def _references() -> int:
+    """Return the count of references to a leaf that nobody but a graph holds."""
+    with torch.enable_grad():
+        node: Any = torch.ones((), requires_grad=True).clone().grad_fn
+    leaf = node.next_functions[0][0].variable
+    return sys.getrefcount(leaf)
+
+
 def _inputs(ends: list[Tensor], stand_in: Iterable[Tensor], so_far: int) -> list[Tensor] | None:
     """Return the tensors outside of a block that its outputs depend on; None: not all are found.
 
@@ -684,7 +694,10 @@ def _inputs(ends: list[Tensor], stand_in: Iterable[Tensor], so_far: int) -> list
             continue
         if type(node).__name__ == "AccumulateGrad":
             leaf = node.variable
-            if id(leaf) not in known and torch_private.gradient_hooks(leaf):
+            if id(leaf) not in known and (
+                torch_private.gradient_hooks(leaf) or sys.getrefcount(leaf) <= _references()
+            ):
+                # Nobody but the graph holds it: made inside the block, anew each time.
                 return None
             inputs[id(leaf)] = known.get(id(leaf), leaf)
         elif torch_private.is_newer(node, so_far):
