@@ -951,3 +951,108 @@ class _At(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.call(x)
+
+
+class _Reversal(nn.Module):
+    """Multiplies the gradient by a factor, and not the value."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        k: float = self.factor
+        return k * x + ((1 - k) * x).detach()
+
+
+def _with_a_schedule(where: str, checkpointed: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model.insert(1, _Reversal())
+    outside, settings = _Reversal(), {"factor": 1.0}
+
+    class Holder:
+        factor = 1.0
+
+    holder = Holder()
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        y: Tensor = outside(model(x))
+        k = settings["factor"] * holder.factor
+        return k * y + ((1 - k) * y).detach()
+
+    with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.3)) as loop:
+
+        def set_factor(k: float) -> None:
+            if where == "loop.model":
+                loop.model[1].factor = k
+            elif where == "another module":
+                outside.factor = k
+            elif where == "a dict":
+                settings["factor"] = k
+            else:
+                holder.factor = k
+
+        for t in range(3):
+            set_factor(-0.5 * t)
+            out = (
+                checkpoint(forward, loop.model, x, use_reentrant=False)
+                if checkpointed
+                else forward(loop.model, x)
+            )
+            loop.step((out - 1).square().mean())
+        set_factor(2.0)
+        loop.model[0](x).square().mean().backward()
+    assert outside.factor == (2.0 if where == "another module" else 1.0)
+    return [p.grad for p in model[0].parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("where", ["loop.model", "another module", "a dict"])
+def test_a_setting_that_acts_in_the_backward_pass_alone(where: str):
+    found, expected = (_with_a_schedule(where, checkpointed) for checkpointed in (True, False))
+    assert len(found) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_setting_of_a_plain_object_that_acts_in_the_backward_pass_alone_is_refused():
+    with pytest.raises(InvalidInputError, match="has another derivative"):
+        _with_a_schedule("an object", True)
+
+
+def _gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    """Return outputs plus their gradient by the inputs; those are a leaf made here."""
+    leaf = x.detach().requires_grad_()
+    y: Tensor = model(leaf)
+    (slope,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    return y + slope
+
+
+def test_a_gradient_taken_inside_a_block():
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+    found = []
+    for checkpointed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+            for _ in range(3):
+                run = partial(checkpoint, use_reentrant=False) if checkpointed else None
+                out = (
+                    _gradient_penalty(loop.model, x)
+                    if run is None
+                    else run(_gradient_penalty, loop.model, x)
+                )
+                loop.step(out.square().mean())
+            loop.model(x).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_a_leaf_in_an_object_is_an_input():
+    class Holder:
+        scale = torch.tensor(2.0, requires_grad=True)
+
+    holder = Holder()
+    x = torch.tensor(3.0, requires_grad=True)
+    y = innerloop.checkpoint_block(lambda x: holder.scale**2 * x**3, x)
+    assert type(y.grad_fn).__name__ == "_NodeBackward"
+    (slope,) = torch.autograd.grad(y, holder.scale, create_graph=True)
+    assert (slope.item(), torch.autograd.grad(slope, x)[0].item()) == (4 * 27, 4 * 27)

@@ -11,6 +11,7 @@ times, each time with the weights, buffers, modes and random numbers of its own 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from innerloop._module.view import ModuleView
 from innerloop._types import Params
 from innerloop._utils import inner_pass, torch_private, tree
 from innerloop._utils.execution import Mode, mode
-from innerloop._utils.frozen import Freezer, thaw
+from innerloop._utils.frozen import SMALL, Freezer, thaw
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn import _mode as replace
@@ -62,6 +63,7 @@ class ReadModule:
         self.is_outermost = False
         self.now: dict[str, Tensor] = {}
         self._buffers: tuple[Params, list[int]] = {}, []
+        self._settings: list[dict[str, Any]] = []
 
     @property
     def copy(self) -> ModuleView:
@@ -98,7 +100,12 @@ class ReadModule:
         kept = {n: b.detach() for n, b in buffers.items()}
         kept.update((n, b.clone()) for n, b in kept.items() if n in self.written)
         training = [module.training for module in self.view.modules]
-        return _ModuleState(self.copy, last[1], {}, kept, training)
+        settings = [_settings(module) for module in self.view.modules]
+        if settings == self._settings:
+            # One object for all blocks between which nothing is set.
+            settings = self._settings
+        self._settings = settings
+        return _ModuleState(self.copy, last[1], {}, kept, training, settings)
 
     def wrote_known_buffers(self) -> bool:
         """True if no buffer was written since `state` besides those of which it kept a copy."""
@@ -191,6 +198,65 @@ class _Freezer(Freezer):
         return self._slot(x) if x.requires_grad else super()._tensor(x)
 
 
+_NOT_SETTINGS = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, tuple, dict})
+_MISSING = object()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that are numbers, names and the like, as they are now.
+
+    One of them may act in the backward pass alone (the factor of a gradient reversal), where no
+    comparison of outputs shows that it has changed.
+    """
+    return {
+        name: _copied(x)
+        for name, x in vars(module).items()
+        if name not in _NOT_SETTINGS and _is_plain(x)
+    }
+
+
+def _is_plain(x: object) -> bool:
+    kind = type(x)
+    if kind in _PLAIN:
+        return True
+    if kind not in _CONTAINERS:
+        return False
+    parts: Any = x
+    return len(parts) <= SMALL and all(map(_is_plain, parts.values() if kind is dict else parts))
+
+
+def _copied(x: Any) -> Any:
+    """Return a copy of what `_is_plain`."""
+    kind = type(x)
+    if kind not in _CONTAINERS:
+        return x
+    return {k: _copied(v) for k, v in x.items()} if kind is dict else kind(map(_copied, x))
+
+
+def _put_settings(module: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Set attributes of a module; return what they were."""
+    own = vars(module)
+    before = {name: own.get(name, _MISSING) for name in settings}
+    for name in own.keys() - settings.keys() - _NOT_SETTINGS:
+        if hasattr(type(module), name) and _is_plain(own[name]):
+            # Set since then over the attribute of the class.
+            before[name] = own.pop(name)
+    own.update((name, _copied(x)) for name, x in settings.items())
+    return before
+
+
+def _put_back_settings(module: nn.Module, before: Mapping[str, Any]) -> None:
+    """Undo `_put_settings`."""
+    own = vars(module)
+    for name, x in before.items():
+        if x is _MISSING:
+            own.pop(name, None)
+        else:
+            own[name] = x
+
+
 class _ModuleState(NamedTuple):
     """A loop's module as it is before a block.
 
@@ -200,6 +266,7 @@ class _ModuleState(NamedTuple):
         inputs: the names of those that are inputs of the node, and which.
         buffers: the buffers.
         training: the mode of each module.
+        settings: what `_settings` returns for each module.
     """
 
     view: ModuleView
@@ -207,6 +274,7 @@ class _ModuleState(NamedTuple):
     inputs: dict[str, int]
     buffers: Params
     training: list[bool]
+    settings: list[dict[str, Any]]
 
     def run(self, values: Sequence[Tensor], function: Callable[[], Any]) -> Any:
         """Call ``function`` with the module in this state, and with inputs of the node in it."""
@@ -218,12 +286,16 @@ class _ModuleState(NamedTuple):
             n: values[self.inputs[n]] if n in self.inputs else self.buffers[n] for n in names
         }
         params = {n: p for n, p in params.items() if n not in names}
+        pairs = list(zip(view.modules, self.settings, strict=True))
+        settings = [_put_settings(module, own) for module, own in pairs]
         try:
             with view.in_modes(self.training):
                 return view.run(params, buffers, function)[0]
         finally:
             for module, training in zip(view.modules, before, strict=True):
                 module.training = training
+            for module, own in zip(view.modules, settings, strict=True):
+                _put_back_settings(module, own)
 
 
 class _OtherModule:
@@ -238,6 +310,7 @@ class _OtherModule:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._training = module.training
+        self._settings = _settings(module)
         tables = torch_private.parameter_table(module), torch_private.buffer_table(module)
         # Buffers are written: running statistics must not be written twice.
         self._tables = [
@@ -265,11 +338,12 @@ class _OtherModule:
             self._inputs[i] = {n: numbers[k] for n, k in keys.items() if k in numbers}
             self._tables[i] = {n: x.detach() for n, x in table.items()}
 
-    def put(self, values: Sequence[Tensor]) -> tuple[list[dict[str, Any]], bool]:
+    def put(self, values: Sequence[Tensor]) -> tuple[list[dict[str, Any]], bool, dict[str, Any]]:
         """Put the module in this state, with inputs of the node in it; return the one before."""
         module = self._module
         tables = torch_private.parameter_table(module), torch_private.buffer_table(module)
-        before = [dict(table) for table in tables], module.training
+        held, training = [dict(table) for table in tables], module.training
+        before = held, training, _put_settings(module, self._settings)
         module.training = self._training
         for i, table in enumerate(tables):
             own = {n: x.clone() if i else x for n, x in self._tables[i].items()}
@@ -277,9 +351,12 @@ class _OtherModule:
             table.update((n, values[k]) for n, k in self._inputs[i].items())
         return before
 
-    def put_back(self, tables: list[dict[str, Any]], training: bool) -> None:
+    def put_back(
+        self, tables: list[dict[str, Any]], training: bool, settings: Mapping[str, Any]
+    ) -> None:
         """Undo `put`."""
         module = self._module
+        _put_back_settings(module, settings)
         torch_private.parameter_table(module).update(tables[0])
         torch_private.buffer_table(module).update(tables[1])
         module.training = training
@@ -314,6 +391,11 @@ class _Block:
     places: list[int]
     numbers: _Numbers | None
 
+    @property
+    def compares(self) -> bool:
+        """True if what it gives is compared when it runs again."""
+        return self.numbers is not None
+
     def __call__(self, values: Sequence[Tensor], create_graph: bool) -> list[Tensor]:
         """Run the block with a graph, at other inputs; return the outputs of the node."""
         captured = [values[c] if isinstance(c, int) else c for c in self.captured]
@@ -338,8 +420,8 @@ class _Block:
                     stack.enter_context(self.context())
                 result = call()
         finally:
-            for other, (tables, training) in zip(self.others, before, strict=True):
-                other.put_back(tables, training)
+            for other, held in zip(self.others, before, strict=True):
+                other.put_back(*held)
         return self._checked(result, values)
 
     def _checked(self, result: object, values: Sequence[Tensor]) -> list[Tensor]:
@@ -384,9 +466,26 @@ class _Pullback:
         self._count = count
         self._given = given
         self._is_inner = is_inner
+        self.compares: bool = function.compares
+        self._numbers: _Numbers | None = None
 
     def __call__(self, values: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
-        """Return a cotangent for each input of the function, None where there is none."""
+        """Return a cotangent for each input of the function, None where there is none.
+
+        Raises:
+            InvalidInputError: they are other numbers than at the first call.
+        """
+        found = self._pulled(values, create_graph)
+        ends = [x for x in found if x is not None]
+        if self.compares and ends:
+            numbers = _Numbers.of(ends)
+            if self._numbers is None:
+                self._numbers = numbers
+            elif not numbers.agree(self._numbers):
+                raise _differs("has another derivative")
+        return found
+
+    def _pulled(self, values: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
         inputs, cotangents = values[: self._count], values[self._count :]
         ends = self.function(inputs, True)
         given = zip([ends[i] for i in self._given], cotangents, strict=True)
@@ -573,6 +672,15 @@ def _outputs(leaves: list[Any], read: list[Tensor], so_far: int) -> list[int]:
     return [i for i in places if memory[leaves[i].untyped_storage().data_ptr()] == 1]
 
 
+@functools.cache
+def _references() -> int:
+    """Return the count of references to a leaf that nobody but a graph holds."""
+    with torch.enable_grad():
+        node: Any = torch.ones((), requires_grad=True).clone().grad_fn
+    leaf = node.next_functions[0][0].variable
+    return sys.getrefcount(leaf)
+
+
 def _inputs(ends: list[Tensor], stand_in: Iterable[Tensor], so_far: int) -> list[Tensor] | None:
     """Return the tensors outside of a block that its outputs depend on; None: not all are found.
 
@@ -591,7 +699,10 @@ def _inputs(ends: list[Tensor], stand_in: Iterable[Tensor], so_far: int) -> list
             continue
         if type(node).__name__ == "AccumulateGrad":
             leaf = node.variable
-            if id(leaf) not in known and torch_private.gradient_hooks(leaf):
+            if id(leaf) not in known and (
+                torch_private.gradient_hooks(leaf) or sys.getrefcount(leaf) <= _references()
+            ):
+                # Nobody but the graph holds it: made inside the block, anew each time.
                 return None
             inputs[id(leaf)] = known.get(id(leaf), leaf)
         elif torch_private.is_newer(node, so_far):
