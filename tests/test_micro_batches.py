@@ -576,3 +576,27 @@ def test_parts_of_a_step_written_by_hand(strategy: Any) -> None:
 
     for ours, whole in zip(gradients(16), gradients(50), strict=True):
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("what", ["data written in place", "a generator", "a factor of backward"])
+def test_parts_that_are_others_when_they_run_again_are_refused(what: str):
+    x = torch.linspace(0.0, 1.0, 6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"factor": -0.5}
+
+    def loss(params: Any, hyper: Any, batch: Tensor) -> Tensor:
+        y = torch.sin(params["w"]) * batch
+        if what == "a generator":
+            y = y * torch.rand(1, generator=generator, dtype=torch.float64)
+        k = settings["factor"]
+        return (k * y + ((1 - k) * y).detach() - 0.3).square().mean()
+
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    problem = innerloop.Problem(innerloop.micro_batches(loss, 2), innerloop.optim.sgd(lr=0.1))
+    traj = innerloop.unroll(problem, {"w": w}, [x] * 2)
+    if what == "data written in place":
+        x.mul_(2)
+    elif what == "a factor of backward":
+        settings["factor"] = 1.0
+    with pytest.raises(innerloop.InvalidInputError, match="ran again in a backward pass"):
+        torch.autograd.grad(traj.params["w"], w)
