@@ -583,3 +583,27 @@ def test_checkpointed_parts(reentrant: bool, strategy: Any) -> None:
     truth = torch.autograd.grad(outer(*by_hand(mean, p, h, batches())), leaves(p, h))
     found = unrolled(micro_batches(loss, 3), p, h, batches(), strategy)
     assert_same(torch.autograd.grad(found, leaves(p, h)), truth)
+
+
+@pytest.mark.parametrize("what", ["data written in place", "a generator", "a factor of backward"])
+def test_parts_that_are_others_when_they_run_again_are_refused(what: str):
+    x = torch.linspace(0.0, 1.0, 6, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    settings = {"factor": -0.5}
+
+    def loss(params: Any, hyper: Any, batch: Tensor) -> Tensor:
+        y = torch.sin(params["w"]) * batch
+        if what == "a generator":
+            y = y * torch.rand(1, generator=generator, dtype=torch.float64)
+        k = settings["factor"]
+        return (k * y + ((1 - k) * y).detach() - 0.3).square().mean()
+
+    w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    problem = innerloop.Problem(innerloop.micro_batches(loss, 2), innerloop.optim.sgd(lr=0.1))
+    traj = innerloop.unroll(problem, {"w": w}, [x] * 2)
+    if what == "data written in place":
+        x.mul_(2)
+    elif what == "a factor of backward":
+        settings["factor"] = 1.0
+    with pytest.raises(innerloop.InvalidInputError, match="ran again in a backward pass"):
+        torch.autograd.grad(traj.params["w"], w)

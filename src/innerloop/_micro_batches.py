@@ -18,6 +18,7 @@ from innerloop._types import Named, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_function, check_takes, given, is_integer, is_number
 from innerloop._utils.execution import Mode, may_read_values, mode
+from innerloop._utils.fingerprint import Fingerprint
 from innerloop._utils.inner_pass import inner_pass, is_inner_pass
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import CapturedTensorError, InvalidInputError
@@ -281,6 +282,7 @@ class _Call:
         ]
         self._random_state = RandomState.now()
         self._readable = block.readable()
+        self._marks: list[Fingerprint] = []
         self._result: Any = None
         self._rows: list[bool] = []
 
@@ -333,6 +335,7 @@ class _Call:
                     )
                 total = _sum(total, grads)
             ends.append(found._replace(tensors=[x.detach() for x in found.tensors]))
+            self._marks.append(Fingerprint.of(ends[-1].tensors))
             del found, loss
             if any(leaf() is not None for leaf in leaves):
                 raise CapturedTensorError(
@@ -372,6 +375,8 @@ class _Call:
         """Pull cotangents through part i, to the inputs that are wanted."""
         hooks = torch_private.hooks_so_far()
         ends = self._evaluated(self._pieces[i], inputs).tensors
+        if not Fingerprint.of(ends).agrees(self._marks[i]):
+            raise _differs("gave other numbers")
         if not is_inner_pass() and torch_private.hooks_so_far() != hooks and ends[0].requires_grad:
             # A hook acts in the inner gradient alone; what runs here is the outer one.
             with inner_pass():
@@ -422,11 +427,16 @@ class _Call:
         given: Sequence[Tensor | None],
         wanted: Sequence[bool],
         along: Sequence[Tensor | None],
+        mark: Fingerprint,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Pull cotangents ``along`` through `gradient`: to the inputs, and to ``given``.
 
         Where this is to be differentiated once more, all parts keep their graph.
+
+        Args:
+            mark: that of what `gradient` returned, which is found here again.
         """
+        first: list[Tensor | None] = [None] * len(tensors)
         again = torch.is_grad_enabled()
         places = [k for k, g in enumerate(given) if g is not None]
         total: list[Tensor | None] = [None] * (len(tensors) + len(places))
@@ -438,6 +448,7 @@ class _Call:
                 )
                 with inner_pass():
                     grads = self._pulled(i, inputs, weights, wanted, create_graph=True)
+                first = _sum(first, [None if g is None else g.detach() for g in grads])
                 pairs = [
                     (g, v)
                     for g, v in zip(grads, along, strict=True)
@@ -454,8 +465,24 @@ class _Call:
                     allow_unused=True,
                 )
                 total = _sum(total, found)
+        if not _mark(first).agrees(mark):
+            raise _differs("has another gradient")
         of_given = tree.put([None] * len(given), places, total[len(tensors) :])
         return total[: len(tensors)], of_given
+
+
+def _mark(grads: Sequence[Tensor | None]) -> Fingerprint:
+    return Fingerprint.of([g for g in grads if g is not None])
+
+
+def _differs(what: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"a part of the loss of micro_batches ran again in a backward pass and {what} than in the "
+        "forward pass: the derivative would be another one. What it reads has changed in between "
+        "(the batch or another tensor written in place, an attribute), or it draws random numbers "
+        "of another generator than torch's own: hand tensors in through the batch or hyper, and "
+        "do not write them before the backward pass"
+    )
 
 
 def _variable(x: Any, attached: bool) -> Tensor:
@@ -508,6 +535,7 @@ class _Request:
     def __init__(self, call: _Call, wanted: list[bool], given: list[bool]) -> None:
         self.call, self.wanted, self.given = call, wanted, given
         self.reached: list[int] = []
+        self.mark: Fingerprint | None = None
 
     def cotangents(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the cotangents, None for each that is zero."""
@@ -532,17 +560,21 @@ class _PartsGradient(torch.autograd.Function):
             tensors[:count], request.cotangents(tensors[count:]), request.wanted
         )
         request.reached = [i for i, g in enumerate(found) if g is not None and request.wanted[i]]
-        return tuple(g for i, g in enumerate(found) if i in request.reached and g is not None)
+        kept = tuple(g for i, g in enumerate(found) if i in request.reached and g is not None)
+        request.mark = _mark(kept)
+        return kept
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
         request, tensors = ctx.request, ctx.saved_tensors
         count = len(request.wanted)
+        assert request.mark is not None
         of_inputs, of_given = request.call.second(
             tensors[:count],
             request.cotangents(tensors[count:]),
             request.wanted,
             request.spread(along),
+            request.mark,
         )
         kept = [g for g, there in zip(of_given, request.given, strict=True) if there]
         return (None, *of_inputs, *kept)
