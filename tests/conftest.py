@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import itertools
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,10 @@ def _nothing_left_switched() -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert torch._C._functorch.peek_interpreter_stack() is None, "inside of a transform"
     assert not torch.overrides._get_current_function_mode_stack(), "a function mode is still on"
+    blocks = sys.modules.get("innerloop._inner_gradient.block")
+    if blocks is not None and blocks.readable() is not None:
+        blocks._thread.modules = None
+        raise AssertionError("checkpoints of this thread still run as blocks of a loop")
 
 
 @pytest.fixture

@@ -161,6 +161,9 @@ def enter(module: ReadModule) -> None:
 def leave(module: ReadModule) -> None:
     """Undo `enter`."""
     rest = tuple(m for m in _thread.modules or () if m is not module)
+    if module.is_outermost and rest:
+        # Loops may end in another order than that of their beginnings.
+        rest[0].is_outermost = True
     _thread.modules = None if module.is_outermost and not rest else rest
 
 
