@@ -1062,3 +1062,45 @@ def test_operations_are_replaced_as_they_were(inside: bool):
     plain = gradients(None)
     for slots in (2, "all"):
         torch.testing.assert_close(gradients(Checkpointed(slots=slots)), plain, rtol=0, atol=1e-12)
+
+
+class Factor:
+    """A factor that acts on gradients alone, as that of a gradient reversal does."""
+
+    value = 1.0
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.factor.value, None
+
+
+@pytest.mark.parametrize("changed", ["before the last step", "after it", "never"])
+def test_a_factor_of_the_gradient_that_changes_is_noticed(changed: str):
+    """The losses are the same; no loss tells what the newest step did."""
+    model, factor = network(), Factor()
+
+    def loss(x: Tensor) -> Tensor:
+        found: Tensor = Scaled.apply(loop.model(x), factor).square().mean()
+        return found
+
+    with innerloop.track(model, sgd(model), strategy=Checkpointed()) as loop:
+        for t in range(3):
+            if changed == "before the last step" and t == 2:
+                factor.value = -0.5
+            loop.step(loss, args=(features(t),))
+        outer = loop.model(features(9)).sum()
+    if changed == "after it":
+        factor.value = -0.5
+    if changed == "never":
+        outer.backward()
+        return
+    factor.value = 3.0
+    with pytest.raises(InvalidInputError, match="ran again in the backward pass"):
+        outer.backward()

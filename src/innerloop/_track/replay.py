@@ -362,6 +362,8 @@ class Recorder:
         self._later: tuple[int, State] | None = None
         self._ready: dict[int, Prepared] = {}
         self._merges = True
+        self.newest: Params | None = None
+        """Copies of the parameters that the newest step gave."""
         self.start_is_learned = start_is_learned
 
     def add(self, record: StepRecord, before: State) -> None:
@@ -369,6 +371,7 @@ class Recorder:
         with self.model.lock:
             t = len(self.steps)
             self.kept.offer(t, before)
+            self.newest = None
             self._last = t, before
             self._later = None
             self._ready.clear()
@@ -631,6 +634,7 @@ class Recorder:
         self._check_loss(t, taken.loss)
         self._check_gradient(t, taken.grads)
         self._check_later(t, state, taken)
+        self._check_newest(t, state, taken)
         new_state = tree.leaves(taken.optimizer_state)
         ends = [taken.updated[n] for n in layout.updated]
         ends += [new_state[place] for place in layout.new_state]
@@ -655,6 +659,19 @@ class Recorder:
         was = self.steps[t].gradient
         if was is not None and not gradient_mark(grads).agrees(was):
             raise _differs(t, "its gradients (after hooks and grad_callback) are others")
+
+    def _check_newest(self, t: int, before: State, taken: Taken) -> None:
+        """Raise if the newest parameters are far from those that the forward pass had.
+
+        No later loss tells.
+        """
+        if t + 1 < len(self.steps) or self.newest is None:
+            return
+        names = self.steps[t].layout.updated
+        now = [taken.updated[n].detach() for n in names]
+        then, old = [self.newest[n] for n in names], [before.params[n].detach() for n in names]
+        if names and not _close(now, then, old):
+            raise _differs(t, "its new parameters are others than in the forward pass")
 
     def _check_later(self, t: int, before: State, taken: Taken) -> None:
         """Raise if the new parameters are far from those that the forward pass had."""

@@ -456,6 +456,8 @@ class ReplayedLoop(TrackedLoop):
             self._cut.reached = True
         with torch.enable_grad():
             results = as_node(self._recorder, t, outputs, inputs)
+            # Copies: the user may edit what the step gave.
+            newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
             params = {**current, **dict(zip(updated, results, strict=False))}
             params = aliased(params, current)
         state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
@@ -466,6 +468,7 @@ class ReplayedLoop(TrackedLoop):
         self._plain_leaves = [x.detach() if isinstance(x, Tensor) else x for x in new]
         self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
         self._recorder.add(record, before)
+        self._recorder.newest = newest
         self._last_record = record
         if t == 0 or t in self._save_at:
             self._states[t] = carry._replace(params=current)
