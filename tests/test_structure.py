@@ -180,6 +180,7 @@ REGISTRIES = {
     "_utils/folder_lock.py:_held": "the folders that this process holds, emptied as it lets go",
     "_utils/tree.py:_nodes": "pytree nodes: what a user registered cannot be recomputed",
     "higher/optim.py:_opt_mapping": "the bridge's optimizers, with those that a user registered",
+    "_inner_gradient/block.py:_references": "a constant of the interpreter, found when asked for",
     "doctor/_cases/all_cases.py:all_cases": "a constant table, built when it is first asked for",
     "strategy/_engine/schedule.py": "binomial schedules: functions of two integers",
     "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
