@@ -300,8 +300,6 @@ def inside_saved_tensors_hooks() -> bool:
 
 
 _checkpoint: Any = inspect.unwrap(checkpointing.checkpoint)
-# As torch.compiler.disable, which imports the compiler at once; this one does at the first call.
-_untraced: Any = vars(torch)["_disable_dynamo"]
 
 
 def redirect_checkpoint(to: Callable[..., Any]) -> None:
@@ -317,7 +315,7 @@ def redirect_checkpoint(to: Callable[..., Any]) -> None:
     if vars(plain).get("_innerloop_redirected") is not to:
         original = vars(plain).get("_innerloop_original")
         if original is None:
-            original = _untraced(
+            original = never_compiled(
                 types.FunctionType(
                     plain.__code__,
                     plain.__globals__,
@@ -329,7 +327,7 @@ def redirect_checkpoint(to: Callable[..., Any]) -> None:
             inspect.unwrap(original).__kwdefaults__ = plain.__kwdefaults__
         vars(plain)["_innerloop_original"] = original
         vars(plain)["_innerloop_redirected"] = to
-        vars(plain)["__dynamo_disable"] = _untraced(partial(to, original))
+        vars(plain)["__dynamo_disable"] = never_compiled(partial(to, original))
 
 
 def is_tracked(tensor: Tensor) -> bool:
