@@ -27,6 +27,7 @@ from innerloop._module.view import ModuleView
 from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -81,12 +82,12 @@ class Surroundings(NamedTuple):
 
     Attributes:
         training: the mode of each module.
-        autocast: for each kind of device, whether it is on, and its dtype.
+        autocast: the modes of autocast.
         replaced: what decided which operations were replaced; None: none was.
     """
 
     training: tuple[bool, ...]
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast: AutocastModes
     replaced: Situation | None
 
 
@@ -316,12 +317,7 @@ class ModelCopy:
                 stack.enter_context(torch.enable_grad())
                 if record.random_state is not None:
                     stack.enter_context(at_random_state(record.random_state))
-                for kind, enabled, dtype in around.autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        # The cache would keep a cast copy of the parameters of every step.
-                        stack.enter_context(
-                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                        )
+                stack.enter_context(around.autocast.restored())
                 yield
         finally:
             self.gate.home = home
