@@ -3,6 +3,7 @@ and compiled chunks of tasks are those of uncompiled code."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -394,6 +395,64 @@ def test_a_problem_that_changes_its_code_is_compiled_again_and_warned_about():
     with pytest.warns(innerloop.RecompilationWarning, match="compiled 4 times"):  # noqa: PT031
         for columns in range(1, 5):
             run(columns)
+
+
+FACTOR = 1.0
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.square().sum()
+
+
+def cubes(x: Tensor) -> Tensor:
+    return x.pow(3).sum()
+
+
+class Settings:
+    power = 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "new"),
+    [
+        ("module", "FACTOR", 3.0),
+        ("module", "squares", cubes),
+        ("settings", "power", 3),
+        ("functional", "relu", nn.functional.softplus),
+        ("forward", "softsign", nn.functional.tanhshrink),
+    ],
+)
+def test_what_a_loss_reads_may_change_between_loops(
+    owner: str, name: str, new: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # Guards of innerloop's own code are left out; those of everything else stay.
+    module = sys.modules[__name__]
+    owners = {
+        "module": module,
+        "settings": Settings,
+        "functional": nn.functional,
+        "forward": nn.functional,
+    }
+    layer = nn.Softsign()
+
+    def loss(p: dict[str, Tensor], h: object, b: Tensor) -> Tensor:
+        x = layer(p["x"]) if owner == "forward" else nn.functional.relu(p["x"])
+        return FACTOR * squares(x * b) + (x**Settings.power).sum()
+
+    learned = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+
+    def run(strategy: Strategy) -> Tensor:
+        traj = innerloop.unroll(
+            learned, {"x": torch.linspace(0.2, 1.0, 3)}, torch.ones(2, 3), strategy=strategy
+        )
+        return traj.params["x"]
+
+    before = run(StoreAll(compile=True))
+    torch.testing.assert_close(before, run(StoreAll()))
+    monkeypatch.setattr(owners[owner], name, new)
+    after = run(StoreAll(compile=True))
+    torch.testing.assert_close(after, run(StoreAll()))
+    assert not torch.allclose(after, before)
 
 
 @pytest.mark.slow

@@ -527,10 +527,12 @@ def _counted(state: State) -> State:
 
 def uncounted(state: State, like: State) -> State:
     """Return the state with step counts as numbers again, where ``like`` has numbers."""
-    pairs = zip(tree.leaves(state), tree.leaves(like), strict=False)
-    if len(tree.leaves(state)) != len(tree.leaves(like)):
+    params, optimizer_state, buffers = state
+    leaves, before = tree.leaves(optimizer_state), tree.leaves(like[1])
+    if len(leaves) != len(before):
         return state
-    return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
+    numbers = [int(x) if type(y) is int else x for x, y in zip(leaves, before, strict=True)]
+    return params, tree.with_leaves(optimizer_state, numbers), buffers
 
 
 def with_counts(carry: Carry, like: Carry) -> Carry:
