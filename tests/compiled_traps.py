@@ -678,6 +678,17 @@ def _(strategy: Strategy) -> Any:
     return tree.map_tensors(Tensor.bfloat16, found)
 
 
+@trap("autocast")
+def _(strategy: Strategy) -> Any:
+    def loss(p: Any, h: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = predict(p, x)
+        return y.float().square().mean()
+
+    found = gradients(strategy, loss)
+    return tree.map_tensors(Tensor.bfloat16, found)
+
+
 @trap("embedding bags, which have a replacement")
 def _(strategy: Strategy) -> Any:
     return gradients(

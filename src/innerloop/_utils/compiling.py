@@ -101,6 +101,8 @@ class Compiled:
 
     Attributes:
         compilations: how often PyTorch has compiled it so far, each time for another code path.
+        precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
+            autocast makes coarser than its inputs.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Compiled:
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:
         self.compilations = 0
+        self.precision = 0.0
         self._replaced = replaced or {}
         self._what = what
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
@@ -149,6 +152,9 @@ class Compiled:
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
         for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.precision = max(self.precision, torch.finfo(value.dtype).eps)
             if node.op == "call_function" and node.target in self._replaced:
                 node.target = self._replaced[node.target]
         graph.recompile()
