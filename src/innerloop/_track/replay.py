@@ -361,7 +361,7 @@ class Recorder:
         self._ready: dict[int, Prepared] = {}
         self._merges = True
         self.newest: Params | Fingerprint | None = None
-        """Copies of the parameters that the newest step gave; once it ran again, what marks them."""
+        """Copies of the parameters that the newest step gave; once it ran again, their mark."""
         self.start_is_learned = start_is_learned
 
     def add(self, record: StepRecord, before: State) -> None:
