@@ -89,6 +89,14 @@ def silent_about_grad() -> Iterator[None]:
         yield
 
 
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def _plainly(body: Callable[..., Any], *inputs: Any, **_: object) -> Any:
+    """Run what activation checkpointing wraps: the compiler chooses itself what it keeps."""
+    return body(*inputs)
+
+
 class Compiled:
     """A function that is compiled when it is first called.
 
@@ -157,6 +165,8 @@ class Compiled:
                 self.precision = max(self.precision, torch.finfo(value.dtype).eps)
             if node.op == "call_function" and node.target in self._replaced:
                 node.target = self._replaced[node.target]
+            elif node.op == "call_function" and node.target is _CHECKPOINT:
+                node.target = _plainly
         graph.recompile()
         if BACKEND is not None:
             return BACKEND(graph, inputs)
