@@ -323,9 +323,7 @@ def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
 
         def of_params(params: Any, hyper: Any, batch: Batch, held: Tensor | None = None) -> Tensor:
             complete = {**everything, **params}
-            return _value(
-                w, lambda b: call(complete, b), complete, batch, strength(hyper), held
-            )
+            return _value(w, lambda b: call(complete, b), complete, batch, strength(hyper), held)
 
         if case.role == "target":
             more["targets"] = lambda params, hyper, batch: losses.target({**everything, **params})

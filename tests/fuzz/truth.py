@@ -111,7 +111,8 @@ def world(case: Case) -> World:
         along[f"hyper.{name}"] = v * min(abs(value), 1.0)
     if case.role != "none":
         along["hyper.strength"] = torch.randn((), generator=generator, dtype=torch.float64).sign()
-    if case.extras.get("buffer") == "learned":
+    # `metagradient` returns the derivatives in its inputs, to which a buffer does not belong.
+    if case.extras.get("buffer") == "learned" and case.front != "metagradient":
         along["buffer.gate"] = torch.randn(models.OUT, generator=generator, dtype=torch.float64)
     return World(
         case, model, models.batches(case.seed, case.steps + 1), trained, 0.2, values, along

@@ -178,9 +178,7 @@ def shortened(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)[:110]
 
 
-def cases(
-    seed: int, numbers: Iterator[int] | range, *, newest: bool = False
-) -> Iterator[Verdict]:
+def cases(seed: int, numbers: Iterator[int] | range, *, newest: bool = False) -> Iterator[Verdict]:
     """Judge one case after the other, in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

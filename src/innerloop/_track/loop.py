@@ -49,7 +49,7 @@ from innerloop._track.start import (
 from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
-from innerloop._utils.arguments import check_flag, check_mapping
+from innerloop._utils.arguments import check_flag, check_has_values, check_mapping
 from innerloop._utils.deep_graphs import Chain
 from innerloop._utils.execution import may_read_values
 from innerloop._utils.finite import all_finite, is_finite
@@ -135,6 +135,7 @@ class TrackedLoop:
         self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
         for name, p in {**own, **given}.items():
+            check_has_values(f"the parameter {name!r}", p)
             if p.is_inference() and name not in self._frozen:
                 check_not_inference(f"the parameter {name!r}", p)
         self._cut = GraphCut(learn)
@@ -577,6 +578,7 @@ class TrackedLoop:
 
     def _as_loss(self, loss: object) -> Tensor:
         """Return ``loss`` as a scalar; raise unless it can be differentiated."""
+        check_has_values("the loss given to loop.step", loss)
         loss = check_loss(loss, "the loss given to loop.step")
         if not self._trained:
             raise InvalidInputError(

@@ -103,7 +103,7 @@ class ReplayedLoop(TrackedLoop):
             keeps_statistics=self._second_order,
             densely=not self._optimizer.takes_sparse,
         )
-        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy)
+        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy, self._view)
         self._swap: dict[int, object] = {id(self): self._copy.stand_in}
         self._swap.update(
             (id(ours), theirs)

@@ -37,6 +37,17 @@ def given(name: str, value: object) -> str:
     return f"{name}={found}" if " " not in found or found[0] == "'" else f"{name} is {found}"
 
 
+def check_has_values(name: str, value: object) -> None:
+    """Raise if a tensor lies on the meta device."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise InvalidInputError(
+            f"{name} lies on the meta device, where a tensor has a shape and no numbers: a loop "
+            "takes steps, and looks whether its losses are finite. Give the model memory and "
+            'values before, model.to_empty(device="cpu") and its initialisation; for the shapes '
+            "alone call the model itself"
+        )
+
+
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], instead: str) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
