@@ -33,7 +33,7 @@ def main() -> int:
     def each(found: verdict.Verdict, tally: verdict.Tally) -> None:
         if found.kind in verdict.FINDINGS:
             print(found, flush=True)
-        if tally.total % 500 == 0:
+        if tally.total % 100 == 0:
             print(tally, flush=True)
 
     tally = verdict.run(arguments.seed, numbers, each, newest=newest)

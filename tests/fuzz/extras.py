@@ -51,6 +51,10 @@ each call replaces by a function of its output, or that each call writes in plac
 STEPS = ("defaults", "late", "args")
 """How a closure gets its data: as defaults, from variables that change, or by ``args=``."""
 FORMS = ("mean", "sum")
+FLAGS = ("assign", "shift", "feedback", "callback", "computed")
+"""Of hand-written loops: `loop.assign` once, an edit in place after each step, the loss of the step
+before in each loss, a callback that scales the gradients by an outer variable, and that variable as
+the result of a computation before the loop."""
 SHIFT = 0.03
 """What is added to a weight in place, under ``torch.no_grad``, after each step."""
 FEEDBACK = 0.3
@@ -137,7 +141,7 @@ def enrolled() -> set[str]:
         *(f"buffer: {kind}" for kind in BUFFERS),
         *(f"micro-batches: {form}" for form in FORMS),
         *(f"steps: {form}" for form in STEPS),
-        *("assign", "shift", "feedback", "callback", "computed"),
+        *FLAGS,
     }
 
 
