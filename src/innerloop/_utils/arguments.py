@@ -42,9 +42,9 @@ def check_has_values(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.is_meta:
         raise InvalidInputError(
             f"{name} lies on the meta device, where a tensor has a shape and no numbers: a loop "
-            "takes steps, and looks whether its losses are finite. Give the model memory and "
-            'values before, model.to_empty(device="cpu") and its initialisation; for the shapes '
-            "alone call the model itself"
+            "takes steps, and looks whether its losses are finite. Make it on a device with memory "
+            '(for a model that was built there: model.to_empty(device="cpu"), and initialise it); '
+            "for the shapes alone call the model itself"
         )
 
 
@@ -169,6 +169,9 @@ def check_fields(owner: object) -> None:
             raise InvalidInputError(
                 f"{type(owner).__name__}: {given(name, value)}, write {instead}"
             )
+        parts = value.values() if isinstance(value, Mapping) else (value,)
+        for part in value if isinstance(value, tuple) else parts:
+            check_has_values(f"{type(owner).__name__}: {name} (or a tensor in it)", part)
 
 
 _known: MutableMapping[type, list[tuple[str, Callable[[object], bool], str]]] = caches.cache(
