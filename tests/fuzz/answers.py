@@ -213,9 +213,10 @@ def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tens
                 given["args"] = (loop.model, batch, strength, held, factor)
             loop.step(loss, hyper=overrides or None, **given)
             if more.get("assign") == t:
-                name = w.trained[0]
-                old = dict(loop.model.named_parameters())[name]
-                loop.assign({name: 0.8 * old + 0.1 * strength})
+                now = dict(loop.model.named_parameters())
+                name, other = w.trained[0], w.trained[-1]
+                new = 0.8 * now[name] + 0.1 * strength + 0.1 * now[other].sum()
+                loop.assign({name: new})
             if "shift" in more:
                 with torch.no_grad():
                     dict(loop.model.named_parameters())[w.shifted].add_(SHIFT)

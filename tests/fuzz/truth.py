@@ -249,8 +249,8 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
         losses_seen.append(seen[0])
         if more.get("assign") == t:
             with torch.no_grad():
-                p = params[w.trained[0]]
-                p.copy_(0.8 * p + 0.1 * strength)
+                p, other = params[w.trained[0]], params[w.trained[-1]]
+                p.copy_(0.8 * p + 0.1 * strength + 0.1 * other.sum())
         if "shift" in more:
             params[w.shifted].data.add_(SHIFT)
         if t + 1 == (case.steps + 1) // 2:

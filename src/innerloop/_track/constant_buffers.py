@@ -26,9 +26,7 @@ class _Held(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Tensor, str, *tuple[Tensor, ...]], output: Tensor
-    ) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor | str, ...], output: Tensor) -> None:
         ctx.buffer = inputs[1]  # type: ignore[attr-defined]
 
     @staticmethod

@@ -529,6 +529,11 @@ class ReplayedLoop(TrackedLoop):
         return known[1]
 
     @property
+    def _differentiates_weights(self) -> bool:
+        """A step runs on constants."""
+        return False
+
+    @property
     def trajectory(self) -> Trajectory:
         """Return the losses so far, and the states at the start, at ``save_at``, and now."""
         states = {**self._states, self._steps: self._now()}
