@@ -52,9 +52,9 @@ STEPS = ("defaults", "late", "args")
 """How a closure gets its data: as defaults, from variables that change, or by ``args=``."""
 FORMS = ("mean", "sum")
 FLAGS = ("assign", "shift", "feedback", "callback", "computed")
-"""Of hand-written loops: `loop.assign` once, of a function of two parameters, an edit in place after each step, the loss of the step
-before in each loss, a callback that scales the gradients by an outer variable, and that variable as
-the result of a computation before the loop."""
+"""Of hand-written loops: `loop.assign` once, of a function of two parameters; an edit in place
+after each step; the loss of the step before in each loss; a callback that scales the gradients by
+an outer variable; and that variable as the result of a computation before the loop."""
 SHIFT = 0.03
 """What is added to a weight in place, under ``torch.no_grad``, after each step."""
 FEEDBACK = 0.3
