@@ -460,8 +460,9 @@ class _Block:
     def _replaced(self) -> InvalidInputError | None:
         """Return the error for a submodule that was replaced inside the loop, if any was."""
         names = [name for state in self.states if (name := state.replaced_submodule()) is not None]
-        what = "a block under activation checkpointing (torch.utils.checkpoint)"
-        return replaced(names[0], what) if names else None
+        if not names:
+            return None
+        return replaced(names[0], "a block under activation checkpointing (torch.utils.checkpoint)")
 
 
 def _differs(what: str) -> InvalidInputError:

@@ -550,14 +550,14 @@ class Recorder:
     def _differs(self, t: int, what: str) -> InvalidInputError:
         """Return the error for a step that does something else when it runs again."""
         live = self.model.live()
-        name = None if live is None else live.replaced_submodule(self.model.view)
-        return _differs(t, what) if name is None else replaced(name, f"step {t}")
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _differs(t, what) if submodule is None else replaced(submodule, f"step {t}")
 
     def _failed(self, t: int, error: Exception) -> InvalidInputError:
         """Return the error for a closure that raises when it runs again."""
         live = self.model.live()
-        name = None if live is None else live.replaced_submodule(self.model.view)
-        return _failed(t, error) if name is None else replaced(name, f"step {t}")
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _failed(t, error) if submodule is None else replaced(submodule, f"step {t}")
 
     def _check_written(self, t: int, record: StepRecord) -> None:
         tensors, versions = record.written

@@ -530,7 +530,7 @@ class ReplayedLoop(TrackedLoop):
 
     @property
     def _differentiates_weights(self) -> bool:
-        """A step runs on constants."""
+        """Return False: a step runs on constants."""
         return False
 
     @property
