@@ -751,6 +751,7 @@ class Replacing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
+        self.memory: Tensor
         self.register_buffer("memory", torch.zeros(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:

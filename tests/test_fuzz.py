@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_every_strategy_of_track_is_drawn() -> None:
 
 
 def test_every_setting_of_a_layer_with_fast_weights_is_drawn() -> None:
-    layers = [models.make("fast weights", seed).fast for seed in range(60)]
+    made: list[Any] = [models.make("fast weights", seed) for seed in range(60)]
+    layers = [model.fast for model in made]
     assert {layer.read for layer in layers} == {"before", "after"}
     assert {layer.chunk for layer in layers} == {1, 2, 3}
     assert len({type(layer.strategy) for layer in layers}) == 2

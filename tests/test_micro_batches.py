@@ -437,6 +437,7 @@ class Replacing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:

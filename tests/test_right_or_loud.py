@@ -677,6 +677,14 @@ def outer_of_w(traj: Any, hyper: Any) -> Any:
     return traj.params["w"].sum()
 
 
+OF_PROBLEM: dict[str, Callable[..., object]] = {
+    "unroll": unroll,
+    "unroll, Checkpointed": partial(unroll, strategy=Checkpointed()),
+    "unroll, FirstOrder": partial(unroll, strategy=FirstOrder()),
+    "unroll, ForwardMode": partial(unroll, strategy=ForwardMode()),
+    "metagradient": partial(metagradient, outer_of_w, wrt="hyper"),
+    "check": partial(innerloop.check_metagradient, outer_of_w, wrt="hyper"),
+}
 ON_META: dict[str, Callable[..., object]] = {
     "track": tracked_on_meta,
     "track, evaluation": lambda: tracked_on_meta(learn="nothing"),
@@ -693,15 +701,7 @@ ON_META: dict[str, Callable[..., object]] = {
     **{
         f"{name}, {where}": partial(meta_loop, where, call)
         for where in ("params", "hyper", "batch")
-        for name, call in {
-            "unroll": unroll,
-            "metagradient": partial(metagradient, outer_of_w, wrt="hyper"),
-            "check": partial(innerloop.check_metagradient, outer_of_w, wrt="hyper"),
-            **{
-                f"unroll, {type(strategy).__name__}": partial(unroll, strategy=strategy)
-                for strategy in (Checkpointed(), FirstOrder(), ForwardMode())
-            },
-        }.items()
+        for name, call in OF_PROBLEM.items()
     },
     "plan": partial(meta_loop, "params", innerloop.plan),
     "implicit_root": lambda: innerloop.implicit_root(

@@ -51,7 +51,7 @@ each call replaces by a function of its output, or that each call writes in plac
 STEPS = ("defaults", "late", "args")
 """How a closure gets its data: as defaults, from variables that change, or by ``args=``."""
 FORMS = ("mean", "sum")
-FLAGS = ("assign", "shift", "feedback", "callback", "computed")
+FLAGS: tuple[str, ...] = ("assign", "shift", "feedback", "callback", "computed")
 """Of hand-written loops: `loop.assign` once, of a function of two parameters; an edit in place
 after each step; the loss of the step before in each loss; a callback that scales the gradients by
 an outer variable; and that variable as the result of a computation before the loop."""
@@ -236,8 +236,9 @@ def weight_of(loss: str) -> Callable[[Batch], Tensor] | None:
     return None
 
 
-def parts(batch: Batch, size: int, form: str, loss: str) -> list[tuple[float, Batch]]:
+def parts(batch: Batch, micro: tuple[int, str], loss: str) -> list[tuple[float, Batch]]:
     """Cut a batch into parts by hand; return them with their factors."""
+    size, form = micro
     rows = len(batch["x"])
     found = []
     for begin in range(0, rows, size):

@@ -218,7 +218,7 @@ class Adapting(nn.Module):
     def _of_sample(self, x: Tensor) -> Tensor:
         """Train on the chunks of one sample, one after the other."""
         fast = self.fast
-        weights = dict(fast.module.named_parameters())
+        weights: dict[str, Tensor] = dict(fast.module.named_parameters())
         first = {name: torch.zeros_like(p) for name, p in weights.items()}
         state: tuple[dict[str, Tensor], dict[str, Tensor]] = first, first
         found = []

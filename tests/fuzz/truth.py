@@ -208,7 +208,7 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
             if case.role == "gate":
                 model.gate = extras.gate_of(strength)  # noqa: B023
             if "micro" in more:
-                pieces = extras.parts(batch, *more["micro"], case.loss)  # noqa: B023
+                pieces = extras.parts(batch, more["micro"], case.loss)  # noqa: B023
                 value = torch.stack([share * value_of(part) for share, part in pieces]).sum()
             else:
                 value = value_of(batch)  # noqa: B023
