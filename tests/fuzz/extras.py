@@ -151,9 +151,7 @@ def enrolled() -> set[str]:
 def named(case: Case) -> list[str]:
     """List what a case has of it."""
     extras = case.extras
-    found = [
-        key for key in ("assign", "shift", "feedback", "callback", "computed") if key in extras
-    ]
+    found: list[str] = [key for key in FLAGS if key in extras]
     if "replayed" in extras:
         found += [f"{FRONT} {case.strategy!r}", f"steps: {extras['replayed']}"]
     if "checkpoint" in extras:
