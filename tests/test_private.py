@@ -873,19 +873,19 @@ def test_the_engine_is_called_as_pytorch_calls_it(dtype: torch.dtype, shape: tup
     idle = torch.ones(2, requires_grad=True)
     loss = (weight * x**3).sum().reshape(shape)
     loss.register_hook(lambda g: g.mul_(2))
-    first = torch_private.gradient(loss, [x, idle, weight], True)
+    first = torch_private.gradient(loss, [x, idle, weight], True, True)
     again = torch.autograd.grad(loss, [x, idle, weight], create_graph=True, allow_unused=True)
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert first[1] is None
     assert first[0] is not None
-    (second,) = torch_private.gradient(first[0][0], [x], False)
+    (second,) = torch_private.gradient(first[0][0], [x], False, False)
     torch.testing.assert_close(second, torch.stack([2 * 18 * x[0], 0 * x[1]]))
-    torch_private.gradient(loss, [x], False)
+    torch_private.gradient(loss, [x], False, False)
     with pytest.raises(RuntimeError, match="second time"):
-        torch_private.gradient(loss, [x], False)
+        torch_private.gradient(loss, [x], False, False)
     with _Doubled():
-        (seen,) = torch_private.gradient(weight * weight, [weight], False)
+        (seen,) = torch_private.gradient(weight * weight, [weight], False, False)
         assert seen == 12
 
 

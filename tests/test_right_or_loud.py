@@ -714,3 +714,107 @@ ON_META: dict[str, Callable[..., object]] = {
 def test_the_meta_device_is_refused_by_name(name: str) -> None:
     with pytest.raises(innerloop.InvalidInputError, match="on the meta device"):
         ON_META[name]()
+
+
+# -- what a step computes besides its loss, in a first-order loop ----------------------------------
+
+
+class Remembering(nn.Module):
+    """Its buffer is computed from its weight in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.5], dtype=torch.float64))
+        self.register_buffer("seen", torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = (x * self.weight).tanh() + 0.1 * self.seen.detach()
+        self.seen = found.mean(0).exp()
+        return found
+
+
+@pytest.mark.parametrize("front", ["track", "bridge"])
+def test_a_buffer_of_a_first_order_step_keeps_its_derivative(front: str) -> None:
+    """Once the step's graph had been freed, PyTorch's own error came out of the outer loss."""
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+    model = Remembering()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if front == "track":
+        with innerloop.track(model, optimizer, first_order=True) as loop:
+            for _ in range(2):
+                loop.step(loop.model(x).square().mean())
+        outer = (loop.model.seen * loop.model.weight).sum()
+    else:
+        with innerloop.higher.innerloop_ctx(
+            model, optimizer, copy_initial_weights=False, track_higher_grads=False
+        ) as (fmodel, diffopt):
+            for _ in range(2):
+                diffopt.step(fmodel(x).square().mean())
+        outer = (fmodel.seen * fmodel.weight).sum()
+        (slope,) = torch.autograd.grad(outer, fmodel.weight)
+        assert slope.isfinite().all()
+        return
+    outer.backward()
+
+    # By hand: the gradients are constants, the buffer is the function of the weight that it is.
+    start = model.weight.detach().clone().requires_grad_()
+    weight, seen = start, torch.ones(2, dtype=torch.float64)
+    for _ in range(2):
+        found = (x * weight).tanh() + 0.1 * seen.detach()
+        (grad,) = torch.autograd.grad(found.square().mean(), weight, retain_graph=True)
+        seen, weight = found.mean(0).exp(), weight - 0.1 * grad
+    (expected,) = torch.autograd.grad((seen * weight).sum(), start)
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("product", ["mixed", "finite", "reverse"])
+@pytest.mark.parametrize("save", ["params", "gradients"])
+def test_derivatives_whose_squares_overflow(product: Any, save: Any) -> None:
+    """A number in Python raises where a tensor would be infinite: ``1e200 ** 2``."""
+    problem = innerloop.Problem(
+        lambda p, h, b: 1e200 * h * p["x"].square().sum() / 2, innerloop.optim.sgd(lr=1e-201)
+    )
+    start = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+
+    def gradient(strategy: Strategy) -> Any:
+        return innerloop.metagradient(
+            lambda traj, h: 1e180 * traj.params["x"].square().sum(),
+            problem,
+            start,
+            None,
+            hyper=torch.tensor(1.0, dtype=torch.float64),
+            steps=2,
+            wrt="params",
+            strategy=strategy,
+        )[1]
+
+    found = gradient(innerloop.Checkpointed(product=product, save=save))
+    torch.testing.assert_close(found, gradient(innerloop.StoreAll()), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("strategy", [None, innerloop.Checkpointed(), innerloop.Truncated(1)])
+def test_a_parameter_that_a_step_skips_is_another_tensor_after_it(
+    strategy: Strategy | None,
+) -> None:
+    """It was the same one under a strategy, so an edit changed the times before."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Parameter(torch.ones(2))
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.used
+
+    model, seen = Part(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given: Any = {} if strategy is None else {"strategy": strategy, "save_at": [1]}
+    with innerloop.track(model, optimizer, **given) as loop:
+        for _ in range(3):
+            loop.step(lambda m: m(torch.ones(3, 2)).square().mean(), args=(loop.model,))
+            with torch.no_grad():
+                loop.model.unused.add_(1.0)
+            seen.append(loop.model.unused)
+    assert [p[0].item() for p in seen] == [2.0, 3.0, 4.0]
+    assert loop.trajectory.at(1).params["unused"][0].item() == 2.0

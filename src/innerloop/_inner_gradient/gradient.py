@@ -38,6 +38,7 @@ def inner_gradient(
     create_graph: bool,
     independent: Callable[[], Exception],
     gate: Gate | None = None,
+    keep_graph: bool = False,
 ) -> dict[K, Tensor | None]:
     """Differentiate ``loss`` by ``params``; None for those that it does not use.
 
@@ -49,6 +50,8 @@ def inner_gradient(
             front end.
         gate: opened while the backward pass runs, which may read the weights of its own step,
             and then put back as it was.
+        keep_graph: without ``create_graph``, keep the graph of the loss, of which something besides
+            the loss has come.
 
     Returns:
         A gradient, or None, for each of ``params``.
@@ -62,7 +65,9 @@ def inner_gradient(
         before, gate.closed = gate.closed, False
     try:
         with inner_pass():
-            values = torch_private.gradient(loss, list(params.values()), create_graph)
+            values = torch_private.gradient(
+                loss, list(params.values()), create_graph, create_graph or keep_graph
+            )
     except InnerLoopError:
         raise
     except RuntimeError as error:

@@ -716,6 +716,10 @@ class TrackedLoop:
                 create_graph=self._second_order,
                 independent=independent,
                 gate=self._gate,
+                # A buffer that the step has computed is there for the outer loss.
+                keep_graph=not self._second_order
+                and self.learn != "nothing"
+                and any(b.requires_grad for b in self._view.read_buffers().values()),
             )
             self._gate.closed = self._second_order
             self._check_origin(found, leaves)

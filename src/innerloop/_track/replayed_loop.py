@@ -461,7 +461,14 @@ class ReplayedLoop(TrackedLoop):
             results = as_node(self._recorder, t, outputs, inputs)
             # Copies: the user may edit what the step gave.
             newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
-            params = {**current, **dict(zip(updated, results, strict=False))}
+            # One that was skipped may be edited later; the times before must not change.
+            stepped = dict(zip(updated, results, strict=False))
+            skipped = {
+                n: p if n in self._frozen else p.clone()
+                for n, p in current.items()
+                if n not in stepped
+            }
+            params = {n: stepped[n] if n in stepped else skipped[n] for n in current}
             params = aliased(params, current)
         state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
         for i, x in zip(new_places, results[len(updated) :], strict=False):

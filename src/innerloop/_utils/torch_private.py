@@ -523,7 +523,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def gradient(
-    loss: Tensor, inputs: Sequence[Tensor], create_graph: bool
+    loss: Tensor, inputs: Sequence[Tensor], create_graph: bool, retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """Differentiate the sum of ``loss``, as ``torch.autograd.grad(..., allow_unused=True)`` does.
 
@@ -541,12 +541,17 @@ def gradient(
     ):
         seeds = torch.ones_like(loss) if loss.ndim else None
         return torch.autograd.grad(
-            loss, inputs, seeds, create_graph=create_graph, allow_unused=True
+            loss,
+            inputs,
+            seeds,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
         )
     # Made anew: a hook on the loss may write it.
     seed = torch.ones_like(loss)
     found: tuple[Tensor | None, ...] = _run_backward(
-        (loss,), (seed,), create_graph, create_graph, tuple(inputs), True, accumulate_grad=False
+        (loss,), (seed,), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
     return found
 

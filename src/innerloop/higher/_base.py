@@ -338,6 +338,10 @@ class DifferentiableOptimizer(abc.ABC):
                 "model's own)"
             ),
             gate=None if self._fmodel is None else fast_weights(self._fmodel).gate,
+            # A buffer that the step has computed is there for the outer loss.
+            keep_graph=not self._track_higher_grads
+            and self._fmodel is not None
+            and any(b.requires_grad for b in self._fmodel.buffers()),
         )
         self._note(leaves, params)
         self._look_for_captured(loss, leaves)

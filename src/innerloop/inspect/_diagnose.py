@@ -401,13 +401,11 @@ class _Case:
     def _look_at_growth(self, sink: _Growth) -> None:
         norms = sink.norms
         steps = self.traj.steps
-        end = math.sqrt(sum(row.get(steps, 0.0) ** 2 for row in norms.values()))
+        end = math.hypot(*(row.get(steps, 0.0) for row in norms.values()))
         peaks = {n: max(row.items(), key=lambda item: item[1]) for n, row in norms.items() if row}
         if not peaks:
             return
-        whole = [
-            math.sqrt(sum(row.get(t, 0.0) ** 2 for row in norms.values())) for t in range(steps + 1)
-        ]
+        whole = [math.hypot(*(row.get(t, 0.0) for row in norms.values())) for t in range(steps + 1)]
         if not end:
             if any(whole):
                 self.findings.append(
@@ -720,7 +718,7 @@ class _Case:
                 value - self.value if math.isfinite(value) else math.inf
                 for value in self._outer_values(moved)
             ]
-        missed = sum((a - b) ** 2 for a, b in zip(promised, kept, strict=True))
+        missed = sum((a - b) * (a - b) for a, b in zip(promised, kept, strict=True))
         real = sum(b * b for b in kept)
         error = math.sqrt(missed / real) if 0 < real < math.inf else math.inf if missed else 0.0
         return (promised, kept), error if not math.isnan(error) else math.inf

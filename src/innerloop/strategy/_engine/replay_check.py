@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -103,14 +104,14 @@ def _agree(
     eps = 0.0
     for name, x in seen.items():
         if tree.differentiable(x) and name in found and found[name].shape == x.shape:
-            error += float((found[name] - x).double().norm()) ** 2
-            step += float((x - before[name]).double().norm()) ** 2
-            size += float(x.double().norm()) ** 2
+            error = math.hypot(error, float((found[name] - x).double().norm()))
+            step = math.hypot(step, float((x - before[name]).double().norm()))
+            size = math.hypot(size, float(x.double().norm()))
             eps = max(eps, torch.finfo(x.dtype).eps)
         elif name in found and not torch.equal(found[name], x):
             return False
-    limit: float = SHARE * step**0.5 + 100 * eps * size**0.5
-    return not error**0.5 > limit
+    limit: float = SHARE * step + 100 * eps * size
+    return not error > limit
 
 
 def _same_gradient(found: Params, kept: Params, params: Params) -> bool:
@@ -121,9 +122,9 @@ def _same_gradient(found: Params, kept: Params, params: Params) -> bool:
         now, then, at = (torch_private.plain_form(x) for x in (found[name], kept[name], p))
         now, then = (x.to_dense() if x.layout is not torch.strided else x for x in (now, then))
         if now.shape == then.shape:
-            error += float((now - then).norm()) ** 2
-            size += float(then.norm()) ** 2
-            scale += float(at.norm()) ** 2
+            error = math.hypot(error, float((now - then).norm()))
+            size = math.hypot(size, float(then.norm()))
+            scale = math.hypot(scale, float(at.norm()))
             eps = max(eps, torch.finfo(at.dtype).eps)
-    limit: float = SHARE * size**0.5 + eps**0.75 * (1 + scale**0.5)
-    return not error**0.5 > limit
+    limit: float = SHARE * size + eps**0.75 * (1 + scale)
+    return not error > limit

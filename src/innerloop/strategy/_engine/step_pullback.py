@@ -463,10 +463,9 @@ def check_product(product: str, step: Step, given: OutputCotangents, ours: Input
     rows = zip(*([*found.state, *found.hyper] for found in (ours, exact, direct)), strict=True)
     for a, b, c in rows:
         if a is not None and b is not None:
-            error += float((a - b).norm()) ** 2
-            total += float(b.norm()) ** 2
-            scale += float((b if c is None else b - c).norm()) ** 2
-    error, scale, total = math.sqrt(error), math.sqrt(scale), math.sqrt(total)
+            error = math.hypot(error, float((a - b).norm()))
+            total = math.hypot(total, float(b.norm()))
+            scale = math.hypot(scale, float((b if c is None else b - c).norm()))
     precision = max(
         (torch.finfo(p.dtype).eps for p in step.carry.params.values()), default=2.0**-52
     )
