@@ -44,7 +44,7 @@ Named = dict[str, Tensor]
 class Args:
     """The settings of a run."""
 
-    updates: int = 40
+    updates: int = 24
     """Updates in the life of a learner."""
     episodes: int = 8
     """Episodes before each update."""
@@ -52,13 +52,15 @@ class Args:
     """Numbers that the learner predicts in each state."""
     hidden: int = 32
     """Width of the network that is the rule."""
-    window: int = 8
+    window: int = 12
     """Updates that the outer gradient goes through at once."""
     lives: int = 48
     """Learners that live at the same time."""
     iterations: int = 300
     """Outer steps."""
-    outer_lr: float = 0.003
+    outer_lr: float = 0.002
+    entropy: float = 0.02
+    """Weight of the policies' entropy in the outer loss."""
     rules: int = 1
     """Rules to discover, from as many seeds."""
     tests: int = 64
@@ -86,19 +88,44 @@ class Kind(NamedTuple):
     draw: Callable[[int, torch.Generator], Named]
 
 
-def random_mdp(states: int, actions: int, horizon: int, noise: float) -> Kind:
-    """Random MDPs: some mix their states, some hardly; some pay everywhere, some in few places."""
+def random_mdp(states: int, actions: int, horizon: int, noise: float, rare: bool = False) -> Kind:
+    """Random MDPs: some mix their states, some hardly; some pay everywhere, some in few places.
+
+    If ``rare``, all of them pay in few places, and few mix.
+    """
     env = envs.TabularMDP(states, actions, horizon, noise)
 
     def draw(n: int, generator: torch.Generator) -> Named:
         tasks = env.sample_tasks(n, generator)
         # The higher the power, the more one next state dominates.
-        power = 30 ** torch.rand(n, 1, 1, 1, generator=generator)
+        power = 30 ** (torch.rand(n, 1, 1, 1, generator=generator) / 2 + 0.5 * rare)
         sharp = (tasks["transition"] / tasks["transition"].amax(-1, keepdim=True)) ** power
-        share = 0.03 ** torch.rand(n, 1, 1, generator=generator)
+        share = 0.05 ** (torch.rand(n, 1, 1, generator=generator) / 2 + 0.5 * rare)
         pays = torch.rand(tasks["reward"].shape, generator=generator) < share
         reward = torch.where(pays, tasks["reward"] - 1, 0.0)
         return {"transition": sharp / sharp.sum(-1, keepdim=True), "reward": reward}
+
+    return Kind(env, draw)
+
+
+def lasting_choice(rooms: int = 3, size: int = 4) -> Kind:
+    """The first action chooses one of several rooms, in which the rest of the episode is spent."""
+    states = 1 + rooms * size
+    env = envs.TabularMDP(states, rooms, 12, 0.3)
+    room = torch.cat([torch.tensor([-1]), torch.arange(rooms).repeat_interleave(size)])
+    enter = (room == torch.arange(rooms)[:, None]).float()
+    stay = (room[:, None] == room).float()[:, None]
+
+    def draw(n: int, generator: torch.Generator) -> Named:
+        tasks = env.sample_tasks(n, generator)
+        goes = tasks["transition"] * stay
+        goes[:, 0] = enter
+        # The rooms differ in what they pay, and so do the actions in them.
+        usual = torch.randn(n, rooms, generator=generator)[:, room.clamp_min(0), None] / 4
+        pays = torch.rand(tasks["reward"].shape, generator=generator) < 0.5
+        reward = torch.where(pays, (tasks["reward"] - 1) / 2, 0.0) + usual
+        reward[:, 0] = 0
+        return {"transition": goes / goes.sum(-1, keepdim=True), "reward": reward}
 
     return Kind(env, draw)
 
@@ -178,6 +205,8 @@ TRAINING = (
     random_mdp(5, 2, 10, 0.3),
     random_mdp(10, 4, 10, 0.3),
     random_mdp(10, 3, 15, 1.0),
+    random_mdp(12, 3, 20, 0.2, rare=True),
+    lasting_choice(),
 )
 HELD_OUT = {
     "random MDPs": random_mdp(10, 4, 10, 0.3),
@@ -261,42 +290,47 @@ class Said(NamedTuple):
 
 
 def rule(params: Named, weights: Named, seen: Episodes) -> Said:
-    """Read the episodes backwards, with a gated recurrent unit."""
+    """Read the episodes backwards, with a linear recurrence whose gates depend on what is read."""
     here, there = (
         looked_up(params["predictions"], states) for states in (seen.states[:-1], seen.states[1:])
     )
     chance = log_chances(params["logits"], seen).exp()
-    inputs = torch.cat([seen.rewards[..., None], chance[..., None], here, there], -1)
-    last = torch.zeros_like(chance[..., None])
+    last = torch.zeros_like(chance)
     last[-1] = 1.0
-    inputs = torch.cat([inputs, last], -1) @ weights["in"] + weights["bias"]
-    h = torch.zeros(*chance.shape[1:], weights["recurrent"].shape[0])
-    found = []
-    for x in inputs.flip(0):
-        r, z, n = x.chunk(3, -1)
-        hr, hz, hn = (h @ weights["recurrent"]).chunk(3, -1)
-        update = (z + hz).sigmoid()
-        h = update * h + (1 - update) * (n + (r + hr).sigmoid() * hn).tanh()
-        found.append(h)
-    out = torch.stack(found[::-1]) @ weights["out"] + weights["out_bias"]
-    return Said(out[..., 0], out[..., 1:])
+    singles = torch.stack([seen.rewards, chance, last], -1)
+    inputs = torch.cat([singles, here, there], -1)
+    features = (inputs @ weights["in"] + weights["bias"]).tanh()
+    keep = (features @ weights["keep"] + weights["keep_bias"]).sigmoid()
+    add = inputs @ weights["add"] + features @ weights["add_more"]
+    memory, found = torch.zeros_like(add[0]), []
+    for k, x in zip(keep.flip(0), add.flip(0), strict=True):
+        memory = torch.addcmul(x, k, memory)
+        found.append(memory)
+    memories = torch.stack(found[::-1])
+    hidden = (memories @ weights["mix"] + features @ weights["mix_more"]).tanh()
+    push, gain, prediction = (hidden @ weights["out"]).tensor_split([1, 2], -1)
+    push = push[..., 0] / (push[..., 0].square().mean((0, 2), keepdim=True) + 1e-4).sqrt()
+    return Said(push * gain[..., 0].mean((0, 2), keepdim=True).exp(), prediction)
 
 
 def first_weights(args: Args, seed: int) -> Named:
     generator = torch.Generator().manual_seed(seed)
-    inputs, outputs = 3 + 2 * args.predictions, 1 + args.predictions
-
-    def drawn(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / rows**0.5
-
-    return {
-        "in": drawn(inputs, 3 * args.hidden),
-        # The unit remembers, at first.
-        "bias": torch.tensor([0.0, 1.0, 0.0]).repeat_interleave(args.hidden),
-        "recurrent": drawn(args.hidden, 3 * args.hidden),
-        "out": drawn(args.hidden, outputs),
-        "out_bias": torch.zeros(outputs),
+    inputs, outputs, width = 3 + 2 * args.predictions, 2 + args.predictions, args.hidden
+    sizes = {
+        "in": (inputs, width),
+        "keep": (width, width),
+        "add": (inputs, width),
+        "add_more": (width, width),
+        "mix": (width, width),
+        "mix_more": (width, width),
+        "out": (width, outputs),
     }
+    drawn = {
+        name: torch.randn(size, generator=generator) / (2 * size[0] ** 0.5)
+        for name, size in sizes.items()
+    }
+    # Of the memories some fade within two steps at first, some hardly.
+    return {**drawn, "bias": torch.zeros(width), "keep_bias": torch.linspace(0, 4, width)}
 
 
 def visits(states: Tensor, tables: Tensor) -> Tensor:
@@ -345,21 +379,29 @@ class Population:
         self.kind, self.args, self.generator = kind, args, generator
         self.tasks = kind.draw(args.lives, generator)
         self.params = newborn(kind.env, args.lives, args.predictions)
-        self.age = torch.randint(args.updates, (args.lives,), generator=generator)
+        windows = -(-args.updates // args.window)
+        self.age = args.window * torch.randint(windows, (args.lives,), generator=generator)
 
     def live(self, problem: innerloop.Problem, weights: Named) -> tuple[Tensor, Named]:
-        """Let everyone learn for a window; return the outer loss and its gradient."""
+        """Let everyone learn for a window; return the mean score and the outer gradient."""
         args, env = self.args, self.kind.env
 
         def batches(params: Named, hyper: object, t: int) -> Episodes:
             return act(env, self.tasks, params["logits"], args.episodes, self.generator)
 
-        def outer(traj: innerloop.Trajectory, _: object) -> tuple[Tensor, Named]:
+        def outer(traj: innerloop.Trajectory, _: object) -> tuple[Tensor, tuple[Tensor, Named]]:
             on_the_way = [traj.at(t).params["logits"] for t in range(1, args.window + 1)]
             reached = score(torch.stack(on_the_way), self.tasks, env.horizon)
-            return -reached.mean(), {name: p.detach() for name, p in traj.params.items()}
+            # What counts is where a life leads.
+            times = self.age + torch.arange(1, args.window + 1)[:, None]
+            mean = (reached * times).sum() / times.sum()
+            # A policy that has stopped trying cannot improve beyond the window.
+            policy = torch.stack(on_the_way).log_softmax(-1)
+            entropy = -(policy.exp() * policy).sum(-1).mean()
+            ends = {name: p.detach() for name, p in traj.params.items()}
+            return -mean - args.entropy * entropy, (mean.detach(), ends)
 
-        (loss, lived), grads = innerloop.metagradient(
+        (_, (mean, lived)), grads = innerloop.metagradient(
             outer, problem, self.params, batches, hyper=weights, steps=args.window, wrt="hyper"
         )
         # In place: the checkpoint holds these tensors.
@@ -374,7 +416,7 @@ class Population:
                 for name, x in of.items():
                     x[old] = new[name]
             self.age[old] = 0
-        return loss.detach(), grads
+        return mean, grads
 
 
 def discover(args: Args, seed: int, bar: tqdm) -> tuple[Named, list[float]]:
@@ -398,17 +440,17 @@ def discover(args: Args, seed: int, bar: tqdm) -> tuple[Named, list[float]]:
     bar.update(len(counters["scores"]))
     while len(counters["scores"]) < args.iterations:
         population = populations[len(counters["scores"]) % len(populations)]
-        loss, grads = population.live(problem, {k: x.detach() for k, x in weights.items()})
+        mean, grads = population.live(problem, {k: x.detach() for k, x in weights.items()})
         optimizer.zero_grad()
         innerloop.assign(weights, grads)
         torch.nn.utils.clip_grad_norm_(weights.values(), 0.1)
         optimizer.step()
         scheduler.step()
-        counters["scores"].append(-loss.item())
+        counters["scores"].append(mean.item())
         done = len(counters["scores"])
         if args.resume and (done % args.save_every == 0 or done == args.iterations):
             state.save(path)
-        bar.set_postfix(score=f"{-loss:.3f}")
+        bar.set_postfix(score=f"{mean:.3f}")
         bar.update()
     return {name: x.detach() for name, x in weights.items()}, counters["scores"]
 
