@@ -65,7 +65,7 @@ class Args:
     """Rules to discover, from as many seeds."""
     tests: int = 64
     """New tasks of each kind."""
-    settings: int = 240
+    settings: int = 80
     """Settings of the actor-critic to choose from, for each kind."""
     tuning_tasks: int = 32
     """Tasks of each kind to choose them on."""
