@@ -610,7 +610,7 @@ def table(args: Args, results: Results) -> str:
 
 def draw(results: Results, path: Path) -> None:
     """Scores of the training learners while the rule is discovered; then learning curves on new
-    tasks, mean and 95 % interval over rules."""
+    tasks, thin for each rule and thick for their mean."""
     figure = matplotlib.figure.Figure(figsize=(9.6, 5.6), layout="constrained")
     axes = figure.subplots(2, 3, sharey=True)
     window = min(15, results.training.shape[1])
@@ -623,13 +623,9 @@ def draw(results: Results, path: Path) -> None:
             ("discovered rule", result.found, "C0"),
             ("actor-critic, tuned here", result.critic, "C1"),
         ):
-            mean, times = scores.mean(0), range(scores.shape[1])
-            ax.plot(times, mean.tolist(), colour, label=label)
-            if len(scores) > 1:
-                spread = scipy.stats.t.ppf(0.975, len(scores) - 1) * scores.std(0)
-                half = spread / len(scores) ** 0.5
-                low, high = (mean - half).tolist(), (mean + half).tolist()
-                ax.fill_between(times, low, high, color=colour, alpha=0.25, lw=0)
+            for row in scores:
+                ax.plot(row.tolist(), colour, lw=0.6, alpha=0.5)
+            ax.plot(scores.mean(0).tolist(), colour, label=label)
         ax.set(title=name, xlabel="updates")
     axes[0, 1].legend(loc="lower right", fontsize=8)
     axes[1, 0].set_ylabel("score")
