@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -24,9 +25,10 @@ from torch.autograd.graph import Node
 
 from innerloop._inner_gradient.graph import check_graph
 from innerloop._module.copier import is_view
-from innerloop._module.view import ModuleView
+from innerloop._module.view import ModuleView, replaced
 from innerloop._types import Params
 from innerloop._utils import inner_pass, torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.frozen import SMALL, Freezer, thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -105,7 +107,8 @@ class ReadModule:
             # One object for all blocks between which nothing is set.
             settings = self._settings
         self._settings = settings
-        return _ModuleState(self.copy, last[1], {}, kept, training, settings)
+        live = weakref.ref(self.view)
+        return _ModuleState(self.copy, last[1], {}, kept, training, settings, live)
 
     def wrote_known_buffers(self) -> bool:
         """True if no buffer was written since `state` besides those of which it kept a copy."""
@@ -270,6 +273,7 @@ class _ModuleState(NamedTuple):
         buffers: the buffers.
         training: the mode of each module.
         settings: what `_settings` returns for each module.
+        live: the module itself, in the hands of the user.
     """
 
     view: ModuleView
@@ -278,6 +282,12 @@ class _ModuleState(NamedTuple):
     buffers: Params
     training: list[bool]
     settings: list[dict[str, Any]]
+    live: weakref.ref[ModuleView]
+
+    def replaced_submodule(self) -> str | None:
+        """Return the name of a submodule that was replaced inside the loop, if any was."""
+        live = self.live()
+        return None if live is None or live is self.view else live.replaced_submodule(self.view)
 
     def run(self, values: Sequence[Tensor], function: Callable[[], Any]) -> Any:
         """Call ``function`` with the module in this state, and with inputs of the node in it."""
@@ -375,7 +385,7 @@ class _Block:
         others: other modules that the function reads.
         itself: the inputs that the function reads where nothing can stand in for them.
         random_state: that before it; None: it draws nothing.
-        autocast: for each kind of device, whether it is on, and its dtype.
+        autocast: the modes of autocast.
         replaced: what decided which operations were replaced; None: none was.
         context: makes the block that the caller wants around it.
         places: the leaves of the result that are outputs of the node.
@@ -388,7 +398,7 @@ class _Block:
     others: list[_OtherModule]
     itself: frozenset[int]
     random_state: RandomState | None
-    autocast: list[tuple[str, bool, torch.dtype]]
+    autocast: AutocastModes
     replaced: Situation | None
     context: Callable[[], AbstractContextManager[Any]] | None
     places: list[int]
@@ -410,18 +420,17 @@ class _Block:
         try:
             with ExitStack() as stack:
                 stack.enter_context(at_random_state(self.random_state))
-                for kind, enabled, dtype in self.autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        # The cache would keep a cast copy of the parameters.
-                        stack.enter_context(
-                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                        )
+                stack.enter_context(self.autocast.restored())
                 stack.enter_context(reading(None, modules))
                 if self.replaced is not None:
                     stack.enter_context(replace.replacing_as(self.replaced))
                 if self.context is not None:
                     stack.enter_context(self.context())
                 result = call()
+        except Exception as error:
+            if (other_model := self._replaced()) is not None:
+                raise other_model from error
+            raise
         finally:
             for other, held in zip(self.others, before, strict=True):
                 other.put_back(*held)
@@ -432,13 +441,24 @@ class _Block:
         ends = [leaves[i] for i in self.places if i < len(leaves)]
         found = [y for y in ends if isinstance(y, Tensor) and y.requires_grad]
         if len(found) < len(self.places):
-            raise _differs("returned other outputs")
+            raise self.differs("returned other outputs")
         if self.numbers is not None and not _Numbers.of(found).agree(self.numbers):
-            raise _differs("gave other numbers")
+            raise self.differs("gave other numbers")
         reached = {id(x) for x in check_graph(found, values, second_order=True)}
         if reached != {id(x) for x in values}:
-            raise _differs("read other tensors that require grad")
+            raise self.differs("read other tensors that require grad")
         return found
+
+    def differs(self, what: str) -> InvalidInputError:
+        """Return the error for a block that does something else when it runs again."""
+        return self._replaced() or _differs(what)
+
+    def _replaced(self) -> InvalidInputError | None:
+        """Return the error for a submodule that was replaced inside the loop, if any was."""
+        names = [name for state in self.states if (name := state.replaced_submodule()) is not None]
+        if not names:
+            return None
+        return replaced(names[0], "a block under activation checkpointing (torch.utils.checkpoint)")
 
 
 def _differs(what: str) -> InvalidInputError:
@@ -485,8 +505,12 @@ class _Pullback:
             if self._numbers is None:
                 self._numbers = numbers
             elif not numbers.agree(self._numbers):
-                raise _differs("has another derivative")
+                raise self.differs("has another derivative")
         return found
+
+    def differs(self, what: str) -> InvalidInputError:
+        """Return the error for a block that does something else when it runs again."""
+        return self.function.differs(what)
 
     def _pulled(self, values: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
         inputs, cotangents = values[: self._count], values[self._count :]
@@ -607,11 +631,10 @@ def run_block(
         block.others = [_OtherModule(part) for part in outside]
         held = [*(m.now.values() for m in modules), *(o.tensors() for o in block.others)]
         known = [x for tensors in held for x in tensors if x.requires_grad]
-        devices = {x.device.type for x in (*freezer.captured, *freezer.constants)}
-        block.autocast = [
-            (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
-            for k in sorted({"cpu", *devices})
-        ]
+        if any(x.is_meta for x in (*freezer.captured, *freezer.constants, *known)):
+            # Nothing is kept, and there are no numbers to compare.
+            return plainly()
+        block.autocast = AutocastModes.now((*freezer.captured, *freezer.constants))
         block.replaced = replace.situation_of_replacing()
         block.context = context
         found = [x for x in (*freezer.captured, *freezer.constants) if not x.is_inference()]

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from innerloop._carry import _alias
 from innerloop._inner_gradient import block
@@ -23,10 +25,11 @@ from innerloop._inner_gradient.gradient import finish, inner_gradient, with_dens
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
-from innerloop._module.view import ModuleView
+from innerloop._module.view import ModuleView, replaced
 from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -81,12 +84,12 @@ class Surroundings(NamedTuple):
 
     Attributes:
         training: the mode of each module.
-        autocast: for each kind of device, whether it is on, and its dtype.
+        autocast: the modes of autocast.
         replaced: what decided which operations were replaced; None: none was.
     """
 
     training: tuple[bool, ...]
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast: AutocastModes
     replaced: Situation | None
 
 
@@ -186,13 +189,14 @@ class Prepared(NamedTuple):
 
     Attributes:
         before, after: the states before and after it, as constants.
-        ends: the outputs of its node.
+        ends: where the outputs of its node come out of the graph; None: it does not depend on the
+            inputs. The outputs themselves are not kept.
         inputs: the inputs of its node.
     """
 
     before: State
     after: State
-    ends: list[Tensor]
+    ends: list[GradientEdge | None]
     inputs: list[Tensor]
 
 
@@ -287,6 +291,7 @@ class ModelCopy:
         gate: of the copy; closed but for the step's own code.
         stand_in: the loop, for the closures.
         make_copy: makes the view in which blocks of these steps run again.
+        live: ``loop.model``.
     """
 
     def __init__(
@@ -295,8 +300,10 @@ class ModelCopy:
         gate: Gate,
         stand_in: StandIn,
         make_copy: Callable[[], ModuleView],
+        live: ModuleView,
     ) -> None:
         self.view = view
+        self.live = weakref.ref(live)
         self.read = block.ReadModule(view, make_copy)
         again = partial(StandIn, learn=stand_in.learn, first_order=stand_in.first_order)
         self.read.stand_in(stand_in, again)
@@ -316,12 +323,7 @@ class ModelCopy:
                 stack.enter_context(torch.enable_grad())
                 if record.random_state is not None:
                     stack.enter_context(at_random_state(record.random_state))
-                for kind, enabled, dtype in around.autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        # The cache would keep a cast copy of the parameters of every step.
-                        stack.enter_context(
-                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                        )
+                stack.enter_context(around.autocast.restored())
                 yield
         finally:
             self.gate.home = home
@@ -362,8 +364,8 @@ class Recorder:
         self._later: tuple[int, State] | None = None
         self._ready: dict[int, Prepared] = {}
         self._merges = True
-        self.newest: Params | None = None
-        """Copies of the parameters that the newest step gave."""
+        self.newest: Params | Fingerprint | None = None
+        """Copies of the parameters that the newest step gave; once it ran again, their mark."""
         self.start_is_learned = start_is_learned
 
     def add(self, record: StepRecord, before: State) -> None:
@@ -497,7 +499,7 @@ class Recorder:
                     loss,
                     wanted,
                     create_graph=create_graph,
-                    independent=lambda: _differs(t, "the loss does not depend on the model"),
+                    independent=lambda: self._differs(t, "the loss does not depend on the model"),
                     gate=self.model.gate,
                 )
                 view.renew_written_buffers()
@@ -532,9 +534,9 @@ class Recorder:
             clearer = explain(error)
             if clearer is not error:
                 raise clearer from error
-            raise _failed(t, error) from error
+            raise self._failed(t, error) from error
         except Exception as error:
-            raise _failed(t, error) from error
+            raise self._failed(t, error) from error
         finally:
             for table, name, buffer in outside:
                 table[name] = buffer
@@ -543,12 +545,24 @@ class Recorder:
             view.write({**at, **state.params})
         return taken, new_buffers
 
+    def _differs(self, t: int, what: str) -> InvalidInputError:
+        """Return the error for a step that does something else when it runs again."""
+        live = self.model.live()
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _differs(t, what) if submodule is None else replaced(submodule, f"step {t}")
+
+    def _failed(self, t: int, error: Exception) -> InvalidInputError:
+        """Return the error for a closure that raises when it runs again."""
+        live = self.model.live()
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _failed(t, error) if submodule is None else replaced(submodule, f"step {t}")
+
     def _check_written(self, t: int, record: StepRecord) -> None:
         tensors, versions = record.written
         if tensors and torch_private.versions(tensors) != versions:
-            raise _differs(t, "a tensor that the step reads was written in place after it")
+            raise self._differs(t, "a tensor that the step reads was written in place after it")
         if not record.frozen.is_unchanged():
-            raise _differs(t, "a frozen parameter was written in place after it")
+            raise self._differs(t, "a frozen parameter was written in place after it")
 
     def _has_same_loss(self, t: int, loss: Tensor) -> bool:
         """True if the loss is what it was, on the processor to the last bit."""
@@ -557,7 +571,7 @@ class Recorder:
 
     def _check_loss(self, t: int, loss: Tensor) -> None:
         if not self._has_same_loss(t, loss):
-            raise _differs(t, "its loss is another number than in the forward pass")
+            raise self._differs(t, "its loss is another number than in the forward pass")
 
     def pull(
         self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -652,13 +666,14 @@ class Recorder:
             new = {**state.params, **{n: taken.updated[n].detach() for n in layout.updated}}
             of_optimizer = tree.map_tensors(Tensor.detach, taken.optimizer_state)
             after = self._edited(t + 1, State(new, of_optimizer, buffers))
-        return Prepared(state, after, ends, inputs)
+        edges = [get_gradient_edge(y) if y.requires_grad else None for y in ends]
+        return Prepared(state, after, edges, inputs)
 
     def _check_gradient(self, t: int, grads: Gradients) -> None:
         """Raise if hooks or a callback made other gradients than in the forward pass."""
         was = self.steps[t].gradient
         if was is not None and not gradient_mark(grads).agrees(was):
-            raise _differs(t, "its gradients (after hooks and grad_callback) are others")
+            raise self._differs(t, "its gradients (after hooks and grad_callback) are others")
 
     def _check_newest(self, t: int, before: State, taken: Taken) -> None:
         """Raise if the newest parameters are far from those that the forward pass had.
@@ -669,9 +684,15 @@ class Recorder:
             return
         names = self.steps[t].layout.updated
         now = [taken.updated[n].detach() for n in names]
-        then, old = [self.newest[n] for n in names], [before.params[n].detach() for n in names]
-        if names and not _close(now, then, old):
-            raise _differs(t, "its new parameters are others than in the forward pass")
+        if isinstance(self.newest, Fingerprint):
+            same = Fingerprint.of(now).agrees(self.newest)
+        else:
+            then, old = [self.newest[n] for n in names], [before.params[n].detach() for n in names]
+            same = not names or _close(now, then, old)
+            if same:
+                self.newest = Fingerprint.of(now)
+        if not same:
+            raise self._differs(t, "its new parameters are others than in the forward pass")
 
     def _check_later(self, t: int, before: State, taken: Taken) -> None:
         """Raise if the new parameters are far from those that the forward pass had."""
@@ -690,7 +711,7 @@ class Recorder:
             )
         )
         if not _close(now, then, old):
-            raise _differs(t, "its new parameters are others than in the forward pass")
+            raise self._differs(t, "its new parameters are others than in the forward pass")
 
 
 def _pulled(
@@ -700,7 +721,7 @@ def _pulled(
     pairs = [
         (y, c)
         for y, c in zip(prepared.ends, cotangents, strict=True)
-        if c is not None and y.requires_grad
+        if c is not None and y is not None
     ]
     row: list[Tensor | None] = [None] * len(prepared.inputs)
     chosen = [i for i, w in enumerate(wanted) if w]

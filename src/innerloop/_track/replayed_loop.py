@@ -20,6 +20,7 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
+from innerloop._track.constant_buffers import constant_buffer, held_buffer, hold_constant
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -41,6 +42,7 @@ from innerloop._track.start import Learn, Model, TorchOptimizer
 from innerloop._trajectory import Trajectory
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.frozen import Freezer
 from innerloop._utils.random_state import RandomState
@@ -103,7 +105,7 @@ class ReplayedLoop(TrackedLoop):
             keeps_statistics=self._second_order,
             densely=not self._optimizer.takes_sparse,
         )
-        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy)
+        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy, self._view)
         self._swap: dict[int, object] = {id(self): self._copy.stand_in}
         self._swap.update(
             (id(ours), theirs)
@@ -282,7 +284,8 @@ class ReplayedLoop(TrackedLoop):
         record.frozen = self._frozen_now
         record.params = edits or None
         carry = self._states[self._steps]
-        buffers = self._buffers.take()
+        hold_constant(self._view)
+        buffers = {n: Tensor.detach(b) for n, b in self._buffers.take().items()}
         changed = known and any(
             b is not carry.buffers[n] and not torch.equal(b, carry.buffers[n])
             for n, b in buffers.items()
@@ -476,6 +479,7 @@ class ReplayedLoop(TrackedLoop):
             del self._states[t]
         self._view.write(params)
         self._steps += 1
+        hold_constant(self._view, inputs)
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
         self._losses.append(results[-1] if self._second_order else taken.loss.detach().clone())
         # Keep a number per step, not a tensor per step.
@@ -496,13 +500,9 @@ class ReplayedLoop(TrackedLoop):
         return found
 
     def _surroundings(self, current: Params) -> Surroundings:
-        kinds = {"cpu", *(p.device.type for p in current.values())}
         found = Surroundings(
             tuple(m.training for m in self._view.modules),
-            tuple(
-                (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
-                for k in sorted(kinds)
-            ),
+            AutocastModes.now(current.values()),
             Situation.now() if self._kernels is not None and self._kernels.replaces else None,
         )
         last = self._last_record
@@ -524,6 +524,11 @@ class ReplayedLoop(TrackedLoop):
             self._optimizer_now = known
         record.optimizer = known[1]
         return known[1]
+
+    @property
+    def _differentiates_weights(self) -> bool:
+        """Return False: a step runs on constants."""
+        return False
 
     @property
     def trajectory(self) -> Trajectory:
@@ -651,6 +656,8 @@ def _captured_leaves(
             if id(node.variable) not in own:
                 leaves.append(node.variable)
             continue
+        if (name := held_buffer(node)) is not None:
+            raise constant_buffer(name)
         if not torch_private.is_newer(node, so_far):
             raise InvalidInputError(
                 "the loss (or grad_callback, or the update) of a step uses a tensor that was "

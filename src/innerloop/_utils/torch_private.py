@@ -11,7 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -379,16 +379,36 @@ def plain_form(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+LARGE = 16_384
+"""Elements from which on an operation of a tensor costs less than keeping the tensor does."""
+
+
 def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
     """Compute ``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each.
 
-    It is one call, and one node of the graph, for all of them.
+    It is one call, and one node of the graph, for all small tensors. That node keeps both lists
+    until it is gone, which the node of a ``torch.add`` does not.
     """
-    return list(torch._foreach_add(xs, ys, alpha=alpha))
+    if not any(y.numel() >= LARGE for y in ys):
+        return list(torch._foreach_add(xs, ys, alpha=alpha))
+    found = list(ys)
+    small = []
+    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        if y.numel() >= LARGE:
+            found[i] = torch.add(x, y, alpha=alpha)
+        else:
+            small.append(i)
+    if small:
+        added = torch._foreach_add([xs[i] for i in small], [ys[i] for i in small], alpha=alpha)
+        for i, z in zip(small, added, strict=True):
+            found[i] = z
+    return found
 
 
 def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
-    """Compute ``x * factor`` for each tensor, in one call."""
+    """Compute ``x * factor`` for each tensor, in one call where all are small."""
+    if any(x.numel() >= LARGE for x in xs):
+        return [x * factor for x in xs]
     return list(torch._foreach_mul(xs, factor))
 
 
@@ -537,7 +557,10 @@ def keeps_graph() -> bool:
 
 
 def graph_bytes(ends: Iterable[Tensor]) -> int:
-    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass."""
+    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass.
+
+    One that was written in place since then cannot be read, and is left out.
+    """
     held: dict[int, Tensor] = {}
     seen: set[Any] = set()
     stack: list[Any] = [x.grad_fn for x in ends]
@@ -548,8 +571,10 @@ def graph_bytes(ends: Iterable[Tensor]) -> int:
         seen.add(node)
         stack.extend([child for child, _ in node.next_functions])
         names = [n for n in dir(node) if n.startswith("_saved_")]
-        values = [getattr(node, n) for n in names]
-        values += getattr(node, "saved_tensors", ())
+        values: list[Any] = []
+        with suppress(RuntimeError):
+            values += [getattr(node, n) for n in names]
+            values += getattr(node, "saved_tensors", ())
         for x in values:
             for y in x if isinstance(x, (list, tuple)) else (x,):
                 if isinstance(y, Tensor) and y.layout == torch.strided:

@@ -51,7 +51,11 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
         return fn(tree)
     kind = type(tree)
     if kind is dict:
-        return {key: map_leaves(fn, value) for key, value in tree.items()}
+        # Most of what is mapped are dicts of tensors: these need no call of their own.
+        return {
+            key: fn(value) if isinstance(value, Tensor) else map_leaves(fn, value)
+            for key, value in tree.items()
+        }
     if kind is list:
         return [map_leaves(fn, value) for value in tree]
     if isinstance(tree, tuple):
