@@ -722,6 +722,8 @@ def test_the_meta_device_is_refused_by_name(name: str) -> None:
 class Remembering(nn.Module):
     """Its buffer is computed from its weight in each forward pass."""
 
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([0.3, -0.5], dtype=torch.float64))
@@ -818,3 +820,22 @@ def test_a_parameter_that_a_step_skips_is_another_tensor_after_it(
             seen.append(loop.model.unused)
     assert [p[0].item() for p in seen] == [2.0, 3.0, 4.0]
     assert loop.trajectory.at(1).params["unused"][0].item() == 2.0
+
+
+def test_a_second_derivative_that_is_not_finite_is_named_for_a_state_that_grows() -> None:
+    """LBFGS remembers one more step after each: the search for the step took its size before."""
+    problem = innerloop.Problem(
+        lambda p, h, b: (h * p["x"].abs().pow(1.5)).sum() + (p["x"] - 1).square().sum() * p["x"][1],
+        innerloop.optim.lbfgs(lr=0.1, max_iter=2, history_size=5),
+    )
+    with pytest.raises(innerloop.NonFiniteError, match="second derivative in step"):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["x"].sum(),
+            problem,
+            {"x": torch.tensor([0.0, 0.5])},
+            None,
+            hyper=torch.tensor(1.0),
+            steps=2,
+            strategy=innerloop.ForwardMode(),
+            wrt="hyper",
+        )

@@ -95,9 +95,11 @@ def _first(loop: Loop) -> str:
             )
         carry = new.detach()
     # From the end, as the outer gradient runs.
-    for t, (carry, batch) in reversed(list(enumerate(states))):
+    after = carry
+    for t, (before, batch) in reversed(list(enumerate(states))):
         with _Finder() as finder:
-            pulled = _pulled(loop, carry, batch, t)
+            pulled = _pulled(loop, before, after, batch, t)
+        after = before
         if not all_finite(x for x in pulled if x is not None):
             return f"a second derivative in step {t} is not, though its loss is{finder}"
     return (
@@ -106,12 +108,12 @@ def _first(loop: Loop) -> str:
     )
 
 
-def _pulled(loop: Loop, carry: Carry, batch: object, t: int) -> list[Tensor | None]:
+def _pulled(loop: Loop, carry: Carry, after: Carry, batch: object, t: int) -> list[Tensor | None]:
     """Return what a cotangent of ones becomes behind step t."""
     wanted = [tree.differentiable(x) for x in tree.leaves(loop.hyper)]
     ones = [
         torch.ones_like(x) if i < len(carry.params) and tree.differentiable(x) else None
-        for i, x in enumerate(tree.leaves(state_of(carry)))
+        for i, x in enumerate(tree.leaves(state_of(after)))
     ]
     step = Step(loop.problem, carry, loop.hyper, batch, loop.time(t), wanted, set(), None)
     found = reverse(step, OutputCotangents(ones, None, []))
