@@ -120,6 +120,7 @@ class StepRecord:
 
     Attributes:
         closure: the frozen closure.
+        code: what tells closures apart that are compiled.
         transform: what is done to gradients: a transform, or a frozen callback in a list.
         hyper: overrides of the optimizer's hyper-parameters.
         captured: captured tensors with a history, without it.
@@ -138,12 +139,13 @@ class StepRecord:
     """
 
     __slots__ = (
-        "buffers", "captured", "closure", "frozen", "gradient", "hyper", "layout", "leaves",
+        "buffers", "captured", "closure", "code", "frozen", "gradient", "hyper", "layout", "leaves",
         "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
         "written",
     )  # fmt: skip
 
     closure: Any
+    code: Any
     transform: Any
     hyper: Mapping[str, object]
     captured: list[Tensor]
@@ -583,13 +585,19 @@ class Recorder:
                 if self.start_is_learned and any(wanted[:before]):
                     self.kept.refuse_start()
                 wanted = [False] * before + list(wanted[before:])
-            prepared = self._prepare(t)
-            found = _pulled(prepared, cotangents, wanted)
-            self._later = t, prepared.before
+            before, found = self._pull_back(t, cotangents, wanted)
+            self._later = t, before
             if self._last is not None and self._last[0] >= t and not again:
                 self._last = None
             self.kept.pass_by(t, again=again)
             return found
+
+    def _pull_back(
+        self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> tuple[State, list[Tensor | None]]:
+        """Run step ``t`` again and pull cotangents back; return the state before it as well."""
+        prepared = self._prepare(t)
+        return prepared.before, _pulled(prepared, cotangents, wanted)
 
     def _with_graph(self, t: int, state: State, chained: bool) -> Prepared | None:
         """Run step ``t`` again with a graph; None if the state before it was rounded otherwise.

@@ -20,6 +20,7 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
+from innerloop._track.compiled import CompiledRecorder
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -92,8 +93,10 @@ class ReplayedLoop(TrackedLoop):
         self._save_at = checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
-        view = ModuleView(model, gate)
-        if self._second_order:
+        self._compiles = strategy.kept_states(1).compiled
+        # The compiler cannot look into the tables of a module that has a gate.
+        view = ModuleView(model, None if self._compiles else gate)
+        if self._second_order and not self._compiles:
             keep_running_statistics(view)
         if not self._optimizer.takes_sparse:
             look_up_densely(view.modules)
@@ -129,7 +132,7 @@ class ReplayedLoop(TrackedLoop):
                 )
             )
         )
-        self._recorder = Recorder(
+        self._recorder = (CompiledRecorder if self._compiles else Recorder)(
             self._copy,
             self._strategy.kept_states(max(size, 1)),
             self._names,
@@ -207,11 +210,12 @@ class ReplayedLoop(TrackedLoop):
     ) -> Float[Tensor, ""]:
         """Take a step from the parameters ``current``, in a block of the loop's own code."""
         record = StepRecord()
-        freezer = Freezer(self._swap)
+        freezer = Freezer(self._swap, leaves_too=self._compiles)
         record.closure = freezer.call(function, args)
         record.transform = (
             [freezer.value(transform.fn)] if isinstance(transform, GradCallback) else transform
         )
+        record.code = _code_of(function)
         record.modules = freezer.modules
         record.captured = [x.detach() for x in freezer.captured]
         record.written = freezer.constants, torch_private.versions(freezer.constants)
@@ -225,9 +229,14 @@ class ReplayedLoop(TrackedLoop):
         weights = list(before.params.values())
         versions_of_weights = torch_private.versions(weights)
 
-        taken, leaves, mark = self._forward(
-            closure, optimizer, values, before, record.hyper, freezer.captured, transform
-        )
+        if isinstance(self._recorder, CompiledRecorder):
+            taken, leaves, mark = self._compiled_forward(
+                self._recorder, record, closure, values, before, freezer.captured, transform
+            )
+        else:
+            taken, leaves, mark = self._forward(
+                closure, optimizer, values, before, record.hyper, freezer.captured, transform
+            )
         if torch_private.versions(record.written[0]) != record.written[1]:
             raise InvalidInputError(
                 "the closure given to loop.step writes a tensor in place that it has captured: it "
@@ -365,6 +374,49 @@ class ReplayedLoop(TrackedLoop):
             for leaf in _captured_leaves(ends, {}, captured, so_far):
                 leaves[id(leaf)] = leaf
         return taken, list(leaves.values()), gradient_mark(taken.grads) if makes else None
+
+    def _compiled_forward(
+        self,
+        recorder: CompiledRecorder,
+        record: StepRecord,
+        closure: Closure,
+        at: dict[str, Tensor],
+        before: State,
+        captured: list[Tensor],
+        transform: Transform | None,
+    ) -> tuple[Taken, list[Tensor], Any]:
+        """Take the step on constants by compiled code; the first one by uncompiled code as well."""
+        if transform is not None or self._hooks:
+            raise InvalidInputError(
+                "grad_callback, or a hook on the gradients of a parameter, is not compiled: write "
+                "what it does as a part of the optimizer, innerloop.optim.chain(innerloop.optim."
+                "clip_by_global_norm(1.0), innerloop.optim.sgd(lr=0.1)) for example, or "
+                "compile=False"
+            )
+        if not self._steps:
+            random_state = RandomState.now()
+            taken, leaves, _ = self._forward(
+                closure, record.optimizer, at, before, record.hyper, captured, None
+            )
+            if random_state is not None:
+                random_state.restore()
+            self._view.write_buffers({n: b.clone() for n, b in before.buffers.items()})
+            known = {id(x) for x in captured}
+            if any(id(x) not in known for x in leaves):
+                raise InvalidInputError(
+                    "the closure given to loop.step depends on a tensor that requires grad and "
+                    "that it does not capture itself (a parameter of a module, or an attribute of "
+                    "an object): hand it over, loop.step(fn, args=(tensor,)), or write "
+                    "compile=False"
+                )
+            recorder.unused = tuple(n for n, g in taken.grads.items() if g is None)
+        record.random_state = None
+        if isinstance(record.optimizer, FromTorch):
+            record.optimizer.mark_stepped()
+        taken, buffers = recorder.step(record, before)
+        self._check_finite(taken.loss)
+        self._view.write_buffers(buffers)
+        return taken, [], None
 
     def _first_gradient(
         self,
@@ -544,6 +596,14 @@ class ReplayedLoop(TrackedLoop):
         super().detach()
         self._start_is_learned = False
         self._begin()
+
+
+def _code_of(function: Callable[..., object]) -> object:
+    """Return what is the same for a function that is defined anew at each step."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
 
 
 def _check_place() -> None:
