@@ -7,18 +7,20 @@ are.
 
 from __future__ import annotations
 
+import math
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._module.view import ModuleView
-from innerloop._problem import Problem
+from innerloop._problem import Problem, rules_of
 from innerloop._track.replay import Recorder, State, StepRecord, Taken, _differs
 from innerloop._types import Grads, HyperTree, Named, Params
 from innerloop._utils import torch_private, tree
@@ -29,7 +31,7 @@ from innerloop._utils.traceable import Traceable, build, wrote_containers
 from innerloop.errors import InvalidInputError
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer
-from innerloop.strategy._engine.compiled_step import Core, counted, uncounted
+from innerloop.strategy._engine.compiled_step import Core, counted
 from innerloop.strategy._engine.step_pullback import OutputCotangents
 
 COMPILE_FALSE = "Write compile=False"
@@ -138,6 +140,30 @@ class _CompiledClosure:
                 self.traceable.forget()
 
 
+_PLAIN = (bool, int, float, str, type(None))
+_SIMPLE = (*_PLAIN, torch.dtype, torch.device)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
+
+
+def facts_of(modules: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Return what compiled code takes for granted of modules: it looks at some of it only.
+
+    These are the classes, the attributes that are no tensors and no modules, and the hooks.
+    """
+    return tuple((type(m), tuple(_attributes(m)), torch_private.module_hooks(m)) for m in modules)
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    for name, value in vars(module).items():
+        if isinstance(value, _SIMPLE):
+            if name != "training":
+                yield name, value
+        elif isinstance(value, _CODE):
+            yield name, value
+        elif isinstance(value, (list, tuple)) and all(isinstance(v, _SIMPLE) for v in value):
+            yield name, tuple(value)
+
+
 _compiled: MutableMapping[Any, _CompiledClosure] = cache("compiled closures")
 
 
@@ -149,7 +175,7 @@ class CompiledRecorder(Recorder):
     """
 
     unused: tuple[str, ...] = ()
-    code: object = None
+    _facts: Any = None
 
     def step(self, record: StepRecord, state: State) -> tuple[Taken, Params]:
         """Take a step on constants; return it, and the new buffers."""
@@ -161,31 +187,32 @@ class CompiledRecorder(Recorder):
             closure.at(self, record) as batch,
         ):
             (params, optimizer_state, buffers), loss, _ = closure.core.advance(
-                counted(inputs), hyper, batch
+                inputs, hyper, batch
             )
-        results = [*tree.tensors((params, optimizer_state, buffers)), loss]
-        if any(map(torch_private.has_derivative, results)):
+        new = tree.leaves(optimizer_state)
+        if any(
+            isinstance(x, Tensor) and torch_private.has_derivative(x)
+            for x in (*params.values(), *new, *buffers.values(), loss)
+        ):
             raise InvalidInputError(
                 "the closure given to loop.step depends on a tensor that requires grad and that "
                 "was not found among its variables, so its gradient would be lost: hand it over, "
                 f"loop.step(fn, args=(tensor,)). {COMPILE_FALSE} otherwise"
             )
-        params, optimizer_state, buffers, loss = tree.map_tensors(
-            Tensor.detach, (params, optimizer_state, buffers, loss)
-        )
-        params = {n: state.params[n] if n in self.unused else p for n, p in params.items()}
-        _, optimizer_state, _ = uncounted((params, optimizer_state, {}), (*inputs[:2], {}))
+        if self.unused:
+            params = {n: state.params[n] if n in self.unused else p for n, p in params.items()}
+        old = tree.leaves(state.optimizer_state)
+        if any(type(x) is int for x in old) and len(old) == len(new):
+            new = [int(x) if type(y) is int else x for x, y in zip(new, old, strict=True)]
+            optimizer_state = tree.with_leaves(optimizer_state, new)
         return Taken(params, optimizer_state, loss, {}), buffers
 
     def _closure_of(self, record: StepRecord) -> _CompiledClosure:
-        view = self.model.view
-        key = (
-            record.code,
-            type(record.optimizer),
-            tuple(type(m) for m in view.modules),
-            tuple((n, p.shape, p.dtype) for n, p in view.source.items()),
-            self.second_order,
-        )
+        if self._facts is None:
+            shapes = tuple((n, p.shape, p.dtype) for n, p in self.model.view.source.items())
+            self._facts = shapes, facts_of(self.model.view.originals), self.second_order
+        rules = tuple(map(type, rules_of(record.optimizer)))
+        key = record.code, rules, self._facts
         found = _compiled.get(key)
         if found is None:
             found = _compiled[key] = _CompiledClosure(record.optimizer)
@@ -197,7 +224,7 @@ class CompiledRecorder(Recorder):
         untrained = {n: p for n, p in state.params.items() if n not in trained}
         overrides = tree.map_tensors(Tensor.detach, record.hyper) if record.hyper else None
         params = {n: state.params[n] for n in self.trained}
-        inputs = params, state.optimizer_state, state.buffers
+        inputs = counted((params, state.optimizer_state, state.buffers))
         return inputs, ((untrained, list(record.captured)), overrides), list(untrained)
 
     def _advance(self, t: int, state: State) -> State:
@@ -211,8 +238,13 @@ class CompiledRecorder(Recorder):
     def _has_same_loss(self, t: int, loss: Tensor) -> bool:
         """True if the loss is what it was, up to rounding: other code may compute it now."""
         was = self.steps[t].loss
-        was = was if isinstance(was, Tensor) else loss.new_tensor(was)
-        return agree(loss, was)
+        if isinstance(was, Tensor):
+            return agree(loss, was)
+        now = loss.item()
+        if now == was:
+            return True
+        tolerance = 10 * torch.finfo(loss.dtype).eps ** 0.75
+        return math.isclose(now, was, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
 
     def _state_before(self, t: int) -> State:
         if self._last is not None and self._last[0] == t:
@@ -245,7 +277,11 @@ class CompiledRecorder(Recorder):
             return torch.zeros_like(like) if c is None and tree.differentiable(like) else c
 
         given = [filled(p, of_params.get(n)) for n, p in params.items()]
-        given += [filled(x, of_state.get(i)) for i, x in enumerate(leaves)]
+        if layout.new_leaves == len(leaves):
+            given += [filled(x, of_state.get(i)) for i, x in enumerate(leaves)]
+        else:
+            # The first step makes its state out of nothing.
+            given += [of_state.get(i) for i in range(layout.new_leaves)]
         given += [filled(b, None) for b in buffers.values()]
         # Of the inputs.
         flags = iter(wanted)
@@ -258,7 +294,7 @@ class CompiledRecorder(Recorder):
         closure = self._closure_of(record)
         with self.model.running(record), closure.at(self, record) as batch, torch.no_grad():
             found = closure.core.pull(
-                counted(inputs), hyper, batch, tuple(chosen), OutputCotangents(given, of_loss, [])
+                inputs, hyper, batch, tuple(chosen), OutputCotangents(given, of_loss, [])
             )
         self._check_loss(t, found.loss)
         trained = dict(zip(params, found.state, strict=False))

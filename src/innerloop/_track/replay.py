@@ -67,6 +67,7 @@ class Layout(NamedTuple):
         hyper: the number of hyper-parameters that go in.
         updated: the names of the parameters that come out.
         new_state: the places of those leaves of the new state that come out.
+        new_leaves: how many leaves that has.
     """
 
     params: tuple[str, ...]
@@ -74,6 +75,7 @@ class Layout(NamedTuple):
     hyper: int
     updated: tuple[str, ...]
     new_state: tuple[int, ...]
+    new_leaves: int
 
 
 class Surroundings(NamedTuple):
@@ -311,7 +313,8 @@ class ModelCopy:
         """Run in the modes and at the random state of a step."""
         around = record.surroundings
         for module, training in zip(self.view.modules, around.training, strict=True):
-            module.training = training
+            if module.training != training:  # it takes a while to set
+                module.training = training
         home, self.gate.home = self.gate.home, torch_private.backward_pass()
         try:
             with ExitStack() as stack:

@@ -20,7 +20,7 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
-from innerloop._track.compiled import CompiledRecorder
+from innerloop._track.compiled import CompiledRecorder, facts_of
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -117,6 +117,7 @@ class ReplayedLoop(TrackedLoop):
         self._copy.view.write(
             {n: p.detach() for n, p in self._view.read().items() if isinstance(p, Tensor)}
         )
+        self._facts_of_modules: object = None
         self._optimizer_now: tuple[object, Optimizer, list[Tensor], list[int]] | None = None
         self._begin()
 
@@ -410,9 +411,18 @@ class ReplayedLoop(TrackedLoop):
                     "compile=False"
                 )
             recorder.unused = tuple(n for n, g in taken.grads.items() if g is None)
+        facts = facts_of(self._view.modules)
+        if not self._steps:
+            self._facts_of_modules = facts
+        elif facts != self._facts_of_modules:
+            raise InvalidInputError(
+                "an attribute of a module of loop.model was changed inside the loop (a rate of "
+                "dropout, say), or a hook was registered on it: compiled steps run in a copy that "
+                "was made before. Do it before track, or write compile=False"
+            )
         record.random_state = None
-        if isinstance(record.optimizer, FromTorch):
-            record.optimizer.mark_stepped()
+        if isinstance(self._optimizer, FromTorch):
+            self._optimizer.mark_stepped()
         taken, buffers = recorder.step(record, before)
         self._check_finite(taken.loss)
         self._view.write_buffers(buffers)
@@ -487,7 +497,7 @@ class ReplayedLoop(TrackedLoop):
             if n not in self._frozen and p is not before.params[n]
         ]
         layout = Layout(
-            tuple(names), tuple(places), len(learned), tuple(updated), tuple(new_places)
+            tuple(names), tuple(places), len(learned), tuple(updated), tuple(new_places), len(new)
         )
         if self._last_record is not None and self._last_record.layout == layout:
             layout = self._last_record.layout
@@ -508,8 +518,10 @@ class ReplayedLoop(TrackedLoop):
             self._cut.reached = True
         with torch.enable_grad():
             results = as_node(self._recorder, t, outputs, inputs)
-            # Copies: the user may edit what the step gave.
-            newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
+            newest: Params | None = None
+            if not self._compiles:
+                # Copies: the user may edit what the step gave.
+                newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
             params = {**current, **dict(zip(updated, results, strict=False))}
             params = aliased(params, current)
         state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
