@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._module.view import ModuleView
 from innerloop._problem import Problem, rules_of
-from innerloop._track.replay import Recorder, State, StepRecord, Taken, _differs
+from innerloop._track.replay import Recorder, State, StepRecord, Taken, _close, _differs
 from innerloop._types import Grads, HyperTree, Named, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
@@ -118,6 +118,7 @@ class _CompiledClosure:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.problem = _ClosureStep(_no_loss, optimizer)
+        self.problem.shows_params = True
         self.core = Core(self.problem, "reverse")
         self.traceable = Traceable()
         self.lock = threading.RLock()
@@ -172,9 +173,11 @@ class CompiledRecorder(Recorder):
 
     Attributes:
         unused: the names of trained parameters that the loss does not depend on.
+        versions: how often those that the newest step gave had been written then.
     """
 
     unused: tuple[str, ...] = ()
+    versions: Sequence[int] = ()
     _facts: Any = None
 
     def step(self, record: StepRecord, state: State) -> tuple[Taken, Params]:
@@ -186,9 +189,7 @@ class CompiledRecorder(Recorder):
             self.model.running(record),
             closure.at(self, record) as batch,
         ):
-            (params, optimizer_state, buffers), loss, _ = closure.core.advance(
-                inputs, hyper, batch
-            )
+            (params, optimizer_state, buffers), loss, _ = closure.core.advance(inputs, hyper, batch)
         new = tree.leaves(optimizer_state)
         if any(
             isinstance(x, Tensor) and torch_private.has_derivative(x)
@@ -246,6 +247,23 @@ class CompiledRecorder(Recorder):
         tolerance = 10 * torch.finfo(loss.dtype).eps ** 0.75
         return math.isclose(now, was, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
 
+    def _check_after(self, t: int, before: State, found: Params) -> None:
+        """Raise if the new parameters are far from those of the forward pass, or of the replay."""
+        edited = self.steps[t + 1].params or {} if t + 1 < len(self.steps) else {}
+        if self._later is not None and self._later[0] == t + 1:
+            later: Params = self._later[1].params
+        elif t + 1 == len(self.steps) and self.newest is not None:
+            if torch_private.versions(self.newest.values()) != self.versions:
+                # The user has written them since.
+                return
+            later = self.newest
+        else:
+            return
+        names = [n for n in self.steps[t].layout.updated if n not in edited and n in later]
+        now, then, old = ([x[n] for n in names] for x in (found, later, before.params))
+        if names and not _close(now, then, old):
+            raise _differs(t, "its new parameters are others than in the forward pass")
+
     def _state_before(self, t: int) -> State:
         if self._last is not None and self._last[0] == t:
             return self._last[1]
@@ -286,9 +304,10 @@ class CompiledRecorder(Recorder):
         # Of the inputs.
         flags = iter(wanted)
         by_name = {n: next(flags) for n in layout.params}
-        by_place = {place: next(flags) for place in layout.state}
+        flags = islice(flags, len(layout.state), None)
         overrides = tree.leaves(record.hyper) if record.hyper else [None]
-        of_overrides = [isinstance(x, Tensor) and x.requires_grad and next(flags) for x in overrides]
+        learned = [isinstance(x, Tensor) and x.requires_grad for x in overrides]
+        of_overrides = [requires and next(flags) for requires in learned]
         of_captured = [next(flags) for _ in record.captured]
         chosen = [*(by_name.get(n, False) for n in untrained), *of_captured, *of_overrides]
         closure = self._closure_of(record)
@@ -297,20 +316,17 @@ class CompiledRecorder(Recorder):
                 inputs, hyper, batch, tuple(chosen), OutputCotangents(given, of_loss, [])
             )
         self._check_loss(t, found.loss)
+        if found.after is not None:
+            self._check_after(t, state, found.after.params)
         trained = dict(zip(params, found.state, strict=False))
         through = dict(zip(untrained, found.hyper, strict=False))
         state_row = found.state[len(params) :]
         more = found.hyper[len(untrained) :]
         count = len(record.captured)
-        learned = [
-            c
-            for c, x in zip(more[count:], overrides, strict=True)
-            if isinstance(x, Tensor) and x.requires_grad
-        ]
         row = [
             *(trained[n] if n in trained else through[n] for n in layout.params),
             *(state_row[place] for place in layout.state),
-            *learned,
+            *compress(more[count:], learned),
             *more[:count],
         ]
         return state, [c if w else None for c, w in zip(row, wanted, strict=True)]

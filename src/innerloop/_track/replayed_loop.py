@@ -78,6 +78,13 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        self._compiles = strategy.kept_states(1).compiled
+        if self._compiles and not self._optimizer.compiles:
+            raise InvalidInputError(
+                f"{self._optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
+                "by values, or works on sparse tensors. Write compile=False, or use another rule "
+                "of innerloop.optim"
+            )
         for name, b in self._view.source_buffers.items():
             if b.requires_grad and learn != "nothing":
                 raise InvalidInputError(
@@ -93,7 +100,6 @@ class ReplayedLoop(TrackedLoop):
         self._save_at = checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
-        self._compiles = strategy.kept_states(1).compiled
         # The compiler cannot look into the tables of a module that has a gate.
         view = ModuleView(model, None if self._compiles else gate)
         if self._second_order and not self._compiles:
@@ -118,6 +124,7 @@ class ReplayedLoop(TrackedLoop):
             {n: p.detach() for n, p in self._view.read().items() if isinstance(p, Tensor)}
         )
         self._facts_of_modules: object = None
+        self._unused: tuple[str, ...] = ()
         self._optimizer_now: tuple[object, Optimizer, list[Tensor], list[int]] | None = None
         self._begin()
 
@@ -143,6 +150,8 @@ class ReplayedLoop(TrackedLoop):
             self._start_is_learned,
         )
         self._recorder.sparse = self._sparse
+        if isinstance(self._recorder, CompiledRecorder):
+            self._recorder.unused = self._unused
         self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
         self._plain_leaves = tree.leaves(self._plain_state)
         self._state_leaves = tree.leaves(self._states[0].optimizer_state)
@@ -410,7 +419,8 @@ class ReplayedLoop(TrackedLoop):
                     "an object): hand it over, loop.step(fn, args=(tensor,)), or write "
                     "compile=False"
                 )
-            recorder.unused = tuple(n for n, g in taken.grads.items() if g is None)
+            self._unused = tuple(n for n, g in taken.grads.items() if g is None)
+            recorder.unused = self._unused
         facts = facts_of(self._view.modules)
         if not self._steps:
             self._facts_of_modules = facts
@@ -518,10 +528,9 @@ class ReplayedLoop(TrackedLoop):
             self._cut.reached = True
         with torch.enable_grad():
             results = as_node(self._recorder, t, outputs, inputs)
-            newest: Params | None = None
-            if not self._compiles:
-                # Copies: the user may edit what the step gave.
-                newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
+            # Copies: the user may edit what the step gave.
+            copied = Tensor.detach if self._compiles else _copy
+            newest = {n: copied(p) for n, p in zip(updated, results, strict=False)}
             params = {**current, **dict(zip(updated, results, strict=False))}
             params = aliased(params, current)
         state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
@@ -533,6 +542,8 @@ class ReplayedLoop(TrackedLoop):
         self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
         self._recorder.add(record, before)
         self._recorder.newest = newest
+        if isinstance(self._recorder, CompiledRecorder):
+            self._recorder.versions = torch_private.versions(newest.values())
         self._last_record = record
         if t == 0 or t in self._save_at:
             self._states[t] = carry._replace(params=current)
@@ -608,6 +619,10 @@ class ReplayedLoop(TrackedLoop):
         super().detach()
         self._start_is_learned = False
         self._begin()
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
 
 
 def _code_of(function: Callable[..., object]) -> object:

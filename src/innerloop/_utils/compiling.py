@@ -59,7 +59,8 @@ class Compiled:
             place of them.
 
     Attributes:
-        compilations: how often PyTorch has compiled it so far, each time for another code path.
+        compilations: how often PyTorch has compiled it so far; it may begin once more for the same
+            code path.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Compiled:
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:
         self.compilations = 0
+        self._paths = 0
         self._replaced = replaced or {}
         self._what = what
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
@@ -89,9 +91,12 @@ class Compiled:
             raise NotDifferentiableError(
                 f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
             ) from error
-        if before < MANY <= self.compilations:
+        if self.compilations == before:
+            return found
+        self._paths += 1
+        if self._paths == MANY:
             warnings.warn(
-                f"{self._what} was compiled {self.compilations} times so far, because its inputs "
+                f"{self._what} was compiled {self._paths} times so far, because its inputs "
                 "change in shape, in dtype, in which of them require grad, or in the Python "
                 "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
                 "pass what changes as tensors of one shape. TORCH_LOGS=recompiles says why",

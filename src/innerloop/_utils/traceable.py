@@ -265,6 +265,11 @@ def _check_writes(code: types.CodeType, name: str, outside: set[str]) -> None:
             _check_writes(constant, name, outside & set(constant.co_freevars) - own)
 
 
+def _inside(code: types.CodeType) -> types.CodeType:
+    """Return the code of the function that is defined in ``code``."""
+    return next(c for c in code.co_consts if isinstance(c, types.CodeType))
+
+
 def _factory_of(
     code: types.CodeType,
     scope: dict[str, Any],
@@ -291,10 +296,8 @@ def _factory_of(
         f"        return ({' '.join(f'{cell},' for cell in cells)})\n"
         "    return inner\n"
     )
-    made: dict[str, Any] = {}
-    exec(compile(text, "<factory>", "exec"), made)
-    outside: types.CodeType = made["factory"].__code__
-    stand_in = next(c for c in outside.co_consts if isinstance(c, types.CodeType))
+    outside = _inside(compile(text, "<factory>", "exec"))
+    stand_in = _inside(outside)
     if stand_in.co_freevars != cells:
         raise _refused(frozen.name, "has variables that Python orders in another way")
     constants = tuple(code if c is stand_in else c for c in outside.co_consts)
