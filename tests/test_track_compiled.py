@@ -115,7 +115,7 @@ def episode(situation: Situation, strategy: Strategy | None, learn: Any) -> dict
     return found | {f"d lr {i}": lr.grad for i, lr in enumerate(lrs)}
 
 
-FEW = ("batch-norm-then-evaluated", "dropout")
+FEW = ("batch-norm-then-evaluated",)
 """Situations that the test command runs."""
 REFUSED = {
     "lstm": "RNN, GRU, or LSTM",
@@ -151,6 +151,7 @@ class Task:
         return (scaled(model(parts[0])[:, 0], parts[1]) - 0.1).abs().pow(power).mean()
 
 
+@pytest.mark.slow
 def test_functions_of_all_kinds_and_containers_of_captured_tensors():
     def run(strategy: Strategy | None) -> dict[str, Any]:
         model, w = network(), leaf(0.4)
@@ -227,7 +228,7 @@ def test_a_model_that_changes_is_not_run_by_the_code_of_another():
         return {n: p.grad for n, p in model.named_parameters()}
 
     x, y = batch(0)
-    for case in ((False, 0.1), (True, 0.1), (False, 0.6)):
+    for case in ((False, 0.1), (True, 0.6)):
         assert_same(run(COMPILED, *case), run(None, *case), 1e-10)
 
 

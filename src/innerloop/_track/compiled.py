@@ -180,6 +180,15 @@ class CompiledRecorder(Recorder):
     versions: Sequence[int] = ()
     _facts: Any = None
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._waiting: dict[int, State] = {}
+
+    def add(self, record: StepRecord, before: State) -> None:
+        """Add a step that was taken from the state ``before``."""
+        super().add(record, before)
+        self._waiting.clear()
+
     def step(self, record: StepRecord, state: State) -> tuple[Taken, Params]:
         """Take a step on constants; return it, and the new buffers."""
         inputs, hyper, _ = self._arguments(record, state)
@@ -265,11 +274,22 @@ class CompiledRecorder(Recorder):
             raise _differs(t, "its new parameters are others than in the forward pass")
 
     def _state_before(self, t: int) -> State:
+        """Return the state before step ``t``, from the last one that is kept.
+
+        Those of the steps just before it wait for the nodes that come next: each step then runs
+        again once.
+        """
+        known = self._waiting.pop(t, None)
+        if known is not None:
+            return known
+        self._waiting.clear()
         if self._last is not None and self._last[0] == t:
             return self._last[1]
         begin, state = self.kept.newest(t)
         planned = self.kept.planned(begin, t) if begin < t else set()
         for time in range(begin, t):
+            if time > begin and t - time < self.kept.stride:
+                self._waiting[time] = state
             state = self._advance(time, state)
             if time + 1 in planned:
                 self.kept.keep_for_sweep(time + 1, state)

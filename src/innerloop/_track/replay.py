@@ -814,16 +814,17 @@ def _failed(t: int, error: Exception) -> InvalidInputError:
 class _StepNode(torch.autograd.Function):
     """One step as a node; it hands on outputs that have been computed from constants."""
 
+    # Not with a `setup_context`, for which torch looks up the signature at every call.
     @staticmethod
-    def forward(recorder: Recorder, t: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors[:count]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recorder, ctx.t, ctx.count = inputs[:3]
+    def forward(
+        ctx: Any, recorder: Recorder, t: int, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.recorder, ctx.t, ctx.count = recorder, t, count
+        outputs = tensors[:count]
         # The output is the input itself, not a view: it may be edited in place.
-        ctx.mark_dirty(*inputs[3 : 3 + ctx.count])
+        ctx.mark_dirty(*outputs)
         ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

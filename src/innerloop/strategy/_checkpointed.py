@@ -240,8 +240,8 @@ class Checkpointed(Strategy):
                     '"reverse", save is "params". Leave it away, or write the loop with '
                     "innerloop.unroll"
                 )
-        # A compiled step has no graph that could wait: each state may be kept.
-        stride = int(self.compile)
+        # In place of graphs, the states of so many compiled steps wait for the backward pass.
+        stride = min(max(SMALL_UNDER_TRACK // 2 // size, 1), 32) if self.compile else 0
         found: KeptStates
         if self.memory is not None:
             fitting = int(in_bytes(self.memory) // size)
