@@ -8,6 +8,7 @@ are.
 from __future__ import annotations
 
 import math
+import operator
 import threading
 import types
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -165,6 +166,36 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
             yield name, tuple(value)
 
 
+class ModuleFacts:
+    """The facts of modules as they were, to tell if they are others now.
+
+    Args:
+        modules: the modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._facts = facts_of(modules)
+        self._note()
+
+    def _note(self) -> None:
+        self._values = [list(vars(m).values()) for m in self._modules]
+        self._hooks = torch_private.hooks_so_far()
+
+    def are_unchanged(self) -> bool:
+        """True if they are what they were; modes are no facts."""
+        values = [list(vars(m).values()) for m in self._modules]
+        if self._hooks == torch_private.hooks_so_far() and all(
+            len(a) == len(b) and all(map(operator.is_, a, b))
+            for a, b in zip(values, self._values, strict=True)
+        ):
+            return True
+        if facts_of(self._modules) != self._facts:
+            return False
+        self._note()
+        return True
+
+
 _compiled: MutableMapping[Any, _CompiledClosure] = cache("compiled closures")
 
 
@@ -201,7 +232,7 @@ class CompiledRecorder(Recorder):
             (params, optimizer_state, buffers), loss, _ = closure.core.advance(inputs, hyper, batch)
         new = tree.leaves(optimizer_state)
         if any(
-            isinstance(x, Tensor) and torch_private.has_derivative(x)
+            isinstance(x, Tensor) and x.requires_grad
             for x in (*params.values(), *new, *buffers.values(), loss)
         ):
             raise InvalidInputError(

@@ -20,7 +20,7 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
-from innerloop._track.compiled import CompiledRecorder, facts_of
+from innerloop._track.compiled import CompiledRecorder, ModuleFacts
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -123,7 +123,7 @@ class ReplayedLoop(TrackedLoop):
         self._copy.view.write(
             {n: p.detach() for n, p in self._view.read().items() if isinstance(p, Tensor)}
         )
-        self._facts_of_modules: object = None
+        self._module_facts: ModuleFacts | None = None
         self._unused: tuple[str, ...] = ()
         self._optimizer_now: tuple[object, Optimizer, list[Tensor], list[int]] | None = None
         self._begin()
@@ -421,10 +421,9 @@ class ReplayedLoop(TrackedLoop):
                 )
             self._unused = tuple(n for n, g in taken.grads.items() if g is None)
             recorder.unused = self._unused
-        facts = facts_of(self._view.modules)
-        if not self._steps:
-            self._facts_of_modules = facts
-        elif facts != self._facts_of_modules:
+        if self._module_facts is None:
+            self._module_facts = ModuleFacts(self._view.modules)
+        elif not self._module_facts.are_unchanged():
             raise InvalidInputError(
                 "an attribute of a module of loop.model was changed inside the loop (a rate of "
                 "dropout, say), or a hook was registered on it: compiled steps run in a copy that "

@@ -49,11 +49,12 @@ def track(
             loss is linear. `unroll` does the same with the strategy `FirstOrder`.
         strategy: None, or `StoreAll`, keeps the graph of every step; `FirstOrder` is
             ``first_order=True``. `Checkpointed` (its ``slots``, ``memory`` of the states alone,
-            ``offload`` and ``compile``) keeps some of the states, and runs each step again in the backward pass:
-            ``loop.step`` then needs a function that computes the loss, ``loop.step(lambda:
-            loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The gradients are the
-            same. `Truncated` does so for the last steps, those before the moment at which the
-            backward pass begins; what is learned must act along the loop (``learn="outer"``).
+            ``offload`` and ``compile``) keeps some of the states, and runs each step again in the
+            backward pass: ``loop.step`` then needs a function that computes the loss,
+            ``loop.step(lambda: loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The
+            gradients are the same. `Truncated` does so for the last steps, those before the moment
+            at which the backward pass begins; what is learned must act along the loop
+            (``learn="outer"``).
             Second derivatives of the outer loss are refused under both.
         save_at: with a strategy, the times whose states ``loop.at(t)`` returns, besides the start
             and the newest.
