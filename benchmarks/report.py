@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -259,10 +260,12 @@ def _facts(result: Result) -> str:
         "worst parameter "
         f"(without second derivatives it would be off by {result.first_order_error:.1e})"
     )
-    return (
+    return textwrap.fill(
         f"{result.repeats} rounds, interleaved, {result.clock} time; {agreement}. "
         f"{_sentence(result.facts)} "
-        f"Load of the machine while timing: {result.load:.1f}."
+        f"Load of the machine while timing: {result.load:.1f}.",
+        width=100,
+        break_on_hyphens=False,
     )
 
 

@@ -56,6 +56,7 @@ class Workload:
     tasks: int = 1
     forward: Forward | None = None
     tolerance: float = 1e-5
+    seed: int = 100
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The network with the same initial parameters at every call."""
@@ -67,9 +68,12 @@ class Workload:
 
         The seed is not arbitrary. Adam's update is g/(|g| + eps) at its first step, so a gradient
         entry near eps = 1e-8 multiplies rounding errors by 1e5; with this seed M2 has none so
-        small, and float32 resolves its meta-gradient to 3e-5.
+        small, and float32 resolves its meta-gradient to 3e-5. M3 chooses in ReLUs and max-pools:
+        if its start moves by 3e-7, its meta-gradient in float64 jumps by up to 9e-1. With its seed
+        the rounding of every contender leaves all choices as they are in float64; with 100 that of
+        compiled code changes one.
         """
-        torch.manual_seed(100)
+        torch.manual_seed(self.seed)
         return [self._task(dtype) for _ in range(self.tasks)]
 
     def _task(self, dtype: torch.dtype) -> Task:
@@ -136,6 +140,7 @@ _TABLE = (
         lr=0.05,
         steps=8,
         repeats=10,
+        seed=102,
     ),
     Workload(
         "M4",

@@ -2,9 +2,9 @@
 
     python examples/lora.py                 # needs the package transformers; nothing is downloaded
 
-A small GPT-2 with random weights is trained, in the ordinary way, on sequences of many affine maps
-modulo 17, x → a x + b. Then its weights are frozen, and LoRA adapters (Hu et al. 2021) adapt it to
-one new map at a time: five steps of SGD on eight sequences. The outer loop differentiates through
+A small GPT-2 with random weights is trained, in the ordinary way, on sequences of many dialects of
+one small language. Then its weights are frozen, and LoRA adapters (Hu et al. 2021) adapt it to one
+new dialect at a time: five steps of SGD on eight sequences. The outer loop differentiates through
 these five steps, and learns where the adapters start and one rate for each of their matrices.
 
 It is compared with adapters that start as usual (one factor random, the other zero), trained by SGD
@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,38 @@ class Args:
     seed: int = 0
 
 
-MODULUS, LENGTH, QUERIES = 17, 6, 32
+SYMBOLS, LENGTH, QUERIES = 16, 12, 32
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+KNOWN = "who knows the dialect"
 
 
 # -- tasks -----------------------------------------------------------------------------------------
 
 
-def maps(args: Args) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """All affine maps but constants: four fifths for training, the rest for testing."""
-    every = [(a, b) for a in range(1, MODULUS) for b in range(MODULUS)]
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(args.seed))
-    cut = len(every) * 4 // 5
-    return [every[i] for i in order[:cut]], [every[i] for i in order[cut:]]
+class Language:
+    """Markov chains: the next symbol's scores are A[x] + z₁ B₁[x] + z₂ B₂[x].
+
+    The tables A, B₁ and B₂ are those of the language; z ~ N(0, 1) tells its dialects apart.
+    """
+
+    def __init__(self, seed: int) -> None:
+        drawn = torch.Generator().manual_seed(seed)
+        self.tables = 1.5 * torch.randn(3, SYMBOLS, SYMBOLS, generator=drawn)
+
+    def dialects(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Draw some dialects: the log-probabilities of the next symbol, ``[SYMBOLS, SYMBOLS]``."""
+        z = torch.randn(count, 2, generator=generator)
+        scores = self.tables[0] + torch.tensordot(z, self.tables[1:], 1)
+        return list(scores.log_softmax(-1))
 
 
-def sequences(task: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
-    """Orbits of random points, ``[count, LENGTH]``."""
-    points = [torch.randint(MODULUS, (count,), generator=generator)]
+def sequences(dialect: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw sequences of a dialect, ``[count, LENGTH]``."""
+    symbols = [torch.randint(SYMBOLS, (count,), generator=generator)]
     for _ in range(LENGTH - 1):
-        points.append((task[0] * points[-1] + task[1]) % MODULUS)
-    return torch.stack(points, 1)
+        nexts = torch.multinomial(dialect[symbols[-1]].exp(), 1, generator=generator)
+        symbols.append(nexts.squeeze(1))
+    return torch.stack(symbols, 1)
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -102,7 +114,7 @@ def base_model(args: Args) -> nn.Module:
 
     torch.manual_seed(args.seed)
     config = transformers.GPT2Config(
-        vocab_size=MODULUS,
+        vocab_size=SYMBOLS,
         n_positions=LENGTH,
         n_embd=args.width,
         n_layer=args.layers,
@@ -125,15 +137,12 @@ def language_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def pretrain(model: nn.Module, args: Args, bar: tqdm) -> None:
-    """Train on a mixture of the training maps."""
-    training, _ = maps(args)
-    generator = torch.Generator().manual_seed(args.seed)
+    """Train on a mixture of dialects."""
+    language, generator = Language(args.seed), torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(args.pretrain_steps):
-        drawn = torch.randint(len(training), (32,), generator=generator)
-        loss = language_loss(
-            model, torch.cat([sequences(training[i], 2, generator) for i in drawn])
-        )
+        drawn = language.dialects(32, generator)
+        loss = language_loss(model, torch.cat([sequences(d, 2, generator) for d in drawn]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,7 +167,7 @@ class Learner:
     """The inner problem on a model with adapters: what requires a gradient adapts."""
 
     def __init__(self, model: nn.Module, args: Args) -> None:
-        self.model, self.args = model, args
+        self.model, self.args, self.language = model, args, Language(args.seed)
         self.start = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
     def problem(self, optimizer: innerloop.optim.Optimizer) -> innerloop.Problem:
@@ -180,11 +189,11 @@ class Learner:
         return found
 
     def metagradient(
-        self, start: Named, log_lr: Named, task: tuple[int, int], generator: torch.Generator
+        self, start: Named, log_lr: Named, dialect: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Named]]:
         """Value and gradient of the query loss after the inner steps, for one task."""
-        support = sequences(task, self.args.sequences, generator)
-        query = sequences(task, QUERIES, generator)
+        support = sequences(dialect, self.args.sequences, generator)
+        query = sequences(dialect, QUERIES, generator)
         return innerloop.metagradient(
             lambda traj, _: self.query_loss(traj.params, query),
             self.problem(innerloop.optim.sgd()),
@@ -193,24 +202,32 @@ class Learner:
             hyper=log_lr,
         )
 
+    def tests(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same test dialects at every call, each with its support and query sequences."""
+        generator = torch.Generator().manual_seed(self.args.seed + 1)
+        for dialect in self.language.dialects(self.args.test_tasks, generator):
+            support = sequences(dialect, self.args.sequences, generator)
+            yield dialect, support, sequences(dialect, QUERIES, generator)
+
     def losses(self, start: Named, log_lr: Named, optimizer: innerloop.optim.Optimizer) -> Tensor:
         """Query losses ``[test tasks, inner steps + 1]``."""
-        generator = torch.Generator().manual_seed(self.args.seed + 1)
         problem, found = self.problem(optimizer), list[list[Tensor]]()
         steps = self.args.inner_steps
         with torch.no_grad():
-            for task in maps(self.args)[1][: self.args.test_tasks]:
-                support = sequences(task, self.args.sequences, generator)
-                query = sequences(task, QUERIES, generator)
+            for _, support, query in self.tests():
                 traj = innerloop.unroll(problem, start, [support] * steps, hyper=log_lr)
                 found.append([self.query_loss(traj.at(t).params, query) for t in range(steps + 1)])
         return torch.tensor(found)
+
+    def floor(self) -> Tensor:
+        """Query losses ``[test tasks, inner steps + 1]`` of one who knows the dialects."""
+        known = [-d[query[:, :-1], query[:, 1:]].mean() for d, _, query in self.tests()]
+        return torch.stack(known)[:, None].expand(-1, self.args.inner_steps + 1)
 
 
 def meta_learn(learner: Learner, bar: tqdm) -> tuple[Named, Named]:
     """Where adapters start, and the logarithms of their rates."""
     args = learner.args
-    training, _ = maps(args)
     generator = torch.Generator().manual_seed(args.seed + 2)
     start = {n: p.clone().requires_grad_() for n, p in learner.start.items()}
     log_lr = {n: torch.tensor(math.log(0.1), requires_grad=True) for n in start}
@@ -219,8 +236,8 @@ def meta_learn(learner: Learner, bar: tqdm) -> tuple[Named, Named]:
     for _ in range(args.iterations):
         optimizer.zero_grad()
         values = []
-        for i in torch.randint(len(training), (args.tasks,), generator=generator):
-            value, grads = learner.metagradient(start, log_lr, training[i], generator)
+        for dialect in learner.language.dialects(args.tasks, generator):
+            value, grads = learner.metagradient(start, log_lr, dialect, generator)
             innerloop.assign(start, grads["params"])  # adds, as backward() does
             innerloop.assign(log_lr, grads["hyper"])
             values.append(value)
@@ -254,6 +271,7 @@ def run(args: Args) -> dict[str, Tensor]:
     with tqdm(total=args.iterations, desc="meta-learning", unit="step", disable=None) as bar:
         start, log_lr = meta_learn(learner, bar)
     results["learned start and rates"] = learner.losses(start, log_lr, innerloop.optim.sgd())
+    results[KNOWN] = learner.floor()
     return results
 
 
@@ -264,15 +282,15 @@ def interval(values: Tensor) -> str:
 
 def table(results: dict[str, Tensor], args: Args) -> str:
     """Query losses before and after the inner steps, and paired differences to the last row."""
-    lines = [f"{'loss on new maps':<36}{'before':>18}{f'after {args.inner_steps} steps':>18}"]
+    lines = [f"{'loss on new dialects':<36}{'before':>18}{f'after {args.inner_steps} steps':>18}"]
     rows = dict(results)
     learned = results["learned start and rates"]
     for name, losses in results.items():
-        if losses is not learned:
+        if losses is not learned and name != KNOWN:
             rows[f"learned minus {name.removeprefix('usual start, ')}"] = learned - losses
     for name, losses in rows.items():
         lines.append(f"{name:<36}{interval(losses[:, 0]):>18}{interval(losses[:, -1]):>18}")
-    return "\n".join([*lines, f"({len(learned)} maps that no training saw)"])
+    return "\n".join([*lines, f"({len(learned)} dialects that no training saw)"])
 
 
 def draw(results: dict[str, Tensor], path: Path) -> None:
@@ -280,10 +298,13 @@ def draw(results: dict[str, Tensor], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for name, losses in results.items():
+        if name == KNOWN:
+            axes.axhline(losses.mean(), color="gray", linestyle="--", label=name)
+            continue
         half = 1.96 * losses.std(0) / math.sqrt(len(losses))
         axes.errorbar(range(losses.shape[1]), losses.mean(0), half, capsize=3, label=name)
-    axes.set(xlabel="inner steps", ylabel="loss on new maps")
-    axes.legend()
+    axes.set(xlabel="inner steps", ylabel="loss on new dialects")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 

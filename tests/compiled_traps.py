@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import innerloop
 from innerloop._utils import tree
@@ -678,6 +679,31 @@ def _(strategy: Strategy) -> Any:
     return tree.map_tensors(Tensor.bfloat16, found)
 
 
+@trap("autocast")
+def _(strategy: Strategy) -> Any:
+    def loss(p: Any, h: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = predict(p, x)
+        return y.float().square().mean()
+
+    found = gradients(strategy, loss)
+    return tree.map_tensors(Tensor.bfloat16, found)
+
+
+@trap("activation checkpointing of one operation")
+def _(strategy: Strategy) -> Any:
+    return simple(functools.partial(checkpoint, torch.sin, use_reentrant=False))(strategy)
+
+
+@trap("activation checkpointing, both kinds, with dropout")
+def _(strategy: Strategy) -> Any:
+    def loss(p: Any, h: Any, x: Tensor) -> Tensor:
+        y = checkpoint(lambda x: F.dropout(predict(p, x), 0.5), x, use_reentrant=False)
+        return checkpoint(torch.square, y, use_reentrant=True).mean()
+
+    return gradients(strategy, loss)
+
+
 @trap("embedding bags, which have a replacement")
 def _(strategy: Strategy) -> Any:
     return gradients(
@@ -720,13 +746,6 @@ def _(strategy: Strategy) -> Any:
         return y
 
     return simple(hooked)(strategy)
-
-
-@trap("activation checkpointing", "checkpoint")
-def _(strategy: Strategy) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
-    return simple(functools.partial(checkpoint, torch.sin, use_reentrant=False))(strategy)
 
 
 @trap("a compiled function inside the loss", "compile")
@@ -815,16 +834,18 @@ def _(strategy: Strategy) -> Any:
 
 
 SHIFT = torch.zeros(())
+FUNCTION: Callable[[Tensor], Tensor] = torch.sin
 
 
-@trap("a closure's global that changes", kind="late")
+@trap("a closure's globals that change", kind="late")
 def _(strategy: Strategy) -> Any:
     def step(loop: Any, t: int, x: Tensor) -> None:
-        global SHIFT  # noqa: PLW0603
+        global SHIFT, FUNCTION  # noqa: PLW0603
         SHIFT = torch.tensor(0.3 * t)
+        FUNCTION = torch.sin if t < 2 else torch.cos
 
         def loss(model: nn.Module, x: Tensor, *, power: int = 2) -> Tensor:
-            return (model(x) - SHIFT).pow(power).mean()
+            return (FUNCTION(model(x)) - SHIFT).pow(power).mean()
 
         loop.step(loss, args=(loop.model, x))
 

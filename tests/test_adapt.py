@@ -865,3 +865,12 @@ def test_random_numbers_that_are_not_torchs_are_refused(draw: Any):
 
     with pytest.raises(NotDifferentiableError, match="not rewound where a step is run again"):
         adapt(a_class(step))
+
+
+def test_an_adapted_rule_counts_its_steps():
+    optimizer = adapt(torch.optim.SGD, lr=0.1)
+    params = {"w": torch.ones(2)}
+    state = optimizer.init(params)
+    for step in range(3):
+        assert state.count == step
+        params, state = optimizer.update({"w": torch.ones(2)}, state, params)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import innerloop
+from innerloop._utils.differences import derivative
 from tests.oracles import smooth_noise
 
 X = smooth_noise(6, 3)
@@ -569,3 +570,17 @@ def test_a_wrong_gradient_is_not_excused_by_a_detached_value():
             innerloop.check_metagradient(outer, torch.tensor([0.3, 0.7]))
         assert "They agree" not in str(caught.value)
         assert "constant" not in str(caught.value)
+
+
+def test_a_derivative_by_differences_refines_its_step():
+    asked: list[float] = []
+
+    def kinked(x: float) -> float:
+        # Linear near 0 only: the first step is too long.
+        asked.append(x)
+        return 3 * x if abs(x) < 1.5 else 100.0
+
+    value, uncertainty = derivative(kinked, 1.0, rungs=4)
+    assert (value, uncertainty) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-12))
+    assert max(map(abs, asked)) == 2.0
+    assert min(map(abs, asked)) == 1 / 8

@@ -3,6 +3,7 @@ and compiled chunks of tasks are those of uncompiled code."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,11 @@ pytestmark = [
 ]
 
 
-INDUCTOR = {"test_compiled_steps_equal_a_plain_run", "test_the_mixed_product_compiled"}
+INDUCTOR = {
+    "test_compiled_steps_equal_a_plain_run",
+    "test_the_mixed_product_compiled",
+    "test_autocast_rounds_more_than_the_parameters",
+}
 """Tests that are run with inductor by the test command too."""
 
 
@@ -394,6 +399,103 @@ def test_a_problem_that_changes_its_code_is_compiled_again_and_warned_about():
     with pytest.warns(innerloop.RecompilationWarning, match="compiled 4 times"):  # noqa: PT031
         for columns in range(1, 5):
             run(columns)
+
+
+def under_autocast(strategy: Strategy) -> Tensor:
+    """Three steps of Adam, whose first one has the size of lr however small a gradient is."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn, dtype=torch.float32)
+
+    params = {"w": normal(8, 32), "b": torch.zeros(32), "v": normal(32, 32), "u": normal(32, 8)}
+    params = {name: 0.3 * p.float() for name, p in params.items()}
+    rows = torch.arange(16) % 8
+
+    def loss(p: dict[str, Tensor], h: object, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = x @ p["w"] + p["b"]
+            y = (y.tanh() * y.sin() + y).exp() @ p["v"]
+            y = (y.tanh() * y) @ p["u"]
+        return nn.functional.cross_entropy(y.float(), rows)
+
+    learned = innerloop.Problem(loss, innerloop.optim.adam(lr=0.01))
+    traj = innerloop.unroll(learned, params, normal(3, 16, 8), strategy=strategy)
+    return torch.cat([p.flatten() for p in traj.params.values()])
+
+
+def test_autocast_rounds_more_than_the_parameters():
+    # Compiled code rounds less often; where a gradient is nearly zero Adam may go the other way.
+    off = (under_autocast(StoreAll(compile=True)) - under_autocast(StoreAll())).abs()
+    assert off.max() > 1e-2
+    assert (off > 1e-3).float().mean() < 0.01
+
+
+def test_wrong_numbers_under_autocast_are_refused(monkeypatch: pytest.MonkeyPatch):
+    def wrong(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        return lambda *args: tuple(1.5 * y if y.is_floating_point() else y for y in graph(*args))
+
+    monkeypatch.setattr(compiling, "BACKEND", wrong)
+    with pytest.raises(innerloop.MetaGradientError, match="the step, compiled, differs"):
+        under_autocast(StoreAll(compile=True))
+
+
+FACTOR = 1.0
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.square().sum()
+
+
+def cubes(x: Tensor) -> Tensor:
+    return x.pow(3).sum()
+
+
+class Settings:
+    power = 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "new"),
+    [
+        ("module", "FACTOR", 3.0),
+        ("module", "squares", cubes),
+        ("settings", "power", 3),
+        ("functional", "relu", nn.functional.softplus),
+        ("forward", "softsign", nn.functional.tanhshrink),
+    ],
+)
+def test_what_a_loss_reads_may_change_between_loops(
+    owner: str, name: str, new: Any, monkeypatch: pytest.MonkeyPatch
+):
+    # Guards of innerloop's own code are left out; those of everything else stay.
+    module = sys.modules[__name__]
+    owners = {
+        "module": module,
+        "settings": Settings,
+        "functional": nn.functional,
+        "forward": nn.functional,
+    }
+    layer = nn.Softsign()
+
+    def loss(p: dict[str, Tensor], h: object, b: Tensor) -> Tensor:
+        x = layer(p["x"]) if owner == "forward" else nn.functional.relu(p["x"])
+        return FACTOR * squares(x * b) + (x**Settings.power).sum()
+
+    learned = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+
+    def run(strategy: Strategy) -> Tensor:
+        traj = innerloop.unroll(
+            learned, {"x": torch.linspace(0.2, 1.0, 3)}, torch.ones(2, 3), strategy=strategy
+        )
+        return traj.params["x"]
+
+    before = run(StoreAll(compile=True))
+    torch.testing.assert_close(before, run(StoreAll()))
+    monkeypatch.setattr(owners[owner], name, new)
+    after = run(StoreAll(compile=True))
+    torch.testing.assert_close(after, run(StoreAll()))
+    assert not torch.allclose(after, before)
 
 
 @pytest.mark.slow

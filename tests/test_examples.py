@@ -455,8 +455,9 @@ def small_lora(lora: ModuleType) -> tuple[Any, Any]:
 
 def test_adapters_change_nothing_at_first_and_alone_are_trained(lora: ModuleType) -> None:
     args = lora.Args(width=8, layers=1, rank=2)
-    tokens = lora.sequences((3, 5), 4, torch.Generator().manual_seed(0))
-    assert torch.equal(tokens[:, 1:], (3 * tokens[:, :-1] + 5) % 17)
+    generator = torch.Generator().manual_seed(0)
+    (dialect,) = lora.Language(0).dialects(1, generator)
+    tokens = lora.sequences(dialect, 4, generator)
     model = lora.base_model(args).eval()
     before = lora.language_loss(model, tokens)
     model = lora.with_adapters(model, args.rank)
@@ -467,9 +468,17 @@ def test_adapters_change_nothing_at_first_and_alone_are_trained(lora: ModuleType
     assert {name.rpartition(".")[2] for name in learner.start} == {"a", "b"}
 
 
-def test_training_maps_and_test_maps_are_different(lora: ModuleType) -> None:
-    training, testing = lora.maps(lora.Args())
-    assert len(set(training) | set(testing)) == len(training) + len(testing) == 16 * 17
+def test_sequences_have_the_frequencies_of_their_dialect(lora: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = lora.Language(0).dialects(2, generator)
+    assert not torch.allclose(first, second)
+    tokens = lora.sequences(first, 4_000, generator)
+    pairs = torch.zeros(16, 16).index_put_(
+        (tokens[:, :-1], tokens[:, 1:]), torch.ones(()), accumulate=True
+    )
+    counts = pairs.sum(1, keepdim=True)
+    error = (first.exp() * (1 - first.exp()) / counts).sqrt()
+    assert ((pairs / counts - first.exp()).abs() < 5 * error + 1e-3).all()
 
 
 def test_the_metagradient_of_adapters_is_that_of_a_plain_loop(lora: ModuleType) -> None:
@@ -480,12 +489,14 @@ def test_the_metagradient_of_adapters_is_that_of_a_plain_loop(lora: ModuleType) 
     start = {n: 0.3 * torch.randn_like(p) for n, p in learner.start.items()}
     log_lr = {n: torch.randn(()) - 1 for n in start}
     generator = torch.Generator().manual_seed(0)
-    value, grads = learner.metagradient(start, log_lr, (3, 5), generator)
+    (dialect,) = learner.language.dialects(1, generator)
+    value, grads = learner.metagradient(start, log_lr, dialect, generator)
 
     model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(0)
-    support = lora.sequences((3, 5), args.sequences, generator)
-    query = lora.sequences((3, 5), lora.QUERIES, generator)
+    (dialect,) = learner.language.dialects(1, generator)
+    support = lora.sequences(dialect, args.sequences, generator)
+    query = lora.sequences(dialect, lora.QUERIES, generator)
     leaves = {n: p.clone().requires_grad_() for n, p in start.items()}
     rates = {n: r.clone().requires_grad_() for n, r in log_lr.items()}
     params = dict(leaves)

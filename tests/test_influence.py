@@ -637,3 +637,31 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, params, x = network(width=20)
     with pytest.raises(innerloop.MissingExtraError, match=r"innerloop\[inspect\]"):
         inspect.curvature(innerloop.unroll(problem, params, [x]))
+
+
+def test_the_error_of_the_jacobian_is_its_spread_over_seeds() -> None:
+    traj = run("momentum", "StoreAll")
+    found = [inspect.influence(traj, outer, probes=8, seed=seed) for seed in range(60)]
+    norms, errors = (
+        torch.stack([getattr(i, name)[: T - 1] for i in found])
+        for name in ("jacobian", "jacobian_error")
+    )
+    ratio = norms.std(0) / errors.square().mean(0).sqrt()
+    assert ratio.min() > 0.7
+    assert ratio.max() < 1.4
+
+
+@pytest.mark.parametrize("how", ["StoreAll", "Checkpointed", "track"])
+def test_times_are_counted_from_the_end_too(how: str) -> None:
+    traj = run("momentum", how)
+    late, same = (inspect.gains(traj, time, wrt, k=1) for time, wrt in ((-2, -4), (T - 1, T - 3)))
+    assert (late.time, late.wrt) == (same.time, same.wrt) == (T - 1, T - 3)
+    torch.testing.assert_close(late.values, same.values)
+    params = dict(traj.model.named_parameters()) if how == "track" else traj.params
+    value = WEIGHTS @ vector(params).sin()
+    late_paths, same_paths = (
+        inspect.paths(traj, value, time, wrt) for time, wrt in ((-2, -4), (T - 1, T - 3))
+    )
+    assert (late_paths.time, late_paths.wrt) == (same_paths.time, same_paths.wrt) == (T - 1, T - 3)
+    torch.testing.assert_close(late_paths.total, same_paths.total)
+    torch.testing.assert_close(late_paths.through, same_paths.through)

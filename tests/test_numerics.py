@@ -17,6 +17,7 @@ from torch import Tensor
 
 import innerloop
 from innerloop import optim
+from innerloop.optim._engine.numerics import safe_sqrt
 from tests.optimizers import (
     RULES,
     Rule,
@@ -465,3 +466,13 @@ def test_one_complex_parameter_with_a_tensor_rate_and_a_missing_gradient():
         params, state = optimizer.update(grads, state, params, {"lr": rate})
     assert isinstance(state.eta["z"], Tensor)
     assert params["z"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_safe_root_has_the_derivative_of_the_root(dtype: torch.dtype):
+    v = torch.tensor([0.0, 0.25, 1.0, 4.0], dtype=dtype, requires_grad=True)
+    root = safe_sqrt(v)
+    torch.testing.assert_close(root, v.detach().sqrt(), rtol=0.0, atol=1e-15)
+    root.sum().backward()
+    assert v.grad is not None
+    assert v.grad.tolist() == [0.0, 1.0, 0.5, 0.25]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from innerloop._utils import torch_private
+from innerloop.optim import sgd
 
 EXERCISED = {
     "redirect_checkpoint",
@@ -472,9 +473,12 @@ def test_hooks_on_saved_tensors_are_allowed_again_after_a_compilation_that_gave_
             pass
 
 
-def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
-    xs = [torch.linspace(-1, 1, n).requires_grad_() for n in (1, 7, 40)]
-    ys = [torch.linspace(2, 3, n).requires_grad_() for n in (1, 7, 40)]
+@pytest.mark.parametrize(
+    "sizes", [(1, 7, 40), (1, torch_private.LARGE, 40), (torch_private.LARGE,) * 2]
+)
+def test_lists_have_the_bits_and_the_derivatives_of_single_tensors(sizes: tuple[int, ...]):
+    xs = [torch.linspace(-1, 1, n).requires_grad_() for n in sizes]
+    ys = [torch.linspace(2, 3, n).requires_grad_() for n in sizes]
     for found, expected in (
         (
             torch_private.add_lists(xs, ys, 0.3),
@@ -497,6 +501,21 @@ def test_lists_have_the_bits_and_the_derivatives_of_single_tensors():
                 for s in slopes
             ]
             assert torch.equal(*second)
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}])
+def test_a_linear_step_keeps_nothing_large_for_its_derivative(settings: dict[str, Any]):
+    # One call for a list keeps what it was given.
+    optimizer = sgd(lr=0.1, **settings)
+    params = {name: torch.ones(256, 128).requires_grad_() for name in "ab"}
+    grads = {name: torch.ones(256, 128).requires_grad_() for name in "ab"}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        state = optimizer.init(params)
+        stepped, state = optimizer.update(grads, state, params)
+        stepped, _ = optimizer.update(grads, state, stepped)
+    assert stepped["a"].requires_grad
+    assert not [x.shape for x in kept if x.numel() >= torch_private.LARGE]
 
 
 def test_a_derivative_is_seen_at_any_level():

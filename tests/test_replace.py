@@ -733,6 +733,14 @@ def test_the_weight_of_l1_loss_survives_the_mode() -> None:
         assert torch.equal(F.l1_loss(X, Y, reduction="sum"), (X - Y).abs().sum())
 
 
+def test_the_weight_of_l1_loss_is_differentiated() -> None:
+    x, y, w = (z.detach().clone().requires_grad_() for z in (X, Y, W))
+    with innerloop.nn.replacing():
+        grads = torch.autograd.grad(F.l1_loss(x, y, weight=w, reduction="sum"), [x, y, w])
+    slope = W * (X - Y).sign()
+    torch.testing.assert_close(grads, (slope, -slope, (X - Y).abs()))
+
+
 def test_the_weight_of_l1_loss_survives_autocast() -> None:
     """With a weight it is a few plain operations, which autocast leaves alone."""
     x, y, w = (z.bfloat16() for z in (X, Y, W))

@@ -17,6 +17,7 @@ from innerloop._module.view import ModuleView
 from innerloop._types import Named, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_function, check_takes, given, is_integer, is_number
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.execution import Mode, may_read_values, mode
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop._utils.inner_pass import inner_pass, is_inner_pass
@@ -276,10 +277,7 @@ class _Call:
         self._all = [x.detach() for x in self._all]
         self.kept: list[Tensor | None] | None = None
         self._training = None if view is None else view.training
-        kinds = {"cpu", *(x.device.type for x in self.inputs)}
-        self._autocast = [
-            (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
-        ]
+        self._autocast = AutocastModes.now(self.inputs)
         self._random_state = RandomState.now()
         self._readable = block.readable()
         self._marks: list[Fingerprint] = []
@@ -298,11 +296,7 @@ class _Call:
             stack.enter_context(at_random_state(self._random_state))
             if self._view is not None and self._training is not None:
                 stack.enter_context(self._view.in_modes(self._training))
-            for kind, enabled, dtype in self._autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                    )
+            stack.enter_context(self._autocast.restored())
             yield
 
     def _evaluated(self, piece: _Piece, tensors: Sequence[Tensor]) -> _Flat:

@@ -27,6 +27,7 @@ from innerloop._module.copier import is_view
 from innerloop._module.view import ModuleView
 from innerloop._types import Params
 from innerloop._utils import inner_pass, torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.frozen import SMALL, Freezer, thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -375,7 +376,7 @@ class _Block:
         others: other modules that the function reads.
         itself: the inputs that the function reads where nothing can stand in for them.
         random_state: that before it; None: it draws nothing.
-        autocast: for each kind of device, whether it is on, and its dtype.
+        autocast: the modes of autocast.
         replaced: what decided which operations were replaced; None: none was.
         context: makes the block that the caller wants around it.
         places: the leaves of the result that are outputs of the node.
@@ -388,7 +389,7 @@ class _Block:
     others: list[_OtherModule]
     itself: frozenset[int]
     random_state: RandomState | None
-    autocast: list[tuple[str, bool, torch.dtype]]
+    autocast: AutocastModes
     replaced: Situation | None
     context: Callable[[], AbstractContextManager[Any]] | None
     places: list[int]
@@ -410,12 +411,7 @@ class _Block:
         try:
             with ExitStack() as stack:
                 stack.enter_context(at_random_state(self.random_state))
-                for kind, enabled, dtype in self.autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        # The cache would keep a cast copy of the parameters.
-                        stack.enter_context(
-                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                        )
+                stack.enter_context(self.autocast.restored())
                 stack.enter_context(reading(None, modules))
                 if self.replaced is not None:
                     stack.enter_context(replace.replacing_as(self.replaced))
@@ -607,11 +603,7 @@ def run_block(
         block.others = [_OtherModule(part) for part in outside]
         held = [*(m.now.values() for m in modules), *(o.tensors() for o in block.others)]
         known = [x for tensors in held for x in tensors if x.requires_grad]
-        devices = {x.device.type for x in (*freezer.captured, *freezer.constants)}
-        block.autocast = [
-            (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
-            for k in sorted({"cpu", *devices})
-        ]
+        block.autocast = AutocastModes.now((*freezer.captured, *freezer.constants))
         block.replaced = replace.situation_of_replacing()
         block.context = context
         found = [x for x in (*freezer.captured, *freezer.constants) if not x.is_inference()]

@@ -72,7 +72,7 @@ def compiled_value_and_grad(
 
     def perturbed() -> dict[str, object]:
         # An outer loss that eager code finds to be exactly 0 may be the rounding of its terms.
-        result, grads = eager(moved_by_rounding(inputs))
+        result, grads = eager(moved_by_rounding(inputs, whole.call.precision))
         return _groups(result, unreached.filled(inputs, grads))
 
     random_state = RandomState.now()

@@ -371,7 +371,8 @@ class _CompiledChunks:
                 expected = _batched(fn, some, shared, "error")
 
                 def perturbed() -> dict[str, object]:
-                    return _groups(_batched(fn, *moved_by_rounding((some, shared)), "error"))
+                    moved = moved_by_rounding((some, shared), self._call.precision)
+                    return _groups(_batched(fn, *moved, "error"))
 
                 what = "a chunk of tasks"
                 check_compiled(_groups(found), _groups(expected), what, perturbed=perturbed)

@@ -292,7 +292,7 @@ class CompiledRecorder(Recorder):
         edited = self.steps[t + 1].params or {} if t + 1 < len(self.steps) else {}
         if self._later is not None and self._later[0] == t + 1:
             later: Params = self._later[1].params
-        elif t + 1 == len(self.steps) and self.newest is not None:
+        elif t + 1 == len(self.steps) and isinstance(self.newest, dict):
             if torch_private.versions(self.newest.values()) != self.versions:
                 # The user has written them since.
                 return

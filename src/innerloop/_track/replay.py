@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from innerloop._carry import _alias
 from innerloop._inner_gradient import block
@@ -27,6 +28,7 @@ from innerloop._module.view import ModuleView
 from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -83,12 +85,12 @@ class Surroundings(NamedTuple):
 
     Attributes:
         training: the mode of each module.
-        autocast: for each kind of device, whether it is on, and its dtype.
+        autocast: the modes of autocast.
         replaced: what decided which operations were replaced; None: none was.
     """
 
     training: tuple[bool, ...]
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast: AutocastModes
     replaced: Situation | None
 
 
@@ -190,13 +192,14 @@ class Prepared(NamedTuple):
 
     Attributes:
         before, after: the states before and after it, as constants.
-        ends: the outputs of its node.
+        ends: where the outputs of its node come out of the graph; None: it does not depend on the
+            inputs. The outputs themselves are not kept.
         inputs: the inputs of its node.
     """
 
     before: State
     after: State
-    ends: list[Tensor]
+    ends: list[GradientEdge | None]
     inputs: list[Tensor]
 
 
@@ -321,12 +324,7 @@ class ModelCopy:
                 stack.enter_context(torch.enable_grad())
                 if record.random_state is not None:
                     stack.enter_context(at_random_state(record.random_state))
-                for kind, enabled, dtype in around.autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        # The cache would keep a cast copy of the parameters of every step.
-                        stack.enter_context(
-                            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                        )
+                stack.enter_context(around.autocast.restored())
                 yield
         finally:
             self.gate.home = home
@@ -367,8 +365,8 @@ class Recorder:
         self._later: tuple[int, State] | None = None
         self._ready: dict[int, Prepared] = {}
         self._merges = True
-        self.newest: Params | None = None
-        """Copies of the parameters that the newest step gave."""
+        self.newest: Params | Fingerprint | None = None
+        """Copies of the parameters that the newest step gave; once it ran again, their mark."""
         self.start_is_learned = start_is_learned
 
     def add(self, record: StepRecord, before: State) -> None:
@@ -663,7 +661,8 @@ class Recorder:
             new = {**state.params, **{n: taken.updated[n].detach() for n in layout.updated}}
             of_optimizer = tree.map_tensors(Tensor.detach, taken.optimizer_state)
             after = self._edited(t + 1, State(new, of_optimizer, buffers))
-        return Prepared(state, after, ends, inputs)
+        edges = [get_gradient_edge(y) if y.requires_grad else None for y in ends]
+        return Prepared(state, after, edges, inputs)
 
     def _check_gradient(self, t: int, grads: Gradients) -> None:
         """Raise if hooks or a callback made other gradients than in the forward pass."""
@@ -680,8 +679,14 @@ class Recorder:
             return
         names = self.steps[t].layout.updated
         now = [taken.updated[n].detach() for n in names]
-        then, old = [self.newest[n] for n in names], [before.params[n].detach() for n in names]
-        if names and not _close(now, then, old):
+        if isinstance(self.newest, Fingerprint):
+            same = Fingerprint.of(now).agrees(self.newest)
+        else:
+            then, old = [self.newest[n] for n in names], [before.params[n].detach() for n in names]
+            same = not names or _close(now, then, old)
+            if same:
+                self.newest = Fingerprint.of(now)
+        if not same:
             raise _differs(t, "its new parameters are others than in the forward pass")
 
     def _check_later(self, t: int, before: State, taken: Taken) -> None:
@@ -711,7 +716,7 @@ def _pulled(
     pairs = [
         (y, c)
         for y, c in zip(prepared.ends, cotangents, strict=True)
-        if c is not None and y.requires_grad
+        if c is not None and y is not None
     ]
     row: list[Tensor | None] = [None] * len(prepared.inputs)
     chosen = [i for i, w in enumerate(wanted) if w]

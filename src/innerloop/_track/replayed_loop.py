@@ -42,6 +42,7 @@ from innerloop._track.start import Learn, Model, TorchOptimizer
 from innerloop._trajectory import Trajectory
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.frozen import Freezer
 from innerloop._utils.random_state import RandomState
@@ -570,13 +571,9 @@ class ReplayedLoop(TrackedLoop):
         return found
 
     def _surroundings(self, current: Params) -> Surroundings:
-        kinds = {"cpu", *(p.device.type for p in current.values())}
         found = Surroundings(
             tuple(m.training for m in self._view.modules),
-            tuple(
-                (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k))
-                for k in sorted(kinds)
-            ),
+            AutocastModes.now(current.values()),
             Situation.now() if self._kernels is not None and self._kernels.replaces else None,
         )
         last = self._last_record

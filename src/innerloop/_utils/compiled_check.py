@@ -85,15 +85,22 @@ def check_compiled(
                 )
 
 
-def moved_by_rounding(inputs: T) -> T:
-    """Return a pytree whose tensors are moved by about one unit of rounding, at random."""
+def moved_by_rounding(inputs: T, precision: float = 0.0) -> T:
+    """Return a pytree whose tensors are moved by about one unit of rounding, at random.
+
+    Args:
+        inputs: the pytree.
+        precision: the relative precision of the computation where it is coarser than that of a
+            tensor, as under autocast.
+    """
     generator = torch.Generator().manual_seed(16)
 
     def move(x: Tensor) -> Tensor:
         if not tree.differentiable(x):
             return x
         signs = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
-        moved = x.detach() * (1 + 4 * torch.finfo(x.dtype).eps * signs.to(x.dtype))
+        unit = max(torch.finfo(x.dtype).eps, precision)
+        moved = x.detach() * (1 + 4 * unit * signs.to(x.dtype))
         return moved.requires_grad_(x.requires_grad)
 
     return tree.map_tensors(move, inputs)

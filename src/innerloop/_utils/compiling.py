@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from innerloop._utils import torch_private
+from innerloop._utils.caches import cache
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -24,6 +27,8 @@ OPTIONS: dict[str, object] = {
     # With it, two max-pools and inputs that require grad give a wrong first derivative (torch 2.13,
     # CPU).
     "layout_optimization": False,
+    # Guards have looked at the inputs already: 70 checks a step of a small network.
+    "size_asserts": False,
     # Halves the time that compiling takes; the code is no slower.
     "cpp.max_horizontal_fusion_size": 1,
     # Random numbers are those of eager code, so a step can be compared with it and replayed.
@@ -40,12 +45,70 @@ BACKEND: Callable[..., Any] | None = None
 _numbers = itertools.count()
 
 
+_LIBRARY = re.compile(
+    r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)|__builtins_dict__|___unnamed_scope_"
+)
+"""Names in guards that stand for modules of innerloop and for private ones of torch."""
+
+_OWN = "__import_innerloop_dot_"
+"""What stands for a module of innerloop."""
+
+_CODE = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ModuleType,
+    types.CodeType,
+    type,
+)
+"""What a module defines once and does not change."""
+
+
+_SCOPE = re.compile(r"___unnamed_scope_(\d+)")
+
+scopes_of_users: MutableMapping[int, dict[str, Any]] = cache("globals that users change")
+"""Dicts of globals that are no module's, by identity, in which values may be put in the places of
+others: functions and modules too."""
+
+
+def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
+    """Leave out the guards of code and tables of innerloop itself, and of code inside torch.
+
+    They are more than half of the guards of a small step, and all are checked at every call.
+    Whatever could change stays guarded: modules and functions of users and of torch.nn; numbers
+    and flags, wherever they are.
+    """
+
+    def is_users(name: str) -> bool:
+        found = _SCOPE.search(name)
+        return found is not None and int(found[1]) in scopes_of_users
+
+    return [
+        not (
+            g.has_value
+            and _LIBRARY.search(g.name)
+            and not is_users(g.name)
+            and isinstance(g.value, (*_CODE, dict, frozenset) if _OWN in g.name else _CODE)
+        )
+        for g in guards
+    ]
+
+
 @contextmanager
 def silent_about_grad() -> Iterator[None]:
     """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield
+
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+def _plainly(body: Callable[..., Any], *inputs: Any, **_: object) -> Any:
+    """Run what activation checkpointing wraps: the compiler chooses itself what it keeps."""
+    return body(*inputs)
 
 
 class Compiled:
@@ -61,6 +124,8 @@ class Compiled:
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
             code path.
+        precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
+            autocast makes coarser than its inputs.
     """
 
     def __init__(
@@ -71,6 +136,7 @@ class Compiled:
     ) -> None:
         self.compilations = 0
         self._paths = 0
+        self.precision = 0.0
         self._replaced = replaced or {}
         self._what = what
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
@@ -78,7 +144,12 @@ class Compiled:
         function.__code__ = function.__code__.replace(
             co_name=f"{function.__name__}_{next(_numbers)}"
         )
-        self._compiled = torch.compile(function, fullgraph=True, backend=self._compile)
+        self._compiled = torch.compile(
+            function,
+            fullgraph=True,
+            backend=self._compile,
+            options={"guard_filter_fn": _guards_to_keep},
+        )
 
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
@@ -108,8 +179,13 @@ class Compiled:
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
         for node in graph.graph.nodes:
+            value = node.meta.get("example_value")
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.precision = max(self.precision, torch.finfo(value.dtype).eps)
             if node.op == "call_function" and node.target in self._replaced:
                 node.target = self._replaced[node.target]
+            elif node.op == "call_function" and node.target is _CHECKPOINT:
+                node.target = _plainly
         graph.recompile()
         if BACKEND is not None:
             return BACKEND(graph, inputs)

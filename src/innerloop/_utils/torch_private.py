@@ -379,16 +379,36 @@ def plain_form(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+LARGE = 16_384
+"""Elements from which on an operation of a tensor costs less than keeping the tensor does."""
+
+
 def add_lists(xs: list[Tensor], ys: list[Tensor], alpha: float) -> list[Tensor]:
     """Compute ``x + alpha * y`` for each pair, with the bits of one ``torch.add`` each.
 
-    It is one call, and one node of the graph, for all of them.
+    It is one call, and one node of the graph, for all small tensors. That node keeps both lists
+    until it is gone, which the node of a ``torch.add`` does not.
     """
-    return list(torch._foreach_add(xs, ys, alpha=alpha))
+    if not any(y.numel() >= LARGE for y in ys):
+        return list(torch._foreach_add(xs, ys, alpha=alpha))
+    found = list(ys)
+    small = []
+    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        if y.numel() >= LARGE:
+            found[i] = torch.add(x, y, alpha=alpha)
+        else:
+            small.append(i)
+    if small:
+        added = torch._foreach_add([xs[i] for i in small], [ys[i] for i in small], alpha=alpha)
+        for i, z in zip(small, added, strict=True):
+            found[i] = z
+    return found
 
 
 def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
-    """Compute ``x * factor`` for each tensor, in one call."""
+    """Compute ``x * factor`` for each tensor, in one call where all are small."""
+    if any(x.numel() >= LARGE for x in xs):
+        return [x * factor for x in xs]
     return list(torch._foreach_mul(xs, factor))
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from innerloop._utils.compiling import scopes_of_users
 from innerloop._utils.frozen import _EMPTY, _Call, _Container, _Function, _Slot
 from innerloop.errors import InvalidInputError
 
@@ -188,6 +189,7 @@ class Traceable:
         if known is None:
             _check_writes(code, frozen.name, set(code.co_freevars))
             scope = {"__builtins__": frozen.builtins}
+            scopes_of_users[id(scope)] = scope
             counts = [_count(x) for x in (frozen.defaults, frozen.keywords)]
             known = self._factories[code] = _factory_of(code, scope, *counts, frozen), scope
         seen = self._seen.setdefault(code, frozen)

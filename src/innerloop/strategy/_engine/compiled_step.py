@@ -87,7 +87,8 @@ class Core:
 
         def verify(found: StepResult, random_state: RandomState | None) -> None:
             with at_random_state(random_state):
-                _check_step(found, self._advance.eager(*arguments), state)
+                expected = self._advance.eager(*arguments)
+            _check_step(found, expected, self._advance, arguments, random_state)
             # The graph of the loss is looked at where its gradient is taken, that of the update is
             # there only if something requires grad.
             learned = _requiring_grad(arguments)
@@ -110,13 +111,14 @@ class Core:
             with at_random_state(random_state):
                 expected, pulled = _recorded(self._advance.eager, arguments, weights)
                 refuse_own_functions(tree.tensors(expected))
-                _check_step(found, expected, state)
+            _check_step(found, expected, self._advance, arguments, random_state)
             with at_random_state(random_state):
                 _, ours = _recorded(self._advance.compiled, arguments, weights)
 
             def perturbed() -> Groups:
                 with at_random_state(random_state):
-                    return _recorded(self._advance.eager, _moved(arguments), weights)[1]
+                    moved = _moved(arguments, self._advance.precision)
+                    return _recorded(self._advance.eager, moved, weights)[1]
 
             check_compiled(ours, pulled, "the pullback of a step", perturbed=perturbed)
 
@@ -165,7 +167,7 @@ class Core:
                     return groups(pull.eager(*arguments))
 
             def perturbed() -> Groups:
-                return eager(*_moved(arguments[:3]), wanted, given)
+                return eager(*_moved(arguments[:3], pull.precision), wanted, given)
 
             check_compiled(
                 groups(found), eager(*arguments), "the pullback of a step", perturbed=perturbed
@@ -189,6 +191,11 @@ class _Checked:
         self.compiled = Compiled(eager, what, HIDDEN)
         self._trust = Trust()
         self._later = LaterChecks()
+
+    @property
+    def precision(self) -> float:
+        """Return the relative precision of the coarsest numbers in compiled code."""
+        return self.compiled.precision
 
     def eager(self, *arguments: Any) -> Any:
         """Call the function itself."""
@@ -304,18 +311,38 @@ def _requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*learned[:2], buffers), learned[2], batch
 
 
-def _moved(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _moved(arguments: tuple[Any, ...], precision: float) -> tuple[Any, ...]:
     """Return the arguments of a step, its params and hyper moved by about one unit of rounding."""
     (params, optimizer_state, buffers), hyper, batch = arguments
-    params, hyper = moved_by_rounding((params, hyper))
+    params, hyper = moved_by_rounding((params, hyper), precision)
     return (params, optimizer_state, buffers), hyper, batch
 
 
-def _check_step(found: StepResult, eager: StepResult, state: State) -> None:
+def _check_step(
+    found: StepResult,
+    expected: StepResult,
+    advance: _Checked,
+    arguments: tuple[Any, ...],
+    random_state: RandomState | None,
+) -> None:
     """Raise unless the results of a compiled step are those of eager code."""
-    params, _, buffers = state
+    (params, _, buffers), *_ = arguments
     before = {"params": params, "buffers": buffers}
-    check_compiled(_groups(found), _groups(eager), "the step", before)
+
+    def perturbed() -> Groups:
+        with at_random_state(random_state):
+            return _groups(advance.eager(*_moved(arguments, advance.precision)))
+
+    # In the precision of the parameters a step is the same in any order of evaluation; in that of
+    # autocast Adam moves a parameter of a tiny gradient by the learning rate, either way.
+    finest = max((torch.finfo(p.dtype).eps for p in params.values()), default=0.0)
+    check_compiled(
+        _groups(found),
+        _groups(expected),
+        "the step",
+        before,
+        perturbed if advance.precision > finest else None,
+    )
 
 
 def _gradients(
@@ -528,10 +555,12 @@ def counted(state: State) -> State:
 
 def uncounted(state: State, like: State) -> State:
     """Return the state with step counts as numbers again, where ``like`` has numbers."""
-    pairs = zip(tree.leaves(state), tree.leaves(like), strict=False)
-    if len(tree.leaves(state)) != len(tree.leaves(like)):
+    params, optimizer_state, buffers = state
+    leaves, before = tree.leaves(optimizer_state), tree.leaves(like[1])
+    if len(leaves) != len(before):
         return state
-    return tree.with_leaves(state, [int(x) if type(y) is int else x for x, y in pairs])
+    numbers = [int(x) if type(y) is int else x for x, y in zip(leaves, before, strict=True)]
+    return params, tree.with_leaves(optimizer_state, numbers), buffers
 
 
 def with_counts(carry: Carry, like: Carry) -> Carry:

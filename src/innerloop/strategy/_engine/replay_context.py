@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from innerloop._problem import Problem
 from innerloop._types import HyperTree
+from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.fingerprint import Fingerprint
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import Loop
@@ -53,10 +52,7 @@ class ReplayContext:
 
     def __init__(self, loop: Loop) -> None:
         self._training = None if loop.problem.view is None else loop.problem.view.training
-        kinds = {"cpu", *(d.type for d in {x.device for x in loop.start.params.values()})}
-        self._autocast = [
-            (k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in sorted(kinds)
-        ]
+        self._autocast = AutocastModes.now(loop.start.params.values())
 
     @contextmanager
     def restored(self, problem: Problem) -> Iterator[None]:
@@ -64,12 +60,7 @@ class ReplayContext:
         with ExitStack() as stack:
             if problem.view is not None and self._training is not None:
                 stack.enter_context(problem.view.in_modes(self._training))
-            for kind, enabled, dtype in self._autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    # The cache would keep a cast copy of the parameters of every step.
-                    stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                    )
+            stack.enter_context(self._autocast.restored())
             yield
 
 

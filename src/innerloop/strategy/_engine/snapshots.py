@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,19 @@ class Snapshots(MutableMapping[int, Any]):
     Args:
         place: None keeps the tensors where they are (large ones by reference), ``"cpu"`` copies
             those of another device to pinned main memory while that device goes on computing,
-            ``"disk"`` writes them to a temporary file each.
+            ``"disk"`` writes them to a temporary file each while the loop goes on; the next
+            access waits until that is done.
     """
 
     def __init__(self, place: str | None) -> None:
         self.place = place
         self._held: dict[int, Any] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="innerloop-")) if place == "disk" else None
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: tuple[Future[None], Path] | None = None
         if self._folder is not None:
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._writer = ThreadPoolExecutor(1, "innerloop-snapshots")
+            weakref.finalize(self, _clean_up, self._writer, self._folder)
         self._written = 0
 
     def __setitem__(self, t: int, value: object) -> None:
@@ -47,24 +52,35 @@ class Snapshots(MutableMapping[int, Any]):
             self._held[t] = template, devices, [_to_host(x) for x in tensors]
             return
         assert self._folder is not None
+        assert self._writer is not None
+        self._wait()
         self._written += 1
         path = self._folder / f"{self._written}.pt"
-        # A view would write the whole of the storage that it is a view of.
+        # Copies: the loop may write in place, and a view would write the whole of its storage.
+        copies = [x.detach().clone() for x in tensors]
+        self._writing = self._writer.submit(torch.save, copies, path), path
+        self.pop(t, None)
+        self._held[t] = template, devices, path
+
+    def _wait(self) -> None:
+        """Wait for the file that is being written, and raise if that failed."""
+        if self._writing is None:
+            return
+        (future, path), self._writing = self._writing, None
         try:
-            torch.save([x.detach().clone() for x in tensors], path)
+            future.result()
         except (OSError, RuntimeError) as error:
             raise InnerLoopError(
                 f"a state of the loop cannot be written to the disk, to the file {path}: {error}. "
                 "Free some space there, let TMPDIR name another folder, or keep the states in "
                 'memory: offload="cpu" or offload=None'
             ) from error
-        self.pop(t, None)
-        self._held[t] = template, devices, path
 
     def __getitem__(self, t: int) -> Any:
         if self.place is None:
             return self._held[t]
         template, devices, kept = self._held[t]
+        self._wait()
         tensors = _read(kept) if self.place == "disk" else kept
         return tree.join(
             template, [x.to(d, non_blocking=True) for x, d in zip(tensors, devices, strict=True)]
@@ -73,6 +89,8 @@ class Snapshots(MutableMapping[int, Any]):
     def __delitem__(self, t: int) -> None:
         entry = self._held.pop(t)
         if self.place == "disk":
+            if self._writing is not None and self._writing[1] == entry[2]:
+                self._wait()
             entry[2].unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[int]:
@@ -83,6 +101,12 @@ class Snapshots(MutableMapping[int, Any]):
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+def _clean_up(writer: ThreadPoolExecutor, folder: Path) -> None:
+    """Remove the files, once none is being written."""
+    writer.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> list[Tensor]:

@@ -108,7 +108,7 @@ class StepPushforward(LinearOperator):
                 with torch.no_grad():
                     advance()
                 new = box[0]
-                return [None] * len(self.gives), new._replace(time=step.carry.time + 1).detach()
+                return [None] * len(self.gives), new.detach()
             try:
                 with torch_private.only_forward_mode():
                     values, pushed = _jvp(
@@ -127,8 +127,8 @@ class StepPushforward(LinearOperator):
         new, found = box
         # What was returned is without the wrappers of the transform.
         state = tree.with_leaves(state_of(new), tree.put(found, places, values))
-        carry = carry_of(state, new.random_state)._replace(time=step.carry.time + 1)
-        return tree.put([None] * len(self.gives), places, pushed), carry
+        after = carry_of(state, new.random_state)
+        return tree.put([None] * len(self.gives), places, pushed), after
 
     @property
     def T(self) -> StepPullback:  # noqa: N802

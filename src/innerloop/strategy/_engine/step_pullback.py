@@ -211,7 +211,7 @@ class RecordedStep:
         self._state, self._loss, self._aux = tree.leaves(state_of(new)), loss, tree.leaves(aux)
         self._after = After(*tree.map_tensors(Tensor.detach, (new.params, new.buffers, aux)))
         self.loss = loss.detach()
-        self.after = new._replace(time=step.carry.time + 1)
+        self.after = new
 
     def pull(self, given: OutputCotangents, *, keep: bool = False) -> InputCotangents:
         """Pull ``given`` back; with ``keep`` the graph is kept for another pullback."""
