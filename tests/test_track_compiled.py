@@ -245,6 +245,12 @@ def test_what_is_refused():
         innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
     ):
         loop.step(lambda: loop.model(batch(0)[0]).mean(), grad_callback=lambda grads: grads)
+    norm = torch.nn.BatchNorm1d(2)
+    with (
+        pytest.raises(InvalidInputError, match="buffers in train mode"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        loop.step(lambda: norm(loop.model(x)).mean())
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.raises(InvalidInputError, match="cannot be compiled"):
         innerloop.track(model, lbfgs, strategy=COMPILED)

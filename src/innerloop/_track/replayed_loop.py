@@ -404,6 +404,14 @@ class ReplayedLoop(TrackedLoop):
                 "clip_by_global_norm(1.0), innerloop.optim.sgd(lr=0.1)) for example, or "
                 "compile=False"
             )
+        for module in record.modules:
+            if module.training and next(module.buffers(), None) is not None:
+                raise InvalidInputError(
+                    f"the closure given to loop.step captures a {type(module).__name__} with "
+                    "buffers in train mode besides loop.model, which would be written each time "
+                    "that the step runs: call .eval() on it, pass both to track as a dict of "
+                    "modules, or write compile=False"
+                )
         if not self._steps:
             random_state = RandomState.now()
             taken, leaves, _ = self._forward(
