@@ -63,7 +63,8 @@ class _ClosureStep(Problem[Any, None]):
     def evaluate(
         self, params: Named, buffers: Named, hyper: HyperTree, batch: Any, **_: object
     ) -> Any:
-        (untrained, captured), _overrides = hyper
+        pair: Any = hyper
+        untrained, captured = pair[0]
         form, frozen = batch
         view = self.view
         assert view is not None
@@ -101,10 +102,11 @@ class _ClosureStep(Problem[Any, None]):
         if not self.second_order:
             loss = loss.detach()
             grads = {n: g if g is None else g.detach() for n, g in grads.items()}
-        _, frozen = batch
+        pair: Any = hyper
+        overrides, (_, frozen) = pair[1], batch
         params = {n: carry.params[n] if n in carry.params else frozen[n] for n in self.names}
         updated, state = self.optimizer.update(
-            {n: grads.get(n) for n in self.names}, carry.optimizer_state, params, hyper[1]
+            {n: grads.get(n) for n in self.names}, carry.optimizer_state, params, overrides
         )
         new = {n: updated[n] for n in carry.params}
         return Carry(new, state, buffers, None, t + 1), loss, None
@@ -370,6 +372,8 @@ class CompiledRecorder(Recorder):
         if found.after is not None:
             self._check_after(t, state, found.after.params)
         trained = dict(zip(params, found.state, strict=False))
+        # Where a step does not depend on a parameter there is no gradient, not a zero.
+        trained |= dict.fromkeys(self.unused)
         through = dict(zip(untrained, found.hyper, strict=False))
         state_row = found.state[len(params) :]
         more = found.hyper[len(untrained) :]

@@ -586,8 +586,8 @@ class Recorder:
                 if self.start_is_learned and any(wanted[:before]):
                     self.kept.refuse_start()
                 wanted = [False] * before + list(wanted[before:])
-            before, found = self._pull_back(t, cotangents, wanted)
-            self._later = t, before
+            state, found = self._pull_back(t, cotangents, wanted)
+            self._later = t, state
             if self._last is not None and self._last[0] >= t and not again:
                 self._last = None
             self.kept.pass_by(t, again=again)

@@ -56,7 +56,7 @@ class _List(NamedTuple):
 class _Place(NamedTuple):
     """The place of a captured tensor that may have a derivative."""
 
-    index: int
+    place: int
 
 
 def build(form: Any, slots: Sequence[Tensor], made: list[Any] | None = None) -> Any:
@@ -69,7 +69,7 @@ def build(form: Any, slots: Sequence[Tensor], made: list[Any] | None = None) -> 
     """
     kind = type(form)
     if kind is _Place:
-        return slots[form.index]
+        return slots[form.place]
     if kind is _Made:
         return form.factory(*[build(value, slots, made) for value in form.values])
     if kind is _Partial:
@@ -190,8 +190,7 @@ class Traceable:
             _check_writes(code, frozen.name, set(code.co_freevars))
             scope = {"__builtins__": frozen.builtins}
             scopes_of_users[id(scope)] = scope
-            counts = [_count(x) for x in (frozen.defaults, frozen.keywords)]
-            known = self._factories[code] = _factory_of(code, scope, *counts, frozen), scope
+            known = self._factories[code] = _factory_of(frozen, scope), scope
         seen = self._seen.setdefault(code, frozen)
         if seen is not frozen and not _same_globals(seen, frozen):
             raise _refused(frozen.name, "stands in it twice, with other globals")
@@ -272,22 +271,18 @@ def _inside(code: types.CodeType) -> types.CodeType:
     return next(c for c in code.co_consts if isinstance(c, types.CodeType))
 
 
-def _factory_of(
-    code: types.CodeType,
-    scope: dict[str, Any],
-    defaults: int,
-    keywords: int,
-    frozen: _Function,
-) -> Callable[..., Any]:
-    """Return a function of the cells, defaults and keyword defaults of ``code`` that makes it.
+def _factory_of(frozen: _Function, scope: dict[str, Any]) -> Callable[..., Any]:
+    """Return a function of the cells, defaults and keyword defaults of another that makes it.
 
     It is compiled for a function of the same signature, whose code is then replaced.
     """
-    cells = code.co_freevars
+    code, cells = frozen.code, frozen.code.co_freevars
+    defaults, keywords = _count(frozen.defaults), _count(frozen.keywords)
     names = [f"default_{i}_" for i in range(defaults)]
     keys = list(frozen.keywords) if isinstance(frozen.keywords, dict) else []
     if type(frozen.keywords) is _Container:
-        keys = list(frozen.keywords.make.args[0])
+        made_of: Any = frozen.keywords.make
+        keys = list(made_of.args[0])
     inner = [f"p{i}_={name}" for i, name in enumerate(names)]
     if keys:
         inner += ["*", *(f"{key}=keyword_{i}_" for i, key in enumerate(keys))]
