@@ -80,7 +80,9 @@ def gpt2(case: Case, device: str) -> nn.Module:
     """Return the model, with random weights."""
     import transformers
 
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97} if case.small else {}
+    size: dict[str, Any] = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97} if case.small else {}
+    )
     config = transformers.GPT2Config(
         n_positions=max(case.length, 1024),
         resid_pdrop=0.0,
@@ -91,7 +93,8 @@ def gpt2(case: Case, device: str) -> nn.Module:
         eos_token_id=0,
         **size,
     )
-    model: nn.Module = transformers.GPT2LMHeadModel(config).to(device)
+    made: Any = transformers.GPT2LMHeadModel(config)
+    model: nn.Module = made.to(device)
     if case.blocks:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return model.train()
@@ -132,7 +135,7 @@ def meta_gradient(case: Case, model: nn.Module, texts: Tensor) -> Tensor:
         None,
         texts[:-1],
         wrt="params",
-        strategy=innerloop.Checkpointed(slots=case.slots, compile=case.compile),  # type: ignore[arg-type]
+        strategy=innerloop.Checkpointed(slots=case.slots, compile=case.compile),
     )
     norm = torch.stack([g.float().square().sum() for g in grads.values()]).sum().sqrt()
     return torch.stack([norm, value.detach()])

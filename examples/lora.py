@@ -299,7 +299,7 @@ def draw(results: dict[str, Tensor], path: Path) -> None:
     axes = figure.add_subplot()
     for name, losses in results.items():
         if name == KNOWN:
-            axes.axhline(losses.mean(), color="gray", linestyle="--", label=name)
+            axes.axhline(losses.mean().item(), color="gray", linestyle="--", label=name)
             continue
         half = 1.96 * losses.std(0) / math.sqrt(len(losses))
         axes.errorbar(range(losses.shape[1]), losses.mean(0), half, capsize=3, label=name)

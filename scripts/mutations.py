@@ -75,7 +75,8 @@ NUMBERS = re.compile(
     r"\b(int|float|len|max|min|abs|set|dict|numel|prod|sizes?|itemsize|detach|ceil|floor)\("
     r"|\bmath\.|\.shape\b|\bsizes\b|\.(eps|tiny|ndim|active|every|dropout_p|count|steps)\b"
     r"|^(count|n|t|steps|keys|flat|flips|evaluated|rows|low|ALPHA|self\.scale)$"
-    r"|\b(advances|replays)\(|dtype=torch\.(bool|long)|^(begin|end|eps)$"
+    r"|\b(advances|replays)\(|dtype=torch\.(bool|long)|^(begin|end|eps|best|step|infinity)$"
+    r"|^_thread\."
 )
 """What is never a tensor with a derivative: to detach it changes nothing."""
 

@@ -378,6 +378,7 @@ WRONG: dict[str, Make] = {
     "a list": always([1]),
     "a dict": always({"x": 1}),
     "a tensor": lambda: torch.ones(2),
+    "tensors on the meta device": lambda: {k: torch.ones(3, device="meta") for k in ("w", "c")},
     "a list of tensors": lambda: [torch.ones(3)],
     "a class": always(Refusing),
     "a module": Refusing,

@@ -1056,3 +1056,107 @@ def test_a_leaf_in_an_object_is_an_input():
     assert type(y.grad_fn).__name__ == "_NodeBackward"
     (slope,) = torch.autograd.grad(y, holder.scale, create_graph=True)
     assert (slope.item(), torch.autograd.grad(slope, x)[0].item()) == (4 * 27, 4 * 27)
+
+
+class Changed(nn.Module):
+    """A model whose submodules are changed inside the loop."""
+
+    def __init__(self, around: Around) -> None:
+        super().__init__()
+        self.around = around
+        self.extra: Any = None
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.layers = nn.ModuleList([nn.Tanh()])
+
+    def body(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers[0](self.first(x))
+        y = self.second(y).sin()
+        return y if self.extra is None else self.extra(y)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.around(self.body, x)
+
+
+def _other_layer(model: Any) -> None:
+    model.first = nn.Linear(3, 3)
+
+
+def _other_activation(model: Any) -> None:
+    model.layers[0] = nn.Sigmoid()
+
+
+def _exchanged(model: Any) -> None:
+    model.first, model.second = model.second, model.first
+
+
+def _added(model: Any) -> None:
+    model.extra = nn.Linear(3, 3)
+
+
+EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "a layer": (_other_layer, "first"),
+    "an entry of a list": (_other_activation, "layers.0"),
+    "two that change places": (_exchanged, "first"),
+    "one that is added": (_added, "extra"),
+}
+
+
+@pytest.mark.parametrize("strategy", [None, Checkpointed(slots=1)], ids=repr)
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_submodule_that_is_replaced_inside_the_loop_is_named(edit: str, strategy: Any) -> None:
+    """A block, or a step, would run again with the module that was there at the beginning."""
+    change, name = EDITS[edit]
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+
+    def run(around: Around) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model: Any = Changed(around)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+            for t in range(3):
+                if t == 1:
+                    change(loop.model)
+                if strategy is None:
+                    loop.step(loop.model(x).square().mean())
+                else:
+                    loop.step(lambda: loop.model(x).square().mean())
+            loop.model(x).mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    message = f"the submodule '{name}' of loop.model was added, removed or replaced"
+    with pytest.raises(InvalidInputError, match=message) as error:
+        run(NON_REENTRANT)
+    assert "before the loop" in str(error.value)
+    if strategy is None:
+        assert any(g is not None for g in run(plainly))  # without blocks it is what PyTorch does
+    else:
+        with pytest.raises(InvalidInputError, match=f"{message}.* and step [0-9] runs again"):
+            run(plainly)
+
+
+def test_a_submodule_that_is_wrapped_inside_the_loop_goes_on() -> None:
+    """Another module that computes the same is no obstacle."""
+
+    def wrapped(around: Around) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model: Any = Changed(around)
+        x = torch.linspace(-1, 1, 12).reshape(4, 3)
+        with innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1)) as loop:
+            for _ in range(3):
+                loop.step(loop.model(x).square().mean())
+                loop.model.first = nn.Sequential(loop.model.first)
+            loop.model(x).mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    assert_close(wrapped(NON_REENTRANT), wrapped(plainly))
+
+
+def test_a_block_on_the_meta_device_has_shapes() -> None:
+    layer = nn.Linear(3, 2, device="meta")
+    x = torch.ones(4, 3, device="meta", requires_grad=True)
+    y = innerloop.checkpoint_block(layer, x)
+    y.sum().backward()
+    assert y.shape == (4, 2)
+    assert x.grad is not None
+    assert x.grad.shape == (4, 3)

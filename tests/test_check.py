@@ -581,6 +581,7 @@ def test_a_derivative_by_differences_refines_its_step():
         return 3 * x if abs(x) < 1.5 else 100.0
 
     value, uncertainty = derivative(kinked, 1.0, rungs=4)
-    assert (value, uncertainty) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-12))
+    assert value == pytest.approx(3.0)
+    assert uncertainty == pytest.approx(0.0, abs=1e-12)
     assert max(map(abs, asked)) == 2.0
     assert min(map(abs, asked)) == 1 / 8

@@ -5,18 +5,21 @@ It runs in a process of its own: the run-time type checker of the tests makes it
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import innerloop
 from innerloop.optim import _rules
-from tests.fuzz import answers, case, faults, losses, models, rules, verdict
+from tests.fuzz import answers, case, extras, faults, losses, models, rules, verdict
 
 SEED = 20
 IMPLEMENTATION = ("foreach", "capturable", "differentiable", "fused")
@@ -62,7 +65,8 @@ def test_a_seed_repeats_a_case() -> None:
     [pytest.param(f, marks=() if f == "dropped term" else pytest.mark.slow) for f in faults.FAULTS],
 )
 def test_a_planted_fault_is_found_within_200_cases(fault: str) -> None:
-    code, output = fuzz("--seed", str(SEED), "--cases", "200", "--fault", fault)
+    more = ["--newest"] if fault in faults.NEWEST else []
+    code, output = fuzz("--seed", str(SEED), "--cases", "200", "--fault", fault, *more)
     assert code == 1, output
     assert f"{fault} is found by case" in output
 
@@ -104,3 +108,35 @@ def test_every_strategy_and_front_end_is_drawn() -> None:
     others |= {innerloop.strategy.DARTS, innerloop.strategy.SAMA, innerloop.strategy.T1T2}
     assert concrete - others <= {type(s) for s in case.STRATEGIES}
     assert set(case.FRONT_ENDS) == set(answers.ASK)
+
+
+def test_every_strategy_of_track_is_drawn() -> None:
+    taken = set()
+    for strategy in (*case.STRATEGIES, *extras.STRATEGIES):
+        with contextlib.suppress(innerloop.InnerLoopError):
+            model = torch.nn.Linear(1, 1)
+            innerloop.track(model, innerloop.optim.sgd(lr=0.1), "outer", strategy=strategy)
+            taken.add(type(strategy))
+    assert taken == {type(s) for s in extras.STRATEGIES}
+
+
+def test_every_setting_of_a_layer_with_fast_weights_is_drawn() -> None:
+    made: list[Any] = [models.make("fast weights", seed) for seed in range(60)]
+    layers = [model.fast for model in made]
+    assert {layer.read for layer in layers} == {"before", "after"}
+    assert {layer.chunk for layer in layers} == {1, 2, 3}
+    assert len({type(layer.strategy) for layer in layers}) == 2
+    for setting in ("hyper", "output"):
+        assert len({getattr(layer, setting) is None for layer in layers}) == 2
+    assert len({isinstance(layer.loss, torch.nn.Module) for layer in layers}) == 2
+    assert len({repr(layer.optimizer) for layer in layers}) == 4
+
+
+def test_extras_leave_the_other_cases_as_they_were() -> None:
+    """What a seed drew before they were enrolled is still drawn, but for one case in five."""
+    plain = [case._drawn(7, number) for number in range(200)]
+    drawn = [case.draw(7, number) for number in range(200)]
+    same = sum(a == b for a, b in zip(plain, drawn, strict=True))
+    assert same == sum(not c.extras for c in drawn)
+    assert 140 <= same <= 180
+    assert all(case.draw(7, number, newest=True).extras for number in range(200))

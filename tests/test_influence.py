@@ -639,6 +639,20 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         inspect.curvature(innerloop.unroll(problem, params, [x]))
 
 
+@pytest.mark.parametrize("how", ["StoreAll", "Checkpointed"])
+def test_a_product_where_gradients_are_off_is_the_same(how: str) -> None:
+    traj = run("momentum", how)
+    with torch.no_grad():
+        pushed = inspect.jvp(traj, -1, 0, {"b": NUDGE})
+    torch.testing.assert_close(pushed, inspect.jvp(traj, -1, 0, {"b": NUDGE}))
+
+
+def test_a_single_probe_has_no_error() -> None:
+    found = inspect.influence(run("sgd", "StoreAll"), outer, probes=1)
+    assert found.jacobian_error is not None
+    assert found.jacobian_error.isnan().all()
+
+
 def test_the_error_of_the_jacobian_is_its_spread_over_seeds() -> None:
     traj = run("momentum", "StoreAll")
     found = [inspect.influence(traj, outer, probes=8, seed=seed) for seed in range(60)]

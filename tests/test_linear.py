@@ -68,6 +68,23 @@ def test_the_products_of_a_polynomial(how: str) -> None:
     assert len(evaluations) == (3 if how == "difference" else 1)
 
 
+def test_a_difference_along_entries_without_a_gradient_is_taken_apart() -> None:
+    """They would make the common step too short for the others."""
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+
+    def quadratic(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        (x,) = values
+        return [matrix @ x], x @ matrix @ x / 2
+
+    at, along = [torch.tensor([3.0, -1.0])], [torch.tensor([1.0, 100.0])]
+    assert quadratic(at)[0][0][1] == 0
+    found = central_difference(
+        quadratic, at, along, before_each=lambda: None, value=lambda: quadratic(at)[1], moved=1,
+        relative_step=None,
+    )  # fmt: skip
+    torch.testing.assert_close(found.product[0], matrix @ along[0], rtol=1e-8, atol=0)
+
+
 def test_a_vector_of_zeros_has_the_difference_zero() -> None:
     at, zeros = [torch.tensor(3.0), torch.tensor(5.0)], [torch.tensor(0.0)] * 2
     found = central_difference(

@@ -432,6 +432,19 @@ class Counting(nn.Module):
         return x
 
 
+class Replacing(nn.Module):
+    """Puts another tensor in the place of its buffer, which leaves the old one as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + 1
+        return x
+
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "size": (lambda: micro_batches(mean, 0), "size=0: write a number of rows"),
     "no size": (lambda: micro_batches(mean, 2.5), "size=2.5"),  # type: ignore[arg-type]
@@ -463,6 +476,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "BatchNorm": (
         lambda: of_module(network(nn.BatchNorm1d(8)), micro_batches(module_loss, 2), hyper()),
         "normalises over the rows",
+    ),
+    "a buffer that is replaced": (
+        lambda: of_module(network(Replacing()), micro_batches(module_loss, 2), hyper()),
+        "once for each part",
     ),
     "a buffer": (
         lambda: of_module(network(Counting()), micro_batches(module_loss, 2), hyper()),

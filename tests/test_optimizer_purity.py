@@ -155,6 +155,38 @@ def test_an_update_writes_into_nothing_and_keeps_nothing(rule: Rule, settings: d
     assert not tensors_reachable_from(optimizer)
 
 
+@each_rule()
+def test_a_state_counts_its_steps(rule: Rule):
+    assert_counts(rule.make(**rule.typical))
+
+
+def test_a_state_of_a_rule_that_keeps_nothing_counts_its_steps():
+    assert_counts(innerloop.optim.sgd(lr=0.1))
+
+
+def assert_counts(optimizer: Any) -> None:
+    params, state = Task().params(), optimizer.init(Task().params())
+    for t in range(3):
+        params, state = optimizer.update(Task().gradient(params, t), state, params)
+        counts = state.count.values() if isinstance(state.count, dict) else [state.count]
+        assert [int(count) for count in counts] == [t + 1] * len(counts)
+
+
+def test_the_average_of_asgd_is_differentiated_from_its_first_step_on():
+    optimizer = innerloop.optim.asgd(lr=0.1, t0=0.0)
+    start = torch.tensor([1.0, -2.0], requires_grad=True)
+    params, state = {"w": start}, optimizer.init({"w": start})
+    for _ in range(2):
+        params, state = optimizer.update({"w": params["w"] * 1.0}, state, params)
+        (slope,) = torch.autograd.grad(read_average(state).sum(), start, retain_graph=True)
+        assert slope.abs().min() > 0.5
+
+
+def read_average(state: Any) -> Tensor:
+    (average,) = [x for x in pytree.tree_leaves(state.ax) if isinstance(x, Tensor)]
+    return average
+
+
 def tensors_reachable_from(thing: Any) -> list[Tensor]:
     """Tensors that an object holds, however deep; not those of its class and module."""
     found, seen, queue = [], set(), [vars(thing)]

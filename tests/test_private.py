@@ -510,7 +510,12 @@ def test_a_linear_step_keeps_nothing_large_for_its_derivative(settings: dict[str
     params = {name: torch.ones(256, 128).requires_grad_() for name in "ab"}
     grads = {name: torch.ones(256, 128).requires_grad_() for name in "ab"}
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         state = optimizer.init(params)
         stepped, state = optimizer.update(grads, state, params)
         stepped, _ = optimizer.update(grads, state, stepped)

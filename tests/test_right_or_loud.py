@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from innerloop import (
     NotDifferentiableError,
     Problem,
     StoreAll,
+    Truncated,
     metagradient,
     optim,
     track,
@@ -641,3 +643,74 @@ def test_a_buffer_that_requires_grad_in_loops_written_by_hand() -> None:
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
     with pytest.raises(innerloop.InvalidInputError, match="the buffer 'b' of the model"):
         innerloop.track(model, optimizer, strategy=Checkpointed())
+
+
+# -- the meta device: shapes without numbers -------------------------------------------------------
+
+
+def on_meta() -> Any:
+    return nn.Linear(2, 1).to("meta")
+
+
+def tracked_on_meta(**arguments: Any) -> object:
+    model = on_meta()
+    return innerloop.track(model, torch.optim.SGD(model.parameters(), lr=0.1), **arguments)
+
+
+def meta_problem() -> Any:
+    return innerloop.Problem(
+        lambda params, hyper, batch: (params["w"] * hyper - batch).square().sum(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+
+
+def meta_loop(where: str, call: Callable[..., object]) -> object:
+    """Call a front end of `Problem` with parameters, hyper or batches on the meta device."""
+    params, hyper, batch = (
+        torch.ones((), device="meta" if where == name else "cpu")
+        for name in ("params", "hyper", "batch")
+    )
+    return call(meta_problem(), {"w": params}, [batch] * 2, hyper=hyper)
+
+
+def outer_of_w(traj: Any, hyper: Any) -> Any:
+    return traj.params["w"].sum()
+
+
+OF_PROBLEM: dict[str, Callable[..., object]] = {
+    "unroll": unroll,
+    "unroll, Checkpointed": partial(unroll, strategy=Checkpointed()),
+    "unroll, FirstOrder": partial(unroll, strategy=FirstOrder()),
+    "unroll, ForwardMode": partial(unroll, strategy=ForwardMode()),
+    "metagradient": partial(metagradient, outer_of_w, wrt="hyper"),
+    "check": partial(innerloop.check_metagradient, outer_of_w, wrt="hyper"),
+}
+ON_META: dict[str, Callable[..., object]] = {
+    "track": tracked_on_meta,
+    "track, evaluation": lambda: tracked_on_meta(learn="nothing"),
+    "track, first order": lambda: tracked_on_meta(first_order=True),
+    "track, Checkpointed": lambda: tracked_on_meta(strategy=Checkpointed()),
+    "track, Truncated": lambda: tracked_on_meta(strategy=Truncated(1), learn="outer"),
+    "from_module": lambda: unroll(
+        innerloop.Problem.from_module(
+            on_meta(), lambda model, hyper, x: model(x).sum(), innerloop.optim.sgd(lr=0.1)
+        ),
+        None,
+        [torch.ones(3, 2, device="meta")],
+    ),
+    **{
+        f"{name}, {where}": partial(meta_loop, where, call)
+        for where in ("params", "hyper", "batch")
+        for name, call in OF_PROBLEM.items()
+    },
+    "plan": partial(meta_loop, "params", innerloop.plan),
+    "implicit_root": lambda: innerloop.implicit_root(
+        lambda x, a: x - a, *torch.ones(2, device="meta", requires_grad=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_META)
+def test_the_meta_device_is_refused_by_name(name: str) -> None:
+    with pytest.raises(innerloop.InvalidInputError, match="on the meta device"):
+        ON_META[name]()

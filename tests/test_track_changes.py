@@ -886,3 +886,96 @@ def test_what_is_switched_on_too_late_is_named(make: Any, key: str) -> None:
         optimizer.param_groups[0][key] = True
         with pytest.raises(innerloop.InvalidInputError, match=f"{key} was switched on after"):
             loop.step(loop.model.weight.square().sum())
+
+
+class Two(nn.Module):
+    """Two weights a and b, and the loss exp(b) a sin(a)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.b = nn.Parameter(torch.tensor([0.5, -0.3]))
+
+    def forward(self) -> Tensor:
+        return (self.b.exp() * self.a * self.a.sin()).sum()
+
+
+def two_by_hand(a: Tensor, b: Tensor, first_order: bool) -> tuple[Tensor, Tensor]:
+    """Three steps, after two of which a becomes a/2 + 2 b; the gradients are written out."""
+    for t in range(3):
+        of_a, of_b = b.exp() * (a.sin() + a * a.cos()), b.exp() * a * a.sin()
+        if first_order:
+            of_a, of_b = of_a.detach(), of_b.detach()
+        a, b = a - 0.1 * of_a, b - 0.1 * of_b
+        a = a / 2 + 2 * b if t < 2 else a
+    return a, b
+
+
+OF_TWO: dict[str, Callable[[nn.Module], Any]] = {
+    # The first keeps all weights in one tensor, from which each comes out.
+    "innerloop": lambda model: innerloop.optim.sgd(lr=0.1),
+    "torch": lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+}
+
+
+@pytest.mark.parametrize("strategy", [None, innerloop.Checkpointed()], ids=repr)
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("optimizer", OF_TWO)
+def test_a_weight_that_is_computed_from_another_one(
+    optimizer: str, first_order: bool, strategy: Any
+) -> None:
+    """The gradient of a step is a partial one: by b itself, not by b through a."""
+    model = Two()
+    with innerloop.track(
+        model, OF_TWO[optimizer](model), first_order=first_order, strategy=strategy
+    ) as loop:
+        for t in range(3):
+            loop.step(loop.model if strategy is not None else loop.model())
+            if t < 2:
+                loop.assign({"a": loop.model.a / 2 + 2 * loop.model.b})
+        found = (loop.model.a, loop.model.b)
+    same = Two()
+    truth = two_by_hand(same.a, same.b, first_order)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((found[0] * found[1]).sum(), list(model.parameters())),
+        torch.autograd.grad((truth[0] * truth[1]).sum(), list(same.parameters())),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+RECORDED: dict[str, Callable[[Any], object]] = {
+    "add_": lambda model: model.a.add_(model.b),
+    "copy_": lambda model: model.a.copy_(2 * model.b),
+    "an entry": lambda model: model.a.__setitem__(0, model.b[1]),
+}
+
+
+@pytest.mark.parametrize("optimizer", OF_TWO)
+@pytest.mark.parametrize("edit", RECORDED)
+def test_a_recorded_edit_by_another_weight_is_refused(edit: str, optimizer: str) -> None:
+    model = Two()
+    with (
+        refused(INVALID, "'a' of loop.model was edited in place", "'b'", "loop.assign({'a'"),
+        innerloop.track(model, OF_TWO[optimizer](model)) as loop,
+    ):
+        loop.step(loop.model())
+        RECORDED[edit](loop.model)
+        loop.step(loop.model())
+
+
+@pytest.mark.parametrize("optimizer", OF_TWO)
+def test_a_recorded_edit_by_the_weight_itself_goes_on(optimizer: str) -> None:
+    def run(by_assign: bool) -> Any:
+        model = Two()
+        with innerloop.track(model, OF_TWO[optimizer](model)) as loop:
+            for _ in range(3):
+                loop.step(loop.model())
+                if by_assign:
+                    loop.assign({"a": 0.5 * loop.model.a})
+                else:
+                    loop.model.a.mul_(0.5)
+            return torch.autograd.grad(loop.model(), list(model.parameters()))
+
+    torch.testing.assert_close(run(False), run(True), rtol=1e-12, atol=1e-12)

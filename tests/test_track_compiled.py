@@ -251,6 +251,26 @@ def test_what_is_refused():
         innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
     ):
         loop.step(lambda: norm(loop.model(x)).mean())
+
+    class Remembers(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x) + self.mean
+            self.mean = y.mean(0)
+            return y
+
+    other = Remembers()
+    with innerloop.track(other, sgd(other), strategy=COMPILED) as loop:
+
+        def steps() -> None:
+            for _ in range(2):
+                loop.step(lambda: loop.model(x).square().mean())
+
+        with pytest.raises(InvalidInputError, match="buffer 'mean'"):
+            steps()
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.raises(InvalidInputError, match="cannot be compiled"):
         innerloop.track(model, lbfgs, strategy=COMPILED)

@@ -1103,3 +1103,108 @@ def test_a_factor_of_the_gradient_that_changes_is_noticed(changed: str):
     factor.value = 3.0
     with pytest.raises(InvalidInputError, match="ran again in the backward pass"):
         outer.backward()
+
+
+# -- buffers with a derivative ---------------------------------------------------------------------
+
+
+class Remembering(nn.Module):
+    """A model that keeps what it computed in a buffer."""
+
+    def __init__(self, keeps: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.register_buffer("seen", torch.zeros(2))
+        self.keeps = keeps
+
+    def forward(self) -> Tensor:
+        self.keeps(self)
+        return self.w.square().sum()
+
+
+KEEPS: dict[str, Callable[[Any], object]] = {
+    # Without saved tensors nothing in PyTorch complains.
+    "a sum": lambda model: setattr(model, "seen", model.w + 1),
+    "in place": lambda model: model.seen.copy_(model.w),
+    "a square": lambda model: setattr(model, "seen", model.w.square()),
+}
+
+
+@pytest.mark.parametrize("strategy", [Checkpointed(), innerloop.Truncated(9)], ids=repr)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_a_derivative_through_a_buffer_is_refused(
+    keeps: str, steps: int, strategy: Strategy
+) -> None:
+    """A step runs again with constant buffers: the outer gradient through one would be lost."""
+    model, scale = Remembering(KEEPS[keeps]), leaf(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learn: Any = "outer" if isinstance(strategy, innerloop.Truncated) else "init"
+    with innerloop.track(model, optimizer, learn, strategy=strategy) as loop:
+        for _ in range(steps):
+            loop.step(lambda: loop.model() * scale)
+        outer = loop.model.seen.sum()
+        of_weights = loop.model.w.sum()
+    with pytest.raises(InvalidInputError, match=r"the buffer 'seen' of loop.model requires grad"):
+        torch.autograd.grad(outer, [model.w, scale], allow_unused=True)
+    with pytest.raises(InvalidInputError, match="leave strategy= away"):
+        outer.backward()
+    assert torch.isfinite(torch.autograd.grad(of_weights, scale)[0])  # what is not asked for
+
+
+def test_a_step_that_reads_a_buffer_with_a_derivative_is_refused() -> None:
+    model = Remembering(lambda model: setattr(model, "seen", model.seen / 2 + model.w.sin()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with innerloop.track(model, optimizer, strategy=Checkpointed()) as loop:
+        loop.step(lambda: loop.model() + loop.model.seen.sum())
+        with pytest.raises(InvalidInputError, match=r"the buffer 'seen' of loop.model"):
+            loop.step(lambda: loop.model() + loop.model.seen.sum())
+
+
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("value", [lambda x: x, torch.sin], ids=["leaf", "computed"])
+def test_a_tensor_that_is_put_into_a_buffer(value: Callable[[Tensor], Tensor], when: int) -> None:
+    """One that requires grad is refused as at the start of the loop; a constant is none."""
+
+    def run(outside: Tensor, strategy: Strategy | None) -> Tensor:
+        model = Remembering(lambda model: None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+            for t in range(3):
+                if t == when:
+                    loop.model.seen = outside
+                loop.step(lambda: (loop.model.w.square() * (1 + loop.model.seen)).sum())
+            (found,) = torch.autograd.grad(loop.model.w.sum(), model.w)
+        return found
+
+    outside = torch.tensor([0.3, 0.4], requires_grad=True)
+    with pytest.raises(InvalidInputError, match=r"the buffer 'seen' of loop.model requires grad"):
+        run(value(outside), Checkpointed())
+    constant = value(outside).detach()
+    torch.testing.assert_close(run(constant, Checkpointed()), run(constant, None))
+
+
+def test_a_buffer_that_is_written_between_two_uses_is_named() -> None:
+    """As in PyTorch, and by name: the size of the graph is asked for before its gradient."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self) -> Any:
+            calls: Any = self.calls
+            calls += 1
+            return self.w / calls
+
+    for strategy in (None, Checkpointed()):
+        model = Counting()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with innerloop.track(model, optimizer, strategy=strategy) as loop:
+
+            def loss() -> Tensor:
+                return (loop.model() * loop.model()).sum()
+
+            with pytest.raises(innerloop.InnerLoopError, match="in place"):
+                loop.step(loss)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innerloop._inner_gradient import block
 from innerloop._inner_gradient.gradient import check_graph, finish, inner_gradient
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
@@ -22,7 +23,7 @@ from innerloop._problem import Problem, hyper_names
 from innerloop._types import Grads, Named, Params
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import torch_private, tree
-from innerloop._utils.arguments import check_takes, given, is_integer, shown
+from innerloop._utils.arguments import check_has_values, check_takes, given, is_integer, shown
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -98,7 +99,9 @@ class FastWeights(nn.Module):
 
     Note:
         The layer adapts in evaluation too, under ``torch.no_grad()``; ``torch.inference_mode()`` is
-        refused. Inside ``torch.compile`` it runs uncompiled, and breaks the graph.
+        refused. Inside ``torch.compile`` it runs uncompiled, and breaks the graph. Activation
+        checkpointing within ``module``, ``loss`` or ``output`` is right and saves nothing: write
+        ``strategy=innerloop.Checkpointed()``, or checkpoint the layer as a whole.
 
     Example:
         One weight w, one step on the loss (k w - v)²/2 for each of two tokens. From w = 0 with rate
@@ -235,6 +238,8 @@ class _Loop:
             )
         self.rows = torch_private.over_rows(len(x))
         self.start = {n: _stacked(now.pop(_FAST + n), len(x)) for n in layer.fast}
+        for name, p in self.start.items():
+            check_has_values(f"the fast weight {name!r}", p)
         self.slow: Named = now
         self.buffers: Named = self.view.source_buffers
         self.rates = None if layer.hyper is None else layer.hyper()
@@ -261,6 +266,7 @@ class _Loop:
         self, fast: Params, data: tuple[Tensor, ...] | None, x: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Do what `evaluate` does, inside of `ModuleView.run`."""
+        before = self.view.read_buffers()
         with self.rows as rows:
             self.view.write(_as_viewed({name: rows.row(p) for name, p in fast.items()}))
             found = self._of_sample(
@@ -268,9 +274,11 @@ class _Loop:
                 None if x is None else rows.row(x),
             )
             stacked = [rows.stacked(row) for row in found]
-        for name, buffer in self.view.read_buffers().items():
+        after = self.view.read_buffers()
+        for name, buffer in before.items():
             # A copy for this call, which nobody else writes.
-            if torch_private.version(torch_private.innermost(buffer)):
+            written = torch_private.version(torch_private.innermost(buffer))
+            if written or after[name] is not buffer:
                 raise InvalidInputError(_WRITES.format(f" ({name!r})"))
         out = None if x is None else stacked.pop()
         return (None if data is None else stacked[0]), out
@@ -279,7 +287,8 @@ class _Loop:
         """Run the user's code for one sample, in `ModuleView.run`."""
         modules = self.view.module
         found: list[Tensor] = []
-        with replacing():
+        # Checkpointed parts run as they are under vmap, where PyTorch's checkpoint does not.
+        with replacing(), block.reading(None):
             if data is not None:
                 function = modules.get("loss", self.loss)
                 loss = function(modules["module"], tree.join(self.template, data))
@@ -536,6 +545,7 @@ def _check_sequences(x: object, leaves: list[Tensor]) -> None:
             )
     for tensor in (x, *leaves):
         check_not_inference("x or data", tensor)
+        check_has_values("x or data", tensor)
 
 
 def _check_output(out: object, x: Tensor) -> Tensor:

@@ -588,10 +588,15 @@ def check_parts(view: ModuleView) -> None:
             )
 
 
-def check_written(buffers: Named) -> None:
-    """Raise if one of these copies of a module's buffers was written."""
-    for name, buffer in buffers.items():
-        if torch_private.version(torch_private.innermost(buffer)):
+def check_written(before: Named, after: Named) -> None:
+    """Raise if one of a module's buffers was written, or replaced by another tensor.
+
+    Args:
+        before: copies of the buffers, made for this evaluation.
+        after: what stands in their places now.
+    """
+    for name, buffer in before.items():
+        if after[name] is not buffer or torch_private.version(torch_private.innermost(buffer)):
             raise InvalidInputError(
                 f"the loss writes the buffer {name!r}, once for each part where the whole batch "
                 "writes it once: call eval() on that module, or leave micro_batches away"

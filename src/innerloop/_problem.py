@@ -46,7 +46,7 @@ from innerloop._types import (
     ValueAndGrad,
 )
 from innerloop._utils import torch_private, tree
-from innerloop._utils.arguments import check_takes, given, shown
+from innerloop._utils.arguments import check_has_values, check_takes, given, shown
 from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
@@ -248,6 +248,7 @@ class Problem(Generic[Batch, Aux]):
                     "a batch or in hyper"
                 )
             check_not_inference(f"params[{name!r}]", p)
+            check_has_values(f"params[{name!r}]", p)
         buffers: dict[str, Tensor] = {}
         if self.view is not None:
             check_names(params, self.view.source)
@@ -299,6 +300,7 @@ class Problem(Generic[Batch, Aux]):
                 )
         aux: Any  # None, which `Aux` stands for where the loss returns the scalar alone
         loss, aux = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        check_has_values("what loss(params, hyper, batch) returns", loss)
         return check_loss(
             loss,
             "what loss(params, hyper, batch) returns (alone, or first of a pair (scalar, aux))",
@@ -317,10 +319,14 @@ class Problem(Generic[Batch, Aux]):
             return whole.run(whole.loss, dict(params), hyper, batch, None)
         check_parts(view)
 
-        def part(params: Params, hyper: HyperTree, batch: object) -> Any:
-            found, after = view.run(params, buffers, whole.loss, view.module, hyper, batch)
-            check_written(after)
+        def checked(*args: object) -> Any:
+            before = view.read_buffers()
+            found = whole.loss(*args)
+            check_written(before, view.read_buffers())
             return found
+
+        def part(params: Params, hyper: HyperTree, batch: object) -> Any:
+            return view.run(params, buffers, checked, view.module, hyper, batch)[0]
 
         return whole.run(part, dict(params), hyper, batch, view)
 

@@ -14,6 +14,7 @@ from innerloop._problem import Problem, check_problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import Aux, Batch, HyperTree, Params
 from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_has_values
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report, closing, reporter, silent
@@ -109,6 +110,8 @@ def unroll(
             problem.check_overrides(hyper, start.time)
         if mode() is not Mode.COMPILING:
             problem = problem.for_one_run(start)
+        for leaf in tree.tensors(hyper):
+            check_has_values("hyper (or a tensor in it)", leaf)
         given = hyper
         hyper, tokens = _noticing_unread(problem, hyper)
         loop = Loop(problem, start, hyper, data, times, report)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import innerloop
-from tests.fuzz import losses, rules
+from tests.fuzz import extras, losses, rules
 from tests.fuzz.case import Case
+from tests.fuzz.extras import FEEDBACK, SHIFT
 from tests.fuzz.models import Batch
 from tests.fuzz.truth import CLIP, World, outer, torch_optimizer
 
@@ -127,18 +128,58 @@ def _torch_optimizer(w: World, model: nn.Module) -> torch.optim.Optimizer:
     return torch_optimizer(w, dict(model.named_parameters()), w.case.settings)
 
 
+def _training_loss(w: World, model: Any, batch: Batch, strength: Tensor, held: Any) -> Tensor:
+    """Compute the loss of a step with a module, checkpointed as was drawn."""
+    if w.case.role == "gate":
+        model.gate = extras.gate_of(strength)
+    params = dict(model.named_parameters())
+    return _value(w, model, params, batch, strength, held)
+
+
+def _value(
+    w: World, call: losses.Call, params: Any, batch: Batch, strength: Tensor, held: Any
+) -> Tensor:
+    kind, place = w.case.extras.get("checkpoint", ("", ""))
+
+    def checkpointed(batch: Batch) -> Tensor:
+        output: Tensor = extras.around(kind, call, batch)
+        return output
+
+    if place == "loss":
+        found: Tensor = extras.around(
+            kind, losses.value, w.loss, w.case.role, call, params, batch, strength, held
+        )
+        return found
+    called = checkpointed if place == "call" else call
+    return losses.value(w.loss, w.case.role, called, params, batch, strength, held)
+
+
 def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tensor, Grads]:
-    case, options = w.case, w.case.options
+    case, options, more = w.case, w.case.options, w.case.extras
     by_torch = options["by_torch"]
     optimizer: Any = _torch_optimizer(w, model) if by_torch else _optimizer(w)
     if not by_torch and len(w.trained) < len(list(model.named_parameters())):
         for name, p in model.named_parameters():
             p.requires_grad_(name in w.trained)
+    strength = _strength(w, hyper)
+    if "computed" in more:
+        strength = strength.exp().log()
     callback = _named_callback(case.transform) if by_torch else None
+    if "callback" in more:
+        first = callback or dict
+
+        def callback(grads: Mapping[str, Tensor]) -> dict[str, Any]:
+            found = first(grads)
+            return {n: None if g is None else g * (1 + strength) for n, g in found.items()}
+
     given: dict[str, Any] = {} if callback is None else {"grad_callback": callback}
+    strategy: dict[str, Any] = {}
+    half = (case.steps + 1) // 2
+    if "replayed" in more:
+        strategy = {"strategy": case.strategy, "save_at": [half]}
     middle: Mapping[str, Tensor] = {}
     with innerloop.track(
-        model, optimizer, learn=options["learn"], first_order=options["first_order"]
+        model, optimizer, learn=options["learn"], first_order=options["first_order"], **strategy
     ) as loop:
         for t in range(case.steps):
             batch = w.batches[t]
@@ -147,24 +188,48 @@ def by_track(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Tens
                 if case.role == "target"
                 else None
             )
+            factor: Any = 1.0
+            if "feedback" in more and t:
+                factor = 1 + FEEDBACK * loop.trajectory.losses[-1].tanh()
 
-            def closure(batch: Batch = batch, held: Tensor | None = held) -> Tensor:
-                params = dict(loop.model.named_parameters())
-                return losses.value(
-                    w.loss, case.role, loop.model, params, batch, _strength(w, hyper), held
-                )
+            def closure(
+                batch: Batch = batch, held: Tensor | None = held, factor: Any = factor
+            ) -> Tensor:
+                found = _training_loss(w, loop.model, batch, strength, held)
+                return found * factor if "feedback" in more else found
+
+            def of_arguments(
+                model: Any, batch: Batch, strength: Tensor, held: Any, factor: Any
+            ) -> Tensor:
+                return _training_loss(w, model, batch, strength, held) * factor
 
             overrides = _overrides(w, hyper, t)
-            loop.step(
-                closure if options["closure"] else closure(),
-                hyper=overrides or None,
-                **given,
-            )
-            if t + 1 == (case.steps + 1) // 2:
-                middle = loop.parameters(time=t + 1)
+            loss: Any = closure if options["closure"] else closure()
+            form = more.get("replayed")
+            if form == "late":
+                loss = lambda: _training_loss(w, loop.model, batch, strength, held) * factor  # noqa: B023,E731
+            if form == "args":
+                loss = of_arguments
+                given["args"] = (loop.model, batch, strength, held, factor)
+            loop.step(loss, hyper=overrides or None, **given)
+            if more.get("assign") == t:
+                now = dict(loop.model.named_parameters())
+                name, other = w.trained[0], w.trained[-1]
+                new = 0.8 * now[name] + 0.1 * strength + 0.1 * now[other].sum()
+                loop.assign({name: new})
+            if "shift" in more:
+                with torch.no_grad():
+                    dict(loop.model.named_parameters())[w.shifted].add_(SHIFT)
+            if t + 1 == half:
+                # What is edited after the step belongs to the next one.
+                middle = dict(loop.model.named_parameters())
         last = loop.parameters()
         value = outer(
-            w, loop.model, {n: last[n] for n in w.trained}, {n: middle[n] for n in w.trained}, []
+            w,
+            loop.model,
+            {n: last[n] for n in w.trained},
+            {n: middle[n] for n in w.trained},
+            loop.trajectory.losses,
         )
     return value.detach(), _backward(value, model, hyper)
 
@@ -173,6 +238,7 @@ def _backward(value: Tensor, model: nn.Module, hyper: dict[str, Tensor]) -> Grad
     if value.requires_grad:
         value.backward()
     grads: Grads = {n: p.grad for n, p in model.named_parameters()}
+    grads |= {f"buffer.{n}": b.grad for n, b in model.named_buffers() if b.requires_grad}
     model.zero_grad()
     return grads | {f"hyper.{n}": h.grad for n, h in hyper.items()}
 
@@ -195,10 +261,7 @@ def by_bridge(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
             held = losses.target(dict(fmodel.named_parameters())) if case.role == "target" else None
 
             def closure(batch: Batch = batch, held: Tensor | None = held) -> Tensor:
-                params = dict(fmodel.named_parameters())
-                return losses.value(
-                    w.loss, case.role, fmodel, params, batch, _strength(w, hyper), held
-                )
+                return _training_loss(w, fmodel, batch, _strength(w, hyper), held)
 
             override = {
                 n: v if isinstance(v, list) else [v] * len(w.groups)
@@ -235,6 +298,8 @@ def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
     for name, p in model.named_parameters():
         p.requires_grad_(name in w.trained)
     call, everything, buffers = innerloop.functional(model)
+    # Outside of a loop torch's own checkpoint would read the weights that the module has by then.
+    outer_call = innerloop.functional(w.fresh(plain=True))[0]
 
     def strength(hyper: Any) -> Tensor:
         return _strength(w, {**(hyper or {}), **captured})
@@ -246,28 +311,24 @@ def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
         def of_module(
             model: nn.Module, hyper: Any, batch: Batch, held: Tensor | None = None
         ) -> Tensor:
-            params = dict(model.named_parameters())
-            return losses.value(
-                w.loss, case.role, model, params, batch, strength(hyper), held
-            )  # fmt: skip
+            return _training_loss(w, model, batch, strength(hyper), held)
 
         if case.role == "target":
             more["targets"] = lambda model, hyper, batch: losses.target(
                 dict(model.named_parameters())
             )
-        problem = innerloop.Problem.from_module(model, of_module, optimizer, **more)
+        problem = innerloop.Problem.from_module(
+            model, _in_parts(case, of_module), optimizer, **more
+        )
     else:
 
         def of_params(params: Any, hyper: Any, batch: Batch, held: Tensor | None = None) -> Tensor:
             complete = {**everything, **params}
-            return losses.value(
-                w.loss, case.role, lambda b: call(complete, b), complete, batch, strength(hyper),
-                held,
-            )  # fmt: skip
+            return _value(w, lambda b: call(complete, b), complete, batch, strength(hyper), held)
 
         if case.role == "target":
             more["targets"] = lambda params, hyper, batch: losses.target({**everything, **params})
-        problem = innerloop.Problem(of_params, optimizer, **more)
+        problem = innerloop.Problem(_in_parts(case, of_params), optimizer, **more)
 
     half = (case.steps + 1) // 2
 
@@ -277,7 +338,9 @@ def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
 
         def final(batch: Batch) -> Tensor:
             output: Tensor = (
-                call(complete, batch, buffers=last.buffers)[0] if buffers else call(complete, batch)
+                outer_call(complete, batch, buffers=last.buffers)[0]
+                if buffers
+                else outer_call(complete, batch)
             )
             return output
 
@@ -295,6 +358,15 @@ def _posed(w: World, model: nn.Module, captured: dict[str, Tensor]) -> _Posed:
     if form == "iterator":
         return _Posed(problem, iter(data), case.steps, of_trajectory)
     return _Posed(problem, data, None, of_trajectory)
+
+
+def _in_parts(case: Case, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Evaluate the loss on some rows at a time, if that was drawn."""
+    if "micro" not in case.extras:
+        return loss
+    size, form = case.extras["micro"]
+    weight = extras.weight_of(case.loss) if form == "mean" else None
+    return innerloop.micro_batches(loss, size, reduction=form, weight=weight)
 
 
 def _captures(case: Case, hyper: Mapping[str, Tensor]) -> bool:
@@ -328,6 +400,7 @@ def by_unroll(w: World, model: nn.Module, hyper: dict[str, Tensor]) -> tuple[Ten
     value = posed.outer(traj)
     inputs = {**params} if "params" in case.wrt else {}
     inputs |= {f"hyper.{n}": h for n, h in hyper.items()}
+    inputs |= {f"buffer.{n}": b for n, b in model.named_buffers() if b.requires_grad}
     if not value.requires_grad:
         return value.detach(), {}
     found = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import innerloop
 from innerloop.strategy import Strategy
-from tests.fuzz import losses, models, rules
+from tests.fuzz import extras, losses, models, rules
 
 FRONT_ENDS = ("track", "unroll", "metagradient", "bridge")
 STRATEGIES: tuple[Strategy, ...] = (
@@ -54,6 +54,7 @@ class Case:
         frozen: the position of a parameter that is not trained; None: all are.
         grouped: the first half of the parameters has half the learning rate.
         options: what only some front ends have.
+        extras: what `extras.draw` has put in.
     """
 
     seed: int
@@ -73,6 +74,7 @@ class Case:
     frozen: int | None = None
     grouped: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first_order(self) -> bool:
@@ -88,8 +90,20 @@ class Case:
         return max(self.steps - last, 0)
 
 
-def draw(seed: int, number: int) -> Case:
-    """Draw one case; the same seed and number give the same one."""
+def draw(seed: int, number: int, *, newest: bool = False) -> Case:
+    """Draw one case; the same seed and number give the same one.
+
+    Args:
+        seed, number: of the case.
+        newest: give extras to every case, not to some.
+    """
+    rng = random.Random(f"extras-{seed}-{number}")
+    case = _drawn(seed, number)
+    return extras.draw(rng, case) if newest or rng.random() < extras.SHARE else case
+
+
+def _drawn(seed: int, number: int) -> Case:
+    """Draw what there was from the beginning."""
     rng = random.Random(f"{seed}-{number}")
     rule = rng.choice(list(rules.RULES))
     front = rng.choice(FRONT_ENDS)

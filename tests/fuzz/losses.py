@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tests.fuzz.models import OUT, Batch
 
+CLASS_WEIGHTS = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
 Call = Callable[[Batch], Tensor]
 Core = Callable[[Call, Batch, float], Tensor]
 
@@ -81,7 +82,7 @@ def masked(output: Tensor, batch: Batch) -> Tensor:
 
 def ignoring(output: Tensor, batch: Batch) -> Tensor:
     labels = batch["labels"].masked_fill(batch["mask"] == 0, -100)
-    return F.cross_entropy(output, labels, weight=torch.tensor([1.0, 0.5, 2.0]).double())
+    return F.cross_entropy(output, labels, weight=CLASS_WEIGHTS)
 
 
 def contrastive(output: Tensor, batch: Batch) -> Tensor:

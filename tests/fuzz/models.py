@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import innerloop
 
 Batch = dict[str, Tensor]
 ROWS, WIDTH, OUT, LENGTH, VOCABULARY = 4, 4, 3, 3, 5
@@ -143,6 +146,127 @@ class Stateful(nn.Module):
         return output.tanh()
 
 
+class Keys(nn.Module):
+    """An inner loss with parameters of its own: from keys to values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, module: Callable[[Tensor], Tensor], data: Tensor) -> Tensor:
+        return (module(self.key(data)) - self.value(data)).square().mean()
+
+
+def next_token(module: Callable[[Tensor], Tensor], data: Tensor) -> Tensor:
+    """An inner loss that is a function: each token from its neighbour."""
+    return (module(data) - data.roll(1, -1)).square().sum().sin()
+
+
+class Adapting(nn.Module):
+    """A network with a layer of fast weights; ``by_hand`` is the same layer, sample by sample.
+
+    What kind of layer it is comes from the random state.
+    """
+
+    by_hand = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def chosen(*values: Any) -> Any:
+            return values[int(torch.randint(len(values), ()))]
+
+        optim = innerloop.optim
+        self.rule = chosen("sgd", "momentum", "adam", "clipped")
+        rule = {
+            "sgd": lambda: optim.sgd(lr=0.3),
+            "momentum": lambda: optim.sgd(lr=0.2, momentum=0.5),
+            "adam": lambda: optim.adam(lr=0.1, eps=1e-2),
+            "clipped": lambda: optim.chain(optim.clip_by_global_norm(0.3), optim.sgd(lr=0.3)),
+        }[self.rule]()
+        inner = chosen(
+            lambda: nn.Linear(2, 2),
+            lambda: nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)),
+            # No LayerNorm: with a gradient penalty the truth takes its third derivative, which is
+            # wrong in PyTorch.
+            lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.Softplus()),
+        )()
+        learned = chosen(True, False)
+        self.rate = {"sgd": 0.3, "momentum": 0.2, "adam": 0.1, "clipped": 0.3}[self.rule]
+        self.body = nn.Linear(WIDTH, 2 * LENGTH)
+        self.fast = innerloop.nn.FastWeights(
+            inner,
+            chosen(Keys, lambda: next_token)(),
+            rule,
+            chosen(1, 2, 3),
+            chosen(None, None, innerloop.Checkpointed(slots=1), innerloop.Checkpointed(slots=2)),
+            read=chosen("before", "after"),
+            hyper={"lr": nn.Parameter(torch.tensor(self.rate))} if learned else None,
+            output=chosen(None, lambda module, x: module(x.sin()) + x),
+        )
+        self.head = nn.Linear(2 * LENGTH, OUT)
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = self.body(batch["x"]).reshape(-1, LENGTH, 2)
+        if self.by_hand:
+            answers = torch.stack([self._of_sample(x) for x in tokens])
+        else:
+            answers = self.fast(tokens)
+        output: Tensor = self.head(answers.flatten(1))
+        return output
+
+    def _of_sample(self, x: Tensor) -> Tensor:
+        """Train on the chunks of one sample, one after the other."""
+        fast = self.fast
+        weights: dict[str, Tensor] = dict(fast.module.named_parameters())
+        first = {name: torch.zeros_like(p) for name, p in weights.items()}
+        state: tuple[dict[str, Tensor], dict[str, Tensor]] = first, first
+        found = []
+        for t, chunk in enumerate(x.split(fast.chunk)):
+            before = weights
+            with torch.enable_grad():
+                # Fast weights that are frozen from outside are trained inside all the same.
+                weights = {
+                    n: p if p.requires_grad else p.detach().requires_grad_()
+                    for n, p in weights.items()
+                }
+                loss = fast.loss(_at(fast.module, weights), chunk)
+                grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                weights, state = self._updated(
+                    weights, dict(zip(weights, grads, strict=True)), state, t + 1
+                )
+            module = _at(fast.module, before if fast.read == "before" else weights)
+            found.append(module(chunk) if fast.output is None else fast.output(module, chunk))
+        return torch.cat(found)
+
+    def _updated(
+        self, weights: dict[str, Tensor], grads: dict[str, Tensor], state: Any, t: int
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Do one step of the inner rule."""
+        lr = self.rate if self.fast.hyper is None else self.fast.hyper()["lr"]
+        first, second = state
+        if self.rule == "adam":
+            first = {n: 0.9 * first[n] + 0.1 * g for n, g in grads.items()}
+            second = {n: 0.999 * second[n] + 0.001 * g.square() for n, g in grads.items()}
+            steps = {
+                n: (m / (1 - 0.9**t)) / ((second[n] / (1 - 0.999**t) + 1e-300).sqrt() + 1e-2)
+                for n, m in first.items()
+            }
+        elif self.rule == "momentum":
+            first = steps = {n: 0.5 * first[n] + g for n, g in grads.items()}
+        elif self.rule == "clipped":
+            total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+            steps = {n: g * (0.3 / (total + 1e-6)).clamp(max=1.0) for n, g in grads.items()}
+        else:
+            steps = grads
+        return {n: p - lr * steps[n] for n, p in weights.items()}, (first, second)
+
+
+def _at(module: nn.Module, params: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a module at other parameters, by torch."""
+    return lambda x: torch.func.functional_call(module, params, (x,))
+
+
 def _mlp(*between: nn.Module) -> Callable[[], nn.Module]:
     return lambda: OfInputs(nn.Linear(WIDTH, 4), *_fresh(between), nn.Linear(4, OUT))
 
@@ -227,6 +351,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 """Family -> its constructor. One more line enrols one more."""
 
+NEWER: dict[str, Callable[[], nn.Module]] = {"fast weights": Adapting}
+"""Families that `extras` draws."""
+
 OF_TOKENS = frozenset(
     {
         "embedding",
@@ -249,7 +376,7 @@ def make(family: str, seed: int) -> nn.Module:
     """Build a member of a family with random parameters of moderate size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family]().double()
+        model = {**FAMILIES, **NEWER}[family]().double()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tests.fuzz import losses, models, rules
+from tests.fuzz import extras, losses, models, rules
 from tests.fuzz.case import Case
+from tests.fuzz.extras import FEEDBACK, SHIFT
 
 STEPS = (4e-6, 1.5e-6)
 """The two difference steps."""
@@ -46,14 +47,26 @@ class World:
     def loss(self) -> losses.Loss:
         return losses.LOSSES[self.case.loss]
 
-    def fresh(self) -> nn.Module:
-        """Copy the model, with the hooks that belong to the loss."""
+    def fresh(self, *, plain: bool = False) -> nn.Module:
+        """Copy the model, with the hooks that belong to the loss; ``plain`` for the truth."""
         model = copy.deepcopy(self.model)
+        if isinstance(model, models.Adapting):
+            model.by_hand = plain
+        if "buffer" in self.case.extras:
+            extras.add_gate(model, self.case.extras["buffer"])
+        kind, place = self.case.extras.get("checkpoint", ("", ""))
+        if place == "modules" and not plain:
+            extras.checkpoint_modules(model, kind, self.case.extras["which"])
         self.loss.prepare(model)
         return model
 
     def settings(self, values: dict[str, Any]) -> rules.Settings:
         return rules.replaced(self.case.settings, values)
+
+    @property
+    def shifted(self) -> str:
+        """The name of the parameter that is edited in place after each step."""
+        return self.trained[self.case.extras["shift"] % len(self.trained)]
 
     @property
     def groups(self) -> list[list[str]]:
@@ -98,6 +111,9 @@ def world(case: Case) -> World:
         along[f"hyper.{name}"] = v * min(abs(value), 1.0)
     if case.role != "none":
         along["hyper.strength"] = torch.randn((), generator=generator, dtype=torch.float64).sign()
+    # `metagradient` returns the derivatives in its inputs, to which a buffer does not belong.
+    if case.extras.get("buffer") == "learned" and case.front != "metagradient":
+        along["buffer.gate"] = torch.randn(models.OUT, generator=generator, dtype=torch.float64)
     return World(
         case, model, models.batches(case.seed, case.steps + 1), trained, 0.2, values, along
     )
@@ -132,12 +148,16 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
     methods call the derivative.
     """
     case = w.case
-    model = w.fresh()
+    model: Any = w.fresh(plain=True)
     params = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in params.items():
             if name in w.along:
                 p.add_(h * w.along[name])
+        if "buffer.gate" in w.along:
+            model.gate.add_(h * w.along["buffer.gate"])
+    more = case.extras
+    gated = "buffer" in more
 
     def moved(t: int) -> float:
         return h if t >= case.cut else 0.0
@@ -170,17 +190,30 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
             with torch.no_grad():
                 held = losses.target(params)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = losses.value(
+        def value_of(batch: models.Batch) -> Tensor:
+            return losses.value(
                 w.loss,
                 case.role,
                 model,
                 params,
-                batch,  # noqa: B023
+                batch,
                 strength,  # noqa: B023
                 held,  # noqa: B023
             )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            if gated:
+                extras.detach_gate(model)
+            if case.role == "gate":
+                model.gate = extras.gate_of(strength)  # noqa: B023
+            if "micro" in more:
+                pieces = extras.parts(batch, more["micro"], case.loss)  # noqa: B023
+                value = torch.stack([share * value_of(part) for share, part in pieces]).sum()
+            else:
+                value = value_of(batch)  # noqa: B023
+            if "feedback" in more and losses_seen:
+                value = value * (1 + FEEDBACK * losses_seen[-1].tanh())
             value.backward()
             if case.front in ("unroll", "metagradient"):
                 # As documented there: what a step does not use has the gradient zero.
@@ -197,6 +230,10 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
                     {n: None if (g := params[n].grad) is None else g.clone() for n in w.trained}
                 )
             _transform(case, [params[n] for n in w.trained])
+            if "callback" in more:
+                for n in w.trained:
+                    if (p := params[n]).grad is not None:
+                        p.grad = p.grad * (1 + strength)  # noqa: B023
             seen.append(value.detach())  # noqa: B023
             return value.detach()
 
@@ -210,8 +247,16 @@ def plain_run(w: World, h: float, grads: list[dict[str, Tensor | None]] | None =
             )
             optimizer.step()
         losses_seen.append(seen[0])
+        if more.get("assign") == t:
+            with torch.no_grad():
+                p, other = params[w.trained[0]], params[w.trained[-1]]
+                p.copy_(0.8 * p + 0.1 * strength + 0.1 * other.sum())
+        if "shift" in more:
+            params[w.shifted].data.add_(SHIFT)
         if t + 1 == (case.steps + 1) // 2:
             middle = {n: p.detach().clone() for n, p in params.items()}
+    if gated:
+        extras.detach_gate(model)
     with torch.no_grad():
         value = outer(
             w,

@@ -18,7 +18,7 @@ import torch
 
 import innerloop
 from innerloop.strategy import Strategy
-from tests.fuzz import losses, models, rules
+from tests.fuzz import extras, losses, models, rules
 from tests.fuzz.answers import Answer, answer
 from tests.fuzz.case import FINITE, FRONT_ENDS, STRATEGIES, Case, draw
 from tests.fuzz.truth import Truth, World, truth, world
@@ -54,9 +54,9 @@ def described(case: Case) -> str:
     return "\n".join(f"    {name} = {value!r}" for name, value in shown.items())
 
 
-def judge(seed: int, number: int) -> Verdict:
+def judge(seed: int, number: int, *, newest: bool = False) -> Verdict:
     """Draw one case and judge what the library says of it."""
-    case = draw(seed, number)
+    case = draw(seed, number, newest=newest)
     return Verdict(number, case, *judge_case(case))
 
 
@@ -149,7 +149,7 @@ class Tally:
             self.findings.append(verdict)
         if verdict.kind == RIGHT:
             c = verdict.case
-            for what in (c.family, c.loss, c.rule, by(c.front, c.strategy)):
+            for what in (c.family, c.loss, c.rule, by(c.front, c.strategy), *extras.named(c)):
                 self.right.setdefault(what, collections.Counter())[RIGHT] += 1
 
     @property
@@ -170,7 +170,7 @@ def by(front: str, strategy: Strategy) -> str:
 def enrolled() -> set[str]:
     """List all that can be drawn, under the names by which `Tally.right` counts."""
     fronts = {by(front, strategy) for front in FRONT_ENDS for strategy in (*STRATEGIES, FINITE)}
-    return {*models.FAMILIES, *losses.LOSSES, *rules.RULES, *fronts}
+    return {*models.FAMILIES, *losses.LOSSES, *rules.RULES, *fronts, *extras.enrolled()}
 
 
 def shortened(reason: str) -> str:
@@ -178,13 +178,13 @@ def shortened(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", reason)[:110]
 
 
-def cases(seed: int, numbers: Iterator[int] | range) -> Iterator[Verdict]:
+def cases(seed: int, numbers: Iterator[int] | range, *, newest: bool = False) -> Iterator[Verdict]:
     """Judge one case after the other, in one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for number in numbers:
-            yield judge(seed, number)
+            yield judge(seed, number, newest=newest)
     finally:
         torch.set_num_threads(threads)
 
@@ -193,10 +193,12 @@ def run(
     seed: int,
     numbers: range,
     each: Callable[[Verdict, Tally], None] = lambda verdict, tally: None,
+    *,
+    newest: bool = False,
 ) -> Tally:
     """Judge cases and count the verdicts."""
     tally, start = Tally(), time.perf_counter()
-    for verdict in cases(seed, numbers):
+    for verdict in cases(seed, numbers, newest=newest):
         tally.seconds = time.perf_counter() - start
         tally.add(verdict)
         each(verdict, tally)

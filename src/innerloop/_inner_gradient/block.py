@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -24,7 +25,7 @@ from torch.autograd.graph import Node
 
 from innerloop._inner_gradient.graph import check_graph
 from innerloop._module.copier import is_view
-from innerloop._module.view import ModuleView
+from innerloop._module.view import ModuleView, replaced
 from innerloop._types import Params
 from innerloop._utils import inner_pass, torch_private, tree
 from innerloop._utils.autocast import AutocastModes
@@ -106,7 +107,8 @@ class ReadModule:
             # One object for all blocks between which nothing is set.
             settings = self._settings
         self._settings = settings
-        return _ModuleState(self.copy, last[1], {}, kept, training, settings)
+        live = weakref.ref(self.view)
+        return _ModuleState(self.copy, last[1], {}, kept, training, settings, live)
 
     def wrote_known_buffers(self) -> bool:
         """True if no buffer was written since `state` besides those of which it kept a copy."""
@@ -271,6 +273,7 @@ class _ModuleState(NamedTuple):
         buffers: the buffers.
         training: the mode of each module.
         settings: what `_settings` returns for each module.
+        live: the module itself, in the hands of the user.
     """
 
     view: ModuleView
@@ -279,6 +282,12 @@ class _ModuleState(NamedTuple):
     buffers: Params
     training: list[bool]
     settings: list[dict[str, Any]]
+    live: weakref.ref[ModuleView]
+
+    def replaced_submodule(self) -> str | None:
+        """Return the name of a submodule that was replaced inside the loop, if any was."""
+        live = self.live()
+        return None if live is None or live is self.view else live.replaced_submodule(self.view)
 
     def run(self, values: Sequence[Tensor], function: Callable[[], Any]) -> Any:
         """Call ``function`` with the module in this state, and with inputs of the node in it."""
@@ -418,6 +427,10 @@ class _Block:
                 if self.context is not None:
                     stack.enter_context(self.context())
                 result = call()
+        except Exception as error:
+            if (other_model := self._replaced()) is not None:
+                raise other_model from error
+            raise
         finally:
             for other, held in zip(self.others, before, strict=True):
                 other.put_back(*held)
@@ -428,13 +441,24 @@ class _Block:
         ends = [leaves[i] for i in self.places if i < len(leaves)]
         found = [y for y in ends if isinstance(y, Tensor) and y.requires_grad]
         if len(found) < len(self.places):
-            raise _differs("returned other outputs")
+            raise self.differs("returned other outputs")
         if self.numbers is not None and not _Numbers.of(found).agree(self.numbers):
-            raise _differs("gave other numbers")
+            raise self.differs("gave other numbers")
         reached = {id(x) for x in check_graph(found, values, second_order=True)}
         if reached != {id(x) for x in values}:
-            raise _differs("read other tensors that require grad")
+            raise self.differs("read other tensors that require grad")
         return found
+
+    def differs(self, what: str) -> InvalidInputError:
+        """Return the error for a block that does something else when it runs again."""
+        return self._replaced() or _differs(what)
+
+    def _replaced(self) -> InvalidInputError | None:
+        """Return the error for a submodule that was replaced inside the loop, if any was."""
+        names = [name for state in self.states if (name := state.replaced_submodule()) is not None]
+        if not names:
+            return None
+        return replaced(names[0], "a block under activation checkpointing (torch.utils.checkpoint)")
 
 
 def _differs(what: str) -> InvalidInputError:
@@ -481,8 +505,12 @@ class _Pullback:
             if self._numbers is None:
                 self._numbers = numbers
             elif not numbers.agree(self._numbers):
-                raise _differs("has another derivative")
+                raise self.differs("has another derivative")
         return found
+
+    def differs(self, what: str) -> InvalidInputError:
+        """Return the error for a block that does something else when it runs again."""
+        return self.function.differs(what)
 
     def _pulled(self, values: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
         inputs, cotangents = values[: self._count], values[self._count :]
@@ -603,6 +631,9 @@ def run_block(
         block.others = [_OtherModule(part) for part in outside]
         held = [*(m.now.values() for m in modules), *(o.tensors() for o in block.others)]
         known = [x for tensors in held for x in tensors if x.requires_grad]
+        if any(x.is_meta for x in (*freezer.captured, *freezer.constants, *known)):
+            # Nothing is kept, and there are no numbers to compare.
+            return plainly()
         block.autocast = AutocastModes.now((*freezer.captured, *freezer.constants))
         block.replaced = replace.situation_of_replacing()
         block.context = context

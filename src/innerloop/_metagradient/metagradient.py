@@ -20,7 +20,7 @@ from innerloop._trajectory import Trajectory
 from innerloop._types import Aux, Batch, HyperTree, Params, Result
 from innerloop._unroll import check_strategy, unroll
 from innerloop._utils import tree
-from innerloop._utils.arguments import check_flag, check_outer, names_in
+from innerloop._utils.arguments import check_flag, check_has_values, check_outer, names_in
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.finite import is_finite
 from innerloop._utils.progress import Report
@@ -109,6 +109,7 @@ def metagradient(
     for name, p in (params.params if isinstance(params, Carry) else params).items():
         if isinstance(p, Tensor):
             check_not_inference(f"params[{name!r}]", p)
+            check_has_values(f"params[{name!r}]", p)
 
     unreached = Unreached(problem, hyper if "hyper" in names else None)
 

@@ -280,26 +280,33 @@ class Placed:
 
     def check(
         self, now: Callable[[], Mapping[str, Tensor]], handed_out: Mapping[int, Tensor]
-    ) -> None:
+    ) -> list[str]:
         """Raise if one of the parameters was edited, and autograd did not see it.
 
         Args:
             now: returns the parameters as they are now.
             handed_out: copies of those whose memory was handed out, by identity.
+
+        Returns:
+            The names of those that were edited in place, and autograd saw it.
         """
         versions = torch_private.versions(self.params.values())
         if versions == self._versions and not handed_out:
-            return
+            return []
         newest = now()
+        recorded: list[str] = []
         for (name, p), was, is_now in zip(
             self.params.items(), self._versions, versions, strict=True
         ):
-            if newest[name] is p and not p.is_leaf and not self._is_recorded(p):
+            if newest[name] is p and not p.is_leaf and self._is_recorded(p):
+                recorded.append(name)
+            elif newest[name] is p and not p.is_leaf:
                 if was != is_now:
                     raise refused(self._refusal, name, "in place")
                 copied = handed_out.get(id(p))
                 if copied is not None and not _equal(copied, p):
                     raise refused(self._refusal, name, "in place")
+        return recorded
 
     def accept(self, names: Collection[str], handed_out: dict[int, Tensor]) -> None:
         """Take weights as they are now for what was placed."""

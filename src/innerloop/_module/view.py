@@ -137,6 +137,28 @@ class ModuleView:
         finally:
             self._training = before
 
+    def replaced_submodule(self, copy: ModuleView) -> str | None:
+        """Return the name of a submodule that has come, gone or been replaced since the beginning.
+
+        Args:
+            copy: another view of the same module, in which nothing was.
+        """
+        ours, theirs = self.modules, copy.modules
+        places = {id(module): i for i, module in enumerate(theirs)}
+        roots = self.module if isinstance(self.module, dict) else {"": self.module}
+        prefixes = {
+            id(part): f"{key}.{name}".strip(".")
+            for key, root in roots.items()
+            for name, part in root.named_modules()
+        }
+        for mine, other in zip(ours, theirs, strict=True):
+            now, then = torch_private.module_table(mine), torch_private.module_table(other)
+            for name in {**then, **now}:
+                place = places.get(id(then.get(name)), -1)
+                if now.get(name) is not (ours[place] if place >= 0 else then.get(name)):
+                    return f"{prefixes.get(id(mine), '')}.{name}".strip(".")
+        return None
+
     def is_readable(self) -> bool:
         """True unless a backward pass is running in which the newest parameters are not right."""
         return self._gate is None or not self._gate.refuses()
@@ -228,6 +250,22 @@ class ModuleView:
         finally:
             self.write({name: own[name] for name in params})
             self.write_buffers(own_buffers)
+
+
+def replaced(name: str, what: str) -> InvalidInputError:
+    """Return the error for a submodule that was replaced, where something runs again without it.
+
+    Args:
+        name: of the submodule.
+        what: what runs again.
+    """
+    return InvalidInputError(
+        f"the submodule {name!r} of loop.model was added, removed or replaced inside the loop, and "
+        f"{what} runs again in a backward pass with the modules that the loop began with: the "
+        "derivative would be that of another model. Build the model with all its submodules "
+        "before the loop, and choose between them in its forward pass; or hand the other module "
+        "over as an argument of the function that runs again"
+    )
 
 
 def _as_they_stand(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._problem import Problem, rules_of
+from innerloop._track.constant_buffers import constant_buffer
 from innerloop._track.replay import Recorder, State, StepRecord, Taken, _close, _differs
 from innerloop._types import Grads, HyperTree, Named, Params
 from innerloop._utils import torch_private, tree
@@ -82,7 +83,12 @@ class _ClosureStep(Problem[Any, None]):
                     "which compiled code does not do: return the loss only, and note other things "
                     f"after loop.step. {COMPILE_FALSE} otherwise"
                 )
-            return check_loss(loss, "the loss given to loop.step"), (None, view.read_buffers())
+            now = view.read_buffers()
+            if made is not None:
+                for name, b in now.items():
+                    if b.requires_grad:
+                        raise constant_buffer(name)
+            return check_loss(loss, "the loss given to loop.step"), (None, now)
         finally:
             view.write(own)
             view.write_buffers(own_buffers)

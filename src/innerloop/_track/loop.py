@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -49,7 +49,7 @@ from innerloop._track.start import (
 from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
 from innerloop._utils import torch_private, tree
-from innerloop._utils.arguments import check_flag, check_mapping
+from innerloop._utils.arguments import check_flag, check_has_values, check_mapping
 from innerloop._utils.deep_graphs import Chain
 from innerloop._utils.execution import may_read_values
 from innerloop._utils.finite import all_finite, is_finite
@@ -135,6 +135,7 @@ class TrackedLoop:
         self._grad_mode: AbstractContextManager[object] | None = None
         check_params(given, own)
         for name, p in {**own, **given}.items():
+            check_has_values(f"the parameter {name!r}", p)
             if p.is_inference() and name not in self._frozen:
                 check_not_inference(f"the parameter {name!r}", p)
         self._cut = GraphCut(learn)
@@ -393,10 +394,17 @@ class TrackedLoop:
                     new[name] = self._cut.cut(tensor.detach().clone())
                 else:
                     new[name] = _alias(tensor)
+            if self._differentiates_weights:
+                new.update(_told_apart(new, current))
         if not self._cut.reached:
             self._cut.note_outside_leaves(new.values(), current.values())
         self._view.write(new)
         self._place()
+
+    @property
+    def _differentiates_weights(self) -> bool:
+        """True if inner gradients are taken at the weights of ``loop.model`` themselves."""
+        return self.learn != "nothing"
 
     def at(self, t: int) -> Carry:
         """Return the state after ``t`` steps, as `Trajectory.at` does: 0 is the start, -1 now.
@@ -550,8 +558,21 @@ class TrackedLoop:
 
     def _check_edits(self, current: Params, handed_out: Mapping[int, Tensor]) -> None:
         """Raise if a parameter was edited while nobody looked."""
-        if self._kernels is not None:
-            self._placed.check(lambda: current, handed_out)
+        if self._kernels is None:
+            return
+        recorded = self._placed.check(lambda: current, handed_out)
+        if recorded and self._differentiates_weights:
+            exact, near = _met(
+                [current[n] for n in recorded], {n: current[n] for n in self._trained}, recorded
+            )
+            # A first-order gradient lets go of the graph that it runs through.
+            if others := exact or ((near - exact) if not self._second_order else set()):
+                raise InvalidInputError(
+                    f"the parameter {recorded[0]!r} of loop.model was edited in place, with "
+                    f"gradients on, and now depends on {sorted(others)[0]!r} (or on what both came "
+                    "from): the gradient of a step with respect to the latter would contain what "
+                    f"it does through the former. Write loop.assign({{{recorded[0]!r}: new_value}})"
+                )
 
     def _own_code(self) -> AbstractContextManager[object]:
         return nullcontext() if self._kernels is None else self._kernels.paused()
@@ -577,6 +598,7 @@ class TrackedLoop:
 
     def _as_loss(self, loss: object) -> Tensor:
         """Return ``loss`` as a scalar; raise unless it can be differentiated."""
+        check_has_values("the loss given to loop.step", loss)
         loss = check_loss(loss, "the loss given to loop.step")
         if not self._trained:
             raise InvalidInputError(
@@ -748,6 +770,51 @@ def graph_free(model: Model, *, keeps_statistics: bool, densely: bool) -> Module
     if densely:
         look_up_densely(view.modules)
     return view
+
+
+def _told_apart(new: Params, current: Params) -> dict[str, Tensor]:
+    """Return aliases of the parameters that stay and that others are now computed from.
+
+    The gradient with respect to such a parameter itself would contain what it does to the loss
+    through the others, which an inner gradient holds constant.
+    """
+    _, near = _met(list(new.values()), current, new)
+    return {n: _alias(current[n]) for n in current if n in near}
+
+
+def _met(
+    ends: Sequence[Tensor], params: Params, besides: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Return which of ``params``, but for some of them, ``ends`` were computed from.
+
+    Returns:
+        Those, and those that came out of one operation with a tensor from which they were computed:
+        a backward pass towards one of these runs there too.
+    """
+    stay = {n: p for n, p in params.items() if n not in besides and p.requires_grad}
+    leaves = {id(p): n for n, p in stay.items() if p.grad_fn is None}
+    edges = {(p.grad_fn, p.output_nr): n for n, p in stay.items() if p.grad_fn is not None}
+    nodes: dict[Node | None, set[str]] = {}
+    for (node, _), name in edges.items():
+        nodes.setdefault(node, set()).add(name)
+    exact: set[str] = set()
+    near: set[str] = set()
+    stack: list[Any] = [(x.grad_fn, x.output_nr) for x in ends]
+    seen: set[Any] = set()
+    while stack:
+        edge = stack.pop()
+        node = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        if node in nodes:
+            near |= nodes[node]
+            exact |= {edges[edge]} if edge in edges else set()
+        elif type(node).__name__ == "AccumulateGrad":
+            exact |= {leaves[id(node.variable)]} if id(node.variable) in leaves else set()
+        else:
+            stack.extend(node.next_functions)
+    return exact, near | exact
 
 
 def _called_with(closure: Callable[..., object] | None, args: Sequence[object]) -> Closure:

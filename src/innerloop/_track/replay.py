@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -24,7 +25,7 @@ from innerloop._inner_gradient.gradient import finish, inner_gradient, with_dens
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._module.copier import Gate
-from innerloop._module.view import ModuleView
+from innerloop._module.view import ModuleView, replaced
 from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
@@ -294,6 +295,7 @@ class ModelCopy:
         gate: of the copy; closed but for the step's own code.
         stand_in: the loop, for the closures.
         make_copy: makes the view in which blocks of these steps run again.
+        live: ``loop.model``.
     """
 
     def __init__(
@@ -302,8 +304,10 @@ class ModelCopy:
         gate: Gate,
         stand_in: StandIn,
         make_copy: Callable[[], ModuleView],
+        live: ModuleView,
     ) -> None:
         self.view = view
+        self.live = weakref.ref(live)
         self.read = block.ReadModule(view, make_copy)
         again = partial(StandIn, learn=stand_in.learn, first_order=stand_in.first_order)
         self.read.stand_in(stand_in, again)
@@ -500,7 +504,7 @@ class Recorder:
                     loss,
                     wanted,
                     create_graph=create_graph,
-                    independent=lambda: _differs(t, "the loss does not depend on the model"),
+                    independent=lambda: self._differs(t, "the loss does not depend on the model"),
                     gate=self.model.gate,
                 )
                 view.renew_written_buffers()
@@ -535,9 +539,9 @@ class Recorder:
             clearer = explain(error)
             if clearer is not error:
                 raise clearer from error
-            raise _failed(t, error) from error
+            raise self._failed(t, error) from error
         except Exception as error:
-            raise _failed(t, error) from error
+            raise self._failed(t, error) from error
         finally:
             for table, name, buffer in outside:
                 table[name] = buffer
@@ -546,12 +550,24 @@ class Recorder:
             view.write({**at, **state.params})
         return taken, new_buffers
 
+    def _differs(self, t: int, what: str) -> InvalidInputError:
+        """Return the error for a step that does something else when it runs again."""
+        live = self.model.live()
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _differs(t, what) if submodule is None else replaced(submodule, f"step {t}")
+
+    def _failed(self, t: int, error: Exception) -> InvalidInputError:
+        """Return the error for a closure that raises when it runs again."""
+        live = self.model.live()
+        submodule = None if live is None else live.replaced_submodule(self.model.view)
+        return _failed(t, error) if submodule is None else replaced(submodule, f"step {t}")
+
     def _check_written(self, t: int, record: StepRecord) -> None:
         tensors, versions = record.written
         if tensors and torch_private.versions(tensors) != versions:
-            raise _differs(t, "a tensor that the step reads was written in place after it")
+            raise self._differs(t, "a tensor that the step reads was written in place after it")
         if not record.frozen.is_unchanged():
-            raise _differs(t, "a frozen parameter was written in place after it")
+            raise self._differs(t, "a frozen parameter was written in place after it")
 
     def _has_same_loss(self, t: int, loss: Tensor) -> bool:
         """True if the loss is what it was, on the processor to the last bit."""
@@ -560,7 +576,7 @@ class Recorder:
 
     def _check_loss(self, t: int, loss: Tensor) -> None:
         if not self._has_same_loss(t, loss):
-            raise _differs(t, "its loss is another number than in the forward pass")
+            raise self._differs(t, "its loss is another number than in the forward pass")
 
     def pull(
         self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -668,7 +684,7 @@ class Recorder:
         """Raise if hooks or a callback made other gradients than in the forward pass."""
         was = self.steps[t].gradient
         if was is not None and not gradient_mark(grads).agrees(was):
-            raise _differs(t, "its gradients (after hooks and grad_callback) are others")
+            raise self._differs(t, "its gradients (after hooks and grad_callback) are others")
 
     def _check_newest(self, t: int, before: State, taken: Taken) -> None:
         """Raise if the newest parameters are far from those that the forward pass had.
@@ -687,7 +703,7 @@ class Recorder:
             if same:
                 self.newest = Fingerprint.of(now)
         if not same:
-            raise _differs(t, "its new parameters are others than in the forward pass")
+            raise self._differs(t, "its new parameters are others than in the forward pass")
 
     def _check_later(self, t: int, before: State, taken: Taken) -> None:
         """Raise if the new parameters are far from those that the forward pass had."""
@@ -706,7 +722,7 @@ class Recorder:
             )
         )
         if not _close(now, then, old):
-            raise _differs(t, "its new parameters are others than in the forward pass")
+            raise self._differs(t, "its new parameters are others than in the forward pass")
 
 
 def _pulled(

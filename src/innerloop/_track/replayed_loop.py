@@ -21,6 +21,7 @@ from innerloop._module.view import ModuleView, keep_running_statistics, look_up_
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
 from innerloop._track.compiled import CompiledRecorder, ModuleFacts
+from innerloop._track.constant_buffers import constant_buffer, held_buffer, hold_constant
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
     Fixed,
@@ -113,7 +114,7 @@ class ReplayedLoop(TrackedLoop):
             keeps_statistics=self._second_order,
             densely=not self._optimizer.takes_sparse,
         )
-        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy)
+        self._copy = ModelCopy(view, gate, StandIn(view, learn, first_order), make_copy, self._view)
         self._swap: dict[int, object] = {id(self): self._copy.stand_in}
         self._swap.update(
             (id(ours), theirs)
@@ -302,7 +303,8 @@ class ReplayedLoop(TrackedLoop):
         record.frozen = self._frozen_now
         record.params = edits or None
         carry = self._states[self._steps]
-        buffers = self._buffers.take()
+        hold_constant(self._view)
+        buffers = {n: Tensor.detach(b) for n, b in self._buffers.take().items()}
         changed = known and any(
             b is not carry.buffers[n] and not torch.equal(b, carry.buffers[n])
             for n, b in buffers.items()
@@ -559,6 +561,7 @@ class ReplayedLoop(TrackedLoop):
             del self._states[t]
         self._view.write(params)
         self._steps += 1
+        hold_constant(self._view, inputs)
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
         self._losses.append(results[-1] if self._second_order else taken.loss.detach().clone())
         # Keep a number per step, not a tensor per step.
@@ -603,6 +606,11 @@ class ReplayedLoop(TrackedLoop):
             self._optimizer_now = known
         record.optimizer = known[1]
         return known[1]
+
+    @property
+    def _differentiates_weights(self) -> bool:
+        """Return False: a step runs on constants."""
+        return False
 
     @property
     def trajectory(self) -> Trajectory:
@@ -742,6 +750,8 @@ def _captured_leaves(
             if id(node.variable) not in own:
                 leaves.append(node.variable)
             continue
+        if (name := held_buffer(node)) is not None:
+            raise constant_buffer(name)
         if not torch_private.is_newer(node, so_far):
             raise InvalidInputError(
                 "the loss (or grad_callback, or the update) of a step uses a tensor that was "

@@ -12,7 +12,8 @@ from innerloop._module.checks import check_names
 from innerloop._problem import hyper_names, rules_of
 from innerloop._track.cut import GraphCut
 from innerloop._types import Params
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
+from innerloop._utils.arguments import check_has_values
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer, refuse_class
 from innerloop.optim._from_torch.from_torch import from_torch
@@ -82,6 +83,9 @@ def checked_hyper(hyper: object, optimizer: Optimizer) -> dict[str, object]:
         raise InvalidInputError(
             f'hyper is {type(hyper).__name__}: write a dict, hyper={{"lr": tensor}}'
         )
+    for name, value in hyper.items():
+        for x in tree.tensors(value):
+            check_has_values(f"hyper[{name!r}]", x)
     names = hyper_names(optimizer)
     # An optimizer of the user's own need not say which names it has.
     if names is not None:

@@ -37,6 +37,17 @@ def given(name: str, value: object) -> str:
     return f"{name}={found}" if " " not in found or found[0] == "'" else f"{name} is {found}"
 
 
+def check_has_values(name: str, value: object) -> None:
+    """Raise if a tensor lies on the meta device."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise InvalidInputError(
+            f"{name} lies on the meta device, where a tensor has a shape and no numbers: a loop "
+            "takes steps, and looks whether its losses are finite. Make it on a device with memory "
+            '(for a model that was built there: model.to_empty(device="cpu"), and initialise it); '
+            "for the shapes alone call the model itself"
+        )
+
+
 def check_instance(name: str, value: object, kind: type | tuple[type, ...], instead: str) -> None:
     """Raise unless ``value`` is an instance of ``kind``."""
     if not isinstance(value, kind):
@@ -158,6 +169,9 @@ def check_fields(owner: object) -> None:
             raise InvalidInputError(
                 f"{type(owner).__name__}: {given(name, value)}, write {instead}"
             )
+        parts = value.values() if isinstance(value, Mapping) else (value,)
+        for part in value if isinstance(value, tuple) else parts:
+            check_has_values(f"{type(owner).__name__}: {name} (or a tensor in it)", part)
 
 
 _known: MutableMapping[type, list[tuple[str, Callable[[object], bool], str]]] = caches.cache(

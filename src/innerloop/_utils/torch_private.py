@@ -11,7 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -557,7 +557,10 @@ def keeps_graph() -> bool:
 
 
 def graph_bytes(ends: Iterable[Tensor]) -> int:
-    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass."""
+    """Return the size of the tensors that the graph behind ``ends`` holds for a backward pass.
+
+    One that was written in place since then cannot be read, and is left out.
+    """
     held: dict[int, Tensor] = {}
     seen: set[Any] = set()
     stack: list[Any] = [x.grad_fn for x in ends]
@@ -568,8 +571,10 @@ def graph_bytes(ends: Iterable[Tensor]) -> int:
         seen.add(node)
         stack.extend([child for child, _ in node.next_functions])
         names = [n for n in dir(node) if n.startswith("_saved_")]
-        values = [getattr(node, n) for n in names]
-        values += getattr(node, "saved_tensors", ())
+        values: list[Any] = []
+        with suppress(RuntimeError):
+            values += [getattr(node, n) for n in names]
+            values += getattr(node, "saved_tensors", ())
         for x in values:
             for y in x if isinstance(x, (list, tuple)) else (x,):
                 if isinstance(y, Tensor) and y.layout == torch.strided:

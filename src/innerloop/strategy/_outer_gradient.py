@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
+from innerloop._utils.arguments import check_has_values
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
 
@@ -103,6 +104,7 @@ def check_kinds(chosen: Mapping[str, object]) -> None:
     """
     for name, value in chosen.items():
         for leaf in tree.leaves(value):
+            check_has_values(f"{name} (or a tensor in it)", leaf)
             if isinstance(leaf, nn.Module):
                 raise InvalidInputError(
                     f"{name} holds a module, {type(leaf).__name__}, whose parameters would get no "
