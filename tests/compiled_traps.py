@@ -780,3 +780,134 @@ def _(strategy: Strategy) -> Any:
         loss,
         objective=lambda traj, h: outer(traj, h) + traj.aux["largest"].sum(),
     )
+
+
+# -- closures of a hand-written loop ---------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """The network of `predict` as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = (nn.Parameter(p) for p in weights().values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return predict({"w": self.w, "v": self.v}, x)
+
+
+def tracked(strategy: Strategy, step: Callable[[Any, int, Tensor], None], steps: int = 2) -> Any:
+    """Gradients behind a hand-written loop: ``step(loop, t, x)`` takes each of its steps."""
+    compiles = bool(getattr(strategy, "compile", False))
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(3)
+    with innerloop.track(
+        model, optimizer, strategy=innerloop.Checkpointed(slots="all", compile=compiles)
+    ) as loop:
+        for t, x in enumerate(data(steps)):
+            step(loop, t, x)
+        end = loop.model(data(9)[8]).sin().sum() + loop.trajectory.losses.sum()
+    end.backward()
+    return end.detach(), [p.grad for p in model.parameters()]
+
+
+@trap("a closure's number that changes", kind="late")
+def _(strategy: Strategy) -> Any:
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        rate = 0.5 + t
+        loop.step(lambda: rate * loop.model(x).square().mean())
+
+    return tracked(strategy, step)
+
+
+@trap("a closure's variable that becomes another module", kind="late")
+def _(strategy: Strategy) -> Any:
+    torch.manual_seed(5)
+    others = [nn.Linear(4, 2).requires_grad_(False), nn.Linear(4, 2).requires_grad_(False)]
+
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        other = others[t]
+        loop.step(lambda: other((x @ loop.model.w).tanh()).square().mean())
+
+    return tracked(strategy, step)
+
+
+SHIFT = torch.zeros(())
+FUNCTION: Callable[[Tensor], Tensor] = torch.sin
+
+
+@trap("a closure's globals that change", kind="late")
+def _(strategy: Strategy) -> Any:
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        global SHIFT, FUNCTION  # noqa: PLW0603
+        SHIFT = torch.tensor(0.3 * t)
+        FUNCTION = torch.sin if t < 2 else torch.cos
+
+        def loss(model: nn.Module, x: Tensor, *, power: int = 2) -> Tensor:
+            return (FUNCTION(model(x)) - SHIFT).pow(power).mean()
+
+        loop.step(loss, args=(loop.model, x))
+
+    return tracked(strategy, step, 3)
+
+
+@trap("a closure that writes to a list", "writes to a list or dict")
+def _(strategy: Strategy) -> Any:
+    seen: list[Tensor] = []
+
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        def loss() -> Tensor:
+            y = loop.model(x)
+            if getattr(strategy, "compile", False):
+                seen.append(y.detach().mean())
+            return y.square().mean()
+
+        loop.step(loss)
+
+    return tracked(strategy, step)
+
+
+@trap("a closure that counts its calls", "writes the variable 'count'")
+def _(strategy: Strategy) -> Any:
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        count = 0
+
+        def loss() -> Tensor:
+            nonlocal count
+            count += 1
+            return loop.model(x).square().mean()
+
+        loop.step(loss)
+
+    return tracked(strategy, step)
+
+
+@trap("a closure that decides by values", CANNOT, kind="branch")
+def _(strategy: Strategy) -> Any:
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        def loss() -> Tensor:
+            y = loop.model(x)
+            return y.square().mean() if y.sum() > 0 else y.abs().mean()
+
+        loop.step(loss)
+
+    return tracked(strategy, step)
+
+
+@trap("a closure with a foreign function", FOREIGN, kind="function")
+def _(strategy: Strategy) -> Any:
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        loop.step(lambda: _Clipped.apply(loop.model(x)).square().mean())
+
+    return tracked(strategy, step)
+
+
+@trap("a closure with a module that requires grad", "does not capture itself")
+def _(strategy: Strategy) -> Any:
+    head = nn.Linear(1, 1)
+
+    def step(loop: Any, t: int, x: Tensor) -> None:
+        loop.step(lambda: head(loop.model(x)[:, None]).square().mean())
+
+    return tracked(strategy, step)

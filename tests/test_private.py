@@ -91,6 +91,7 @@ EXERCISED = {
     "of_class",
     "data_getter",
     "backward_hooks",
+    "module_hooks",
     "wrap_backward_hooks",
     "compile_graph",
     "random_row_by_row",
@@ -751,9 +752,11 @@ def test_a_mode_sees_the_data_of_a_tensor():
 def test_hooks_of_a_module_are_wrapped_at_each_call():
     module, wrapped = torch.nn.Linear(1, 1), []
     assert not torch_private.backward_hooks(module)
+    assert torch_private.module_hooks(module) == ()
     module.register_full_backward_hook(lambda module, inputs, outputs: None)
     module.register_full_backward_pre_hook(lambda module, outputs: (2 * outputs[0],))  # type: ignore[index]
     assert torch_private.backward_hooks(module)
+    assert len(torch_private.module_hooks(module)) == 2
     torch_private.wrap_backward_hooks(module, lambda hook: wrapped.append(hook) or hook)  # type: ignore[func-returns-value]
     module(torch.ones(1, 1, requires_grad=True)).sum().backward()
     module(torch.ones(1, 1, requires_grad=True)).sum().backward()

@@ -708,7 +708,6 @@ def test_a_loss_in_place_of_a_function():
         innerloop.StoreAll(compile=True),
         innerloop.ForwardMode(),
         innerloop.Auto(memory="1GB"),
-        Checkpointed(compile=True),
         Checkpointed(product="mixed"),
         Checkpointed(save="gradients"),
         Checkpointed(offload=innerloop.strategy.Disk("run1")),

@@ -164,6 +164,8 @@ class Problem(Generic[Batch, Aux]):
         They require grad at the start, or the module changes them. Running statistics are not
         among them: the norms write those without a graph.
         """
+        self.shows_params = False
+        """True if a compiled pullback of a step gives its new parameters as well."""
         self._first = False
         """True until the first loss since `init` is evaluated, on copies of the parameters."""
         self._sparse: set[str] = set()

@@ -115,6 +115,11 @@ class ModuleView:
         return [copied for copied, _ in self._modes]
 
     @property
+    def originals(self) -> list[nn.Module]:
+        """Return the user's own modules, in the order of `modules`."""
+        return [original for _, original in self._modes]
+
+    @property
     def training(self) -> list[bool]:
         """Return the mode of each module: the user's own now, unless inside `in_modes`."""
         return (

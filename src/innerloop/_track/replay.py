@@ -70,6 +70,7 @@ class Layout(NamedTuple):
         hyper: the number of hyper-parameters that go in.
         updated: the names of the parameters that come out.
         new_state: the places of those leaves of the new state that come out.
+        new_leaves: how many leaves that has.
     """
 
     params: tuple[str, ...]
@@ -77,6 +78,7 @@ class Layout(NamedTuple):
     hyper: int
     updated: tuple[str, ...]
     new_state: tuple[int, ...]
+    new_leaves: int
 
 
 class Surroundings(NamedTuple):
@@ -123,6 +125,7 @@ class StepRecord:
 
     Attributes:
         closure: the frozen closure.
+        code: what tells closures apart that are compiled.
         transform: what is done to gradients: a transform, or a frozen callback in a list.
         hyper: overrides of the optimizer's hyper-parameters.
         captured: captured tensors with a history, without it.
@@ -141,12 +144,13 @@ class StepRecord:
     """
 
     __slots__ = (
-        "buffers", "captured", "closure", "frozen", "gradient", "hyper", "layout", "leaves",
+        "buffers", "captured", "closure", "code", "frozen", "gradient", "hyper", "layout", "leaves",
         "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
         "written",
     )  # fmt: skip
 
     closure: Any
+    code: Any
     transform: Any
     hyper: Mapping[str, object]
     captured: list[Tensor]
@@ -316,7 +320,8 @@ class ModelCopy:
         """Run in the modes and at the random state of a step."""
         around = record.surroundings
         for module, training in zip(self.view.modules, around.training, strict=True):
-            module.training = training
+            if module.training != training:  # it takes a while to set
+                module.training = training
         home, self.gate.home = self.gate.home, torch_private.backward_pass()
         try:
             with ExitStack() as stack:
@@ -597,13 +602,19 @@ class Recorder:
                 if self.start_is_learned and any(wanted[:before]):
                     self.kept.refuse_start()
                 wanted = [False] * before + list(wanted[before:])
-            prepared = self._prepare(t)
-            found = _pulled(prepared, cotangents, wanted)
-            self._later = t, prepared.before
+            state, found = self._pull_back(t, cotangents, wanted)
+            self._later = t, state
             if self._last is not None and self._last[0] >= t and not again:
                 self._last = None
             self.kept.pass_by(t, again=again)
             return found
+
+    def _pull_back(
+        self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> tuple[State, list[Tensor | None]]:
+        """Run step ``t`` again and pull cotangents back; return the state before it as well."""
+        prepared = self._prepare(t)
+        return prepared.before, _pulled(prepared, cotangents, wanted)
 
     def _with_graph(self, t: int, state: State, chained: bool) -> Prepared | None:
         """Run step ``t`` again with a graph; None if the state before it was rounded otherwise.
@@ -824,16 +835,17 @@ def _failed(t: int, error: Exception) -> InvalidInputError:
 class _StepNode(torch.autograd.Function):
     """One step as a node; it hands on outputs that have been computed from constants."""
 
+    # Not with a `setup_context`, for which torch looks up the signature at every call.
     @staticmethod
-    def forward(recorder: Recorder, t: int, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors[:count]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recorder, ctx.t, ctx.count = inputs[:3]
+    def forward(
+        ctx: Any, recorder: Recorder, t: int, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.recorder, ctx.t, ctx.count = recorder, t, count
+        outputs = tensors[:count]
         # The output is the input itself, not a view: it may be edited in place.
-        ctx.mark_dirty(*inputs[3 : 3 + ctx.count])
+        ctx.mark_dirty(*outputs)
         ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
 from innerloop._track.closure import Closure, Gradients, evaluate_at
+from innerloop._track.compiled import CompiledRecorder, ModuleFacts
 from innerloop._track.constant_buffers import constant_buffer, held_buffer, hold_constant
 from innerloop._track.loop import Callback, TrackedLoop, graph_free
 from innerloop._track.replay import (
@@ -79,6 +80,13 @@ class ReplayedLoop(TrackedLoop):
         _check_place()
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
+        self._compiles = strategy.kept_states(1).compiled
+        if self._compiles and not self._optimizer.compiles:
+            raise InvalidInputError(
+                f"{self._optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
+                "by values, or works on sparse tensors. Write compile=False, or use another rule "
+                "of innerloop.optim"
+            )
         for name, b in self._view.source_buffers.items():
             if b.requires_grad and learn != "nothing":
                 raise InvalidInputError(
@@ -94,8 +102,9 @@ class ReplayedLoop(TrackedLoop):
         self._save_at = checked_times(save_at)
         gate = Gate(snapshots=False)
         gate.closed = True
-        view = ModuleView(model, gate)
-        if self._second_order:
+        # The compiler cannot look into the tables of a module that has a gate.
+        view = ModuleView(model, None if self._compiles else gate)
+        if self._second_order and not self._compiles:
             keep_running_statistics(view)
         if not self._optimizer.takes_sparse:
             look_up_densely(view.modules)
@@ -116,6 +125,8 @@ class ReplayedLoop(TrackedLoop):
         self._copy.view.write(
             {n: p.detach() for n, p in self._view.read().items() if isinstance(p, Tensor)}
         )
+        self._module_facts: ModuleFacts | None = None
+        self._unused: tuple[str, ...] = ()
         self._optimizer_now: tuple[object, Optimizer, list[Tensor], list[int]] | None = None
         self._begin()
 
@@ -131,7 +142,7 @@ class ReplayedLoop(TrackedLoop):
                 )
             )
         )
-        self._recorder = Recorder(
+        self._recorder = (CompiledRecorder if self._compiles else Recorder)(
             self._copy,
             self._strategy.kept_states(max(size, 1)),
             self._names,
@@ -141,6 +152,8 @@ class ReplayedLoop(TrackedLoop):
             self._start_is_learned,
         )
         self._recorder.sparse = self._sparse
+        if isinstance(self._recorder, CompiledRecorder):
+            self._recorder.unused = self._unused
         self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
         self._plain_leaves = tree.leaves(self._plain_state)
         self._state_leaves = tree.leaves(self._states[0].optimizer_state)
@@ -209,11 +222,12 @@ class ReplayedLoop(TrackedLoop):
     ) -> Float[Tensor, ""]:
         """Take a step from the parameters ``current``, in a block of the loop's own code."""
         record = StepRecord()
-        freezer = Freezer(self._swap)
+        freezer = Freezer(self._swap, leaves_too=self._compiles)
         record.closure = freezer.call(function, args)
         record.transform = (
             [freezer.value(transform.fn)] if isinstance(transform, GradCallback) else transform
         )
+        record.code = _code_of(function)
         record.modules = freezer.modules
         record.captured = [x.detach() for x in freezer.captured]
         record.written = freezer.constants, torch_private.versions(freezer.constants)
@@ -227,9 +241,14 @@ class ReplayedLoop(TrackedLoop):
         weights = list(before.params.values())
         versions_of_weights = torch_private.versions(weights)
 
-        taken, leaves, mark = self._forward(
-            closure, optimizer, values, before, record.hyper, freezer.captured, transform
-        )
+        if isinstance(self._recorder, CompiledRecorder):
+            taken, leaves, mark = self._compiled_forward(
+                self._recorder, record, closure, values, before, freezer.captured, transform
+            )
+        else:
+            taken, leaves, mark = self._forward(
+                closure, optimizer, values, before, record.hyper, freezer.captured, transform
+            )
         if torch_private.versions(record.written[0]) != record.written[1]:
             raise InvalidInputError(
                 "the closure given to loop.step writes a tensor in place that it has captured: it "
@@ -369,6 +388,66 @@ class ReplayedLoop(TrackedLoop):
                 leaves[id(leaf)] = leaf
         return taken, list(leaves.values()), gradient_mark(taken.grads) if makes else None
 
+    def _compiled_forward(
+        self,
+        recorder: CompiledRecorder,
+        record: StepRecord,
+        closure: Closure,
+        at: dict[str, Tensor],
+        before: State,
+        captured: list[Tensor],
+        transform: Transform | None,
+    ) -> tuple[Taken, list[Tensor], Any]:
+        """Take the step on constants by compiled code; the first one by uncompiled code as well."""
+        if transform is not None or self._hooks:
+            raise InvalidInputError(
+                "grad_callback, or a hook on the gradients of a parameter, is not compiled: write "
+                "what it does as a part of the optimizer, innerloop.optim.chain(innerloop.optim."
+                "clip_by_global_norm(1.0), innerloop.optim.sgd(lr=0.1)) for example, or "
+                "compile=False"
+            )
+        for module in record.modules:
+            if module.training and next(module.buffers(), None) is not None:
+                raise InvalidInputError(
+                    f"the closure given to loop.step captures a {type(module).__name__} with "
+                    "buffers in train mode besides loop.model, which would be written each time "
+                    "that the step runs: call .eval() on it, pass both to track as a dict of "
+                    "modules, or write compile=False"
+                )
+        if not self._steps:
+            random_state = RandomState.now()
+            taken, leaves, _ = self._forward(
+                closure, record.optimizer, at, before, record.hyper, captured, None
+            )
+            if random_state is not None:
+                random_state.restore()
+            self._view.write_buffers({n: b.clone() for n, b in before.buffers.items()})
+            known = {id(x) for x in captured}
+            if any(id(x) not in known for x in leaves):
+                raise InvalidInputError(
+                    "the closure given to loop.step depends on a tensor that requires grad and "
+                    "that it does not capture itself (a parameter of a module, or an attribute of "
+                    "an object): hand it over, loop.step(fn, args=(tensor,)), or write "
+                    "compile=False"
+                )
+            self._unused = tuple(n for n, g in taken.grads.items() if g is None)
+            recorder.unused = self._unused
+        if self._module_facts is None:
+            self._module_facts = ModuleFacts(self._view.modules)
+        elif not self._module_facts.are_unchanged():
+            raise InvalidInputError(
+                "an attribute of a module of loop.model was changed inside the loop (a rate of "
+                "dropout, say), or a hook was registered on it: compiled steps run in a copy that "
+                "was made before. Do it before track, or write compile=False"
+            )
+        record.random_state = None
+        if isinstance(self._optimizer, FromTorch):
+            self._optimizer.mark_stepped()
+        taken, buffers = recorder.step(record, before)
+        self._check_finite(taken.loss)
+        self._view.write_buffers(buffers)
+        return taken, [], None
+
     def _first_gradient(
         self,
         loss: Tensor,
@@ -438,7 +517,7 @@ class ReplayedLoop(TrackedLoop):
             if n not in self._frozen and p is not before.params[n]
         ]
         layout = Layout(
-            tuple(names), tuple(places), len(learned), tuple(updated), tuple(new_places)
+            tuple(names), tuple(places), len(learned), tuple(updated), tuple(new_places), len(new)
         )
         if self._last_record is not None and self._last_record.layout == layout:
             layout = self._last_record.layout
@@ -556,6 +635,14 @@ class ReplayedLoop(TrackedLoop):
         super().detach()
         self._start_is_learned = False
         self._begin()
+
+
+def _code_of(function: Callable[..., object]) -> object:
+    """Return what is the same for a function that is defined anew at each step."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
 
 
 def _check_place() -> None:

@@ -48,12 +48,13 @@ def track(
             ``.grad`` is the gradient of first-order MAML (Finn et al. 2017), exact if the inner
             loss is linear. `unroll` does the same with the strategy `FirstOrder`.
         strategy: None, or `StoreAll`, keeps the graph of every step; `FirstOrder` is
-            ``first_order=True``. `Checkpointed` (its ``slots``, ``memory`` of the states alone, and
-            ``offload``) keeps some of the states, and runs each step again in the backward pass:
-            ``loop.step`` then needs a function that computes the loss, ``loop.step(lambda:
-            loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The gradients are the
-            same. `Truncated` does so for the last steps, those before the moment at which the
-            backward pass begins; what is learned must act along the loop (``learn="outer"``).
+            ``first_order=True``. `Checkpointed` (its ``slots``, ``memory`` of the states alone,
+            ``offload`` and ``compile``) keeps some of the states, and runs each step again in the
+            backward pass: ``loop.step`` then needs a function that computes the loss,
+            ``loop.step(lambda: loss_fn(loop.model(x), y))`` or ``loop.step(fn, args=(x, y))``. The
+            gradients are the same. `Truncated` does so for the last steps, those before the moment
+            at which the backward pass begins; what is learned must act along the loop
+            (``learn="outer"``).
             Second derivatives of the outer loss are refused under both.
         save_at: with a strategy, the times whose states ``loop.at(t)`` returns, besides the start
             and the newest.
@@ -83,7 +84,9 @@ def track(
         variables, late-bound ones too, and the globals of its module) are noted for its next run;
         data that it reaches otherwise (an attribute of an object, an iterator, memory that was
         overwritten) must be the same then: each loss is compared with that of the forward pass, to
-        the last bit on the CPU, and an error names the step.
+        the last bit on the CPU, and an error names the step. With ``compile=True`` one step and its
+        pullback are compiled for each such function, however often it is defined anew, and compared
+        with uncompiled code; numbers among its variables are compiled in, and it may only compute.
 
     Cost:
         About 3 gradients per step, and the memory of T graphs: as `StoreAll`. Under `Checkpointed`

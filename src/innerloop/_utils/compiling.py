@@ -7,7 +7,7 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from innerloop._utils import torch_private
+from innerloop._utils.caches import cache
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -64,6 +65,13 @@ _CODE = (
 """What a module defines once and does not change."""
 
 
+_SCOPE = re.compile(r"___unnamed_scope_(\d+)")
+
+scopes_of_users: MutableMapping[int, dict[str, Any]] = cache("globals that users change")
+"""Dicts of globals that are no module's, by identity, in which values may be put in the places of
+others: functions and modules too."""
+
+
 def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     """Leave out the guards of code and tables of innerloop itself, and of code inside torch.
 
@@ -71,10 +79,16 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     Whatever could change stays guarded: modules and functions of users and of torch.nn; numbers
     and flags, wherever they are.
     """
+
+    def is_users(name: str) -> bool:
+        found = _SCOPE.search(name)
+        return found is not None and int(found[1]) in scopes_of_users
+
     return [
         not (
             g.has_value
             and _LIBRARY.search(g.name)
+            and not is_users(g.name)
             and isinstance(g.value, (*_CODE, dict, frozenset) if _OWN in g.name else _CODE)
         )
         for g in guards
@@ -108,7 +122,8 @@ class Compiled:
             place of them.
 
     Attributes:
-        compilations: how often PyTorch has compiled it so far, each time for another code path.
+        compilations: how often PyTorch has compiled it so far; it may begin once more for the same
+            code path.
         precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
             autocast makes coarser than its inputs.
     """
@@ -120,6 +135,7 @@ class Compiled:
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:
         self.compilations = 0
+        self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
         self._what = what
@@ -146,9 +162,12 @@ class Compiled:
             raise NotDifferentiableError(
                 f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
             ) from error
-        if before < MANY <= self.compilations:
+        if self.compilations == before:
+            return found
+        self._paths += 1
+        if self._paths == MANY:
             warnings.warn(
-                f"{self._what} was compiled {self.compilations} times so far, because its inputs "
+                f"{self._what} was compiled {self._paths} times so far, because its inputs "
                 "change in shape, in dtype, in which of them require grad, or in the Python "
                 "numbers, strings and flags that the loss reads. PyTorch gives up after 8 times: "
                 "pass what changes as tensors of one shape. TORCH_LOGS=recompiles says why",

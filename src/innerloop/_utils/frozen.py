@@ -106,6 +106,7 @@ class Freezer:
     Args:
         swap: what to put in the places of objects, by identity: a stand-in for the loop, and the
             modules of the copy that is replayed for those of ``loop.model``.
+        leaves_too: True counts leaves that require grad among ``captured``.
 
     Attributes:
         captured: the tensors with a history that were found.
@@ -113,8 +114,9 @@ class Freezer:
         modules: the modules that were found, besides those that have a stand-in.
     """
 
-    def __init__(self, swap: Mapping[int, object]) -> None:
+    def __init__(self, swap: Mapping[int, object], *, leaves_too: bool = False) -> None:
         self._swap = swap
+        self._leaves_too = leaves_too
         self._done: dict[int, _Function] = {}
         self._foreign_ones: set[int] = set()
         self.captured: list[Tensor] = []
@@ -211,7 +213,7 @@ class Freezer:
         return content if content is _EMPTY else self.value(content)
 
     def _tensor(self, x: Tensor) -> Any:
-        if x.requires_grad and x.grad_fn is not None:
+        if x.requires_grad and (self._leaves_too or x.grad_fn is not None):
             return self._slot(x)
         self.constants.append(x)
         return x

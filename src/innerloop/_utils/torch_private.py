@@ -699,6 +699,15 @@ def backward_hooks(module: nn.Module) -> bool:
     return bool(vars(module).get("_backward_hooks") or vars(module).get("_backward_pre_hooks"))
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def module_hooks(module: nn.Module) -> tuple[Callable[..., object], ...]:
+    """Return the hooks of a module; compiled code does not look if they are still the same."""
+    own = vars(module)
+    return tuple(hook for name in _HOOKS if own.get(name) for hook in own[name].values())
+
+
 def hooks_so_far() -> int:
     """Count the hooks of all kinds that were registered in this process so far."""
     return RemovableHandle.next_id

@@ -50,16 +50,16 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, _LEAVES):
         return fn(tree)
     kind = type(tree)
+    # Leaves are told apart here, not in a call for each: states are mapped at every step.
     if kind is dict:
-        # Most of what is mapped are dicts of tensors: these need no call of their own.
         return {
-            key: fn(value) if isinstance(value, Tensor) else map_leaves(fn, value)
+            key: fn(value) if isinstance(value, _LEAVES) else map_leaves(fn, value)
             for key, value in tree.items()
         }
-    if kind is list:
-        return [map_leaves(fn, value) for value in tree]
-    if isinstance(tree, tuple):
-        values = [map_leaves(fn, value) for value in tree]
+    if kind is list or isinstance(tree, tuple):
+        values = [fn(v) if isinstance(v, _LEAVES) else map_leaves(fn, v) for v in tree]
+        if kind is list:
+            return values
         return kind(*values) if hasattr(tree, "_fields") else tuple(values)
     if kind in _nodes:
         children, rebuild = _nodes[kind]

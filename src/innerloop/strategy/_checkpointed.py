@@ -231,30 +231,35 @@ class Checkpointed(Strategy):
         unlike = {
             "product": self.product not in ("auto", "reverse"),
             "save": self.save != "params",
-            "compile": self.compile,
         }
         for name, is_unlike in unlike.items():
             if is_unlike:
                 raise InvalidInputError(
                     f"track(..., strategy=Checkpointed({name}={getattr(self, name)!r})): a "
-                    "hand-written loop takes slots, memory and offload only; the steps run "
-                    'uncompiled, product is "reverse", save is "params". Leave it away, or write '
-                    "the loop with innerloop.unroll"
+                    "hand-written loop takes slots, memory, offload and compile only; product is "
+                    '"reverse", save is "params". Leave it away, or write the loop with '
+                    "innerloop.unroll"
                 )
+        # In place of graphs, the states of so many compiled steps wait for the backward pass.
+        stride = min(max(SMALL_UNDER_TRACK // 2 // size, 1), 32) if self.compile else 0
+        found: KeptStates
         if self.memory is not None:
             fitting = int(in_bytes(self.memory) // size)
             if fitting < 1:
                 raise InvalidInputError(
                     f"memory={self.memory!r} is too little: a state takes {size / 1e6:.3g} MB"
                 )
-            return KeptStates(lambda _: fitting, offload)
-        if self.slots == "all":
-            return KeptStates(lambda _: sys.maxsize, offload, stride=1)
-        if isinstance(self.slots, int):
+            found = KeptStates(lambda _: fitting, offload, stride=stride)
+        elif self.slots == "all":
+            found = KeptStates(lambda _: sys.maxsize, offload, stride=1)
+        elif isinstance(self.slots, int):
             given = self.slots
-            return KeptStates(lambda _: given, offload)
-        least = max(SMALL_UNDER_TRACK // size, 32)
-        return KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload)
+            found = KeptStates(lambda _: given, offload, stride=stride)
+        else:
+            least = max(SMALL_UNDER_TRACK // size, 32)
+            found = KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload, stride=stride)
+        found.compiled = self.compile
+        return found
 
     def forecast(self, measure: Measure) -> Forecast:
         """Predict the cost: every step replayed once, and the replays that the slots need."""

@@ -56,8 +56,9 @@ class StoreAll(Strategy):
         """Return that `track` keeps them, as it does without a strategy."""
         if self.compile:
             raise InvalidInputError(
-                f"track(..., strategy={self!r}): the steps of a hand-written loop are not compiled "
-                "by a strategy. Write StoreAll(), or the loop as innerloop.unroll"
+                f"track(..., strategy={self!r}): the graphs of a hand-written loop are not "
+                'compiled. Write Checkpointed(slots="all", compile=True), whose steps run again, '
+                "StoreAll(), or the loop as innerloop.unroll"
             )
         return KeptGraphs(first_order=False)
 

@@ -59,6 +59,9 @@ def by_step_count(count: Any, params: Params) -> tuple[dict[str, int] | None, li
     """Split parameters by step count: an index for each, and the count of each index."""
     if not isinstance(count, Mapping):
         return None, [count]
+    if any(isinstance(c, Tensor) for c in count.values()):
+        # In compiled code, where nobody knows which are equal.
+        return {name: i for i, name in enumerate(count)}, list(count.values())
     distinct = sorted(set(count.values()))
     missing = [name for name in params if name not in count]
     if missing:

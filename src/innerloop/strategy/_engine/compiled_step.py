@@ -52,26 +52,15 @@ Groups = dict[str, object]
 
 
 class Core:
-    """The compiled step of a problem.
+    """A compiled step.
 
     Args:
-        problem: the problem.
+        core: a problem whose hyper is a pair, that of the loss and that of the optimizer, and whose
+            steps do not depend on their number: both are inputs.
         product: how the pullback is taken.
     """
 
-    def __init__(self, problem: Problem, product: str) -> None:
-        # hyper is (the user's, the optimizer's): both are inputs, whatever the step.
-        targets = None if problem.targets is None else _OfUsersHyper(problem.targets)
-        core = Problem(
-            _OfUsersHyper(problem.loss),
-            problem.optimizer,
-            optimizer_hyper=_second,
-            targets=targets,
-        )
-        core.view = problem.view
-        if core.view is not None:
-            core.computed_buffers = set(core.view.no_statistics)
-
+    def __init__(self, core: Problem, product: str) -> None:
         def advance(state: Any, hyper: Any, batch: object) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
             return state_of(new), loss, aux
@@ -381,6 +370,18 @@ def _groups(found: tuple[State, Tensor, Any]) -> dict[str, object]:
     }
 
 
+def _core_of(problem: Problem) -> Problem:
+    """Return a problem as `Core` takes it, whose steps are those of ``problem``."""
+    targets = None if problem.targets is None else _OfUsersHyper(problem.targets)
+    core = Problem(
+        _OfUsersHyper(problem.loss), problem.optimizer, optimizer_hyper=_second, targets=targets
+    )
+    core.view = problem.view
+    if core.view is not None:
+        core.computed_buffers = set(core.view.no_statistics)
+    return core
+
+
 class _OfUsersHyper:
     """The user's loss, or targets, as a function of the first part of hyper."""
 
@@ -415,7 +416,7 @@ class CompiledProblem:
         cores = _cores.setdefault(problem.original or problem, {})
         product = "reverse" if product == "auto" else product
         if product not in cores:
-            cores[product] = Core(problem, product)
+            cores[product] = Core(_core_of(problem), product)
         self.core = cores[product]
 
     def step(
@@ -426,7 +427,7 @@ class CompiledProblem:
         # tensor that requires grad shows in the results.
         both = (hyper, self.problem.overrides(hyper, t))
         with torch.enable_grad():
-            state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+            state, loss, aux = self.core.advance(counted(state_of(carry)), both, batch)
         return _after(carry, state), loss, aux
 
     def record(
@@ -444,7 +445,7 @@ class CompiledProblem:
                 tree.map_tensors(Tensor.detach, both),
             )
             with torch.enable_grad():
-                state, loss, aux = self.core.advance(_counted(state_of(carry)), both, batch)
+                state, loss, aux = self.core.advance(counted(state_of(carry)), both, batch)
             if torch.is_grad_enabled():
                 check_constants(t, state, loss, aux)
             state = tree.map_tensors(Tensor.detach, state)
@@ -496,7 +497,7 @@ class CompiledProblem:
         step.rewind()
         with torch.no_grad():
             found = pull(
-                _counted(state_of(step.carry)), (step.hyper, constants), step.batch, wanted, given
+                counted(state_of(step.carry)), (step.hyper, constants), step.batch, wanted, given
             )
         direct, through = found.hyper[: len(leaves)], found.hyper[len(leaves) :]
         reached = [
@@ -544,7 +545,7 @@ def _after(carry: Carry, state: State) -> Carry:
     return carry_of(state, RandomState.now())._replace(time=carry.time + 1)
 
 
-def _counted(state: State) -> State:
+def counted(state: State) -> State:
     """Return the state with step counts as tensors: a number would be compiled in."""
     params, optimizer_state, buffers = state
     like = next(iter(params.values()))

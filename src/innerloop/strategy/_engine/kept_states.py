@@ -24,7 +24,10 @@ class KeptStates:
     Attributes:
         stride: only states at multiples of this time are kept; 0 waits to be set before the first
             one is.
+        compiled: True if the steps and their pullbacks are to be compiled.
     """
+
+    compiled = False
 
     def __init__(self, slots: Callable[[int], int], place: str | None, *, stride: int = 0) -> None:
         self._slots = slots

@@ -361,7 +361,7 @@ def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangent
     inputs = _Inputs(step, (*state_of(step.carry), step.hyper), buffers_at=2)
     after: list[After] = []
 
-    def ends(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def ends(values: list[Tensor]) -> tuple[list[Tensor], tuple[Tensor, Params]]:
         *state, hyper = inputs.filled(values)
         carry = carry_of(state, step.carry.random_state)
         new, loss, aux = step.problem.step(carry, hyper, step.batch, step.t)
@@ -372,9 +372,11 @@ def _reverse_by_transform(step: Step, given: OutputCotangents) -> InputCotangent
         inputs.note(found, values)
         if mode() is not Mode.COMPILING:
             after.append(After(*_plain((new.params, new.buffers, aux))))
-        return found, loss
+        return found, (loss, dict(new.params) if step.problem.shows_params else {})
 
-    _, pull, loss = _vjp(ends, inputs.values, has_aux=True)
+    _, pull, (loss, shown) = _vjp(ends, inputs.values, has_aux=True)
+    if shown and mode() is Mode.COMPILING:
+        after.append(After(shown, {}, None))
     cotangents = [*given.state, given.loss, *given.aux]
     (values,) = pull([c for c in cotangents if c is not None])
     found = inputs.aligned(values)

@@ -1,0 +1,276 @@
+"""``track(strategy=Checkpointed(compile=True))``: the gradients of plain `track`, from steps that
+are compiled once, or a named error."""
+
+# ruff: noqa: B023 (closures that bind late are what is tested here)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch.nn import functional as F
+
+import innerloop
+from innerloop import Checkpointed, InvalidInputError
+from innerloop._track.compiled import _compiled
+from innerloop._utils import compiling
+from innerloop.strategy import Strategy
+from tests.networks import adam, leaf, network, sgd
+from tests.oracles import smooth_noise
+from tests.situations import SEED, SITUATIONS, Situation, all_groups, named
+from tests.test_track_replayed import (
+    assert_same,
+    by_generator,
+    by_iterator,
+    by_numpy,
+    by_object,
+    overwritten_without_a_trace,
+)
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+COMPILED = Checkpointed(slots=2, compile=True)
+INDUCTOR = {"test_a_fresh_lambda_at_each_step_is_compiled_once"}
+"""Tests that are run with inductor by `make compiled`."""
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace without generating code; `make compiled` generates it for some."""
+    chosen = request.config.getoption("markexpr") == "compiled"
+    if not chosen or request.node.originalname not in INDUCTOR:
+        monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+
+
+def compilations() -> list[tuple[int, int]]:
+    """How often each closure's step and pullback were compiled."""
+    return [
+        (c.core._advance.compiled.compilations, c.core._pull.compiled.compilations)
+        for c in _compiled.values()
+    ]
+
+
+def batch(t: int) -> tuple[Tensor, Tensor]:
+    return smooth_noise(6, 3, phase=float(t)), smooth_noise(6, 2, phase=9.0 + t)
+
+
+def learned(strategy: Strategy | None, make: Callable[..., Any], steps: int = 5) -> dict[str, Any]:
+    """Gradients by the start, a learned rate, a captured leaf and a captured non-leaf."""
+    model, lr, w = network(), leaf(0.1), leaf(0.7)
+    scale = w.sin() * 2
+    with innerloop.track(model, make(model), hyper={"lr": lr}, strategy=strategy) as loop:
+        for t in range(steps):
+            x, y = batch(t)
+            loop.step(
+                lambda: (
+                    F.mse_loss(loop.model(x)[:, :1], y[:, :1]) * scale
+                    + w * loop.model.body.weight.square().sum()
+                )
+            )
+        outer = loop.model(batch(9)[0]).sin().sum() + loop.trajectory.losses.sum()
+    outer.backward()
+    return {"outer": outer, "lr": lr.grad, "w": w.grad} | {
+        n: p.grad for n, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("make", [sgd, pytest.param(adam, marks=pytest.mark.slow)])
+def test_a_fresh_lambda_at_each_step_is_compiled_once(make: Callable[..., Any]):
+    plain = learned(None, make)
+    assert_same(learned(COMPILED, make), plain, 1e-10)
+    once = compilations()
+    # Another loop, with other modules and another optimizer, and more steps.
+    assert_same(learned(Checkpointed(slots="all", compile=True), make), plain, 1e-10)
+    assert_same(learned(COMPILED, make, 8), learned(None, make, 8), 1e-10)
+    assert len(once) == 1
+    assert compilations() == once
+
+
+def episode(situation: Situation, strategy: Strategy | None, learn: Any) -> dict[str, Any]:
+    """As in ``test_track_replayed.py``; every step sees the same batch, so that one path is
+    compiled."""
+    model = situation.model()
+    optimizers = situation.optimizer(model)
+    lrs = [torch.tensor(group["lr"], requires_grad=True) for group in all_groups(optimizers)]
+    torch.manual_seed(SEED)
+    with innerloop.track(
+        model, optimizers, learn=learn, hyper={"lr": lrs}, strategy=strategy
+    ) as loop:
+        for _ in range(3):
+            loop.step(lambda: situation.loss(loop.model, 1))
+        outer = situation.outer_loss(loop.model) + loop.trajectory.losses.sum()
+        found: dict[str, Any] = {"losses": loop.trajectory.losses.detach(), "outer": outer}
+        found |= {f"buffer {n}": b for n, b in loop.buffers().items()}
+    outer.backward()
+    found |= {f"d {n}": p.grad for n, p in named(model).items()}
+    return found | {f"d lr {i}": lr.grad for i, lr in enumerate(lrs)}
+
+
+FEW = ("batch-norm-then-evaluated",)
+"""Situations that the test command runs."""
+REFUSED = {
+    "lstm": "RNN, GRU, or LSTM",
+    "gru": "RNN, GRU, or LSTM",
+    "attention": "cannot be compiled",
+    "weight-norm-legacy": "cannot be compiled",
+}
+
+
+@pytest.mark.parametrize(
+    "situation",
+    [
+        pytest.param(s, id=s.name, marks=[] if s.name in FEW else [pytest.mark.slow])
+        for s in SITUATIONS
+    ],
+)
+@pytest.mark.parametrize("learn", ["init", pytest.param("outer", marks=pytest.mark.slow)])
+def test_every_situation_has_the_gradients_of_plain_track(situation: Situation, learn: Any):
+    if situation.name in REFUSED:
+        with pytest.raises(innerloop.InnerLoopError, match=REFUSED[situation.name]):
+            episode(situation, COMPILED, learn)
+        return
+    assert_same(episode(situation, COMPILED, learn), episode(situation, None, learn), 1e-9)
+
+
+def scaled(x: Tensor, by: Tensor) -> Tensor:
+    """A helper of the module, which has globals of its own."""
+    return F.softplus(x) * by
+
+
+class Task:
+    def loss(self, model: Any, parts: list[Tensor], *, power: float = 2.0) -> Tensor:
+        return (scaled(model(parts[0])[:, 0], parts[1]) - 0.1).abs().pow(power).mean()
+
+
+@pytest.mark.slow
+def test_functions_of_all_kinds_and_containers_of_captured_tensors():
+    def run(strategy: Strategy | None) -> dict[str, Any]:
+        model, w = network(), leaf(0.4)
+        parts = {"scale": (w.exp(), w)}
+
+        def helper(x: Tensor, times: Tensor = parts["scale"][0]) -> Tensor:
+            return parts["scale"][1] * times * loop.model(x).square().mean()
+
+        def whole(x: Tensor) -> Tensor:
+            return helper(x) + sum((helper(x, times=p) for p in parts["scale"]), torch.zeros(()))
+
+        with innerloop.track(model, sgd(model), strategy=strategy) as loop:
+            for t in range(2):
+                x, _ = batch(t)
+                loop.step(lambda: whole(x))
+                loop.step(Task().loss, args=(loop.model, [x, w.sin()]))
+            outer = loop.model(batch(9)[0]).sin().sum()
+        outer.backward()
+        return {"w": w.grad} | {n: p.grad for n, p in model.named_parameters()}
+
+    assert_same(run(COMPILED), run(None), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first_order", [False, True])
+def test_edits_cuts_and_constant_gradients(first_order: bool):
+    def run(strategy: Strategy | None) -> dict[str, Any]:
+        model, w = network(), leaf(1.2)
+        with innerloop.track(
+            model, adam(model), first_order=first_order, strategy=strategy
+        ) as loop:
+            for t in range(6):
+                x, _ = batch(t)
+                if t == 2:
+                    loop.detach()
+                if t == 4:
+                    loop.assign({"head.bias": w * loop.model.head.bias})
+                loop.step(lambda: w * loop.model(x).square().mean())
+            outer = loop.model(batch(9)[0]).sin().sum()
+        outer.backward()
+        return {"w": w.grad} | {n: p.grad for n, p in model.named_parameters()}
+
+    assert_same(run(COMPILED), run(None), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "body", [by_object, by_iterator, by_numpy, by_generator, overwritten_without_a_trace]
+)
+def test_data_that_change_unseen_are_an_error(body: Callable[[Any], Any]):
+    def run() -> None:
+        model = network()
+        with innerloop.track(model, sgd(model), strategy=Checkpointed(compile=True)) as loop:
+            for _ in body(loop):
+                pass
+            loop.model(batch(9)[0]).sum().backward()
+
+    with pytest.raises(innerloop.InnerLoopError):
+        run()
+
+
+def test_a_model_that_changes_is_not_run_by_the_code_of_another():
+    """Hooks are not looked at by compiled code, nor all attributes of PyTorch's own modules."""
+
+    def run(strategy: Strategy | None, hooked: bool, slope: float) -> dict[str, Any]:
+        torch.manual_seed(SEED)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LeakyReLU(slope))
+        if hooked:
+            model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+        with innerloop.track(model, sgd(model), strategy=strategy) as loop:
+            loop.step(lambda: F.mse_loss(loop.model(x), y))
+            outer = loop.model(x).sum()
+        outer.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    x, y = batch(0)
+    for case in ((False, 0.1), (True, 0.6)):
+        assert_same(run(COMPILED, *case), run(None, *case), 1e-10)
+
+
+def test_what_is_refused():
+    model = network()
+    with innerloop.track(model, sgd(model), strategy=COMPILED) as loop:
+        x, _ = batch(0)
+        loop.step(lambda: loop.model(x).square().mean())
+        loop.model.head.slope = 0.3
+        with pytest.raises(InvalidInputError, match="attribute of a module"):
+            loop.step(lambda: loop.model(x).square().mean())
+    with (
+        pytest.raises(InvalidInputError, match=r"optim\.chain"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        loop.step(lambda: loop.model(batch(0)[0]).mean(), grad_callback=lambda grads: grads)
+    norm = torch.nn.BatchNorm1d(2)
+    with (
+        pytest.raises(InvalidInputError, match="buffers in train mode"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        loop.step(lambda: norm(loop.model(x)).mean())
+
+    class Remembers(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x) + self.mean
+            self.mean = y.mean(0)
+            return y
+
+    other = Remembers()
+    with innerloop.track(other, sgd(other), strategy=COMPILED) as loop:
+
+        def steps() -> None:
+            for _ in range(2):
+                loop.step(lambda: loop.model(x).square().mean())
+
+        with pytest.raises(InvalidInputError, match="buffer 'mean'"):
+            steps()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(InvalidInputError, match="cannot be compiled"):
+        innerloop.track(model, lbfgs, strategy=COMPILED)
