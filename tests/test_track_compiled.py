@@ -253,6 +253,8 @@ def test_what_is_refused():
         loop.step(lambda: norm(loop.model(x)).mean())
 
     class Remembers(torch.nn.Linear):
+        mean: Tensor
+
         def __init__(self) -> None:
             super().__init__(3, 2)
             self.register_buffer("mean", torch.zeros(2))
