@@ -276,3 +276,44 @@ def test_what_is_refused():
     lbfgs = torch.optim.LBFGS(model.parameters())
     with pytest.raises(InvalidInputError, match="cannot be compiled"):
         innerloop.track(model, lbfgs, strategy=COMPILED)
+
+
+def changes_a_dict(model: Any) -> None:
+    model.options["factor"] = 2.0
+
+
+def writes_a_tensor(model: Any) -> None:
+    model.offset.mul_(2)
+
+
+def replaces_a_tensor(model: Any) -> None:
+    model.offset = torch.ones(2)
+
+
+def replaces_a_submodule(model: Any) -> None:
+    model.last = torch.nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    "change", [changes_a_dict, writes_a_tensor, replaces_a_tensor, replaces_a_submodule]
+)
+def test_what_a_module_holds_may_not_change_inside_a_compiled_loop(
+    change: Callable[[Any], None],
+) -> None:
+    class Holds(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(3, 2), torch.nn.Sigmoid()
+            self.options, self.offset = {"factor": 1.0}, torch.zeros(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.last(self.first(x) * self.options["factor"] + self.offset)
+            return found
+
+    model, x = Holds(), torch.ones(4, 3)
+    with innerloop.track(model, sgd(model), strategy=COMPILED) as loop:
+        loop.step(lambda: loop.model(x).square().mean())
+        with torch.no_grad():
+            change(loop.model)
+        with pytest.raises(InvalidInputError, match=r"was changed inside the loop"):
+            loop.step(lambda: loop.model(x).square().mean())

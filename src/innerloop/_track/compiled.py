@@ -174,6 +174,29 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
             yield name, tuple(value)
 
 
+_TABLES = frozenset(vars(nn.Module()))
+"""Attributes of every module: modes, hooks, and tables of what is looked at elsewhere."""
+
+
+def _contents(modules: Sequence[nn.Module]) -> tuple[list[object], list[int]]:
+    """Return what modules hold besides numbers and code, and how often tensors were written."""
+    held: list[object] = []
+    versions: list[int] = []
+    for module in modules:
+        held += module.children()
+        for name, value in vars(module).items():
+            if name in _TABLES or isinstance(value, (_SIMPLE, _CODE)):
+                continue
+            held.append(value)
+            if isinstance(value, Tensor):
+                versions.append(torch_private.version(value))
+            elif isinstance(value, dict):
+                held += [*value, *value.values()]
+            elif isinstance(value, (list, tuple)):
+                held += value
+    return held, versions
+
+
 class ModuleFacts:
     """The facts of modules as they were, to tell if they are others now.
 
@@ -188,10 +211,15 @@ class ModuleFacts:
 
     def _note(self) -> None:
         self._values = [list(vars(m).values()) for m in self._modules]
+        self._contents = _contents(self._modules)
         self._hooks = torch_private.hooks_so_far()
 
     def are_unchanged(self) -> bool:
         """True if they are what they were; modes are no facts."""
+        held, versions = _contents(self._modules)
+        was, were = self._contents
+        if versions != were or len(held) != len(was) or not all(map(operator.is_, held, was)):
+            return False
         values = [list(vars(m).values()) for m in self._modules]
         if self._hooks == torch_private.hooks_so_far() and all(
             len(a) == len(b) and all(map(operator.is_, a, b))

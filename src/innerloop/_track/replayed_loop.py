@@ -399,6 +399,8 @@ class ReplayedLoop(TrackedLoop):
         transform: Transform | None,
     ) -> tuple[Taken, list[Tensor], Any]:
         """Take the step on constants by compiled code; the first one by uncompiled code as well."""
+        if self._module_facts is None:
+            self._module_facts = ModuleFacts(self._view.modules)
         if transform is not None or self._hooks:
             raise InvalidInputError(
                 "grad_callback, or a hook on the gradients of a parameter, is not compiled: write "
@@ -432,13 +434,12 @@ class ReplayedLoop(TrackedLoop):
                 )
             self._unused = tuple(n for n, g in taken.grads.items() if g is None)
             recorder.unused = self._unused
-        if self._module_facts is None:
-            self._module_facts = ModuleFacts(self._view.modules)
-        elif not self._module_facts.are_unchanged():
+        if not self._module_facts.are_unchanged():
             raise InvalidInputError(
                 "an attribute of a module of loop.model was changed inside the loop (a rate of "
-                "dropout, say), or a hook was registered on it: compiled steps run in a copy that "
-                "was made before. Do it before track, or write compile=False"
+                "dropout, a tensor or a submodule, or what a forward pass keeps), or a hook was "
+                "registered on it: compiled steps run in a copy that was made before. Do it before "
+                "track, or write compile=False"
             )
         record.random_state = None
         if isinstance(self._optimizer, FromTorch):

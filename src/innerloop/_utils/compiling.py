@@ -7,7 +7,7 @@ import os
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from innerloop._utils import torch_private
-from innerloop._utils.caches import cache
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -45,9 +44,7 @@ BACKEND: Callable[..., Any] | None = None
 _numbers = itertools.count()
 
 
-_LIBRARY = re.compile(
-    r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)|__builtins_dict__|___unnamed_scope_"
-)
+_LIBRARY = re.compile(r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)")
 """Names in guards that stand for modules of innerloop and for private ones of torch."""
 
 _OWN = "__import_innerloop_dot_"
@@ -65,30 +62,17 @@ _CODE = (
 """What a module defines once and does not change."""
 
 
-_SCOPE = re.compile(r"___unnamed_scope_(\d+)")
-
-scopes_of_users: MutableMapping[int, dict[str, Any]] = cache("globals that users change")
-"""Dicts of globals that are no module's, by identity, in which values may be put in the places of
-others: functions and modules too."""
-
-
 def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     """Leave out the guards of code and tables of innerloop itself, and of code inside torch.
 
-    They are more than half of the guards of a small step, and all are checked at every call.
+    They are about half of the guards of a small step, and all are checked at every call.
     Whatever could change stays guarded: modules and functions of users and of torch.nn; numbers
     and flags, wherever they are.
     """
-
-    def is_users(name: str) -> bool:
-        found = _SCOPE.search(name)
-        return found is not None and int(found[1]) in scopes_of_users
-
     return [
         not (
             g.has_value
             and _LIBRARY.search(g.name)
-            and not is_users(g.name)
             and isinstance(g.value, (*_CODE, dict, frozenset) if _OWN in g.name else _CODE)
         )
         for g in guards

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from innerloop._utils.compiling import scopes_of_users
 from innerloop._utils.frozen import _EMPTY, _Call, _Container, _Function, _Slot
 from innerloop.errors import InvalidInputError
 
@@ -189,7 +188,6 @@ class Traceable:
         if known is None:
             _check_writes(code, frozen.name, set(code.co_freevars))
             scope = {"__builtins__": frozen.builtins}
-            scopes_of_users[id(scope)] = scope
             known = self._factories[code] = _factory_of(frozen, scope), scope
         seen = self._seen.setdefault(code, frozen)
         if seen is not frozen and not _same_globals(seen, frozen):
