@@ -40,7 +40,7 @@ INDUCTOR = {
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace without generating code, but for a few tests; `make compiled` generates it for all."""
     chosen = request.config.getoption("markexpr") == "compiled"
-    if not chosen and request.node.originalname not in INDUCTOR:
+    if not chosen and (request.node.originalname not in INDUCTOR or "adam" in request.node.name):
         monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
 
 
