@@ -498,23 +498,6 @@ def test_what_a_loss_reads_may_change_between_loops(
     assert not torch.allclose(after, before)
 
 
-def test_a_first_hook_is_noticed_although_the_compiler_does_not_look():
-    teacher = nn.Linear(2, 2).requires_grad_(False)
-    learned = innerloop.Problem(
-        lambda p, h, b: (teacher(b) * p["x"]).square().sum(), innerloop.optim.sgd(lr=0.1)
-    )
-
-    def run(strategy: Strategy) -> Tensor:
-        start = {"x": torch.ones(2)}
-        traj = innerloop.unroll(learned, start, torch.ones(2, 3, 2), strategy=strategy)
-        return traj.params["x"]
-
-    torch.testing.assert_close(run(StoreAll(compile=True)), run(StoreAll()))
-    teacher.register_forward_hook(lambda module, inputs, output: 2 * output)
-    with pytest.raises(innerloop.MetaGradientError, match="the step, compiled, differs"):
-        run(StoreAll(compile=True))
-
-
 @pytest.mark.slow
 def test_whole_loops_of_many_problems_and_outer_losses():
     """More than the eight recompilations that torch.compile allows one function."""

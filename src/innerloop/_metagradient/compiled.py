@@ -12,7 +12,7 @@ from innerloop._inner_gradient.graph import refusing_own_functions
 from innerloop._metagradient.unreached import Unreached
 from innerloop._problem import Problem
 from innerloop._types import Result
-from innerloop._utils import torch_private, tree
+from innerloop._utils import tree
 from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, moved_by_rounding
 from innerloop._utils.compiling import Compiled
@@ -85,8 +85,7 @@ def compiled_value_and_grad(
         raise
     end = time.perf_counter()
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
-    # The compiler does not look at all hooks: after a new one eager code is asked again.
-    kind = (shapes, wrt, strategy, torch_private.hooks_so_far(), *settings)
+    kind = (shapes, wrt, strategy, *settings)
     known = whole.trust.covers(whole.call.compilations) and kind in whole.verified
     if known:
         whole.later.called(end - begin)
