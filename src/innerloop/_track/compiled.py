@@ -23,7 +23,7 @@ from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
 from innerloop._problem import Problem, rules_of
 from innerloop._track.constant_buffers import constant_buffer
-from innerloop._track.replay import Recorder, State, StepRecord, Taken, _close, _differs
+from innerloop._track.replay import Recorder, State, StepRecord, Taken
 from innerloop._types import Grads, HyperTree, Named, Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.caches import cache
@@ -321,20 +321,6 @@ class CompiledRecorder(Recorder):
         tolerance = 10 * torch.finfo(loss.dtype).eps ** 0.75
         return math.isclose(now, was, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
 
-    def _check_after(self, t: int, before: State, found: Params) -> None:
-        """Raise if the new parameters are far from those of the forward pass, or of the replay."""
-        edited = self.steps[t + 1].params or {} if t + 1 < len(self.steps) else {}
-        if self._later is not None and self._later[0] == t + 1:
-            later: Params = self._later[1].params
-        elif t + 1 == len(self.steps) and isinstance(self.newest, dict):
-            later = self.newest
-        else:
-            return
-        names = [n for n in self.steps[t].layout.updated if n not in edited and n in later]
-        now, then, old = ([x[n] for n in names] for x in (found, later, before.params))
-        if names and not _close(now, then, old):
-            raise _differs(t, "its new parameters are others than in the forward pass")
-
     def _state_before(self, t: int) -> State:
         """Return the state before step ``t``, from the last one that is kept.
 
@@ -399,7 +385,8 @@ class CompiledRecorder(Recorder):
             )
         self._check_loss(t, found.loss)
         if found.after is not None:
-            self._check_after(t, state, found.after.params)
+            self._check_later(t, state, found.after.params)
+            self._check_newest(t, state, found.after.params)
         trained = dict(zip(params, found.state, strict=False))
         # Where a step does not depend on a parameter there is no gradient, not a zero.
         trained |= dict.fromkeys(self.unused)

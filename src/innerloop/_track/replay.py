@@ -658,8 +658,8 @@ class Recorder:
             return None
         self._check_loss(t, taken.loss)
         self._check_gradient(t, taken.grads)
-        self._check_later(t, state, taken)
-        self._check_newest(t, state, taken)
+        self._check_later(t, state, taken.updated)
+        self._check_newest(t, state, taken.updated)
         new_state = tree.leaves(taken.optimizer_state)
         ends = [taken.updated[n] for n in layout.updated]
         ends += [new_state[place] for place in layout.new_state]
@@ -686,7 +686,7 @@ class Recorder:
         if was is not None and not gradient_mark(grads).agrees(was):
             raise self._differs(t, "its gradients (after hooks and grad_callback) are others")
 
-    def _check_newest(self, t: int, before: State, taken: Taken) -> None:
+    def _check_newest(self, t: int, before: State, updated: Params) -> None:
         """Raise if the newest parameters are far from those that the forward pass had.
 
         No later loss tells.
@@ -694,7 +694,7 @@ class Recorder:
         if t + 1 < len(self.steps) or self.newest is None:
             return
         names = self.steps[t].layout.updated
-        now = [taken.updated[n].detach() for n in names]
+        now = [updated[n].detach() for n in names]
         if isinstance(self.newest, Fingerprint):
             same = Fingerprint.of(now).agrees(self.newest)
         else:
@@ -705,7 +705,7 @@ class Recorder:
         if not same:
             raise self._differs(t, "its new parameters are others than in the forward pass")
 
-    def _check_later(self, t: int, before: State, taken: Taken) -> None:
+    def _check_later(self, t: int, before: State, updated: Params) -> None:
         """Raise if the new parameters are far from those that the forward pass had."""
         if self._later is None or self._later[0] != t + 1:
             return
@@ -716,7 +716,7 @@ class Recorder:
         now, then, old = (
             [x.detach() for x in xs]
             for xs in (
-                [taken.updated[n] for n in names],
+                [updated[n] for n in names],
                 [self._later[1].params[n] for n in names],
                 [before.params[n] for n in names],
             )
