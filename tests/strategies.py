@@ -30,8 +30,8 @@ class Enrolled:
         strategy: the strategy.
         lacks: what the contract asks and this strategy promises not to do, by the name of the
             check: ``"jvp"``, ``"second order"``, ``"every time"`` (states at times that are not in
-            ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the start), ``"stored"``
-            (an error for what functions store elsewhere).
+            ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the start),
+            ``"stored"`` (an error for what functions store elsewhere).
     """
 
     strategy: Strategy
