@@ -14,7 +14,7 @@ from torch import Tensor
 
 from innerloop._inner_gradient.graph import check_graph
 from innerloop._types import Grads, HyperTree, Named, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop.errors import NotDifferentiableError
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def connected(values: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor
     """
     if not values:
         return []
-    return list(_Connected.apply(len(values), *(x.data for x in values), *owners))
+    return list(_Connected.apply(len(values), *_data(values), *owners))
 
 
 def lost(
@@ -81,7 +81,13 @@ def lost(
     """
     if not values:
         return []
-    return list(_Lost.apply(error, len(values), *(x.data for x in values), *anchors))
+    return list(_Lost.apply(error, len(values), *_data(values), *anchors))
+
+
+def _data(values: Sequence[Tensor]) -> list[Tensor]:
+    # A mode that interprets tensors (of `adapt`) would make views of them.
+    with torch_private.unseen():
+        return [x.data for x in values]
 
 
 def _stored() -> NotDifferentiableError:
