@@ -269,8 +269,6 @@ PLACES = [
 def test_what_is_stored_is_right_or_named(
     where: str, what: Callable[..., Tensor], enrolled: Enrolled
 ) -> None:
-    if "stored" in enrolled.lacks and where not in ("batches", "grad_callback"):
-        pytest.skip("documented: its functions compute with dual numbers, and nothing tells")
     truth = unrolled(StoreAll(), where, what)
     try:
         found = unrolled(enrolled.strategy, where, what)
