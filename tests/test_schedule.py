@@ -15,6 +15,7 @@ from torch import Tensor
 import innerloop
 from innerloop.strategy import _checkpointed as checkpointed
 from innerloop.strategy._engine import schedule, snapshots
+from innerloop.strategy._engine.kept_states import ManyStates
 from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -312,3 +313,17 @@ def test_an_iterator_that_fits_is_not_replayed(slots: Any):
 
 def test_an_iterator_without_slots_given_keeps_many():
     assert online_replays(40, None) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("room", [0, 10_000, 40_000])
+def test_a_hand_written_loop_keeps_as_many_as_there_is_room_for(room: int) -> None:
+    """A state takes 100 bytes; 40 fit in any case, and 2 √300 are 34."""
+    kept = ManyStates(100, 4_000, None, stride=1)
+    kept.make_room(room)
+    times = range(300)
+    for t in times:
+        kept.offer(t, {"w": torch.tensor(float(t))})
+    held = {kept.newest(t)[0] for t in times}
+    expected = min(max(40, room // 100), 300)
+    assert expected / 2 < len(held) <= expected
+    assert (len(held) == 300) == (room == 40_000)

@@ -3,10 +3,14 @@ is learned."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import innerloop
+from innerloop._utils.heap import give_back_free_pages
 from tests.memory import assert_nothing_is_left, without_collector
 from tests.networks import adam, leaf, sgd
 from tests.situations import features, target
@@ -202,3 +207,25 @@ def test_init_needs_more_with_every_step():
         for t in range(10):
             loop.step(loss_of(loop.model, t))
         assert live_bytes() - before > 10 * sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library there")
+def test_free_pages_between_what_is_in_use_are_given_back() -> None:
+    """40 MB in holes of 16 kB, each of which is too small for what is wanted next."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        pytest.skip("not the GNU C library")
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    between, holes = [], []
+    for _ in range(2_500):
+        holes.append(torch.ones(4_096, dtype=torch.float32))
+        between.append(torch.ones(64, dtype=torch.float32))
+    del holes
+    before = resident()
+    give_back_free_pages()
+    assert before - resident() > 10e6
+    assert all(bool((x == 1).all()) for x in between)

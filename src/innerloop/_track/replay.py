@@ -769,17 +769,19 @@ MOST_GRAPHS = 64
 """How many graphs of steps may wait."""
 
 
-def stride_for(loss: Tensor, params: Params) -> int:
-    """Return how many steps may run again with their graphs at once.
+def working_bytes(loss: Tensor, params: Params) -> int:
+    """Return about what the graph of a step that runs again holds, given its loss.
 
-    The graph of a gradient and of an update holds about three times what that of the loss holds,
-    and some tensors of the size of the parameters.
+    That of a gradient and of an update holds three times what that of the loss holds, and some
+    tensors of the size of the parameters.
     """
     size = sum(p.numel() * p.element_size() for p in params.values())
-    if 8 * size > GRAPHS:
-        return 1
-    size = 3 * torch_private.graph_bytes([loss]) + 8 * size
-    return max(min(GRAPHS // size, MOST_GRAPHS), 1)
+    return 3 * torch_private.graph_bytes([loss]) + 8 * size
+
+
+def stride_for(working: int) -> int:
+    """Return how many steps may run again with their graphs at once."""
+    return max(min(GRAPHS // max(working, 1), MOST_GRAPHS), 1)
 
 
 def _with_copied_buffers(modules: Sequence[nn.Module]) -> list[tuple[Any, str, Tensor]]:

@@ -38,6 +38,7 @@ from innerloop._track.replay import (
     stride_for,
     take,
     transformed,
+    working_bytes,
 )
 from innerloop._track.start import Learn, Model, TorchOptimizer
 from innerloop._trajectory import Trajectory
@@ -513,7 +514,9 @@ class ReplayedLoop(TrackedLoop):
         note([loss], leaves, current)
         if not self._steps and self._recorder.kept.stride == 0:
             trained = {n: current[n] for n in self._trained}
-            self._recorder.kept.stride = stride_for(loss, trained)
+            working = working_bytes(loss, trained)
+            self._recorder.kept.stride = stride_for(working)
+            self._recorder.kept.make_room(2 * working)
         wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
         if not wanted:
             refuse_transform()

@@ -27,7 +27,7 @@ from innerloop.strategy._disk import Disk
 from innerloop.strategy._engine import loop_function, schedule, step_pullback
 from innerloop.strategy._engine.compiled_step import CompiledProblem, uncounted
 from innerloop.strategy._engine.guards import on_constants
-from innerloop.strategy._engine.kept_states import KeptStates
+from innerloop.strategy._engine.kept_states import KeptStates, ManyStates
 from innerloop.strategy._engine.loop_function import (
     EVERY,
     LoopFunction,
@@ -219,7 +219,8 @@ class Checkpointed(Strategy):
         r"""Return an empty storage for the states of a hand-written loop, whose steps run again.
 
         Without ``slots`` and ``memory`` it has :math:`2\sqrt t` places after t steps, at least
-        32, and more where 16 MB hold more. ``memory`` is that of the states alone.
+        32, and more where 16 MB hold more, or twice the graph of a step. ``memory`` is that of the
+        states alone.
         """
         offload = self.offload
         if isinstance(offload, Disk):
@@ -256,8 +257,7 @@ class Checkpointed(Strategy):
             given = self.slots
             found = KeptStates(lambda _: given, offload, stride=stride)
         else:
-            least = max(SMALL_UNDER_TRACK // size, 32)
-            found = KeptStates(lambda t: max(least, math.isqrt(4 * t)), offload, stride=stride)
+            found = ManyStates(size, SMALL_UNDER_TRACK, offload, stride=stride)
         found.compiled = self.compile
         return found
 

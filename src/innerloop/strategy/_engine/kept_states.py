@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ class KeptStates:
         self._temporary: set[int] = set()
         self._steps = 0
         self.stride = stride
+
+    def make_room(self, room: int) -> None:
+        """Be told how many bytes do not count beside what a step takes anyway."""
 
     def offer(self, t: int, state: object) -> None:
         """Keep the state at time ``t`` of the forward pass if the schedule says so."""
@@ -105,6 +109,34 @@ class KeptStates:
         if t in self._snapshots:
             del self._snapshots[t]
             self._times.remove(t)
+
+
+class ManyStates(KeptStates):
+    r"""As many as are worth their memory: :math:`2\sqrt t` after t steps, and those that fit.
+
+    Args:
+        size: bytes of a state.
+        room: bytes that are free for them in any case.
+        place, stride: as in `KeptStates`.
+    """
+
+    def __init__(self, size: int, room: int, place: str | None, *, stride: int) -> None:
+        self._size = size
+        self._many = _Many(max(room // size, 32))
+        super().__init__(self._many, place, stride=stride)
+
+    def make_room(self, room: int) -> None:
+        self._many.least = max(self._many.least, room // self._size)
+
+
+class _Many:
+    """The number of slots of `ManyStates`: a method of theirs would be a cycle of objects."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, steps: int) -> int:
+        return max(self.least, math.isqrt(4 * steps))
 
 
 class LastStates(KeptStates):
