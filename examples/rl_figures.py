@@ -277,7 +277,7 @@ def navigation(seeds: int = 3, iterations: int = 20) -> None:
         print(f"seed {seed}: {learner.summary()}", flush=True)
 
 
-def cheetah(iterations: int = 100) -> None:
+def cheetah(iterations: int = 300) -> None:
     """Figure 8: which way to run, episodes of 200 steps."""
     learner = MetaLearner(
         MetaConfig(
