@@ -30,6 +30,7 @@ from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.autocast import AutocastModes
+from innerloop._utils.compiling import CodePath
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
 from innerloop._utils.random_state import RandomState, at_random_state
@@ -141,12 +142,13 @@ class StepRecord:
         gradient: a fingerprint of the gradients that the optimizer got; None: nothing but the loss
             makes them.
         layout: of the node.
+        path: of compiled code that took the step; None: not known.
     """
 
     __slots__ = (
         "buffers", "captured", "closure", "code", "frozen", "gradient", "hyper", "layout", "leaves",
-        "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
-        "written",
+        "loss", "modules", "optimizer", "params", "path", "random_state", "surroundings",
+        "transform", "written",
     )  # fmt: skip
 
     closure: Any
@@ -166,6 +168,7 @@ class StepRecord:
     loss: float | Tensor
     gradient: Fingerprint | None
     layout: Layout
+    path: CodePath | None
 
 
 _CUT_OFF = StepRecord()

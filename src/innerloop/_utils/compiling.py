@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -87,6 +87,42 @@ def silent_about_grad() -> Iterator[None]:
         yield
 
 
+class CodePath:
+    """A path of compiled code: what PyTorch runs as long as its guards hold.
+
+    Args:
+        function: the function that was compiled.
+        asks: tells from the function's variables if the guards hold.
+        code: what runs then.
+        is_static: True if its only inputs are tensors that were found in the arguments, of fixed
+            shapes: every number that the function read is a constant of the code.
+
+    Attributes:
+        run: the compiled function. It asks nothing: its caller knows that the guards hold.
+    """
+
+    __slots__ = ("_asks", "_cells", "_names", "is_static", "run")
+
+    def __init__(
+        self,
+        function: types.FunctionType,
+        asks: Callable[[dict[str, object]], bool],
+        code: types.CodeType,
+        is_static: bool,
+    ) -> None:
+        own = function.__code__
+        self._asks = asks
+        self._names = own.co_varnames[: own.co_argcount]
+        cells = function.__closure__ or ()
+        self._cells = {n: c.cell_contents for n, c in zip(own.co_freevars, cells, strict=True)}
+        self.is_static = is_static
+        self.run = types.FunctionType(code, function.__globals__, own.co_name, None, cells)
+
+    def accepts(self, arguments: Sequence[object]) -> bool:
+        """True if PyTorch would take this path."""
+        return self._asks({**self._cells, **dict(zip(self._names, arguments, strict=True))})
+
+
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
@@ -110,15 +146,23 @@ class Compiled:
             code path.
         precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
             autocast makes coarser than its inputs.
+        path: that the last call took; None: not known.
+        outside: returns tensors that the function may read besides those in its arguments.
     """
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: types.FunctionType,
         what: str,
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:
         self.compilations = 0
+        self.path: CodePath | None = None
+        self.outside: Callable[[], list[torch.Tensor]] = list
+        self._function = function
+        self._known: dict[types.CodeType, CodePath] = {}
+        self._fed: Sequence[Any] | None = None
+        self._has_fixed_shapes = False
         self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
@@ -137,9 +181,14 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
+        path = self.path
         try:
+            if path is not None and torch_private.compiler_is_at_rest() and path.accepts(args):
+                return path.run(*args)
+            self.path = None
             with silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
+            self.path = self._path_taken(args)
         except InnerLoopError:
             raise
         except Exception as error:
@@ -160,7 +209,36 @@ class Compiled:
             )
         return found
 
+    def _path_taken(self, arguments: tuple[Any, ...]) -> CodePath | None:
+        """Return the path that the last call took."""
+        fed, self._fed = self._fed, None
+        found = torch_private.compiled_path(self._function)
+        if found is None:
+            return None
+        known = self._known.get(found[1])
+        if known is None and fed is not None:
+            seen = {id(x) for x in (*tree.tensors(arguments), *self.outside())}
+            is_static = self._has_fixed_shapes and seen.issuperset(map(id, fed))
+            known = self._known[found[1]] = CodePath(self._function, *found, is_static)
+        return known if known is not None and known.accepts(arguments) else None
+
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Compile a graph; the function returned notes what it is fed."""
+        made = self._made(graph, inputs)
+        self._has_fixed_shapes = not any(
+            isinstance(size, torch.SymInt)
+            for x in inputs
+            for size in (x.shape if isinstance(x, torch.Tensor) else [x])
+        )
+
+        def run(*given: Any) -> Any:
+            if self.path is None:
+                self._fed = given
+            return made(*given)
+
+        return run
+
+    def _made(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
