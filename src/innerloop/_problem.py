@@ -24,6 +24,7 @@ from innerloop._inner_gradient.gradient import (
     with_dense_gradients,
 )
 from innerloop._inner_gradient.loss import INDEPENDENT, check_loss
+from innerloop._inner_gradient.stored import Outside
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._micro_batches import MicroBatches, check_parts, check_written
 from innerloop._module import view as module
@@ -52,9 +53,11 @@ from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer, refuse_class
+from innerloop.optim._chain import Chain
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._groups import Groups
+from innerloop.optim._transforms.grad_callback import GradCallback
 
 Gradient = tuple[dict[str, Tensor], Float[Tensor, ""], Aux, dict[str, Tensor]]
 OptimizerHyper = Sequence[str] | Callable[[Any, int], Mapping[str, Any] | None]
@@ -164,6 +167,8 @@ class Problem(Generic[Batch, Aux]):
         They require grad at the start, or the module changes them. Running statistics are not
         among them: the norms write those without a graph.
         """
+        self.outside: Outside | None = None
+        """What is outside of the loop while it runs on constants."""
         self.shows_params = False
         """True if a compiled pullback of a step gives its new parameters as well."""
         self._first = False
@@ -339,6 +344,17 @@ class Problem(Generic[Batch, Aux]):
         """
         if self.targets is None or isinstance(batch, _WithTargets):
             return batch, buffers
+        outside = self.outside
+        if outside is None or mode() is not Mode.EAGER:
+            return self._computed_targets(params, buffers, hyper, batch)
+        return outside.call(
+            lambda params, hyper: self._computed_targets(params, buffers, hyper, batch), params
+        )
+
+    def _computed_targets(
+        self, params: Named, buffers: Named, hyper: HyperTree, batch: Batch
+    ) -> tuple[_WithTargets, Named]:
+        assert self.targets is not None
         try:
             blocks = nullcontext() if mode() is Mode.COMPILING else block.reading(self._read)
             with replacing(), blocks:
@@ -421,6 +437,8 @@ class Problem(Generic[Batch, Aux]):
         wrappers count.
         """
         recording = torch.is_grad_enabled()
+        outside = self.outside
+        seen, read = (params, hyper) if outside is None else (outside.params(params), outside.hyper)
         with torch.enable_grad():
             # An alias, so that the derivative is the partial one even if hyper or the batch was
             # computed from params.
@@ -431,17 +449,23 @@ class Problem(Generic[Batch, Aux]):
                 n: copied(p)
                 if p.requires_grad
                 else (p.detach().clone() if first else p.detach()).requires_grad_()
-                for n, p in params.items()
+                for n, p in seen.items()
             }
             with refusing_recomputation(), refusing_writes(alias):
-                loss, (aux, new_buffers) = self.evaluate(alias, buffers, hyper, batch)
+                loss, (aux, new_buffers) = self.evaluate(alias, buffers, read, batch)
             # Only a loop that something outside asks a derivative of is recorded; else the step is
             # plain training.
             wanted = any(t.requires_grad for t in (*params.values(), *tree.tensors(hyper)))
             own = {id(p) for p in alias.values()}
             ends = [loss, *tree.tensors(aux), *new_buffers.values()]
             nodes: list[Node] = []
-            leaves = check_graph(ends, alias.values(), second_order=recording, sparse=nodes)
+            leaves = check_graph(
+                ends,
+                alias.values(),
+                second_order=recording,
+                sparse=nodes,
+                stops=() if outside is None else outside.shown,
+            )
             if nodes:
                 self._sparse |= sent_sparse(nodes, alias)
             recording = recording and (wanted or any(id(leaf) not in own for leaf in leaves))
@@ -451,6 +475,7 @@ class Problem(Generic[Batch, Aux]):
                     alias,
                     create_graph=recording,
                     independent=lambda: NotDifferentiableError(INDEPENDENT),
+                    keep_graph=outside is not None,
                 ),
                 params,
             )
@@ -462,12 +487,15 @@ class Problem(Generic[Batch, Aux]):
         """Return a gradient for each parameter: zero for those that the loss does not use."""
         if sparse := sparse_ones(found):
             self._sparse |= sparse
-        finished = finish(
-            found,
-            hooks=self.parameter_hooks(params),
-            # Where none is sparse, `finish` need not look again.
-            takes_sparse=not sparse or self.optimizer.takes_sparse,
-        )
+        hooks, outside = self.parameter_hooks(params), self.outside
+        # Where none is sparse, `finish` need not look again.
+        as_they_are = not sparse or self.optimizer.takes_sparse
+        if outside is None or not hooks:
+            finished = finish(found, hooks=hooks, takes_sparse=as_they_are)
+        else:
+            tied = outside.gradients(finish(found, takes_sparse=as_they_are))
+            finished = finish(tied, hooks=hooks, takes_sparse=True)
+            finished = outside.constant(finished, [g for g in tied.values() if g is not None])
         return {
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
@@ -521,7 +549,11 @@ class Problem(Generic[Batch, Aux]):
 
     def overrides(self, hyper: HyperTree, t: int) -> Mapping[str, Any] | None:
         """Return the optimizer's hyper-parameters at step t; None for its own."""
-        return None if self.optimizer_hyper is None else self.optimizer_hyper(hyper, t)
+        if self.optimizer_hyper is None:
+            return None
+        if self.outside is None or mode() is not Mode.EAGER:
+            return self.optimizer_hyper(hyper, t)
+        return self.outside.constant(self.optimizer_hyper(self.outside.hyper, t), ())
 
     def update(
         self,
@@ -548,6 +580,11 @@ class Problem(Generic[Batch, Aux]):
         value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], Any]:
         """Return ``(new_params, new_state)``, which the optimizer makes of these gradients."""
+        outside = self.outside
+        if outside is not None and _calls_back(self.optimizer):
+            tied = outside.gradients(grads)
+            found = self.optimizer.update(tied, state, params, overrides)
+            return outside.constant(found, [g for g in tied.values() if g is not None])
         if not self.optimizer.needs_closure:
             return self.optimizer.update(grads, state, params, overrides)
         if value_and_grad is None:
@@ -613,6 +650,16 @@ def rules_of(optimizer: Optimizer) -> list[Optimizer]:
     members = optimizer.members
     each = members.values() if isinstance(members, Mapping) else members
     return [rule for member in each for rule in rules_of(member)]
+
+
+def _calls_back(optimizer: Optimizer) -> bool:
+    """True if it calls a function of the user's with gradients."""
+    return any(
+        isinstance(transform, GradCallback)
+        for rule in rules_of(optimizer)
+        if isinstance(rule, Chain)
+        for transform in rule.transforms.values()
+    )
 
 
 def hyper_names(optimizer: Optimizer) -> tuple[str, ...] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, aliased
 from innerloop._inner_gradient.gradient import check_graph, finish, inner_gradient, sent_sparse
+from innerloop._inner_gradient.stored import connected, lost
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
@@ -243,11 +243,25 @@ class ReplayedLoop(TrackedLoop):
 
         if isinstance(self._recorder, CompiledRecorder):
             taken, leaves, mark = self._compiled_forward(
-                self._recorder, record, closure, values, before, freezer.captured, transform
+                self._recorder,
+                record,
+                closure,
+                values,
+                before,
+                freezer.captured,
+                learned,
+                transform,
             )
         else:
             taken, leaves, mark = self._forward(
-                closure, optimizer, values, before, record.hyper, freezer.captured, transform
+                closure,
+                optimizer,
+                values,
+                before,
+                record.hyper,
+                freezer.captured,
+                learned,
+                transform,
             )
         if torch_private.versions(record.written[0]) != record.written[1]:
             raise InvalidInputError(
@@ -256,10 +270,7 @@ class ReplayedLoop(TrackedLoop):
                 "the loss only, and note other things after loop.step"
             )
         if torch_private.versions(weights) != versions_of_weights:
-            raise InvalidInputError(
-                "the closure given to loop.step writes a weight of loop.model in place, of which "
-                "the derivative would know nothing: edit weights before loop.step, by loop.assign"
-            )
+            raise _writes_weights()
         assert random_state is not None
         now = RandomState.now()
         drawn = now is not None and not random_state.equals(now)
@@ -329,6 +340,7 @@ class ReplayedLoop(TrackedLoop):
         before: State,
         hyper: Mapping[str, object],
         captured: list[Tensor],
+        learned: list[Tensor],
         transform: Transform | None,
     ) -> tuple[Taken, list[Tensor], Any]:
         """Take the step on constants.
@@ -340,6 +352,20 @@ class ReplayedLoop(TrackedLoop):
         leaves: dict[int, Tensor] = {}
         makes = transform is not None or bool(self._hooks)
         so_far = torch_private.nodes_so_far()
+        # What the closure stores elsewhere knows where it comes from.
+        current = self._current()
+        owned = [n for n in before.params if current[n].requires_grad]
+        owners = [current[n] for n in owned]
+        ties: list[Tensor] = []
+
+        def anchors() -> list[Tensor]:
+            return [*owners, *captured, *learned, *leaves.values()]
+
+        def as_stored(grads: Gradients) -> Gradients:
+            names = [n for n, g in grads.items() if g is not None]
+            tied = lost(_GRADIENT, [g for g in grads.values() if g is not None], anchors())
+            ties.extend(tied)
+            return {**grads, **dict(zip(names, tied, strict=True))}
 
         def note(ends: list[Tensor], found: list[Tensor], inside: Params) -> None:
             known = {id(p) for p in inside.values()}
@@ -348,13 +374,26 @@ class ReplayedLoop(TrackedLoop):
                 for leaf in _captured_leaves(ends, inside, captured, so_far):
                     leaves[id(leaf)] = leaf
 
-        def evaluate(at: Params) -> tuple[Tensor, Gradients]:
-            def gradient_of(loss: Tensor, here: Params) -> Gradients:
-                return self._first_gradient(loss, here, transform, note)
+        def note_ends(ends: Sequence[Tensor]) -> None:
+            if ends:
+                for leaf in _captured_leaves(ends, {}, [*captured, *ties], so_far):
+                    leaves[id(leaf)] = leaf
 
-            return evaluate_at(
-                at, in_users_code, self._view, self._trained, self._checked, gradient_of
+        def evaluate(here: Params) -> tuple[Tensor, Gradients]:
+            def gradient_of(loss: Tensor, inside: Params) -> Gradients:
+                return self._first_gradient(loss, inside, transform, note, note_ends, as_stored)
+
+            values = [here[n] for n in owned]
+            tied = connected(values, owners) if here is at else lost(_TRIAL, values, anchors())
+            ties.extend(tied)
+            versions = torch_private.versions(tied)
+            here = {**here, **dict(zip(owned, tied, strict=True))}
+            found = evaluate_at(
+                here, in_users_code, self._view, self._trained, self._checked, gradient_of
             )
+            if torch_private.versions(tied) != versions:
+                raise _writes_weights()
+            return found
 
         def in_users_code() -> object:
             with self._users_code():
@@ -382,10 +421,7 @@ class ReplayedLoop(TrackedLoop):
             self._edits.is_on = True
         values = [*taken.updated.values(), *tree.leaves(taken.optimizer_state)]
         ends = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
-        ends = [x for x in ends if not any(x is p for p in at.values())]
-        if ends:
-            for leaf in _captured_leaves(ends, {}, captured, so_far):
-                leaves[id(leaf)] = leaf
+        note_ends([x for x in ends if not any(x is p for p in at.values())])
         return taken, list(leaves.values()), gradient_mark(taken.grads) if makes else None
 
     def _compiled_forward(
@@ -396,6 +432,7 @@ class ReplayedLoop(TrackedLoop):
         at: dict[str, Tensor],
         before: State,
         captured: list[Tensor],
+        learned: list[Tensor],
         transform: Transform | None,
     ) -> tuple[Taken, list[Tensor], Any]:
         """Take the step on constants by compiled code; the first one by uncompiled code as well."""
@@ -419,7 +456,7 @@ class ReplayedLoop(TrackedLoop):
         if not self._steps:
             random_state = RandomState.now()
             taken, leaves, _ = self._forward(
-                closure, record.optimizer, at, before, record.hyper, captured, None
+                closure, record.optimizer, at, before, record.hyper, captured, learned, None
             )
             if random_state is not None:
                 random_state.restore()
@@ -455,6 +492,8 @@ class ReplayedLoop(TrackedLoop):
         current: Params,
         transform: Transform | None,
         note: Callable[[list[Tensor], list[Tensor], Params], None],
+        note_ends: Callable[[Sequence[Tensor]], None],
+        as_stored: Callable[[Gradients], Gradients],
     ) -> Gradients:
         """Compute the gradients without a graph of their own; raise if they can have none."""
 
@@ -478,7 +517,12 @@ class ReplayedLoop(TrackedLoop):
             refuse_transform()
             raise independent()
         found = inner_gradient(
-            loss, wanted, create_graph=False, independent=independent, gate=self._gate
+            loss,
+            wanted,
+            create_graph=False,
+            independent=independent,
+            gate=self._gate,
+            keep_graph=self._second_order,
         )
         self._gate.closed = self._second_order
         self._check_origin(found, leaves)
@@ -486,11 +530,17 @@ class ReplayedLoop(TrackedLoop):
         if nodes or sparse:
             self._sparse |= sparse | sent_sparse(nodes, wanted)
         as_they_are = not sparse or self._optimizer.takes_sparse
-        with self._users_code() if self._hooks or transform is not None else nullcontext():
-            grads = finish(found, hooks=self._hooks, takes_sparse=as_they_are)
+        if transform is None and not self._hooks:
+            return finish(found, takes_sparse=as_they_are)
+        grads = finish(found, takes_sparse=as_they_are)
+        if self._second_order:
+            grads = as_stored(grads)
+        with self._users_code():
+            grads = finish(grads, hooks=self._hooks, takes_sparse=True)
             if transform is not None:
                 grads = transformed(transform, grads, {name: current[name] for name in grads})
-        return grads
+        note_ends([g for g in grads.values() if g is not None and g.requires_grad])
+        return {n: g if g is None else g.detach() for n, g in grads.items()}
 
     def _connect(
         self,
@@ -636,6 +686,22 @@ class ReplayedLoop(TrackedLoop):
         super().detach()
         self._start_is_learned = False
         self._begin()
+
+
+def _writes_weights() -> InvalidInputError:
+    return InvalidInputError(
+        "the closure given to loop.step writes a weight of loop.model in place, of which the "
+        "derivative would know nothing: edit weights before loop.step, by loop.assign"
+    )
+
+
+_STORED = (
+    "an outer loss uses a tensor that a step has stored elsewhere and that was computed from {0}. "
+    "With a strategy a step keeps no graph of that, so its derivative would be lost: compute what "
+    "the outer loss needs from loop.model after the step, or leave strategy= away, or detach it"
+)
+_TRIAL = _STORED.format("the parameters that a line search tries")
+_GRADIENT = _STORED.format("an inner gradient (by grad_callback, or by a hook of a parameter)")
 
 
 def _code_of(function: Callable[..., object]) -> object:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import abc
+import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from innerloop._batches import Batches
+from innerloop._batches import Batches, BatchFunction
 from innerloop._carry import Carry
+from innerloop._inner_gradient.stored import Outside
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import HyperTree, Params, Result
 from innerloop._utils import tree
 from innerloop._utils.arguments import check_fields
+from innerloop._utils.execution import Mode, mode
 from innerloop._utils.progress import Report, silent
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._engine.kept_states import KeptStates
@@ -51,7 +54,30 @@ class Loop(NamedTuple):
 
     def batch(self, carry: Carry, t: int) -> object:
         """Return the data of step t."""
-        return self.batches.at(carry.params, self.hyper, t, self.time(t))
+        outside = self.problem.outside
+        if outside is None or not isinstance(self.batches, BatchFunction):
+            return self.batches.at(carry.params, self.hyper, t, self.time(t))
+        return outside.call(
+            lambda params, hyper: self.batches.at(params, hyper, t, self.time(t)), carry.params
+        )
+
+    def as_constants(self) -> Loop:
+        """Return the loop on constants; what its functions store elsewhere knows what it was."""
+        problem = self.problem
+        if (outside := self.outside()) is not None:
+            problem = copy.copy(problem)
+            problem.outside = outside
+        hyper = tree.map_tensors(Tensor.detach, self.hyper)
+        return self._replace(problem=problem, hyper=hyper, start=self.start.detach())
+
+    def outside(self) -> Outside | None:
+        """Return what is outside of a loop that runs on constants; None: nobody asks for it."""
+        start = self.start
+        inputs = (start.params, start.optimizer_state, start.buffers, self.hyper)
+        wanted = [x for x in tree.tensors(inputs) if x.requires_grad]
+        if not wanted or not torch.is_grad_enabled() or mode() is not Mode.EAGER:
+            return None
+        return Outside(wanted, self.hyper)
 
     def step(self, carry: Carry, batch: object, t: int) -> tuple[Carry, Tensor, Any]:
         """Run step t and return ``(new_carry, loss, aux)``."""

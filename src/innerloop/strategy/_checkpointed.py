@@ -381,10 +381,14 @@ class _Replay(LoopFunction):
                     written = t
             before = carry
             if gradients is None:
-                carry, loss, aux = on_constants(t, partial(self._step, loop, carry, batch, t))
+                carry, loss, aux = on_constants(
+                    t, partial(self._step, loop, carry, batch, t), outside=loop.problem.outside
+                )
             else:
                 (carry, loss, aux), grads = on_constants(
-                    t, partial(self._step_by_gradient, loop, carry, batch, t)
+                    t,
+                    partial(self._step_by_gradient, loop, carry, batch, t),
+                    outside=loop.problem.outside,
                 )
                 if self.recorded:
                     gradients[t] = (grads, carry.buffers, carry.random_state)
@@ -435,7 +439,9 @@ class _Replay(LoopFunction):
         # One step runs again: it tells the structure of aux, and whether the loss is the same.
         with at_random_state(loop.start.random_state):
             batch = loop.batch(loop.start, 0)
-            _, loss, aux = on_constants(0, partial(self._step, loop, loop.start, batch, 0))
+            _, loss, aux = on_constants(
+                0, partial(self._step, loop, loop.start, batch, 0), outside=loop.problem.outside
+            )
         losses = [loss for part in found for loss in part.losses]
         if not agree(loss, losses[0]):
             raise InvalidInputError(

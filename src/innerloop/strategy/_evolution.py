@@ -146,15 +146,13 @@ class Evolution(Strategy):
 
     def run(self, loop: Loop) -> Trajectory:
         """Run the loop on constants; a gradient of what it leaves raises."""
-        constants = loop._replace(
-            hyper=tree.map_tensors(Tensor.detach, loop.hyper), start=loop.start.detach()
-        )
+        constants = loop.as_constants()
         inputs = [*tree.tensors(state_of(loop.start)), *tree.tensors(loop.hyper)]
         carry, rows = constants.start, StepOutputs(loop.start.params)
         states: dict[int, Carry] = {}
         for t in loop.batches.times():
             run = partial(constants.step, carry, constants.batch(carry, t), t)
-            carry, loss, aux = on_constants(t, run)
+            carry, loss, aux = on_constants(t, run, outside=constants.problem.outside)
             carry = carry.detach()
             rows.add(*tree.map_tensors(Tensor.detach, (loss, aux)))
             if t + 1 in loop.save_at:

@@ -81,10 +81,11 @@ class FirstOrder(Strategy):
             for name, b in loop.start.buffers.items()
             if b.requires_grad and view is not None and name in view.no_statistics
         }
+        quiet = loop.as_constants()
         for t in loop.batches.times():
-            batch = loop.batch(carry.detach(), t)
+            batch = quiet.batch(carry.detach(), t)
             grads, loss, aux, buffers = _constant_gradient(
-                loop.problem, carry, loop.hyper, batch, t, in_loss
+                quiet.problem, carry, loop.hyper, batch, t, in_loss
             )
             carry = loop.problem.update(carry, grads, buffers, loop.hyper, loop.time(t))
             rows.add(loss, aux)
@@ -137,17 +138,19 @@ def _constant_gradient(
     leaves = tree.leaves(hyper)
     places = [i for i, x in enumerate(leaves) if tree.differentiable(x)]
 
-    def evaluate(params: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, Any]:
-        filled = tree.with_leaves(hyper, tree.put(leaves, places, values))
+    def evaluate(
+        params: dict[str, Tensor],
+        values: list[Tensor],
+        seen: dict[str, Tensor],
+        read: list[Tensor],
+    ) -> tuple[Tensor, Any]:
+        filled = tree.with_leaves(hyper, tree.put(leaves, places, read))
         loss, (aux, new_buffers) = problem.evaluate(
-            params, buffers, filled, batch, second_order=False
+            seen, buffers, filled, batch, second_order=False
         )
-        found = {
-            id(x): x
-            for x in check_graph(
-                [loss, *tree.tensors(aux), *new_buffers.values()], (), second_order=False
-            )
-        }
+        ends = [loss, *tree.tensors(aux), *new_buffers.values()]
+        stops = () if outside is None else (outside.anchor,)
+        found = {id(x): x for x in check_graph(ends, (), second_order=False, stops=stops)}
         if not any(id(p) in found for p in params.values()):
             raise NotDifferentiableError(INDEPENDENT)
         given = {id(v): leaves[i] for i, v in zip(places, values, strict=True)}
@@ -158,23 +161,28 @@ def _constant_gradient(
         return loss, (loss, aux, new_buffers)
 
     constants = [leaves[i].detach() for i in places]
+    outside = problem.outside
     try:
         if not may_call_autograd():
-            (grads, _), (loss, aux, new_buffers) = tree.grad_with_aux(lambda both: evaluate(*both))(
-                (params, constants)
-            )
+            (grads, _), (loss, aux, new_buffers) = tree.grad_with_aux(
+                lambda both: evaluate(*both, *both)
+            )((params, constants))
             check_constants(t, grads, loss, aux)
             return problem.for_the_rule(grads, params), loss, aux, new_buffers
         with torch.enable_grad(), refusing_recomputation():
             alias = {name: p.requires_grad_() for name, p in params.items()}
             if problem.first_since_init():
                 alias = {name: p.clone().detach().requires_grad_() for name, p in alias.items()}
-            with refusing_writes(alias):
-                values = [x.requires_grad_() for x in constants]
-                loss, (_, aux, new_buffers) = evaluate(alias, values)
+            values = [x.requires_grad_() for x in constants]
+            seen, read = alias, values
+            if outside is not None:
+                seen = dict(zip(alias, outside.beside([*alias.values()]), strict=True))
+                read = outside.beside(values)
+            with refusing_writes(seen):
+                loss, (_, aux, new_buffers) = evaluate(alias, values, seen, read)
         found = inner_gradient(
             loss,
-            alias,
+            seen,
             create_graph=False,
             independent=lambda: NotDifferentiableError(INDEPENDENT),
         )

@@ -100,9 +100,7 @@ class Truncated(Strategy):
         if steps <= self.last:
             return plain_run(loop)
         cut = steps - self.last
-        constants = loop._replace(
-            hyper=tree.map_tensors(Tensor.detach, loop.hyper), start=loop.start.detach()
-        )
+        constants = loop.as_constants()
         carry = constants.start
         states: dict[int, Carry] = {}
         early, late = StepOutputs(loop.start.params), StepOutputs(loop.start.params)
@@ -110,7 +108,7 @@ class Truncated(Strategy):
             now, rows = (constants, early) if t < cut else (loop, late)
             run = partial(now.step, carry, now.batch(carry, t), t)
             if t < cut:
-                carry, loss, aux = on_constants(t, run)
+                carry, loss, aux = on_constants(t, run, outside=now.problem.outside)
                 carry, (loss, aux) = carry.detach(), tree.map_tensors(Tensor.detach, (loss, aux))
             else:
                 carry, loss, aux = run()

@@ -34,9 +34,7 @@ class ConstantRun(NamedTuple):
     @classmethod
     def of(cls, loop: Loop) -> ConstantRun:
         """Run ``loop`` without a graph."""
-        constants = loop._replace(
-            hyper=tree.map_tensors(Tensor.detach, loop.hyper), start=loop.start.detach()
-        )
+        constants = loop.as_constants()
         carry = before = constants.start
         states: dict[int, Carry] = {}
         rows = StepOutputs(loop.start.params)
@@ -44,7 +42,9 @@ class ConstantRun(NamedTuple):
         for t in loop.batches.times():
             before = carry._replace(random_state=carry.random_state or RandomState.now())
             batch = constants.batch(carry, t)
-            carry, loss, aux = on_constants(t, partial(constants.step, carry, batch, t))
+            carry, loss, aux = on_constants(
+                t, partial(constants.step, carry, batch, t), outside=constants.problem.outside
+            )
             carry = carry.detach()
             rows.add(*tree.map_tensors(Tensor.detach, (loss, aux)))
             if t + 1 in loop.save_at:

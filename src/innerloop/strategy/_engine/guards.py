@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from innerloop._inner_gradient import graph
+from innerloop._inner_gradient.stored import Outside
 from innerloop._utils import torch_private, tree
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import CapturedTensorError, NotDifferentiableError
@@ -19,7 +20,10 @@ T = TypeVar("T")
 
 
 def on_constants(
-    step: int, run: Callable[[], T], error: Callable[[], CapturedTensorError] | None = None
+    step: int,
+    run: Callable[[], T],
+    error: Callable[[], CapturedTensorError] | None = None,
+    outside: Outside | None = None,
 ) -> T:
     """Run a step whose inputs are constants, and return its results without a graph.
 
@@ -27,6 +31,7 @@ def on_constants(
         step: its number, for the error.
         run: runs it.
         error: makes the error for what is no step of training.
+        outside: what the user's functions see of that which is outside; no captured tensor.
 
     Raises:
         CapturedTensorError: the step uses a tensor that was not passed in and requires grad, so
@@ -41,7 +46,10 @@ def on_constants(
         return found
     if mode() is not Mode.EAGER:
         raise error() if error else _captured(step)
-    leaves = [TensorWeakRef(x) for x in graph.check_graph(with_graph, (), second_order=False)]
+    stops = () if outside is None else (outside.anchor,)
+    walked = graph.check_graph(with_graph, (), second_order=False, stops=stops)
+    leaves = [TensorWeakRef(x) for x in walked]
+    del walked
     with_graph.clear()
     found = tree.map_tensors(Tensor.detach, found)
     if any(_is_alive(leaf) for leaf in leaves):

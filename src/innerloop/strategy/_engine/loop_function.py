@@ -18,6 +18,7 @@ from torch import Tensor
 
 from innerloop._batches import check_constant
 from innerloop._carry import Carry
+from innerloop._inner_gradient.stored import Outside
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import Params
@@ -220,8 +221,15 @@ def run(function: LoopFunction) -> Trajectory:
         )
     tensors, function.tensors = function.tensors, []
     start = function.filled(tensors).start
-    with function.context.restored(function.loop.problem):
-        ran = function.forward(function.filled([x.detach() for x in tensors]))
+    problem = function.loop.problem
+    if function.recorded and not function.transformed:
+        wanted = [x for x in tensors if x.requires_grad]
+        problem.outside = Outside(wanted, function.filled(tensors).hyper)
+    try:
+        with function.context.restored(problem):
+            ran = function.forward(function.filled([x.detach() for x in tensors]))
+    finally:
+        problem.outside = None
     function.losses = ran.losses.detach().clone()
     if function.transformed:
         function.besides = _besides(ran.states[ran.steps][2], ran.aux)
