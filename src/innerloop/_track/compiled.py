@@ -31,11 +31,12 @@ from innerloop._utils.caches import cache
 from innerloop._utils.compiling import CodePath
 from innerloop._utils.execution import Mode, mode
 from innerloop._utils.fingerprint import agree
+from innerloop._utils.random_state import RandomState
 from innerloop._utils.traceable import Traceable, build, wrote_containers
 from innerloop.errors import InvalidInputError
 from innerloop.nn._mode import replacing
 from innerloop.optim._base import Optimizer
-from innerloop.strategy._engine.compiled_step import Again, Core, counted
+from innerloop.strategy._engine.compiled_step import Again, Core, StepResult
 from innerloop.strategy._engine.step_pullback import InputCotangents, OutputCotangents
 
 COMPILE_FALSE = "Write compile=False"
@@ -244,15 +245,33 @@ class _Arguments(NamedTuple):
     Attributes:
         state: parameters that are trained, optimizer state and buffers.
         hyper: parameters that are not trained, what the closure captured, and overrides.
-        leaves: of ``state``.
-        counts: the places of numbers among the leaves of the optimizer's state, which are tensors
-            in ``state``: a number would be compiled in.
     """
 
     state: Any
     hyper: Any
-    leaves: list[Any]
-    counts: list[int]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """Return the leaves of the state."""
+        params, optimizer_state, buffers = self.state
+        return [*params.values(), *tree.leaves(optimizer_state), *buffers.values()]
+
+    @property
+    def kinds(self) -> list[Any]:
+        """Return the kinds of what a step may have changed, or the user between two steps."""
+        return _kinds([*self.leaves, *self.hyper[0][0].values()])
+
+
+class _Before(NamedTuple):
+    """The state before a step that runs again.
+
+    Attributes:
+        state: the state.
+        is_result: True if all of it is what the step before, when it ran again, gave.
+    """
+
+    state: State
+    is_result: bool
 
 
 class _Pulling:
@@ -269,6 +288,7 @@ class _Pulling:
     Attributes:
         given: for each leaf of the new state the place of its cotangent among those of the node;
             the last place stands for none.
+        filled: places of ``given`` that must have no gaps, and the leaves that a zero is like.
         loss: the place of the cotangent of the loss.
         chosen: for each leaf of hyper, True if its cotangent is wanted.
         row: for each input of the node, its place among what the pullback returns; the last place
@@ -289,9 +309,9 @@ class _Pulling:
         layout = record.layout
         names, buffers = list(arguments.state[0]), len(arguments.state[2])
         untrained = list(arguments.hyper[0][0])
-        self._count = count = len(names)
-        self._buffers = buffers
-        leaves = len(arguments.leaves) - count - buffers
+        count = len(names)
+        leaves = arguments.leaves
+        middle = len(leaves) - count - buffers
         # Of the results.
         end = len(layout.updated) + len(layout.new_state) + second_order
         rest = iter(range(end))
@@ -301,8 +321,12 @@ class _Pulling:
         self.given = [of_params.get(n, end) for n in names]
         self.given += [of_state.get(i, end) for i in range(layout.new_leaves)]
         self.given += [end] * buffers
-        # The first step makes its state out of nothing.
-        self._fills_state = layout.new_leaves == leaves
+        places = list(enumerate(range(len(leaves))))
+        if layout.new_leaves != middle:
+            # The first step makes its state out of nothing.
+            first = len(self.given) - buffers
+            places = [*places[:count], *enumerate(range(len(leaves) - buffers, len(leaves)), first)]
+        self.filled = [(place, i) for place, i in places if tree.differentiable(leaves[i])]
         # Of the inputs.
         flags = iter(wanted)
         by_name = {n: next(flags) for n in layout.params}
@@ -311,7 +335,7 @@ class _Pulling:
         of_captured = [next(flags) for _ in record.captured]
         self.chosen = (*(by_name.get(n, False) for n in untrained), *of_captured, *of_overrides)
         # Of what is pulled back: the state, then hyper.
-        through = len(arguments.leaves)
+        through = len(leaves)
         captured = range(through + len(untrained), through + len(untrained) + len(of_captured))
         overrides = range(captured.stop, captured.stop + len(learned))
         end = overrides.stop
@@ -329,14 +353,19 @@ class _Pulling:
         self.path: CodePath | None = None
         self.kinds: list[Any] = []
 
-    def filled(self, leaves: list[Any]) -> Iterator[tuple[int, Any]]:
-        """Return the places among ``given`` that may have no gaps, and the leaves before them."""
-        if self._fills_state:
-            yield from enumerate(leaves)
-            return
-        yield from enumerate(leaves[: self._count])
-        first = len(self.given) - self._buffers
-        yield from enumerate(leaves[len(leaves) - self._buffers :], first)
+    def note(
+        self,
+        path: CodePath | None,
+        arguments: _Arguments,
+        given: OutputCotangents,
+        kinds: list[Any],
+    ) -> None:
+        """Note that compiled code took this path; other steps of the kind may take it unasked."""
+        leaves = (*arguments.leaves, *tree.leaves(arguments.hyper), *given.state, given.loss)
+        tensors = [id(x) for x in leaves if isinstance(x, Tensor)]
+        # The path of one tensor in two places takes for granted that it is one.
+        if path is not None and path.is_static and len({*tensors}) == len(tensors):
+            self.path, self.kinds = path, kinds
 
 
 def _kinds(tensors: Sequence[Any]) -> list[Any]:
@@ -362,7 +391,7 @@ class CompiledRecorder(Recorder):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._waiting: dict[int, State] = {}
+        self._waiting: dict[int, _Before] = {}
         self._pullings: dict[Any, _Pulling] = {}
         self._kinds: dict[CodePath, list[Any]] = {}
         self._known: tuple[Any, Any, _CompiledClosure] | None = None
@@ -374,12 +403,23 @@ class CompiledRecorder(Recorder):
         self._waiting.clear()
 
     def step(self, record: StepRecord, state: State) -> tuple[Taken, Params]:
-        """Take a step on constants; return it, and the new buffers."""
-        arguments = self._arguments(record, state)
-        new, loss = self._run(record, state, arguments, None)
-        record.path = path = self._closure_of(record).core.compiled[0].path
-        if path is not None and path not in self._kinds:
-            self._kinds[path] = _kinds(arguments.leaves)
+        """Take a step on constants; return it, and the new buffers.
+
+        Counts in the optimizer's state are tensors: a number would be compiled in.
+        """
+        closure, arguments = self._closure_of(record), self._arguments(record, state)
+        record.random_state = record.form = None
+        with self.model.lock, self.model.running(record), closure.at(self, record) as batch:
+            new, loss = self._new(state, closure.core.advance(*arguments, batch))
+            taken = closure.core.compiled[0]
+            before, now = taken.random_state, RandomState.now() if taken.random_state else None
+            if before is not None and now is not None and not before.equals(now):
+                record.random_state = before
+            record.path = path = taken.path
+            if path is not None and path not in self._kinds:
+                self._kinds[path] = arguments.kinds
+            if path is not None and path.is_closed:
+                record.form = batch[0]
         if any(
             isinstance(x, Tensor) and x.requires_grad
             for part in (new.params.values(), tree.leaves(new.optimizer_state), [loss])
@@ -392,37 +432,11 @@ class CompiledRecorder(Recorder):
             )
         return Taken(new.params, new.optimizer_state, loss, {}), new.buffers
 
-    def _run(
-        self, record: StepRecord, state: State, arguments: _Arguments, path: CodePath | None
-    ) -> tuple[State, Tensor]:
-        """Take a step on constants; return the new state (its trained parameters), and the loss.
-
-        Args:
-            record: of the step.
-            state: the state before it.
-            arguments: the same, as compiled code takes it.
-            path: of compiled code; None: PyTorch chooses.
-        """
-        closure = self._closure_of(record)
-        around = partial(self.model.running, record)
-        again = None if path is None else Again(path, around)
-        # Compiled code has its modes in itself, but not the random state.
-        plain = again is not None and record.random_state is None
-        with (
-            self.model.lock,
-            nullcontext() if plain else around(),
-            closure.at(self, record) as batch,
-        ):
-            found, loss, _ = closure.core.advance(arguments.state, arguments.hyper, batch, again)
-        params, optimizer_state, buffers = found
+    def _new(self, before: State, found: StepResult) -> tuple[State, Tensor]:
+        """Return the new state (of the parameters, those that are trained), and the loss."""
+        (params, optimizer_state, buffers), loss, _ = found
         if self.unused:
-            params = {n: state.params[n] if n in self.unused else p for n, p in params.items()}
-        if arguments.counts:
-            leaves = tree.leaves(optimizer_state)
-            if len(leaves) == len(tree.leaves(state.optimizer_state)):
-                numbers = [int(leaves[i]) for i in arguments.counts]
-                leaves = tree.put(leaves, arguments.counts, numbers)
-                optimizer_state = tree.with_leaves(optimizer_state, leaves)
+            params = {n: before.params[n] if n in self.unused else p for n, p in params.items()}
         return State(params, optimizer_state, buffers), loss
 
     def _closure_of(self, record: StepRecord) -> _CompiledClosure:
@@ -442,32 +456,51 @@ class CompiledRecorder(Recorder):
 
     def _arguments(self, record: StepRecord, state: State) -> _Arguments:
         """Return the state and hyper of a step."""
+        trained = self._trained
         params = {n: state.params[n] for n in self.trained}
-        untrained = {n: p for n, p in state.params.items() if n not in self._trained}
+        untrained = {n: p for n, p in state.params.items() if n not in trained}
         overrides = tree.map_tensors(Tensor.detach, record.hyper) if record.hyper else None
-        inputs: Any = params, state.optimizer_state, state.buffers
-        leaves = tree.leaves(state.optimizer_state)
-        counts = [i for i, x in enumerate(leaves) if type(x) is int]
-        if counts:
-            inputs = counted(inputs)
-            leaves = tree.leaves(inputs[1])
-        leaves = [*params.values(), *leaves, *state.buffers.values()]
-        return _Arguments(inputs, ((untrained, list(record.captured)), overrides), leaves, counts)
+        hyper = (untrained, list(record.captured)), overrides
+        return _Arguments((params, state.optimizer_state, state.buffers), hyper)
 
-    def _path_of(self, record: StepRecord, arguments: _Arguments) -> CodePath | None:
-        """Return the path of a step that runs again; None if PyTorch has to be asked for it."""
+    def _path_of(
+        self, record: StepRecord, arguments: _Arguments, is_result: bool
+    ) -> CodePath | None:
+        """Return the path of a step that runs again; None if PyTorch has to be asked for it.
+
+        Args:
+            record: of the step.
+            arguments: of the step.
+            is_result: True if its state is all that the step before it gave.
+        """
         path = record.path
         # The tensors of a state that was kept, or edited, may lie in memory in another way.
-        if path is not None and self._kinds[path] == _kinds(arguments.leaves):
+        if path is not None and (is_result or self._kinds[path] == arguments.kinds):
             return path
         return None
 
-    def _taken_again(self, t: int, state: State) -> State:
+    @contextmanager
+    def _around(self, record: StepRecord, closure: _CompiledClosure) -> Iterator[Any]:
+        """Run as the step did."""
+        with self.model.running(record), closure.at(self, record) as batch:
+            yield batch
+
+    def _taken_again(self, t: int, before: _Before) -> State:
         """Take step ``t`` again; return the state after it."""
-        record = self.steps[t]
+        record, (state, is_result) = self.steps[t], before
         self._check_written(t, record)
-        arguments = self._arguments(record, state)
-        new, loss = self._run(record, state, arguments, self._path_of(record, arguments))
+        closure, arguments = self._closure_of(record), self._arguments(record, state)
+        path = self._path_of(record, arguments, is_result)
+        around = partial(self._around, record, closure)
+        if path is None or record.form is None or record.random_state is not None:
+            with around() as batch:
+                again = None if path is None else Again(path, nullcontext)
+                found = closure.core.advance(*arguments, batch, again)
+        else:
+            # Compiled code has its modes in itself.
+            batch = record.form, record.frozen.params
+            found = closure.core.advance(*arguments, batch, Again(path, around))
+        new, loss = self._new(state, found)
         self._check_loss(t, loss)
         return new._replace(params={**state.params, **new.params})
 
@@ -482,7 +515,7 @@ class CompiledRecorder(Recorder):
         tolerance = 10 * torch.finfo(loss.dtype).eps ** 0.75
         return math.isclose(now, was, rel_tol=tolerance, abs_tol=tolerance * 1e-3)
 
-    def _state_before(self, t: int) -> State:
+    def _state_before(self, t: int) -> _Before:
         """Return the state before step ``t``, from the last one that is kept.
 
         Those of the steps just before it wait for the nodes that come next: each step then runs
@@ -497,36 +530,42 @@ class CompiledRecorder(Recorder):
         else:
             begin, state = self.kept.newest(t)
         planned = self.kept.planned(begin, t) if begin < t else set()
+        before = _Before(state, is_result=False)
+        passes_on = bool(self.unused) or len(state.params) > len(self._trained)
         for time in range(begin, t):
             if time > begin and t - time < self.kept.stride:
-                self._waiting[time] = state
-            state = self._edited(time + 1, self._taken_again(time, state))
+                self._waiting[time] = before
+            state = self._edited(time + 1, self._taken_again(time, before))
+            edited = self.steps[time + 1].params or self.steps[time + 1].buffers
+            before = _Before(state, is_result=not edited and not passes_on)
             if time + 1 in planned:
                 self.kept.keep_for_sweep(time + 1, state)
         path = self.steps[t].path
         if path is not None and path.is_static:
             # Each state of the chain comes out of the one before: if the last is what the forward
             # pass had, they all are. (That a pullback returns it takes a fifth of its time.)
-            params = self._taken_again(t, state).params
+            params = self._taken_again(t, before).params
             self._check_later(t, state, params)
             self._check_newest(t, state, params)
-        return state
+        return before
 
     def _pull_back(
         self, t: int, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> tuple[State, list[Tensor | None]]:
-        record, state = self.steps[t], self._state_before(t)
+        record, before = self.steps[t], self._state_before(t)
+        state = before.state
         self._check_written(t, record)
         arguments = self._arguments(record, state)
         pulling = self._pulling_of(record, arguments, wanted)
         rows = (*cotangents, None)
         given = [rows[place] for place in pulling.given]
         # Without gaps: one compiled pullback then serves all steps.
-        for i, x in pulling.filled(arguments.leaves):
-            if given[i] is None and tree.differentiable(x):
-                given[i] = torch.zeros_like(x)
+        for place, i in pulling.filled:
+            if given[place] is None:
+                given[place] = torch.zeros_like(arguments.leaves[i])
         output = OutputCotangents(given, rows[pulling.loss], [])
-        found = self._pulled(record, arguments, pulling, output)
+        own = self._path_of(record, arguments, before.is_result)
+        found = self._pulled(record, arguments, pulling, output, own)
         self._check_loss(t, found.loss)
         if found.after is not None:
             self._check_later(t, state, found.after.params)
@@ -540,12 +579,9 @@ class CompiledRecorder(Recorder):
         """Return how the pullback of a step is called."""
         overrides = tree.leaves(record.hyper) if record.hyper else [None]
         learned = [isinstance(x, Tensor) and x.requires_grad for x in overrides]
-        key = (
-            record.path, record.layout, *wanted, *learned, len(record.captured),
-            len(arguments.leaves), *arguments.hyper[0][0],
-        )  # fmt: skip
+        key = record.path, record.layout, *wanted, *learned, *arguments.hyper[0][0]
         found = self._pullings.get(key)
-        if found is None:
+        if found is None or record.path is None:
             found = self._pullings[key] = _Pulling(
                 record, arguments, wanted, learned, self.second_order, self.unused
             )
@@ -557,47 +593,31 @@ class CompiledRecorder(Recorder):
         arguments: _Arguments,
         pulling: _Pulling,
         given: OutputCotangents,
+        own: CodePath | None,
     ) -> InputCotangents:
-        """Pull a step back by compiled code."""
-        closure = self._closure_of(record)
+        """Pull a step back by compiled code.
+
+        Args:
+            record: of the step.
+            arguments: of the step.
+            pulling: how it is called.
+            given: the cotangents of its results.
+            own: the path of compiled code that takes the step.
+        """
+        closure, chosen = self._closure_of(record), pulling.chosen
         kinds = _kinds([*given.state, given.loss])
-        own = self._path_of(record, arguments)
-
-        @contextmanager
-        def around() -> Iterator[None]:
-            with self.model.running(record), torch.no_grad():
-                yield
-
-        def pull(batch: Any, again: Again | None) -> InputCotangents:
-            return closure.core.pull(
-                arguments.state, arguments.hyper, batch, pulling.chosen, given, again
-            )
-
+        around = partial(self._around, record, closure)
         path = pulling.path if own is not None and kinds == pulling.kinds else None
-        if path is not None and record.random_state is None:
-            with self.model.lock, closure.at(self, record) as batch:
-                return pull(batch, Again(path, around))
-        with self.model.running(record), closure.at(self, record) as batch:
+        if path is not None and record.form is not None and record.random_state is None:
+            batch = record.form, record.frozen.params
+            return closure.core.pull(*arguments, batch, chosen, given, Again(path, around))
+        with around() as batch:
             # What the step reads is as it was when compiled code took it.
-            known = (
-                own is not None
-                and own.is_static
-                and own.accepts((arguments.state, arguments.hyper, batch))
-            )
+            known = own is not None and own.is_static and own.accepts((*arguments, batch))
             closure.problem.shows_params = not known
             with torch.no_grad():
-                found = pull(batch, None)
-            path = closure.core.compiled[1].path
-            tensors = [
-                id(x)
-                for x in (
-                    *arguments.leaves,
-                    *tree.leaves(arguments.hyper),
-                    *given.state,
-                    given.loss,
-                )
-                if isinstance(x, Tensor)
-            ]
-            if known and path is not None and path.is_static and len({*tensors}) == len(tensors):
-                pulling.path, pulling.kinds = path, kinds
+                again = None if path is None or not known else Again(path, nullcontext)
+                found = closure.core.pull(*arguments, batch, chosen, given, again)
+            if known and again is None:
+                pulling.note(closure.core.compiled[1].path, arguments, given, kinds)
         return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -136,6 +136,7 @@ class StepRecord:
         optimizer: the optimizer, with its settings at this step.
         random_state: that before the step; None: it draws nothing.
         surroundings: the modes.
+        form: of the closure, as compiled code takes it, if that reads nothing else; or None.
         frozen: the parameters that are not trained and do not require grad.
         params, buffers: those that were edited before the step; None: none was.
         loss: the value of the loss.
@@ -146,8 +147,8 @@ class StepRecord:
     """
 
     __slots__ = (
-        "buffers", "captured", "closure", "code", "frozen", "gradient", "hyper", "layout", "leaves",
-        "loss", "modules", "optimizer", "params", "path", "random_state", "surroundings",
+        "buffers", "captured", "closure", "code", "form", "frozen", "gradient", "hyper", "layout",
+        "leaves", "loss", "modules", "optimizer", "params", "path", "random_state", "surroundings",
         "transform", "written",
     )  # fmt: skip
 
@@ -157,6 +158,7 @@ class StepRecord:
     hyper: Mapping[str, object]
     captured: list[Tensor]
     leaves: list[Tensor]
+    form: Any
     modules: list[nn.Module]
     written: tuple[list[Tensor], list[int]]
     optimizer: Optimizer
@@ -327,11 +329,9 @@ class ModelCopy:
                 module.training = training
         home, self.gate.home = self.gate.home, torch_private.backward_pass()
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                if record.random_state is not None:
-                    stack.enter_context(at_random_state(record.random_state))
-                stack.enter_context(around.autocast.restored())
+            drawn = record.random_state
+            random = nullcontext() if drawn is None else at_random_state(drawn)
+            with torch.enable_grad(), random, around.autocast.restored():
                 yield
         finally:
             self.gate.home = home
@@ -841,14 +841,12 @@ class _StepNode(torch.autograd.Function):
     # Not with a `setup_context`, for which torch looks up the signature at every call.
     @staticmethod
     def forward(
-        ctx: Any, recorder: Recorder, t: int, count: int, *tensors: Tensor
+        ctx: Any, recorder: Recorder, t: int, outputs: list[Tensor], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.t, ctx.count = recorder, t, count
-        outputs = tensors[:count]
-        # The output is the input itself, not a view: it may be edited in place.
-        ctx.mark_dirty(*outputs)
+        ctx.recorder, ctx.t = recorder, t
         ctx.set_materialize_grads(False)
-        return outputs
+        # Not views of what they were computed from: they may be edited in place.
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -866,8 +864,8 @@ class _StepNode(torch.autograd.Function):
                 "or write track without strategy"
             )
         dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
-        none = [None] * (3 + ctx.count)
-        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        none = None, None, None
+        wanted = ctx.needs_input_grad[3:]
         if all(c is None for c in dense):
             return (*none, *[None] * len(wanted))
         return (*none, *ctx.recorder.pull(ctx.t, dense, wanted))
@@ -877,4 +875,4 @@ def as_node(
     recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]
 ) -> list[Tensor]:
     """Return outputs as the results of a node with these inputs."""
-    return list(_StepNode.apply(recorder, t, len(outputs), *outputs, *inputs))
+    return list(_StepNode.apply(recorder, t, outputs, *inputs))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from innerloop._utils import torch_private, tree
+from innerloop._utils.random_state import RandomState
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -94,21 +95,26 @@ class CodePath:
         function: the function that was compiled.
         asks: tells from the function's variables if the guards hold.
         code: what runs then.
-        is_static: True if its only inputs are tensors that were found in the arguments, of fixed
-            shapes: every number that the function read is a constant of the code.
+        is_static: True if its only inputs are tensors that were found in the arguments or outside,
+            of fixed shapes: every number that the function read is a constant of the code.
+        is_closed: True if they were all found in the arguments.
+        draws: False if it draws no random numbers.
 
     Attributes:
         run: the compiled function. It asks nothing: its caller knows that the guards hold.
     """
 
-    __slots__ = ("_asks", "_cells", "_names", "is_static", "run")
+    __slots__ = ("_asks", "_cells", "_names", "draws", "is_closed", "is_static", "run")
 
     def __init__(
         self,
         function: types.FunctionType,
         asks: Callable[[dict[str, object]], bool],
         code: types.CodeType,
+        *,
         is_static: bool,
+        is_closed: bool,
+        draws: bool,
     ) -> None:
         own = function.__code__
         self._asks = asks
@@ -116,6 +122,8 @@ class CodePath:
         cells = function.__closure__ or ()
         self._cells = {n: c.cell_contents for n, c in zip(own.co_freevars, cells, strict=True)}
         self.is_static = is_static
+        self.is_closed = is_static and is_closed
+        self.draws = draws
         self.run = types.FunctionType(code, function.__globals__, own.co_name, None, cells)
 
     def accepts(self, arguments: Sequence[object]) -> bool:
@@ -147,6 +155,7 @@ class Compiled:
         precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
             autocast makes coarser than its inputs.
         path: that the last call took; None: not known.
+        random_state: that before the last call; None: it drew nothing.
         outside: returns tensors that the function may read besides those in its arguments.
     """
 
@@ -158,6 +167,7 @@ class Compiled:
     ) -> None:
         self.compilations = 0
         self.path: CodePath | None = None
+        self.random_state: RandomState | None = None
         self.outside: Callable[[], list[torch.Tensor]] = list
         self._function = function
         self._known: dict[types.CodeType, CodePath] = {}
@@ -184,8 +194,8 @@ class Compiled:
         path = self.path
         try:
             if path is not None and torch_private.compiler_is_at_rest() and path.accepts(args):
-                return path.run(*args)
-            self.path = None
+                return self.again(path, args)
+            self.path, self.random_state = None, RandomState.now()
             with silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
             self.path = self._path_taken(args)
@@ -209,6 +219,11 @@ class Compiled:
             )
         return found
 
+    def again(self, path: CodePath, arguments: tuple[Any, ...]) -> Any:
+        """Take a path; the caller knows that it is the right one."""
+        self.random_state = RandomState.now() if path.draws else None
+        return path.run(*arguments)
+
     def _path_taken(self, arguments: tuple[Any, ...]) -> CodePath | None:
         """Return the path that the last call took."""
         fed, self._fed = self._fed, None
@@ -217,9 +232,19 @@ class Compiled:
             return None
         known = self._known.get(found[1])
         if known is None and fed is not None:
-            seen = {id(x) for x in (*tree.tensors(arguments), *self.outside())}
+            before, now = self.random_state, RandomState.now()
+            inside = {*map(id, tree.tensors(arguments))}
+            seen = inside.union(map(id, self.outside()))
+            # What code without numbers of its own does not draw once it never does.
             is_static = self._has_fixed_shapes and seen.issuperset(map(id, fed))
-            known = self._known[found[1]] = CodePath(self._function, *found, is_static)
+            drew = before is None or now is None or not before.equals(now)
+            known = self._known[found[1]] = CodePath(
+                self._function,
+                *found,
+                is_static=is_static,
+                is_closed=inside.issuperset(map(id, fed)),
+                draws=drew or not is_static,
+            )
         return known if known is not None and known.accepts(arguments) else None
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:

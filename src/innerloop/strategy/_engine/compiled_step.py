@@ -238,14 +238,20 @@ class _Checked:
         A path of its code is new where PyTorch compiled it in this call: it compiles whenever
         anything changes that the code was specialised for.
         """
-        random_state = RandomState.now()
         begin = time.perf_counter()
         try:
-            with self._trust.at_stake():
-                found = (self.compiled if again is None else again.path.run)(*arguments)
+            if again is None:
+                found = self.compiled(*arguments)
+            else:
+                found = self.compiled.again(again.path, arguments)
         except NotDifferentiableError:
-            self._explain(arguments, random_state)
+            self._trust.lose()
+            self._explain(arguments, self.compiled.random_state)
             raise
+        except BaseException:
+            self._trust.lose()
+            raise
+        random_state = self.compiled.random_state
         end = time.perf_counter()
         known = self._trust.covers(self.compiled.compilations)
         if known:
