@@ -396,6 +396,8 @@ class ReplayedLoop(TrackedLoop):
             ties.extend(tied)
             versions = torch_private.versions(tied)
             here = {**here, **dict(zip(owned, tied, strict=True))}
+            # Those that are trained are written there.
+            self._view.write({n: here[n] for n in owned if n not in self._trained})
             found = evaluate_at(
                 here, in_users_code, self._view, self._trained, self._checked, gradient_of
             )
