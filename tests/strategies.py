@@ -30,8 +30,7 @@ class Enrolled:
         strategy: the strategy.
         lacks: what the contract asks and this strategy promises not to do, by the name of the
             check: ``"jvp"``, ``"second order"``, ``"every time"`` (states at times that are not in
-            ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the start), ``"stored"``
-            (an error for what functions store elsewhere).
+            ``save_at``), ``"compile"``, ``"params"`` (gradients with respect to the start).
     """
 
     strategy: Strategy
@@ -78,7 +77,7 @@ STRATEGIES = (
     Enrolled(innerloop.Checkpointed(slots=2, product="mixed", save="gradients"), REPLAY),
     Enrolled(innerloop.Checkpointed(memory="1GB"), REPLAY),
     Enrolled(innerloop.Auto(memory="1GB"), REPLAY),
-    Enrolled(innerloop.ForwardMode(), REPLAY | {"params", "stored"}),
+    Enrolled(innerloop.ForwardMode(), REPLAY | {"params"}),
     Enrolled(innerloop.Truncated(2), REPLAY | {"params"}),
     Enrolled(innerloop.FirstOrder(), REPLAY),
     Enrolled(innerloop.Implicit(), REPLAY | {"params"}),

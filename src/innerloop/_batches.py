@@ -28,6 +28,7 @@ class Batches(abc.ABC):
             ``vmap``).
         steps: T, or None: it shows when the data end.
         single_pass: True if each batch can be had once only, as from an iterator.
+        calls_back: True if a function of the user's makes them.
         keeping: True if steps will be replayed: data that come only once are then kept, and data
             that are made anew are compared.
         kept: what is kept for that, by step; shared by the copies of this object.
@@ -36,6 +37,7 @@ class Batches(abc.ABC):
     data: object = None
     steps: int | None
     single_pass: bool = False
+    calls_back: bool = False
     keeping: bool = False
 
     def __init__(self, steps: int | None) -> None:
@@ -148,6 +150,8 @@ class StackedBatches(Batches):
 
 class BatchFunction(Batches):
     """A pure function of its arguments, whose results are constants of the derivative."""
+
+    calls_back = True
 
     def __init__(self, function: Callable[..., object], steps: int) -> None:
         super().__init__(steps)

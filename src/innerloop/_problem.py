@@ -445,12 +445,16 @@ class Problem(Generic[Batch, Aux]):
             # The first time copies: a loss that writes its parameters would write the user's.
             first = self.first_since_init()
             copied = Tensor.clone if first else _alias
-            alias = {
-                n: copied(p)
-                if p.requires_grad
-                else (p.detach().clone() if first else p.detach()).requires_grad_()
-                for n, p in seen.items()
-            }
+            alias = (
+                seen
+                if outside is not None and not first
+                else {
+                    n: copied(p)
+                    if p.requires_grad
+                    else (p.detach().clone() if first else p.detach()).requires_grad_()
+                    for n, p in seen.items()
+                }
+            )
             with refusing_recomputation(), refusing_writes(alias):
                 loss, (aux, new_buffers) = self.evaluate(alias, buffers, read, batch)
             # Only a loop that something outside asks a derivative of is recorded; else the step is

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from innerloop._inner_gradient.graph import check_graph
 from innerloop._types import Grads, HyperTree, Named, Params
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop.errors import NotDifferentiableError
 
 T = TypeVar("T")
@@ -45,14 +45,16 @@ class _Lost(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, error: Callable[[], Exception], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.mark_dirty(*tensors[:count])
-        ctx.message = message
+        ctx.error = error
         return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> None:
-        raise NotDifferentiableError(ctx.message)
+        raise ctx.error()
 
 
 def connected(values: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
@@ -64,28 +66,37 @@ def connected(values: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor
     """
     if not values:
         return []
-    return list(_Connected.apply(len(values), *(x.data for x in values), *owners))
+    return list(_Connected.apply(len(values), *_data(values), *owners))
 
 
-def lost(message: str, values: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+def lost(
+    error: Callable[[], Exception], values: Sequence[Tensor], anchors: Sequence[Tensor]
+) -> list[Tensor]:
     """Return values whose derivative is an error.
 
     Args:
-        message: of the error.
+        error: makes it.
         values: constants; the results share their memory.
         anchors: lead to all for which somebody may want a derivative.
     """
     if not values:
         return []
-    return list(_Lost.apply(message, len(values), *(x.data for x in values), *anchors))
+    return list(_Lost.apply(error, len(values), *_data(values), *anchors))
 
 
-_MESSAGE = (
-    "an outer loss uses a tensor that the loss (or batches, optimizer_hyper, targets, a hook or a "
-    "callback) has stored elsewhere. This strategy runs the loop on constants and keeps no graph "
-    "of that, so its derivative would be lost. Return it: loss(params, hyper, batch) -> (loss, "
-    "aux), and use traj.aux; or write strategy=innerloop.StoreAll(), or detach it"
-)
+def _data(values: Sequence[Tensor]) -> list[Tensor]:
+    # A mode that interprets tensors (of `adapt`) would make views of them.
+    with torch_private.unseen():
+        return [x.data for x in values]
+
+
+def _stored() -> NotDifferentiableError:
+    return NotDifferentiableError(
+        "an outer loss uses a tensor that the loss (or batches, optimizer_hyper, targets, a hook "
+        "or a callback) has stored elsewhere. This strategy runs the loop on constants and keeps "
+        "no graph of that, so its derivative would be lost. Return it: loss(params, hyper, batch) "
+        "-> (loss, aux), and use traj.aux; or write strategy=innerloop.StoreAll(), or detach it"
+    )
 
 
 class _Anchor(torch.autograd.Function):
@@ -97,7 +108,7 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> None:
-        raise NotDifferentiableError(_MESSAGE)
+        raise _stored()
 
 
 class Outside:
@@ -124,12 +135,12 @@ class Outside:
 
     def _tied(self, values: Sequence[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            return lost(_MESSAGE, values, [self.anchor])
+            return lost(_stored, values, [self.anchor])
 
     def beside(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the values of leaves so; a walk finds each leaf behind its own."""
         with torch.enable_grad():
-            return [lost(_MESSAGE, [x], [x, self.anchor])[0] for x in leaves]
+            return [lost(_stored, [x], [x, self.anchor])[0] for x in leaves]
 
     def params(self, params: Named) -> Params:
         """Return parameters as tensors whose derivative is an error."""

@@ -33,6 +33,7 @@ from innerloop._utils.autocast import AutocastModes
 from innerloop._utils.compiling import CodePath
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
+from innerloop._utils.heap import give_back_free_pages
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn import _mode as replace
@@ -388,6 +389,8 @@ class Recorder:
             self.steps.append(record)
             if cut := self.kept.cut(len(self.steps)):
                 self.steps[cut - 1] = _CUT_OFF
+            if len(self.steps) % TIDIED == 0:
+                give_back_free_pages()
 
     def _prepare(self, t: int) -> Prepared:
         """Run step ``t`` again with a graph, from the last state that is kept.
@@ -610,6 +613,8 @@ class Recorder:
             if self._last is not None and self._last[0] >= t and not again:
                 self._last = None
             self.kept.pass_by(t, again=again)
+            if t % TIDIED == TIDIED - 1:
+                give_back_free_pages()
             return found
 
     def _pull_back(
@@ -759,6 +764,9 @@ def _pulled(
 
 GRAPHS = 16 * 2**20
 """Bytes of graphs of steps that ran again that may wait for the backward pass to come to them."""
+
+TIDIED = 512
+"""After how many steps the heap is tidied."""
 
 MOST_GRAPHS = 64
 """How many graphs of steps may wait."""

@@ -371,7 +371,7 @@ class ReplayedLoop(TrackedLoop):
 
         def as_stored(grads: Gradients) -> Gradients:
             names = [n for n, g in grads.items() if g is not None]
-            tied = lost(_GRADIENT, [g for g in grads.values() if g is not None], anchors())
+            tied = lost(_stored_gradient, [g for g in grads.values() if g is not None], anchors())
             ties.extend(tied)
             return {**grads, **dict(zip(names, tied, strict=True))}
 
@@ -392,7 +392,9 @@ class ReplayedLoop(TrackedLoop):
                 return self._first_gradient(loss, inside, transform, note, note_ends, as_stored)
 
             values = [here[n] for n in owned]
-            tied = connected(values, owners) if here is at else lost(_TRIAL, values, anchors())
+            tied = (
+                connected(values, owners) if here is at else lost(_stored_trial, values, anchors())
+            )
             ties.extend(tied)
             versions = torch_private.versions(tied)
             here = {**here, **dict(zip(owned, tied, strict=True))}
@@ -715,13 +717,21 @@ def _writes_weights() -> InvalidInputError:
     )
 
 
-_STORED = (
-    "an outer loss uses a tensor that a step has stored elsewhere and that was computed from {0}. "
-    "With a strategy a step keeps no graph of that, so its derivative would be lost: compute what "
-    "the outer loss needs from loop.model after the step, or leave strategy= away, or detach it"
-)
-_TRIAL = _STORED.format("the parameters that a line search tries")
-_GRADIENT = _STORED.format("an inner gradient (by grad_callback, or by a hook of a parameter)")
+def _stored_trial() -> NotDifferentiableError:
+    return _stored("the parameters that a line search tries")
+
+
+def _stored_gradient() -> NotDifferentiableError:
+    return _stored("an inner gradient (by grad_callback, or by a hook of a parameter)")
+
+
+def _stored(what: str) -> NotDifferentiableError:
+    return NotDifferentiableError(
+        "an outer loss uses a tensor that a step has stored elsewhere and that was computed from "
+        f"{what}. With a strategy a step keeps no graph of that, so its derivative would be lost: "
+        "compute what the outer loss needs from loop.model after the step, or leave strategy= "
+        "away, or detach it"
+    )
 
 
 def _code_of(function: Callable[..., object]) -> object:
@@ -808,7 +818,7 @@ def _with_copies(member: Any) -> Any:
 
 
 def _captured_leaves(
-    ends: list[Tensor], inside: Params, captured: list[Tensor], so_far: int
+    ends: Sequence[Tensor], inside: Params, captured: list[Tensor], so_far: int
 ) -> list[Tensor]:
     """Return the leaves outside of the loop that a step depends on, besides ``captured``.
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from innerloop._batches import Batches, BatchFunction
+from innerloop._batches import Batches
 from innerloop._carry import Carry
 from innerloop._inner_gradient.stored import Outside
 from innerloop._problem import Problem
@@ -55,7 +55,7 @@ class Loop(NamedTuple):
     def batch(self, carry: Carry, t: int) -> object:
         """Return the data of step t."""
         outside = self.problem.outside
-        if outside is None or not isinstance(self.batches, BatchFunction):
+        if outside is None or not self.batches.calls_back:
             return self.batches.at(carry.params, self.hyper, t, self.time(t))
         return outside.call(
             lambda params, hyper: self.batches.at(params, hyper, t, self.time(t)), carry.params

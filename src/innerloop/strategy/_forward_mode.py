@@ -397,6 +397,21 @@ class _ForwardStep:
         return found
 
 
+def _name_what_is_stored(loop: Loop, carry: Carry, batch: object, t: int) -> None:
+    """Call the user's functions once more, so that what they store elsewhere has an error.
+
+    Dual numbers leave no trace in it. The first and the last call are enough for what gathers all
+    steps, and for what keeps the newest.
+    """
+    problem, outside = loop.problem, loop.problem.outside
+    if outside is not None:
+        # Copies: a loss that writes its parameters would write the user's.
+        params = outside.params({n: p.clone() for n, p in carry.params.items()})
+        with torch.enable_grad():
+            problem.evaluate(params, carry.buffers, outside.hyper, batch)
+            problem.overrides(outside.hyper, loop.time(t))
+
+
 class _ForwardModeLoop(LoopFunction):
     """A loop under `ForwardMode`."""
 
@@ -419,6 +434,7 @@ class _ForwardModeLoop(LoopFunction):
         rows, slopes = StepOutputs(carry.params), StepOutputs(carry.params)
         for t in loop.batches.times():
             batch = loop.batch(carry, t)
+            before, random_state = carry, RandomState.now()
             if push is None:
                 carry, *rest = loop.step(carry, batch, t)
                 ends: Any = rest
@@ -427,6 +443,9 @@ class _ForwardModeLoop(LoopFunction):
                     carry, tangents, loop.hyper, batch, loop.time(t)
                 )
                 slopes.add(*derivatives)
+                if t == 0 or t + 1 == loop.batches.steps:
+                    with at_random_state(random_state):
+                        _name_what_is_stored(loop, before, batch, t)
             if torch.is_grad_enabled():
                 check_constants(t, state_of(carry), *ends)
             rows.add(*ends)
