@@ -608,7 +608,8 @@ class CompiledRecorder(Recorder):
         kinds = _kinds([*given.state, given.loss])
         around = partial(self._around, record, closure)
         path = pulling.path if own is not None and kinds == pulling.kinds else None
-        if path is not None and record.form is not None and record.random_state is None:
+        plain = path is not None and path.is_closed and record.random_state is None
+        if path is not None and plain and record.form is not None:
             batch = record.form, record.frozen.params
             return closure.core.pull(*arguments, batch, chosen, given, Again(path, around))
         with around() as batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import itertools
 import os
 import re
@@ -88,6 +89,20 @@ def silent_about_grad() -> Iterator[None]:
         yield
 
 
+def _reads_variables(code: types.CodeType) -> bool:
+    """True if what PyTorch made of a function reads variables besides its arguments."""
+    for i in dis.get_instructions(code):
+        if i.opname.startswith("LOAD") and i.argval in code.co_freevars:
+            return True
+        if i.opname == "LOAD_GLOBAL" and not str(i.argval).startswith(_MADE):
+            return True
+    return False
+
+
+_MADE = ("__compiled_fn", "__import_")
+"""The names of graphs and of modules in compiled code."""
+
+
 class CodePath:
     """A path of compiled code: what PyTorch runs as long as its guards hold.
 
@@ -97,7 +112,7 @@ class CodePath:
         code: what runs then.
         is_static: True if its only inputs are tensors that were found in the arguments or outside,
             of fixed shapes: every number that the function read is a constant of the code.
-        is_closed: True if they were all found in the arguments.
+        is_closed: True if nothing but the arguments is read for them.
         draws: False if it draws no random numbers.
 
     Attributes:
@@ -122,7 +137,7 @@ class CodePath:
         cells = function.__closure__ or ()
         self._cells = {n: c.cell_contents for n, c in zip(own.co_freevars, cells, strict=True)}
         self.is_static = is_static
-        self.is_closed = is_static and is_closed
+        self.is_closed = is_static and is_closed and not _reads_variables(code)
         self.draws = draws
         self.run = types.FunctionType(code, function.__globals__, own.co_name, None, cells)
 
