@@ -434,7 +434,8 @@ class CompiledRecorder(Recorder):
 
     def _new(self, before: State, found: StepResult) -> tuple[State, Tensor]:
         """Return the new state (of the parameters, those that are trained), and the loss."""
-        (params, optimizer_state, buffers), loss, _ = found
+        (given, optimizer_state, buffers), loss, _ = found
+        params = dict(given)
         if self.unused:
             params = {n: before.params[n] if n in self.unused else p for n, p in params.items()}
         return State(params, optimizer_state, buffers), loss

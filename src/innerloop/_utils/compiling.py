@@ -123,7 +123,7 @@ class CodePath:
 
     def __init__(
         self,
-        function: types.FunctionType,
+        function: Callable[..., Any],
         asks: Callable[[dict[str, object]], bool],
         code: types.CodeType,
         *,
@@ -176,7 +176,7 @@ class Compiled:
 
     def __init__(
         self,
-        function: types.FunctionType,
+        function: Callable[..., Any],
         what: str,
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:

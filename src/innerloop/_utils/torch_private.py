@@ -790,7 +790,7 @@ def compile_graph(
 
 
 def compiled_path(
-    function: types.FunctionType,
+    function: Callable[..., object],
 ) -> tuple[Callable[[dict[str, object]], bool], types.CodeType] | None:
     """Return the path of its code that ``torch.compile`` of a function took last; None: not known.
 
