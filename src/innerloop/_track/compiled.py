@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -217,9 +217,29 @@ class ModuleFacts:
         self._values = [list(vars(m).values()) for m in self._modules]
         self._contents = _contents(self._modules)
         self._hooks = torch_private.hooks_so_far()
+        # What may change while all values stay the same objects.
+        held = [x for m in self._modules for n, x in vars(m).items() if n not in _TABLES]
+        self._boxes: list[Any] = [torch_private.module_table(m) for m in self._modules]
+        self._boxes += [x for x in held if isinstance(x, (dict, list))]
+        self._tensors = [x for x in held if isinstance(x, Tensor)]
+        self._seen = self._objects()
+
+    def _objects(self) -> tuple[list[object], list[int]]:
+        """Return all that is held, and how often tensors were written."""
+        tables = [vars(m).values() for m in self._modules]
+        inside = [(*x, *x.values()) if isinstance(x, dict) else x for x in self._boxes]
+        return [*chain(*tables, *inside)], torch_private.versions(self._tensors)
 
     def are_unchanged(self) -> bool:
         """True if they are what they were; modes are no facts."""
+        objects, times = self._objects()
+        if (
+            times == self._seen[1]
+            and len(objects) == len(self._seen[0])
+            and all(map(operator.is_, objects, self._seen[0]))
+            and self._hooks == torch_private.hooks_so_far()
+        ):
+            return True
         held, versions = _contents(self._modules)
         was, were = self._contents
         if versions != were or len(held) != len(was) or not all(map(operator.is_, held, was)):
