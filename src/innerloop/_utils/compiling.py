@@ -49,6 +49,9 @@ _numbers = itertools.count()
 _LIBRARY = re.compile(r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)")
 """Names in guards that stand for modules of innerloop and for private ones of torch."""
 
+_TREES = ("_pytree.SUPPORTED_NODES", "_pytree']._LEAF_SPEC")
+"""Tables in which torch.func looks up the classes of containers: those of a step are known."""
+
 _OWN = "__import_innerloop_dot_"
 """What stands for a module of innerloop."""
 
@@ -72,7 +75,8 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     and flags, wherever they are.
     """
     return [
-        not (
+        not any(table in g.name for table in _TREES)
+        and not (
             g.has_value
             and _LIBRARY.search(g.name)
             and isinstance(g.value, (*_CODE, dict, frozenset) if _OWN in g.name else _CODE)
