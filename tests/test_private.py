@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,8 @@ EXERCISED = {
     "module_hooks",
     "wrap_backward_hooks",
     "compile_graph",
+    "compiled_path",
+    "compiler_is_at_rest",
     "random_row_by_row",
 }
 
@@ -907,6 +910,31 @@ def test_a_graph_is_compiled_with_options():
     x = torch.arange(3.0)
     (found,) = torch_private.compile_graph(graph, [x], {"layout_optimization": False})(x)
     torch.testing.assert_close(found, x.sin() + 1)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_the_path_that_compiled_code_took_is_known():
+    factor = torch.tensor(3.0)
+
+    def function(x: Tensor, times: int) -> Tensor:
+        return x * times * factor
+
+    assert torch_private.compiled_path(function) is None
+    compiled: Any = torch.compile(function, backend="eager", dynamic=False)
+    assert torch_private.compiler_is_at_rest()
+    with torch.compiler.set_stance("force_eager"):
+        assert not torch_private.compiler_is_at_rest()
+    x = torch.ones(2)
+    for times in (2, 5):
+        compiled(x, times)
+        found = torch_private.compiled_path(function)
+        assert found is not None
+        asks, code = found
+        for given, answer in (((x, times), True), ((x, 7), False), ((x.double(), times), False)):
+            assert asks({"x": given[0], "times": given[1], "factor": factor}) is answer
+        again = types.FunctionType(code, globals(), "again", None, function.__closure__)
+        assert again(x, times).tolist() == [3.0 * times] * 2
 
 
 def test_each_row_below_vmap_draws_its_own_random_numbers():

@@ -88,9 +88,15 @@ def lbfgs(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
 
 
+def of_the_head(model: nn.Module) -> torch.optim.Optimizer:
+    """The other parameters require grad, and are not trained."""
+    head: Any = model[2]  # type: ignore[index]
+    return torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+
+
 @pytest.mark.parametrize("strategy", [Checkpointed(), Checkpointed(slots=1), Truncated(STEPS)])
 @pytest.mark.parametrize("learn", ["init", "outer"])
-@pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.parametrize("make", [sgd, adam, of_the_head])
 @pytest.mark.parametrize("store", [output, weights, loss_itself])
 def test_what_a_closure_stores_has_its_derivative(
     store: Callable[..., Tensor], make: Any, learn: Any, strategy: Any

@@ -197,6 +197,131 @@ def test_edits_cuts_and_constant_gradients(first_order: bool):
     assert_same(run(COMPILED), run(None), 1e-10)
 
 
+def gradients_of(run: Callable[[Any, Any], None], strategy: Strategy | None) -> dict[str, Any]:
+    """Gradients by the start of what ``run(loop, outer)`` adds to the list ``outer``."""
+    model = network()
+    outer: list[Tensor] = []
+    with innerloop.track(model, adam(model), strategy=strategy) as loop:
+        run(loop, outer)
+    torch.stack(outer).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters()}
+
+
+def a_step(loop: Any, t: int) -> None:
+    x, y = batch(t)
+    loop.step(lambda: F.mse_loss(loop.model(x), y[:, :1]))
+
+
+def test_steps_that_run_again_take_the_path_that_they_took(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch is asked for the first steps and pullbacks of a kind alone."""
+    asked: list[str] = []
+    call = compiling.Compiled.__call__
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        asked.append(self._what)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(compiling.Compiled, "__call__", counting)
+
+    def run(loop: Any, outer: list[Tensor]) -> None:
+        for t in range(12):
+            a_step(loop, t)
+        outer.append(loop.model(batch(20)[0]).sin().sum())
+
+    plain = gradients_of(run, None)
+    assert_same(gradients_of(run, COMPILED), plain, 1e-9)
+    assert asked.count("the step") == 12
+    assert asked.count("the pullback of a step") == 2  # of the first step, and of any other
+
+
+def test_cotangents_of_all_kinds():
+    """Broadcast, negated by a flag, and one tensor in two places: compiled code knows of none."""
+
+    def run(loop: Any, outer: list[Tensor]) -> None:
+        for t in range(6):
+            a_step(loop, t)
+            weight = loop.model.body.weight
+            outer.append(t * weight.sum())
+            if t % 2:
+                outer.append(torch.complex(weight, weight.sin()).conj().imag.sum())
+        outer.append(loop.model(batch(20)[0]).sin().sum())
+
+    assert_same(gradients_of(run, COMPILED), gradients_of(run, None), 1e-9)
+
+    def given(strategy: Strategy | None) -> list[Tensor]:
+        model = network()
+        with innerloop.track(model, sgd(model), strategy=strategy) as loop:
+            for t in range(3):
+                a_step(loop, t)
+            ends = [loop.model.body.weight, loop.model.body.weight * 1.0]
+            same = torch.ones_like(ends[0])
+            return list(torch.autograd.grad(ends, list(model.parameters()), [same, same]))
+
+    def by_place(rows: list[Tensor]) -> dict[str, Any]:
+        return {str(i): x for i, x in enumerate(rows)}
+
+    found, expected = given(COMPILED), given(None)
+    assert_same(by_place(found), by_place(expected), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::innerloop.errors.RecompilationWarning")
+def test_what_differs_from_step_to_step():
+    """The size of the batch, and a number."""
+
+    def run(loop: Any, outer: list[Tensor]) -> None:
+        for t in range(6):
+            x, y = smooth_noise(4 + t % 3, 3, phase=float(t)), smooth_noise(4 + t % 3, 1)
+            factor = 1.0 + 0.25 * t
+            loop.step(lambda: factor * F.mse_loss(loop.model(x), y))
+        outer.append(loop.model(batch(20)[0]).sin().sum())
+
+    assert_same(gradients_of(run, COMPILED), gradients_of(run, None), 1e-9)
+
+
+def test_states_that_lie_in_memory_in_another_way():
+    """A kept state has no strides of its own, and an edit may have others."""
+
+    def run(strategy: Strategy | None) -> dict[str, Any]:
+        model = network()
+        weight = model.body.weight
+        model.body.weight = torch.nn.Parameter(weight.detach().t().contiguous().t())
+        with innerloop.track(model, adam(model), strategy=strategy) as loop:
+            for t in range(6):
+                a_step(loop, t)
+                if t == 3:
+                    edited = loop.model.body.weight.mean(0, keepdim=True).expand_as(weight)
+                    loop.assign({"body.weight": edited})
+            outer = loop.model(batch(9)[0]).sin().sum()
+        outer.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    assert not network().body.weight.detach().t().contiguous().t().is_contiguous()
+    assert_same(run(COMPILED), run(None), 1e-9)
+
+
+class Scaled:
+    """A loss whose gradient has a factor that its value does not show."""
+
+    factor = 1.0
+
+    def loss(self, model: Any, x: Tensor) -> Tensor:
+        found = model(x).square().mean()
+        return found.detach() + self.factor * (found - found.detach())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_factor_of_the_gradient_that_is_another_in_the_backward_pass(steps: int):
+    model, scaled = network(), Scaled()
+    with innerloop.track(model, sgd(model), strategy=COMPILED) as loop:
+        for t in range(steps):
+            loop.step(scaled.loss, args=(loop.model, batch(t)[0]))
+        outer = loop.model(batch(9)[0]).sum()
+    scaled.factor = 3.0
+    with pytest.raises(InvalidInputError, match="parameters are others"):
+        outer.backward()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "body", [by_object, by_iterator, by_numpy, by_generator, overwritten_without_a_trace]

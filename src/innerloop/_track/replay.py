@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from innerloop._track.closure import Gradients
 from innerloop._types import Params
 from innerloop._utils import torch_private, tree
 from innerloop._utils.autocast import AutocastModes
+from innerloop._utils.compiling import CodePath
 from innerloop._utils.fingerprint import Fingerprint, agree
 from innerloop._utils.frozen import thaw
 from innerloop._utils.heap import give_back_free_pages
@@ -136,18 +137,20 @@ class StepRecord:
         optimizer: the optimizer, with its settings at this step.
         random_state: that before the step; None: it draws nothing.
         surroundings: the modes.
+        form: of the closure, as compiled code takes it, if that reads nothing else; or None.
         frozen: the parameters that are not trained and do not require grad.
         params, buffers: those that were edited before the step; None: none was.
         loss: the value of the loss.
         gradient: a fingerprint of the gradients that the optimizer got; None: nothing but the loss
             makes them.
         layout: of the node.
+        path: of compiled code that took the step; None: not known.
     """
 
     __slots__ = (
-        "buffers", "captured", "closure", "code", "frozen", "gradient", "hyper", "layout", "leaves",
-        "loss", "modules", "optimizer", "params", "random_state", "surroundings", "transform",
-        "written",
+        "buffers", "captured", "closure", "code", "form", "frozen", "gradient", "hyper", "layout",
+        "leaves", "loss", "modules", "optimizer", "params", "path", "random_state", "surroundings",
+        "transform", "written",
     )  # fmt: skip
 
     closure: Any
@@ -156,6 +159,7 @@ class StepRecord:
     hyper: Mapping[str, object]
     captured: list[Tensor]
     leaves: list[Tensor]
+    form: Any
     modules: list[nn.Module]
     written: tuple[list[Tensor], list[int]]
     optimizer: Optimizer
@@ -167,6 +171,7 @@ class StepRecord:
     loss: float | Tensor
     gradient: Fingerprint | None
     layout: Layout
+    path: CodePath | None
 
 
 _CUT_OFF = StepRecord()
@@ -325,11 +330,9 @@ class ModelCopy:
                 module.training = training
         home, self.gate.home = self.gate.home, torch_private.backward_pass()
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                if record.random_state is not None:
-                    stack.enter_context(at_random_state(record.random_state))
-                stack.enter_context(around.autocast.restored())
+            drawn = record.random_state
+            random = nullcontext() if drawn is None else at_random_state(drawn)
+            with torch.enable_grad(), random, around.autocast.restored():
                 yield
         finally:
             self.gate.home = home
@@ -848,14 +851,12 @@ class _StepNode(torch.autograd.Function):
     # Not with a `setup_context`, for which torch looks up the signature at every call.
     @staticmethod
     def forward(
-        ctx: Any, recorder: Recorder, t: int, count: int, *tensors: Tensor
+        ctx: Any, recorder: Recorder, t: int, outputs: list[Tensor], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.recorder, ctx.t, ctx.count = recorder, t, count
-        outputs = tensors[:count]
-        # The output is the input itself, not a view: it may be edited in place.
-        ctx.mark_dirty(*outputs)
+        ctx.recorder, ctx.t = recorder, t
         ctx.set_materialize_grads(False)
-        return outputs
+        # Not views of what they were computed from: they may be edited in place.
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -873,8 +874,8 @@ class _StepNode(torch.autograd.Function):
                 "or write track without strategy"
             )
         dense = [c if c is None or c.layout == torch.strided else c.to_dense() for c in cotangents]
-        none = [None] * (3 + ctx.count)
-        wanted = ctx.needs_input_grad[3 + ctx.count :]
+        none = None, None, None
+        wanted = ctx.needs_input_grad[3:]
         if all(c is None for c in dense):
             return (*none, *[None] * len(wanted))
         return (*none, *ctx.recorder.pull(ctx.t, dense, wanted))
@@ -884,4 +885,4 @@ def as_node(
     recorder: Recorder, t: int, outputs: list[Tensor], inputs: list[Tensor]
 ) -> list[Tensor]:
     """Return outputs as the results of a node with these inputs."""
-    return list(_StepNode.apply(recorder, t, len(outputs), *outputs, *inputs))
+    return list(_StepNode.apply(recorder, t, outputs, *inputs))

@@ -57,6 +57,7 @@ from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform
 from innerloop.optim._transforms.grad_callback import GradCallback
 from innerloop.strategy._base import Strategy
+from innerloop.strategy._engine.compiled_step import counted
 
 
 class ReplayedLoop(TrackedLoop):
@@ -155,10 +156,13 @@ class ReplayedLoop(TrackedLoop):
         self._recorder.sparse = self._sparse
         if isinstance(self._recorder, CompiledRecorder):
             self._recorder.unused = self._unused
-        self._plain_state = tree.map_tensors(Tensor.detach, self._states[0].optimizer_state)
+        start = self._states[0].optimizer_state
+        self._plain_state = tree.map_tensors(Tensor.detach, start)
+        if self._compiles:
+            self._plain_state = counted((self._view.read(), self._plain_state, {}))[1]
         self._plain_leaves = tree.leaves(self._plain_state)
-        self._state_leaves = tree.leaves(self._states[0].optimizer_state)
-        self._placed_now: dict[str, tuple[Tensor, int]] = {}
+        self._state_leaves = tree.leaves(start)
+        self._placed_now: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._frozen_now = Fixed({})
         self._last_record: StepRecord | None = None
 
@@ -238,7 +242,7 @@ class ReplayedLoop(TrackedLoop):
         own = self._aliased_hyper(instead)
         hyper = {**self.hyper, **own, **instead}
         record.hyper, learned = _as_constants(hyper)
-        random_state = RandomState.now()
+        random_state = None if self._compiles else RandomState.now()
         weights = list(before.params.values())
         versions_of_weights = torch_private.versions(weights)
 
@@ -272,10 +276,10 @@ class ReplayedLoop(TrackedLoop):
             )
         if torch_private.versions(weights) != versions_of_weights:
             raise _writes_weights()
-        assert random_state is not None
-        now = RandomState.now()
-        drawn = now is not None and not random_state.equals(now)
-        record.random_state = random_state if drawn else None
+        if random_state is not None:
+            now = RandomState.now()
+            drawn = now is not None and not random_state.equals(now)
+            record.random_state = random_state if drawn else None
         record.leaves = leaves
         versions = torch_private.versions(leaves)
         record.written = [*record.written[0], *leaves], [*record.written[1], *versions]
@@ -297,17 +301,21 @@ class ReplayedLoop(TrackedLoop):
         frozen: dict[str, Tensor] = {}
         moved = self._edits.seen and self._edits.handed_out
         for name, p in current.items():
+            seen = known.get(name)
+            if (
+                seen is not None
+                and seen[0] is p
+                and seen[1] == torch_private.version(p)
+                and not (moved and id(p) in moved)
+            ):
+                values[name] = seen[2]
+                continue
             # Not p.detach(), which tells the watch that the memory is handed out.
             value = Tensor.detach(p)
             if name in self._frozen:
                 frozen[name] = value
                 continue
-            seen = known.get(name)
-            if seen is not None and (
-                seen[0] is not p
-                or seen[1] != torch_private.version(p)
-                or (moved and id(p) in moved)
-            ):
+            if seen is not None:
                 edits[name] = value.clone()
             values[name] = value
         if not self._frozen_now.holds(frozen):
@@ -391,6 +399,8 @@ class ReplayedLoop(TrackedLoop):
             ties.extend(tied)
             versions = torch_private.versions(tied)
             here = {**here, **dict(zip(owned, tied, strict=True))}
+            # Those that are trained are written there.
+            self._view.write({n: here[n] for n in owned if n not in self._trained})
             found = evaluate_at(
                 here, in_users_code, self._view, self._trained, self._checked, gradient_of
             )
@@ -481,7 +491,6 @@ class ReplayedLoop(TrackedLoop):
                 "registered on it: compiled steps run in a copy that was made before. Do it before "
                 "track, or write compile=False"
             )
-        record.random_state = None
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.mark_stepped()
         taken, buffers = recorder.step(record, before)
@@ -559,7 +568,7 @@ class ReplayedLoop(TrackedLoop):
         """Go on to the next time; what the step gave becomes the result of its node."""
         t = self._steps
         carry = self._states[t]
-        names = [n for n in current if n not in self._frozen and tree.differentiable(current[n])]
+        names = [n for n in before.params if tree.differentiable(before.params[n])]
         old, plain_old = self._state_leaves, self._plain_leaves
         places = [i for i, x in enumerate(old) if tree.differentiable(x)]
         new = tree.leaves(taken.optimizer_state)
@@ -592,10 +601,10 @@ class ReplayedLoop(TrackedLoop):
             learned or record.leaves or any(x.requires_grad for x in captured)
         ):
             self._cut.reached = True
+        # Copies: the user may edit what the step gave.
+        newest = {n: p.clone() for n, p in zip(updated, outputs, strict=False)}
         with torch.enable_grad():
             results = as_node(self._recorder, t, outputs, inputs)
-            # Copies: the user may edit what the step gave.
-            newest = {n: p.detach().clone() for n, p in zip(updated, results, strict=False)}
             # One that was skipped may be edited later; the times before must not change.
             stepped = dict(zip(updated, results, strict=False))
             skipped = {
@@ -606,12 +615,19 @@ class ReplayedLoop(TrackedLoop):
             params = {n: stepped[n] if n in stepped else skipped[n] for n in current}
             params = aliased(params, current)
         state_leaves = [as_before.get(id(x), x) if isinstance(x, Tensor) else x for x in new]
+        if self._compiles and len(new) == len(old):
+            # Counts are tensors in compiled code alone.
+            state_leaves = [
+                int(x) if type(y) is int else x for x, y in zip(state_leaves, old, strict=True)
+            ]
         for i, x in zip(new_places, results[len(updated) :], strict=False):
             state_leaves[i] = x
         state = tree.with_leaves(taken.optimizer_state, state_leaves)
         self._state_leaves = state_leaves
-        self._plain_leaves = [x.detach() if isinstance(x, Tensor) else x for x in new]
-        self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
+        self._plain_leaves, self._plain_state = new, taken.optimizer_state
+        if not self._compiles:
+            self._plain_leaves = [x.detach() if isinstance(x, Tensor) else x for x in new]
+            self._plain_state = tree.with_leaves(taken.optimizer_state, self._plain_leaves)
         self._recorder.add(record, before)
         self._recorder.newest = newest
         self._last_record = record
@@ -628,8 +644,11 @@ class ReplayedLoop(TrackedLoop):
         if len(self._losses) == 256 and not self._second_order:
             self._losses = [self._stacked_losses()]
         self._place(params)
+        plain = taken.updated if self._compiles else {n: taken.updated[n].detach() for n in updated}
         self._placed_now = {
-            n: (p, torch_private.version(p)) for n, p in params.items() if n not in self._frozen
+            n: (p, torch_private.version(p), plain[n] if n in stepped else Tensor.detach(p))
+            for n, p in params.items()
+            if n not in self._frozen
         }
 
     def _loss_place(self, loss: Tensor) -> Tensor:
@@ -644,7 +663,8 @@ class ReplayedLoop(TrackedLoop):
     def _surroundings(self, current: Params) -> Surroundings:
         found = Surroundings(
             tuple(m.training for m in self._view.modules),
-            AutocastModes.now(current.values()),
+            # All of them are on one device.
+            AutocastModes.now([next(iter(current.values()))]),
             Situation.now() if self._kernels is not None and self._kernels.replaces else None,
         )
         last = self._last_record

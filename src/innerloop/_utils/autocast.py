@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,14 @@ class AutocastModes(NamedTuple):
             )
         )
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self) -> AbstractContextManager[None]:
         """Re-enter the modes."""
+        if any(enabled or torch.is_autocast_enabled(kind) for kind, enabled, _ in self.modes):
+            return self._entered()
+        return nullcontext()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             for kind, enabled, dtype in self.modes:
                 if enabled or torch.is_autocast_enabled(kind):

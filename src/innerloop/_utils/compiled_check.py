@@ -127,8 +127,12 @@ class Trust:
         try:
             yield
         except BaseException:
-            self._lost = True
+            self.lose()
             raise
+
+    def lose(self) -> None:
+        """Trust nothing any more."""
+        self._lost = True
 
     def gained(self, compilations: int) -> None:
         """Note that the path compiled last has been found right."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import itertools
 import os
 import re
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from innerloop._utils import torch_private
+from innerloop._utils import torch_private, tree
+from innerloop._utils.random_state import RandomState
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -47,6 +49,9 @@ _numbers = itertools.count()
 _LIBRARY = re.compile(r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)")
 """Names in guards that stand for modules of innerloop and for private ones of torch."""
 
+_TREES = ("_pytree.SUPPORTED_NODES", "_pytree']._LEAF_SPEC")
+"""Tables in which torch.func looks up the classes of containers: those of a step are known."""
+
 _OWN = "__import_innerloop_dot_"
 """What stands for a module of innerloop."""
 
@@ -70,7 +75,8 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     and flags, wherever they are.
     """
     return [
-        not (
+        not any(table in g.name for table in _TREES)
+        and not (
             g.has_value
             and _LIBRARY.search(g.name)
             and isinstance(g.value, (*_CODE, dict, frozenset) if _OWN in g.name else _CODE)
@@ -85,6 +91,63 @@ def silent_about_grad() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield
+
+
+def _reads_variables(code: types.CodeType) -> bool:
+    """True if what PyTorch made of a function reads variables besides its arguments."""
+    for i in dis.get_instructions(code):
+        if i.opname.startswith("LOAD") and i.argval in code.co_freevars:
+            return True
+        if i.opname == "LOAD_GLOBAL" and not str(i.argval).startswith(_MADE):
+            return True
+    return False
+
+
+_MADE = ("__compiled_fn", "__import_")
+"""The names of graphs and of modules in compiled code."""
+
+
+class CodePath:
+    """A path of compiled code: what PyTorch runs as long as its guards hold.
+
+    Args:
+        function: the function that was compiled.
+        asks: tells from the function's variables if the guards hold.
+        code: what runs then.
+        is_static: True if its only inputs are tensors that were found in the arguments or outside,
+            of fixed shapes: every number that the function read is a constant of the code.
+        is_closed: True if nothing but the arguments is read for them.
+        draws: False if it draws no random numbers.
+
+    Attributes:
+        run: the compiled function. It asks nothing: its caller knows that the guards hold.
+    """
+
+    __slots__ = ("_asks", "_cells", "_names", "draws", "is_closed", "is_static", "run")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        asks: Callable[[dict[str, object]], bool],
+        code: types.CodeType,
+        *,
+        is_static: bool,
+        is_closed: bool,
+        draws: bool,
+    ) -> None:
+        own = function.__code__
+        self._asks = asks
+        self._names = own.co_varnames[: own.co_argcount]
+        cells = function.__closure__ or ()
+        self._cells = {n: c.cell_contents for n, c in zip(own.co_freevars, cells, strict=True)}
+        self.is_static = is_static
+        self.is_closed = is_static and is_closed and not _reads_variables(code)
+        self.draws = draws
+        self.run = types.FunctionType(code, function.__globals__, own.co_name, None, cells)
+
+    def accepts(self, arguments: Sequence[object]) -> bool:
+        """True if PyTorch would take this path."""
+        return self._asks({**self._cells, **dict(zip(self._names, arguments, strict=True))})
 
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -110,6 +173,9 @@ class Compiled:
             code path.
         precision: the relative precision of the coarsest numbers in it (ε of their dtype), which
             autocast makes coarser than its inputs.
+        path: that the last call took; None: not known.
+        random_state: that before the last call; None: it drew nothing.
+        outside: returns tensors that the function may read besides those in its arguments.
     """
 
     def __init__(
@@ -119,6 +185,13 @@ class Compiled:
         replaced: Mapping[object, Callable[..., object]] | None = None,
     ) -> None:
         self.compilations = 0
+        self.path: CodePath | None = None
+        self.random_state: RandomState | None = None
+        self.outside: Callable[[], list[torch.Tensor]] = list
+        self._function = function
+        self._known: dict[types.CodeType, CodePath] = {}
+        self._fed: Sequence[Any] | None = None
+        self._has_fixed_shapes = False
         self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
@@ -137,9 +210,14 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         before = self.compilations
+        path = self.path
         try:
+            if path is not None and torch_private.compiler_is_at_rest() and path.accepts(args):
+                return self.again(path, args)
+            self.path, self.random_state = None, RandomState.now()
             with silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
+            self.path = self._path_taken(args)
         except InnerLoopError:
             raise
         except Exception as error:
@@ -160,7 +238,51 @@ class Compiled:
             )
         return found
 
+    def again(self, path: CodePath, arguments: tuple[Any, ...]) -> Any:
+        """Take a path; the caller knows that it is the right one."""
+        self.random_state = RandomState.now() if path.draws else None
+        return path.run(*arguments)
+
+    def _path_taken(self, arguments: tuple[Any, ...]) -> CodePath | None:
+        """Return the path that the last call took."""
+        fed, self._fed = self._fed, None
+        found = torch_private.compiled_path(self._function)
+        if found is None:
+            return None
+        known = self._known.get(found[1])
+        if known is None and fed is not None:
+            before, now = self.random_state, RandomState.now()
+            inside = {*map(id, tree.tensors(arguments))}
+            seen = inside.union(map(id, self.outside()))
+            # What code without numbers of its own does not draw once it never does.
+            is_static = self._has_fixed_shapes and seen.issuperset(map(id, fed))
+            drew = before is None or now is None or not before.equals(now)
+            known = self._known[found[1]] = CodePath(
+                self._function,
+                *found,
+                is_static=is_static,
+                is_closed=inside.issuperset(map(id, fed)),
+                draws=drew or not is_static,
+            )
+        return known if known is not None and known.accepts(arguments) else None
+
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Compile a graph; the function returned notes what it is fed."""
+        made = self._made(graph, inputs)
+        self._has_fixed_shapes = not any(
+            isinstance(size, torch.SymInt)
+            for x in inputs
+            for size in (x.shape if isinstance(x, torch.Tensor) else [x])
+        )
+
+        def run(*given: Any) -> Any:
+            if self.path is None:
+                self._fed = given
+            return made(*given)
+
+        return run
+
+    def _made(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")

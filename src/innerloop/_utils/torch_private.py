@@ -789,6 +789,33 @@ def compile_graph(
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 
 
+def compiled_path(
+    function: Callable[..., object],
+) -> tuple[Callable[[dict[str, object]], bool], types.CodeType] | None:
+    """Return the path of its code that ``torch.compile`` of a function took last; None: not known.
+
+    These are the question that PyTorch asks of the function's variables before it takes the path,
+    and the code that it runs then. PyTorch does both from inside the interpreter, which takes as
+    long as the kernels of a small network.
+    """
+    try:
+        entries = importlib.import_module("torch._C._dynamo.eval_frame")
+        newest = entries._debug_get_cache_entry_list(function.__code__)[0]
+        asks: Callable[[dict[str, object]], bool] = newest.guard_manager.check
+        code: types.CodeType = newest.code
+    except (ImportError, AttributeError, IndexError):
+        return None
+    return (asks, code) if code.co_freevars == function.__code__.co_freevars else None
+
+
+def compiler_is_at_rest() -> bool:
+    """True unless PyTorch is compiling what runs now, or was told not to run what is compiled."""
+    return (
+        not torch._C._dynamo.eval_frame.get_eval_frame_callback()
+        and torch._dynamo.eval_frame._stance.stance == "default"
+    )
+
+
 def keeping_buffers() -> AbstractContextManager[object]:
     """Let a compiled backward pass inside this block take ``retain_graph=True`` in any case.
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from innerloop._utils import tree
 from innerloop._utils.frozen import _EMPTY, _Call, _Container, _Function, _Slot
 from innerloop.errors import InvalidInputError
 
@@ -129,6 +130,16 @@ class Traceable:
             for name in scope:
                 if name != "__builtins__":
                     scope[name] = None
+
+    def outside(self) -> list[Tensor]:
+        """Return the tensors among the globals of the form made last."""
+        return [
+            x
+            for _, scope in self._factories.values()
+            for name, value in scope.items()
+            if name != "__builtins__"
+            for x in tree.tensors(value)
+        ]
 
     def _form(self, frozen: Any) -> Any:
         kind = type(frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -70,8 +70,30 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
 def leaves(tree: object) -> list[Any]:
     """Return the leaves of ``tree``, in order."""
     found: list[Any] = []
-    map_leaves(found.append, tree)
+    _gather(tree, found)
     return found
+
+
+def _gather(tree: object, found: list[Any]) -> None:
+    """Append the leaves of ``tree``, which is not built anew as `map_leaves` does."""
+    kind = type(tree)
+    inside: Iterable[Any]
+    if isinstance(tree, _LEAVES):
+        inside = (tree,)
+    elif kind is dict:
+        inside = tree.values()  # type: ignore[attr-defined]
+    elif isinstance(tree, tuple) or kind is list:
+        inside = tree  # type: ignore[assignment]
+    elif kind in _nodes:
+        inside = _nodes[kind][0](tree)
+    else:
+        map_leaves(found.append, tree)
+        return
+    for value in inside:
+        if isinstance(value, _LEAVES):
+            found.append(value)
+        else:
+            _gather(value, found)
 
 
 def with_leaves(tree: object, values: list[Any]) -> Any:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from innerloop._utils.compiled_check import (
     fields_of,
     moved_by_rounding,
 )
-from innerloop._utils.compiling import Compiled, silent_about_grad
+from innerloop._utils.compiling import CodePath, Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.nn._catalogue import HIDDEN
@@ -49,6 +50,18 @@ from innerloop.strategy._engine.step_pullback import (
 StepResult = tuple[State, Tensor, Any]
 Groups = dict[str, object]
 """Results by groups of one scale, as `check_compiled` takes them."""
+
+
+class Again(NamedTuple):
+    """How to run compiled code that has run before, on inputs of the same kind.
+
+    Attributes:
+        path: what ran. Nothing is asked: the caller knows that it is the right one.
+        around: makes the context in which the eager code runs, should it be compared once more.
+    """
+
+    path: CodePath
+    around: Callable[[], AbstractContextManager[object]]
 
 
 class Core:
@@ -81,7 +94,14 @@ class Core:
         self._pull = _Checked(pull, "the pullback of a step")
         self._pull_many = _Checked(pull_many, "the pullback of many cotangents")
 
-    def advance(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
+    @property
+    def compiled(self) -> tuple[Compiled, Compiled]:
+        """Return the step and its pullback as PyTorch compiled them."""
+        return self._advance.compiled, self._pull.compiled
+
+    def advance(
+        self, state: State, hyper: tuple[Any, Any], batch: object, again: Again | None = None
+    ) -> StepResult:
         """Run the step on constants, and return ``(new_state, loss, aux)``."""
         arguments = (state, hyper, batch)
 
@@ -95,7 +115,7 @@ class Core:
             with torch.enable_grad(), at_random_state(random_state):
                 refuse_own_functions(tree.tensors(self._advance.eager(*learned)))
 
-        found: StepResult = self._advance(arguments, verify)
+        found: StepResult = self._advance(arguments, verify, again)
         return found
 
     def record(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
@@ -132,9 +152,10 @@ class Core:
         batch: object,
         wanted: tuple[bool, ...],
         given: OutputCotangents,
+        again: Again | None = None,
     ) -> InputCotangents:
         """Pull ``given`` back to the state and to hyper."""
-        return self._pulled(self._pull, state, hyper, batch, wanted, given)
+        return self._pulled(self._pull, state, hyper, batch, wanted, given, again)
 
     def pull_many(
         self,
@@ -155,6 +176,7 @@ class Core:
         batch: object,
         wanted: tuple[bool, ...],
         given: OutputCotangents | Cotangents,
+        again: Again | None = None,
     ) -> InputCotangents:
         arguments = (state, hyper, batch, wanted, given)
 
@@ -173,7 +195,7 @@ class Core:
                 groups(found), eager(*arguments), "the pullback of a step", perturbed=perturbed
             )
 
-        found: InputCotangents = pull(arguments, verify)
+        found: InputCotangents = pull(arguments, verify, again)
         return found
 
 
@@ -206,21 +228,30 @@ class _Checked:
             self._eager_seconds += time.perf_counter() - begin
 
     def __call__(
-        self, arguments: tuple[Any, ...], verify: Callable[[Any, RandomState | None], None]
+        self,
+        arguments: tuple[Any, ...],
+        verify: Callable[[Any, RandomState | None], None],
+        again: Again | None = None,
     ) -> Any:
         """Call the compiled function; ``verify(found, random_state)`` compares what it found.
 
         A path of its code is new where PyTorch compiled it in this call: it compiles whenever
         anything changes that the code was specialised for.
         """
-        random_state = RandomState.now()
         begin = time.perf_counter()
         try:
-            with self._trust.at_stake():
+            if again is None:
                 found = self.compiled(*arguments)
+            else:
+                found = self.compiled.again(again.path, arguments)
         except NotDifferentiableError:
-            self._explain(arguments, random_state)
+            self._trust.lose()
+            self._explain(arguments, self.compiled.random_state)
             raise
+        except BaseException:
+            self._trust.lose()
+            raise
+        random_state = self.compiled.random_state
         end = time.perf_counter()
         known = self._trust.covers(self.compiled.compilations)
         if known:
@@ -228,7 +259,8 @@ class _Checked:
             if not self._later.due():
                 return found
         self._eager_seconds = 0.0
-        with self._trust.at_stake(), refusing_own_functions(), silent_about_grad():
+        around = nullcontext() if again is None else again.around()
+        with around, self._trust.at_stake(), refusing_own_functions(), silent_about_grad():
             verify(found, random_state)
         self._trust.gained(self.compiled.compilations)
         seconds = time.perf_counter() - end
