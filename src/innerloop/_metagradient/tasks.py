@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, 
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
-from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop.errors import InvalidInputError
 from innerloop.nn._catalogue import HIDDEN
 
 _compiled: MutableMapping[object, _CompiledChunks] = cache("compiled chunks of tasks")
@@ -335,6 +336,7 @@ class _CompiledChunks:
         self._call = Compiled(chunk, "a chunk of tasks", HIDDEN)
         self._verified: set[object] = set()
         self._trust, self._later = Trust(), LaterChecks()
+        self._lock = threading.RLock()
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> _CompiledChunks:
@@ -346,16 +348,20 @@ class _CompiledChunks:
         self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...], size: int
     ) -> Any:
         """Return the results of the tasks ``some``, which are filled up to ``size``."""
+        with self._lock:
+            return self._checked(fn, some, shared, size)
+
+    def _checked(
+        self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...], size: int
+    ) -> Any:
         tensors = list(tree.tensors(some))
         count = len(tensors[0])
         filled = tree.map_tensors(lambda x: _filled(x, size), some)
         begin = time.perf_counter()
-        try:
-            with self._trust.at_stake():
-                found = self._call(fn, filled, shared)
-        except NotDifferentiableError:
-            self._first_alone(fn, some, shared)
-            raise
+        with self._trust.at_stake(self._call):
+            found = self._call(
+                fn, filled, shared, explain=lambda: self._first_alone(fn, some, shared)
+            )
         end = time.perf_counter()
         found = tree.map_tensors(lambda x: x[:count].detach(), found)
         kind = tuple(
@@ -384,12 +390,7 @@ class _CompiledChunks:
     def _first_alone(self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...]) -> None:
         """Run the first task eagerly, without vmap: its graph shows what compiled code drops."""
         with refusing_own_functions(), at_random_state(RandomState.now()):
-            try:
-                fn(tree.map_tensors(lambda x: x[0], some), *shared)
-            except InnerLoopError:
-                raise
-            except Exception:
-                return
+            fn(tree.map_tensors(lambda x: x[0], some), *shared)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -8,13 +8,14 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from innerloop._utils import torch_private
+from innerloop._utils.definitions import Definitions
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -79,12 +80,24 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
+_ABOUT_GRAD = re.compile("The .grad attribute of a Tensor that is not a leaf", re.IGNORECASE)
+_SILENCED = ("ignore", _ABOUT_GRAD, Warning, None, 0)
+
+
 @contextmanager
 def silent_about_grad() -> Iterator[None]:
-    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps.
+
+    Not by ``warnings.catch_warnings``, of which two threads that leave it undo each other's, and
+    which lets each other warning be shown anew.
+    """
+    filters: Any = warnings.filters
+    filters.insert(0, _SILENCED)
+    try:
         yield
+    finally:
+        with suppress(ValueError):
+            filters.remove(_SILENCED)
 
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -123,29 +136,60 @@ class Compiled:
         self.precision = 0.0
         self._replaced = replaced or {}
         self._what = what
+        self._function = function
+        self._definitions = Definitions()
+        self._traced: list[types.CodeType] = []
+        self._guarding: AbstractContextManager[None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what is compiled."""
+        function = self._function
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
         # gets code of its own.
-        function.__code__ = function.__code__.replace(
-            co_name=f"{function.__name__}_{next(_numbers)}"
-        )
+        name = f"{function.__name__}_{next(_numbers)}"
+        function.__code__ = function.__code__.replace(co_name=name)
         self._compiled = torch.compile(
             function,
             fullgraph=True,
             backend=self._compile,
-            options={"guard_filter_fn": _guards_to_keep},
+            options={"guard_filter_fn": self._guards_to_keep},
         )
+        self._definitions = Definitions()
 
-    def __call__(self, *args: Any) -> Any:
+    def _guards_to_keep(self, guards: Sequence[Any]) -> list[bool]:
+        """Choose the guards of code that was compiled; what they are about was used in it."""
+        self._definitions.note([g.value for g in guards if g.has_value], self._traced)
+        return _guards_to_keep(guards)
+
+    def __call__(self, *args: Any, explain: Callable[[], object] = lambda: None) -> Any:
+        """Call the compiled function.
+
+        Args:
+            args: its arguments.
+            explain: runs it uncompiled where it cannot be compiled: an error which that raises is
+                the true reason, and may be the user's own.
+        """
+        if not self._definitions.are_unchanged():
+            self._begin()
         before = self.compilations
+        failed: Exception | None = None
         try:
             with silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
         except InnerLoopError:
             raise
         except Exception as error:
+            failed = error
+        finally:
+            if self._guarding is not None:
+                guarding, self._guarding = self._guarding, None
+                guarding.__exit__(None, None, None)
+        if failed is not None:
+            explain()
             raise NotDifferentiableError(
-                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
-            ) from error
+                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {failed}"
+            ) from failed
         if self.compilations == before:
             return found
         self._paths += 1
@@ -162,6 +206,11 @@ class Compiled:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
+        self._traced = torch_private.traced_code()
+        if self._guarding is None:
+            # The guards are made when this function has returned.
+            self._guarding = torch_private.guarding_hooks()
+            self._guarding.__enter__()
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
             if isinstance(value, torch.Tensor) and value.is_floating_point():

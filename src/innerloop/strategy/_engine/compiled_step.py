@@ -10,8 +10,11 @@ calls; the graph of the eager code is searched for backward rules that compiled 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +35,6 @@ from innerloop._utils.compiled_check import (
 )
 from innerloop._utils.compiling import Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
-from innerloop.errors import InnerLoopError, NotDifferentiableError
 from innerloop.nn._catalogue import HIDDEN
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.guards import check_constants
@@ -77,9 +79,11 @@ class Core:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.reverse_many(step, rows)
 
-        self._advance = _Checked(advance, "the step")
-        self._pull = _Checked(pull, "the pullback of a step")
-        self._pull_many = _Checked(pull_many, "the pullback of many cotangents")
+        # Compiled code reads the copy of a module, in whose places eager code puts tensors.
+        lock = threading.RLock() if core.view is None else core.view.lock
+        self._advance = _Checked(advance, "the step", lock)
+        self._pull = _Checked(pull, "the pullback of a step", lock)
+        self._pull_many = _Checked(pull_many, "the pullback of many cotangents", lock)
 
     def advance(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
         """Run the step on constants, and return ``(new_state, loss, aux)``."""
@@ -183,10 +187,13 @@ class _Checked:
     Args:
         eager: the function.
         what: names it in errors.
+        lock: what a thread holds while it calls the function.
     """
 
-    def __init__(self, eager: Callable[..., Any], what: str) -> None:
-        self._eager = eager
+    def __init__(
+        self, eager: Callable[..., Any], what: str, lock: AbstractContextManager[Any]
+    ) -> None:
+        self._eager, self._lock = eager, lock
         self._eager_seconds = 0.0
         self.compiled = Compiled(eager, what, HIDDEN)
         self._trust = Trust()
@@ -213,14 +220,18 @@ class _Checked:
         A path of its code is new where PyTorch compiled it in this call: it compiles whenever
         anything changes that the code was specialised for.
         """
+        # One thread at a time: what was compiled is counted, and compared with eager code.
+        with self._lock:
+            return self._call(arguments, verify)
+
+    def _call(
+        self, arguments: tuple[Any, ...], verify: Callable[[Any, RandomState | None], None]
+    ) -> Any:
         random_state = RandomState.now()
+        explain = partial(self._explain, arguments, random_state)
         begin = time.perf_counter()
-        try:
-            with self._trust.at_stake():
-                found = self.compiled(*arguments)
-        except NotDifferentiableError:
-            self._explain(arguments, random_state)
-            raise
+        with self._trust.at_stake(self.compiled):
+            found = self.compiled(*arguments, explain=explain)
         end = time.perf_counter()
         known = self._trust.covers(self.compiled.compilations)
         if known:
@@ -239,14 +250,9 @@ class _Checked:
         return found
 
     def _explain(self, arguments: tuple[Any, ...], random_state: RandomState | None) -> None:
-        """Raise the true reason if eager code can tell why the function cannot be compiled."""
+        """Raise the true reason if eager code has an error of its own, which may be the user's."""
         with refusing_own_functions(), at_random_state(random_state):
-            try:
-                self.eager(*arguments)
-            except InnerLoopError:
-                raise
-            except Exception:
-                return
+            self.eager(*arguments)
 
 
 def _recorded(
