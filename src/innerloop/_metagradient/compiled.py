@@ -18,7 +18,9 @@ from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, moved_by_rounding
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs, Objective
 
@@ -39,7 +41,7 @@ class _Whole:
         def value_and_grad(strategy: Any, objective: Any, inputs: Any, wrt: Any) -> Any:
             return strategy.value_and_grad(objective, inputs, wrt)
 
-        self.call = Compiled(value_and_grad, WHAT, HIDDEN)
+        self.call = Compiled(value_and_grad, WHAT, HIDDEN, unwatched)
         self.verified: set[object] = set()
         self.trust, self.later = Trust(), LaterChecks()
         self.lock = threading.RLock()
@@ -68,7 +70,7 @@ def compiled_value_and_grad(
     key = getattr(outer, "__code__", outer)
     whole = _wholes.setdefault(unreached.problem, {}).setdefault(key, _Whole())
     with whole.lock:
-        return _checked(whole, strategy, objective, inputs, wrt, unreached, settings)
+        return _checked(whole, strategy, objective, inputs, wrt, unreached, settings, outer)
 
 
 def _checked(
@@ -79,6 +81,7 @@ def _checked(
     wrt: tuple[str, ...],
     unreached: Unreached,
     settings: list[object],
+    outer: object,
 ) -> tuple[Result, dict[str, Any]]:
     """Call the compiled meta-gradient, and compare it with eager code where that is due."""
 
@@ -91,10 +94,15 @@ def _checked(
         result, grads = eager(moved_by_rounding(inputs, whole.call.precision))
         return _groups(result, unreached.filled(inputs, grads))
 
+    def explain() -> None:
+        eager()
+        problem = unreached.problem
+        refuse_numpy("a loss of the meta-gradient", (outer, problem.loss, problem.targets))
+
     random_state = RandomState.now()
     begin = time.perf_counter()
     with whole.trust.at_stake(whole.call):
-        result, grads = whole.call(strategy, objective, inputs, wrt, explain=eager)
+        result, grads = whole.call(strategy, objective, inputs, wrt, explain=explain)
     end = time.perf_counter()
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
     kind = (shapes, wrt, strategy, *settings)

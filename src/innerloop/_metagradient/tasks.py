@@ -20,8 +20,10 @@ from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, 
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
+from innerloop._utils.traceable import refuse_numpy
 from innerloop.errors import InvalidInputError
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 
 _compiled: MutableMapping[object, _CompiledChunks] = cache("compiled chunks of tasks")
 _WRITE = (
@@ -333,7 +335,7 @@ class _CompiledChunks:
         def chunk(fn: Any, some: Any, shared: Any) -> Any:
             return torch.func.vmap(lambda task: fn(task, *shared), randomness="error")(some)
 
-        self._call = Compiled(chunk, "a chunk of tasks", HIDDEN)
+        self._call = Compiled(chunk, "a chunk of tasks", HIDDEN, unwatched)
         self._verified: set[object] = set()
         self._trust, self._later = Trust(), LaterChecks()
         self._lock = threading.RLock()
@@ -358,10 +360,13 @@ class _CompiledChunks:
         count = len(tensors[0])
         filled = tree.map_tensors(lambda x: _filled(x, size), some)
         begin = time.perf_counter()
+
+        def explain() -> None:
+            self._first_alone(fn, some, shared)
+            refuse_numpy("the function given to map_tasks", (fn,))
+
         with self._trust.at_stake(self._call):
-            found = self._call(
-                fn, filled, shared, explain=lambda: self._first_alone(fn, some, shared)
-            )
+            found = self._call(fn, filled, shared, explain=explain)
         end = time.perf_counter()
         found = tree.map_tensors(lambda x: x[:count].detach(), found)
         kind = tuple(

@@ -8,7 +8,7 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class Compiled:
         what: names the function in errors and warnings.
         replaced: functions of PyTorch, which a mode does not see in compiled code, and what runs in
             place of them.
+        around: makes the block in which it is called.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
@@ -130,12 +131,13 @@ class Compiled:
         function: Callable[..., Any],
         what: str,
         replaced: Mapping[object, Callable[..., object]] | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.compilations = 0
         self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
-        self._what = what
+        self._what, self._around = what, around
         self._function = function
         self._definitions = Definitions()
         self._traced: list[types.CodeType] = []
@@ -175,7 +177,7 @@ class Compiled:
         before = self.compilations
         failed: Exception | None = None
         try:
-            with silent_about_grad(), torch_private.as_before_for_hooks():
+            with self._around(), silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
         except InnerLoopError:
             raise
@@ -187,6 +189,13 @@ class Compiled:
                 guarding.__exit__(None, None, None)
         if failed is not None:
             explain()
+            if self._paths >= MANY and type(failed).__name__ == "FailOnRecompileLimitHit":
+                raise NotDifferentiableError(
+                    f"{self._what} was compiled {self._paths} times, each time for inputs of other "
+                    "shapes or other numbers, strings and flags that the loss reads, and PyTorch "
+                    "gives up there: pass what changes as tensors of one shape, or write "
+                    "compile=False"
+                ) from failed
             raise NotDifferentiableError(
                 f"{self._what} cannot be compiled: write compile=False. PyTorch says: {failed}"
             ) from failed

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -35,7 +35,9 @@ from innerloop._utils.compiled_check import (
 )
 from innerloop._utils.compiling import Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
+from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.step_pullback import (
@@ -81,9 +83,10 @@ class Core:
 
         # Compiled code reads the copy of a module, in whose places eager code puts tensors.
         lock = threading.RLock() if core.view is None else core.view.lock
-        self._advance = _Checked(advance, "the step", lock)
-        self._pull = _Checked(pull, "the pullback of a step", lock)
-        self._pull_many = _Checked(pull_many, "the pullback of many cotangents", lock)
+        users = [getattr(f, "function", None) for f in (core.loss, core.targets)]
+        self._advance = _Checked(advance, "the step", lock, users)
+        self._pull = _Checked(pull, "the pullback of a step", lock, users)
+        self._pull_many = _Checked(pull_many, "the pullback of many cotangents", lock, users)
 
     def advance(self, state: State, hyper: tuple[Any, Any], batch: object) -> StepResult:
         """Run the step on constants, and return ``(new_state, loss, aux)``."""
@@ -188,14 +191,19 @@ class _Checked:
         eager: the function.
         what: names it in errors.
         lock: what a thread holds while it calls the function.
+        users: the user's functions in it.
     """
 
     def __init__(
-        self, eager: Callable[..., Any], what: str, lock: AbstractContextManager[Any]
+        self,
+        eager: Callable[..., Any],
+        what: str,
+        lock: AbstractContextManager[Any],
+        users: Sequence[object],
     ) -> None:
-        self._eager, self._lock = eager, lock
+        self._eager, self._lock, self._users = eager, lock, users
         self._eager_seconds = 0.0
-        self.compiled = Compiled(eager, what, HIDDEN)
+        self.compiled = Compiled(eager, what, HIDDEN, unwatched)
         self._trust = Trust()
         self._later = LaterChecks()
 
@@ -253,6 +261,7 @@ class _Checked:
         """Raise the true reason if eager code has an error of its own, which may be the user's."""
         with refusing_own_functions(), at_random_state(random_state):
             self.eager(*arguments)
+        refuse_numpy("the loss", self._users)
 
 
 def _recorded(
