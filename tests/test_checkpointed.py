@@ -2096,7 +2096,8 @@ def test_a_forked_process_neither_waits_nor_removes_the_states(
 
         found = says(lambda: kept[1]) + says(lambda: kept.__setitem__(2, {"w": torch.ones(3)}))
         del kept[0]
-        for finalizer in list(weakref.finalize._registry):  # as where the interpreter ends
+        every: Any = weakref.finalize
+        for finalizer in list(every._registry):  # as where the interpreter ends
             if finalizer.peek() is not None and finalizer.peek()[0] is kept:
                 finalizer()
         return found

@@ -78,7 +78,12 @@ class Owned:
         self.one = Own()
         torch.manual_seed(0)
         self.model = Net().requires_grad_(False)
-        self.table = {"class": Own}
+        self.table: dict[str, Any] = {"class": Own}
+
+    def renew(self) -> None:
+        """Take another model, which has a hook."""
+        self.model = self.net().requires_grad_(False)
+        self.model.last.register_forward_hook(twice_after)
 
 
 def twice(self: object, x: Tensor) -> Tensor:
@@ -152,10 +157,7 @@ CHANGES: dict[
     ),
     "another module with a hook": (
         lambda o: (lambda box: lambda x: box.model(x))(o),
-        lambda o: (
-            setattr(o, "model", o.net().requires_grad_(False)),
-            o.model.last.register_forward_hook(twice_after),
-        ),
+        Owned.renew,
     ),
 }
 
@@ -196,7 +198,8 @@ def test_compiled_code_sees(name: str) -> None:
 @pytest.fixture
 def hook_of_all_modules() -> Iterator[Callable[[], None]]:
     handles: list[Any] = []
-    yield lambda: handles.append(all_modules.register_module_forward_hook(twice_after))
+    register: Any = all_modules.register_module_forward_hook
+    yield lambda: handles.append(register(twice_after))
     for handle in handles:
         handle.remove()
 
@@ -224,7 +227,7 @@ def test_a_first_hook_on_gradients_is_refused() -> None:
     model = Owned().model
     problem = problem_of(model)
     losses(problem, StoreAll(compile=True))
-    model.inner.register_full_backward_hook(lambda m, given, out: (2 * given[0],))
+    model.inner.register_full_backward_hook(lambda m, given, out: None)
     with pytest.raises(innerloop.NotDifferentiableError, match="backward rule of its own"):
         losses(problem, StoreAll(compile=True))
 
@@ -244,7 +247,7 @@ def test_what_changes_nothing_is_not_compiled_anew() -> None:
         owned.own.calls = i  # type: ignore[attr-defined]
         owned.one.calls = i  # type: ignore[attr-defined]
         _ = owned.own.__annotations__
-        owned.own.method = functools.partialmethod(owned.own.method).func  # type: ignore[assignment]
+        owned.own.method = functools.partialmethod(owned.own.method).func  # type: ignore[method-assign]
         losses(problem, StoreAll(compile=True))
     assert core._advance.compiled.compilations == new
 
@@ -273,7 +276,7 @@ def test_changes_are_seen_in_a_hand_written_loop_a_whole_meta_gradient_and_tasks
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with innerloop.track(model, optimizer, strategy=strategy) as loop:
             for batch in x:
-                loop.step(lambda batch=batch: penalty.of(loop.model(batch)).mean())  # type: ignore[misc]
+                loop.step(lambda batch=batch: penalty.of(loop.model(batch)).mean())
             outer = loop.model(x[0]).sin().sum()
         return torch.autograd.grad(outer, model.weight)[0]
 
@@ -306,7 +309,7 @@ def test_definitions_of_classes() -> None:
     Unused.method = lambda self: 2  # type: ignore[attr-defined]
     assert definitions.are_unchanged()
     was = Used.method
-    Used.method = lambda self: 2  # type: ignore[method-assign, assignment]
+    Used.method = lambda self: 2  # type: ignore[method-assign]
     assert not definitions.are_unchanged()
     assert not definitions.are_unchanged()
     Used.method = was  # type: ignore[method-assign]
@@ -327,9 +330,10 @@ class Mine(Exception):
 def test_an_exception_of_the_loss_comes_through_at_a_later_call(way: str) -> None:
     bad = {"now": False}
 
-    def check() -> None:
+    def check() -> float:
         if bad["now"]:
             raise Mine("my data is bad")
+        return 1.0
 
     def loss(p: Any, h: Any, b: Tensor) -> Tensor:
         check()
@@ -354,7 +358,7 @@ def test_an_exception_of_the_loss_comes_through_at_a_later_call(way: str) -> Non
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             with innerloop.track(model, optimizer, strategy=Checkpointed(compile=True)) as loop:
                 loop.step(lambda: loop.model(x).square().sum())
-                loop.step(lambda: (check(), loop.model(x).square().sum())[1])
+                loop.step(lambda: check() * loop.model(x).square().sum())
                 return loop.trajectory.losses
         strategy = getattr(innerloop, way)(compile=True)
         return innerloop.unroll(problem, params, x, strategy=strategy).losses
@@ -418,7 +422,7 @@ def test_threads_compile_and_run_uncompiled_loops_at_the_same_time() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with innerloop.track(model, optimizer, strategy=strategy) as loop:
             for batch in x:
-                loop.step(lambda batch=batch: factor * loop.model(batch).square().mean())  # type: ignore[misc]
+                loop.step(lambda batch=batch: factor * loop.model(batch).square().mean())
             outer = loop.model(x[0]).sin().sum()
         return torch.autograd.grad(outer, factor)[0]
 

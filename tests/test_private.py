@@ -862,7 +862,7 @@ def test_compiled_code_looks_for_hooks_if_it_is_told_to():
         torch.compiler.reset()
         layer = nn.Linear(1, 1, bias=False).requires_grad_(False)
         layer.weight.fill_(1.0)
-        run: Any = torch.compile(lambda x, layer=layer: layer(x).sum(), backend="eager")
+        run: Any = torch.compile(lambda x, of=layer: of(x).sum(), backend="eager")  # type: ignore[misc]
         with torch_private.guarding_hooks() if guarding else contextlib.nullcontext():
             run(torch.ones(1))
         layer.register_forward_hook(lambda module, inputs, output: 2 * output)
