@@ -11,9 +11,13 @@ import contextlib
 import functools
 import gc
 import importlib
+import os
+import pickle
 import random
+import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ import innerloop
 from innerloop import Checkpointed, StoreAll
 from innerloop._utils import tree
 from innerloop.strategy import Strategy
+from innerloop.strategy._engine.snapshots import Snapshots
 from tests.memory import assert_nothing_is_left, without_collector
 from tests.oracles import assert_derivative, derivative, smooth_noise
 from tests.small_problems import one_weight, quadratic_problem
@@ -2048,9 +2053,20 @@ def test_a_state_that_is_lost_on_the_disk_is_named(
         of_end(traj).backward()
 
 
-def test_a_state_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left"),
+        pickle.PicklingError("No space left"),
+        ValueError("No space left"),
+    ],
+    ids=repr,
+)
+def test_a_state_that_cannot_be_written_is_named(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch, "save", full)
@@ -2058,6 +2074,48 @@ def test_a_state_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     strategy = Checkpointed(slots=3, offload="disk")
     with pytest.raises(innerloop.InnerLoopError, match=r"No space left.*offload=None"):
         innerloop.unroll(plain(), params, None, hyper=hyper, steps=6, strategy=strategy)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork on this system")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_neither_waits_nor_removes_the_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = Snapshots("disk")
+    for t in range(2):
+        kept[t] = {"w": torch.full((3,), float(t))}
+
+    def in_child() -> str:
+        def says(run: Callable[[], object]) -> str:
+            try:
+                run()
+            except innerloop.InnerLoopError as error:
+                return str(error)
+            return "nothing"
+
+        found = says(lambda: kept[1]) + says(lambda: kept.__setitem__(2, {"w": torch.ones(3)}))
+        del kept[0]
+        every: Any = weakref.finalize
+        for finalizer in list(every._registry):  # as where the interpreter ends
+            if finalizer.peek() is not None and finalizer.peek()[0] is kept:
+                finalizer()
+        return found
+
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            os.write(writing, in_child().encode())
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    said = os.read(reading, 10_000).decode()
+    assert said.count("which was forked from it") == 2
+    assert kept[0]["w"].tolist() == [0.0] * 3
+    assert kept[1]["w"].tolist() == [1.0] * 3
 
 
 # -- gradients with a graph, sparse gradients ------------------------------------------------------

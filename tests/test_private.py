@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -97,7 +99,11 @@ EXERCISED = {
     "compile_graph",
     "compiled_path",
     "compiler_is_at_rest",
+    "count_function_modes",
     "random_row_by_row",
+    "is_compiling",
+    "traced_code",
+    "guarding_hooks",
 }
 
 
@@ -822,6 +828,72 @@ def test_rows_are_run_at_once():
     assert not torch_private.inside_transform()
 
 
+def test_a_thread_that_does_not_compile_is_not_told_that_another_one_does():
+    here: dict[str, Any] = {}
+
+    def helper(x: Tensor) -> Tensor:
+        return x + 1
+
+    def traced(x: Tensor) -> Tensor:
+        return helper(x) * (2 if torch_private.is_compiling() else 3)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        here["code"] = torch_private.traced_code()
+        here["thread"] = torch_private.is_compiling()
+        others: list[tuple[bool, bool]] = []
+
+        def ask() -> None:
+            others.append((torch.compiler.is_compiling(), torch_private.is_compiling()))
+
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+        here["other"] = others[0]
+        return graph
+
+    run: Any = torch.compile(traced, backend=backend)
+    assert run(torch.ones(())).item() == 4
+    assert traced(torch.ones(())).item() == 6
+    assert here["thread"]
+    assert here["other"] == (True, False)
+    assert {helper.__code__, traced.__code__} <= set(here["code"])
+    assert torch_private.traced_code() == []
+
+
+def test_compiled_code_looks_for_hooks_if_it_is_told_to():
+    results: list[float] = []
+    for guarding in (False, True):
+        torch.compiler.reset()
+        layer = nn.Linear(1, 1, bias=False).requires_grad_(False)
+        layer.weight.fill_(1.0)
+        run: Any = torch.compile(lambda x, of=layer: of(x).sum(), backend="eager")  # type: ignore[misc]
+        with torch_private.guarding_hooks() if guarding else contextlib.nullcontext():
+            run(torch.ones(1))
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        results.append(run(torch.ones(1)).item())
+    assert results == [1.0, 2.0]
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
+
+
+def test_the_hooks_of_all_modules_are_these():
+    seen: list[object] = []
+    before = [len(table) for table in torch_private.GLOBAL_MODULE_HOOKS]
+    of_all = torch.nn.modules.module
+    handles = [
+        of_all.register_module_forward_pre_hook(lambda *args: seen.append(1)),
+        of_all.register_module_forward_hook(lambda *args: None),
+        of_all.register_module_full_backward_pre_hook(lambda *args: None),
+        of_all.register_module_full_backward_hook(lambda *args: None),
+    ]
+    try:
+        now = [len(table) for table in torch_private.GLOBAL_MODULE_HOOKS]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert now == [count + 1 for count in before]
+    assert [len(table) for table in torch_private.GLOBAL_MODULE_HOOKS] == before
+
+
 def test_what_is_never_compiled_runs_in_compiled_code_as_it_is():
     traced: list[bool] = []
 
@@ -988,6 +1060,7 @@ def test_all_function_modes_are_listed():
     outer, inner = TorchFunctionMode(), TorchFunctionMode()
     with outer, inner:
         assert torch_private.function_modes() == [outer, inner]
+        assert torch_private.count_function_modes() == 2
     assert torch_private.function_modes() == []
 
 

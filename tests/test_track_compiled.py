@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 import innerloop
 from innerloop import Checkpointed, InvalidInputError
 from innerloop._track.compiled import _compiled
-from innerloop._utils import compiling
+from innerloop._utils import compiling, torch_private
 from innerloop.strategy import Strategy
 from tests.networks import adam, leaf, network, sgd
 from tests.oracles import smooth_noise
@@ -217,9 +218,9 @@ def test_steps_that_run_again_take_the_path_that_they_took(monkeypatch: pytest.M
     asked: list[str] = []
     call = compiling.Compiled.__call__
 
-    def counting(self: Any, *arguments: Any) -> Any:
+    def counting(self: Any, *arguments: Any, **keywords: Any) -> Any:
         asked.append(self._what)
-        return call(self, *arguments)
+        return call(self, *arguments, **keywords)
 
     monkeypatch.setattr(compiling.Compiled, "__call__", counting)
 
@@ -442,3 +443,116 @@ def test_what_a_module_holds_may_not_change_inside_a_compiled_loop(
             change(loop.model)
         with pytest.raises(InvalidInputError, match=r"was changed inside the loop"):
             loop.step(lambda: loop.model(x).square().mean())
+
+
+@pytest.mark.parametrize("around", [Checkpointed(compile=True), None], ids=str)
+def test_two_loops_are_open_at_once(around: Strategy | None) -> None:
+    """The compiler does not trace the watch of the other loop, which looks at operations."""
+
+    def run(outside: Strategy | None, inside: Strategy | None) -> dict[str, Any]:
+        models, w = [network(), network()], leaf(0.7)
+        with (
+            innerloop.track(models[0], sgd(models[0]), strategy=outside) as first,
+            innerloop.track(models[1], sgd(models[1]), strategy=inside) as second,
+        ):
+            for t in range(2):
+                x, y = batch(t)
+                for loop in (first, second) if t else (second, first):
+                    loop.step(lambda: w * F.mse_loss(loop.model(x), y[:, :1]))
+            outer = first.model(x).sum() + second.model(x).sin().sum()
+        outer.backward()
+        return {"w": w.grad} | {
+            f"{i} {n}": p.grad for i, m in enumerate(models) for n, p in m.named_parameters()
+        }
+
+    assert_same(run(around, COMPILED), run(None, None), 1e-10)
+
+
+def test_compiled_code_runs_inside_of_a_loop_that_is_watched() -> None:
+    model, x = network(), batch(0)[0]
+    problem = innerloop.Problem(
+        lambda p, h, b: (b @ p["w"]).square().mean(), innerloop.optim.sgd(lr=0.1)
+    )
+
+    def gradient(compiles: bool) -> Any:
+        return innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            problem,
+            {"w": torch.ones(3)},
+            x[None],
+            wrt="params",
+            compile=compiles,
+        )
+
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(loop.model(x).square().mean())
+        (watching,) = (m.watch for m in torch_private.function_modes())
+        torch.testing.assert_close(gradient(True), gradient(False))
+        assert watching is not None
+        assert [m.watch for m in torch_private.function_modes()] == [watching]
+
+
+def test_numbers_of_numpy_are_numbers_and_arrays_are_refused() -> None:
+    def run(strategy: Strategy | None) -> dict[str, Any]:
+        model = network()
+        with innerloop.track(model, sgd(model), strategy=strategy) as loop:
+            x, y = batch(0)
+            for n in (np.float64(0.5), np.float64(1.5)):
+                loop.step(lambda: n * F.mse_loss(loop.model(x), y[:, :1]))
+            outer = loop.model(x).sum()
+        outer.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    assert_same(run(COMPILED), run(None), 1e-10)
+    model, array = network(), np.ones(2)
+    with (
+        pytest.raises(InvalidInputError, match=r"NumPy data.*torch\.as_tensor"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        loop.step(lambda: (torch.as_tensor(array) * loop.model(batch(0)[0])).sum())
+
+
+def test_numpy_data_in_a_loss_are_named() -> None:
+    array = np.ones(3)
+    problem = innerloop.Problem(
+        lambda p, h, b: (torch.as_tensor(array) * p["w"]).sum(), innerloop.optim.sgd(lr=0.1)
+    )
+    with pytest.raises(InvalidInputError, match="the loss reads 'array', NumPy data"):
+        innerloop.unroll(
+            problem,
+            {"w": torch.ones(3)},
+            None,
+            steps=1,
+            strategy=innerloop.StoreAll(compile=True),
+        )
+
+
+def test_a_function_that_refers_to_itself_is_refused() -> None:
+    model = network()
+
+    def counted() -> Tensor:
+        counted.calls = 1  # type: ignore[attr-defined]
+        found: Tensor = loop.model(batch(0)[0]).sum()
+        return found
+
+    with (
+        pytest.raises(InvalidInputError, match=r"holds the function itself.*attribute of its own"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        loop.step(counted)
+
+
+def test_the_limit_of_compilations_is_named() -> None:
+    model, x = network(), batch(0)[0]
+
+    def steps(loop: Any) -> None:
+        for i in range(12):
+            word = "a" * i
+            loop.step(lambda: loop.model(x).mean() * (1 + len(word)))
+
+    with (
+        pytest.warns(innerloop.RecompilationWarning),
+        pytest.raises(innerloop.NotDifferentiableError, match=r"compiled 8 times.*as tensors"),
+        innerloop.track(model, sgd(model), strategy=COMPILED) as loop,
+    ):
+        steps(loop)

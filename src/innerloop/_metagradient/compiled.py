@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -17,8 +18,9 @@ from innerloop._utils.caches import cache
 from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, moved_by_rounding
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.random_state import RandomState, at_random_state
-from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 from innerloop.strategy._base import Strategy
 from innerloop.strategy._outer_gradient import Inputs, Objective
 
@@ -32,15 +34,17 @@ class _Whole:
         call: the compiled `Strategy.value_and_grad`.
         verified: shapes and settings at which it was compared with eager code.
         trust, later: what was compared, and when it is compared again.
+        lock: what a thread holds while it calls and compares.
     """
 
     def __init__(self) -> None:
         def value_and_grad(strategy: Any, objective: Any, inputs: Any, wrt: Any) -> Any:
             return strategy.value_and_grad(objective, inputs, wrt)
 
-        self.call = Compiled(value_and_grad, WHAT, HIDDEN)
+        self.call = Compiled(value_and_grad, WHAT, HIDDEN, unwatched)
         self.verified: set[object] = set()
         self.trust, self.later = Trust(), LaterChecks()
+        self.lock = threading.RLock()
 
 
 _wholes: MutableMapping[Problem, dict[object, _Whole]] = cache("compiled meta-gradients", weak=True)
@@ -65,6 +69,21 @@ def compiled_value_and_grad(
     # By the code of the outer loss: a function that is made anew at each call has the same.
     key = getattr(outer, "__code__", outer)
     whole = _wholes.setdefault(unreached.problem, {}).setdefault(key, _Whole())
+    with whole.lock:
+        return _checked(whole, strategy, objective, inputs, wrt, unreached, settings, outer)
+
+
+def _checked(
+    whole: _Whole,
+    strategy: Strategy,
+    objective: Objective[Result],
+    inputs: Inputs,
+    wrt: tuple[str, ...],
+    unreached: Unreached,
+    settings: list[object],
+    outer: object,
+) -> tuple[Result, dict[str, Any]]:
+    """Call the compiled meta-gradient, and compare it with eager code where that is due."""
 
     def eager(inputs: Inputs = inputs) -> tuple[Result, dict[str, Any]]:
         with refusing_own_functions(), at_random_state(random_state):
@@ -75,14 +94,15 @@ def compiled_value_and_grad(
         result, grads = eager(moved_by_rounding(inputs, whole.call.precision))
         return _groups(result, unreached.filled(inputs, grads))
 
+    def explain() -> None:
+        eager()
+        problem = unreached.problem
+        refuse_numpy("a loss of the meta-gradient", (outer, problem.loss, problem.targets))
+
     random_state = RandomState.now()
     begin = time.perf_counter()
-    try:
-        with whole.trust.at_stake():
-            result, grads = whole.call(strategy, objective, inputs, wrt)
-    except NotDifferentiableError:
-        _explain(eager)
-        raise
+    with whole.trust.at_stake(whole.call):
+        result, grads = whole.call(strategy, objective, inputs, wrt, explain=explain)
     end = time.perf_counter()
     shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in tree.tensors(inputs))
     kind = (shapes, wrt, strategy, *settings)
@@ -99,16 +119,6 @@ def compiled_value_and_grad(
         whole.trust.gained(whole.call.compilations)
         whole.later.checked(time.perf_counter() - end)
     return tree.map_tensors(Tensor.detach, (result, grads))
-
-
-def _explain(eager: Any) -> None:
-    """Raise the true reason if eager code can tell why it cannot be compiled."""
-    try:
-        eager()
-    except InnerLoopError:
-        raise
-    except Exception:
-        return
 
 
 def _groups(result: object, grads: Mapping[str, object]) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,8 +20,10 @@ from innerloop._utils.compiled_check import LaterChecks, Trust, check_compiled, 
 from innerloop._utils.compiling import Compiled
 from innerloop._utils.progress import Report, closing, reporter
 from innerloop._utils.random_state import RandomState, at_random_state, restored_on_error
-from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
+from innerloop._utils.traceable import refuse_numpy
+from innerloop.errors import InvalidInputError
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 
 _compiled: MutableMapping[object, _CompiledChunks] = cache("compiled chunks of tasks")
 _WRITE = (
@@ -332,9 +335,10 @@ class _CompiledChunks:
         def chunk(fn: Any, some: Any, shared: Any) -> Any:
             return torch.func.vmap(lambda task: fn(task, *shared), randomness="error")(some)
 
-        self._call = Compiled(chunk, "a chunk of tasks", HIDDEN)
+        self._call = Compiled(chunk, "a chunk of tasks", HIDDEN, unwatched)
         self._verified: set[object] = set()
         self._trust, self._later = Trust(), LaterChecks()
+        self._lock = threading.RLock()
 
     @classmethod
     def of(cls, fn: Callable[..., Any]) -> _CompiledChunks:
@@ -346,16 +350,23 @@ class _CompiledChunks:
         self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...], size: int
     ) -> Any:
         """Return the results of the tasks ``some``, which are filled up to ``size``."""
+        with self._lock:
+            return self._checked(fn, some, shared, size)
+
+    def _checked(
+        self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...], size: int
+    ) -> Any:
         tensors = list(tree.tensors(some))
         count = len(tensors[0])
         filled = tree.map_tensors(lambda x: _filled(x, size), some)
         begin = time.perf_counter()
-        try:
-            with self._trust.at_stake():
-                found = self._call(fn, filled, shared)
-        except NotDifferentiableError:
+
+        def explain() -> None:
             self._first_alone(fn, some, shared)
-            raise
+            refuse_numpy("the function given to map_tasks", (fn,))
+
+        with self._trust.at_stake(self._call):
+            found = self._call(fn, filled, shared, explain=explain)
         end = time.perf_counter()
         found = tree.map_tensors(lambda x: x[:count].detach(), found)
         kind = tuple(
@@ -384,12 +395,7 @@ class _CompiledChunks:
     def _first_alone(self, fn: Callable[..., Any], some: Any, shared: tuple[object, ...]) -> None:
         """Run the first task eagerly, without vmap: its graph shows what compiled code drops."""
         with refusing_own_functions(), at_random_state(RandomState.now()):
-            try:
-                fn(tree.map_tensors(lambda x: x[0], some), *shared)
-            except InnerLoopError:
-                raise
-            except Exception:
-                return
+            fn(tree.map_tensors(lambda x: x[0], some), *shared)
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

@@ -45,6 +45,7 @@ class ModuleView:
         source, source_buffers: the user's own parameters and buffers by name.
         statistics: the names of the running statistics of batch and instance norms, which PyTorch
             does not differentiate.
+        lock: what a thread holds while it runs the copy.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ModuleView:
         self._modes = copier.modes
         self._gate = gate
         self._training: list[bool] | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.source, self.source_buffers = source, source_buffers
         for name, p in self.source.items():
             if isinstance(p, nn.parameter.UninitializedParameter):
@@ -228,7 +229,7 @@ class ModuleView:
         """
         # One copy for all threads: they take turns. (Compiled code runs where it was compiled, and
         # knows no locks.)
-        with nullcontext() if mode() is Mode.COMPILING else self._lock:
+        with nullcontext() if mode() is Mode.COMPILING else self.lock:
             return self._run(params, buffers, function, *args, **kwargs)
 
     def _run(

@@ -519,9 +519,9 @@ class CompiledRecorder(Recorder):
         """
         path = record.path
         # The tensors of a state that was kept, or edited, may lie in memory in another way.
-        if path is not None and (is_result or self._kinds[path] == arguments.kinds):
-            return path
-        return None
+        if path is None or not path.fits_here:
+            return None
+        return path if is_result or self._kinds[path] == arguments.kinds else None
 
     @contextmanager
     def _around(self, record: StepRecord, closure: _CompiledClosure) -> Iterator[Any]:
@@ -652,6 +652,8 @@ class CompiledRecorder(Recorder):
         kinds = _kinds([*given.state, given.loss])
         around = partial(self._around, record, closure)
         path = pulling.path if own is not None and kinds == pulling.kinds else None
+        if path is not None and not path.fits_here:
+            path = None
         plain = path is not None and path.is_closed and record.random_state is None
         if path is not None and plain and record.form is not None:
             batch = record.form, record.frozen.params

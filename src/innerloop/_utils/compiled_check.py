@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import tree
+from innerloop._utils.compiling import Compiled
 from innerloop.errors import MetaGradientError
 
 T = TypeVar("T")
@@ -122,17 +123,20 @@ class Trust:
         return not self._lost and self._compilations == compilations
 
     @contextmanager
-    def at_stake(self) -> Iterator[None]:
-        """Lose the trust if the block, a call or a comparison, raises."""
+    def at_stake(self, compiled: Compiled | None = None) -> Iterator[None]:
+        """Lose the trust if the block, a call or a comparison, raises.
+
+        Args:
+            compiled: what the block calls. If nothing was compiled in it, an error (of the user,
+                in code that could not be compiled) says nothing about what was compiled before.
+        """
+        before = None if compiled is None else compiled.compilations
         try:
             yield
         except BaseException:
-            self.lose()
+            if compiled is None or compiled.compilations != before:
+                self._lost = True
             raise
-
-    def lose(self) -> None:
-        """Trust nothing any more."""
-        self._lost = True
 
     def gained(self, compilations: int) -> None:
         """Note that the path compiled last has been found right."""

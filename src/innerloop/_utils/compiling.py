@@ -9,13 +9,14 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from innerloop._utils import torch_private, tree
+from innerloop._utils.definitions import Definitions
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import (
     InnerLoopError,
@@ -85,12 +86,24 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
+_ABOUT_GRAD = re.compile("The .grad attribute of a Tensor that is not a leaf", re.IGNORECASE)
+_SILENCED = ("ignore", _ABOUT_GRAD, Warning, None, 0)
+
+
 @contextmanager
 def silent_about_grad() -> Iterator[None]:
-    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps.
+
+    Not by ``warnings.catch_warnings``, of which two threads that leave it undo each other's, and
+    which lets each other warning be shown anew.
+    """
+    filters: Any = warnings.filters
+    filters.insert(0, _SILENCED)
+    try:
         yield
+    finally:
+        with suppress(ValueError):
+            filters.remove(_SILENCED)
 
 
 def _reads_variables(code: types.CodeType) -> bool:
@@ -123,7 +136,7 @@ class CodePath:
         run: the compiled function. It asks nothing: its caller knows that the guards hold.
     """
 
-    __slots__ = ("_asks", "_cells", "_names", "draws", "is_closed", "is_static", "run")
+    __slots__ = ("_asks", "_cells", "_modes", "_names", "draws", "is_closed", "is_static", "run")
 
     def __init__(
         self,
@@ -137,6 +150,7 @@ class CodePath:
     ) -> None:
         own = function.__code__
         self._asks = asks
+        self._modes = torch_private.count_function_modes()
         self._names = own.co_varnames[: own.co_argcount]
         cells = function.__closure__ or ()
         self._cells = {n: c.cell_contents for n, c in zip(own.co_freevars, cells, strict=True)}
@@ -145,8 +159,15 @@ class CodePath:
         self.draws = draws
         self.run = types.FunctionType(code, function.__globals__, own.co_name, None, cells)
 
+    @property
+    def fits_here(self) -> bool:
+        """True if as many function modes are on as when it was compiled: it puts them back."""
+        return self._modes == torch_private.count_function_modes()
+
     def accepts(self, arguments: Sequence[object]) -> bool:
         """True if PyTorch would take this path."""
+        if not self.fits_here:
+            return False
         return self._asks({**self._cells, **dict(zip(self._names, arguments, strict=True))})
 
 
@@ -167,6 +188,7 @@ class Compiled:
         what: names the function in errors and warnings.
         replaced: functions of PyTorch, which a mode does not see in compiled code, and what runs in
             place of them.
+        around: makes the block in which it is called.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
@@ -183,47 +205,88 @@ class Compiled:
         function: Callable[..., Any],
         what: str,
         replaced: Mapping[object, Callable[..., object]] | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.compilations = 0
         self.path: CodePath | None = None
         self.random_state: RandomState | None = None
         self.outside: Callable[[], list[torch.Tensor]] = list
-        self._function = function
         self._known: dict[types.CodeType, CodePath] = {}
         self._fed: Sequence[Any] | None = None
         self._has_fixed_shapes = False
         self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
-        self._what = what
+        self._what, self._around = what, around
+        self._function = function
+        self._definitions = Definitions()
+        self._traced: list[types.CodeType] = []
+        self._guarding: AbstractContextManager[None] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what is compiled."""
+        function = self._function
+        self.path = None
+        self._known.clear()
         # torch.compile counts recompilations per code object, and refuses a ninth: each function
         # gets code of its own.
-        function.__code__ = function.__code__.replace(
-            co_name=f"{function.__name__}_{next(_numbers)}"
-        )
+        name = f"{function.__name__}_{next(_numbers)}"
+        function.__code__ = function.__code__.replace(co_name=name)
         self._compiled = torch.compile(
             function,
             fullgraph=True,
             backend=self._compile,
-            options={"guard_filter_fn": _guards_to_keep},
+            options={"guard_filter_fn": self._guards_to_keep},
         )
+        self._definitions = Definitions()
 
-    def __call__(self, *args: Any) -> Any:
+    def _guards_to_keep(self, guards: Sequence[Any]) -> list[bool]:
+        """Choose the guards of code that was compiled; what they are about was used in it."""
+        self._definitions.note([g.value for g in guards if g.has_value], self._traced)
+        return _guards_to_keep(guards)
+
+    def __call__(self, *args: Any, explain: Callable[[], object] = lambda: None) -> Any:
+        """Call the compiled function.
+
+        Args:
+            args: its arguments.
+            explain: runs it uncompiled where it cannot be compiled: an error which that raises is
+                the true reason, and may be the user's own.
+        """
+        if not self._definitions.are_unchanged():
+            self._begin()
         before = self.compilations
         path = self.path
+        failed: Exception | None = None
         try:
             if path is not None and torch_private.compiler_is_at_rest() and path.accepts(args):
-                return self.again(path, args)
+                with self._around():
+                    return self.again(path, args)
             self.path, self.random_state = None, RandomState.now()
-            with silent_about_grad(), torch_private.as_before_for_hooks():
+            with self._around(), silent_about_grad(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
             self.path = self._path_taken(args)
         except InnerLoopError:
             raise
         except Exception as error:
+            failed = error
+        finally:
+            if self._guarding is not None:
+                guarding, self._guarding = self._guarding, None
+                guarding.__exit__(None, None, None)
+        if failed is not None:
+            explain()
+            if self._paths >= MANY and type(failed).__name__ == "FailOnRecompileLimitHit":
+                raise NotDifferentiableError(
+                    f"{self._what} was compiled {self._paths} times, each time for inputs of other "
+                    "shapes or other numbers, strings and flags that the loss reads, and PyTorch "
+                    "gives up there: pass what changes as tensors of one shape, or write "
+                    "compile=False"
+                ) from failed
             raise NotDifferentiableError(
-                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {error}"
-            ) from error
+                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {failed}"
+            ) from failed
         if self.compilations == before:
             return found
         self._paths += 1
@@ -284,6 +347,11 @@ class Compiled:
 
     def _made(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         self.compilations += 1
+        self._traced = torch_private.traced_code()
+        if self._guarding is None:
+            # The guards are made when this function has returned.
+            self._guarding = torch_private.guarding_hooks()
+            self._guarding.__enter__()
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
             if isinstance(value, torch.Tensor) and value.is_floating_point():

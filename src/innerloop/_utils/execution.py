@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import enum
 
-import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private
 
-compiling = torch.compiler.is_compiling
+compiling = torch_private.is_compiling
 """True while the compiler traces: `mode` for code that runs at every operation."""
 
 
@@ -26,14 +25,14 @@ class Mode(enum.Enum):
 
 def mode() -> Mode:
     """Return how the current code is run; ``COMPILING`` takes precedence over ``TRANSFORMED``."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return Mode.COMPILING
     return Mode.TRANSFORMED if torch_private.inside_transform() else Mode.EAGER
 
 
 def may_call_autograd() -> bool:
     """True in eager code only: torch.autograd.grad raises under torch.func and in compiled code."""
-    return not torch.compiler.is_compiling() and not torch_private.inside_transform()
+    return not compiling() and not torch_private.inside_transform()
 
 
 def may_read_values(x: Tensor) -> bool:
@@ -41,8 +40,4 @@ def may_read_values(x: Tensor) -> bool:
 
     Under ``vmap`` a tensor has no single value, and while the compiler traces it has none at all.
     """
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch_private.inside_vmap()
-    )
+    return x.device.type == "cpu" and not compiling() and not torch_private.inside_vmap()

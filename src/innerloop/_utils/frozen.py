@@ -35,6 +35,38 @@ def names_of_globals(code: types.CodeType) -> tuple[str, ...]:
     return known
 
 
+def is_numpy(value: object) -> bool:
+    """True for an array or a number of NumPy, which need not be installed."""
+    return type(value).__module__ == "numpy" and hasattr(type(value), "__array__")
+
+
+def numpy_read_by(function: object, seen: set[int] | None = None) -> str | None:
+    """Return the name of a variable, of a function or one that it calls, which holds NumPy data.
+
+    Args:
+        function: the function; anything else reads nothing.
+        seen: functions that were looked at.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(function, (types.MethodType, functools.partial)):
+        function = getattr(function, "__func__", None) or getattr(function, "func", None)
+    if not isinstance(function, types.FunctionType) or id(function) in seen:
+        return None
+    seen.add(id(function))
+    if (function.__module__ or "").partition(".")[0] in _FOREIGN:
+        return None
+    scope, code = function.__globals__, function.__code__
+    found = {name: scope.get(name) for name in names_of_globals(code)}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        found[name] = Freezer.content(cell)
+    for name, value in found.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        parts = list(value.values()) if isinstance(value, dict) else parts
+        if any(is_numpy(part) for part in parts[:SMALL]):
+            return name
+    return next(filter(None, (numpy_read_by(value, seen) for value in found.values())), None)
+
+
 class _Slot:
     """The place of a captured tensor that has a history: it is an input of the step's node."""
 
@@ -194,7 +226,7 @@ class Freezer:
             return function
         # A function in its own closure ends here.
         self._foreign_ones.add(id(function))
-        contents = [self._content(cell) for cell in function.__closure__]
+        contents = [self.content(cell) for cell in function.__closure__]
         parts = [c if c is _EMPTY else self.value(c) for c in contents]
         self._foreign_ones.discard(id(function))
         if all(a is b for a, b in zip(parts, contents, strict=True)):
@@ -202,14 +234,15 @@ class Freezer:
         return _Call(functools.partial(_with_cells, _without_cells(function)), tuple(parts))
 
     @staticmethod
-    def _content(cell: types.CellType) -> Any:
+    def content(cell: types.CellType) -> Any:
+        """Return what a cell holds, or what stands for nothing."""
         try:
             return cell.cell_contents
         except ValueError:
             return _EMPTY
 
     def _cell(self, cell: types.CellType) -> Any:
-        content = self._content(cell)
+        content = self.content(cell)
         return content if content is _EMPTY else self.value(content)
 
     def _tensor(self, x: Tensor) -> Any:

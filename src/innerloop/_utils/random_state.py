@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from innerloop._utils import torch_private
+
 
 class RandomState(NamedTuple):
     """The state of torch's random generators, per device."""
@@ -19,7 +21,7 @@ class RandomState(NamedTuple):
     @classmethod
     def now(cls) -> RandomState | None:
         """Return the current state; None while compiling, where it cannot be read."""
-        if torch.compiler.is_compiling():
+        if torch_private.is_compiling():
             return None
         return cls(
             torch.get_rng_state(),

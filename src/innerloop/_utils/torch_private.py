@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._functorch import vmap as _vmap
+from torch._guards import TracingContext as _TracingContext
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.multiprocessing import reductions
+from torch.nn.modules import module as _modules
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree
 from torch.utils import checkpoint as checkpointing
@@ -29,6 +31,44 @@ from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling
+_tracing = _TracingContext.try_get
+
+
+def is_compiling() -> bool:
+    """True if the compiler traces this code, or runs it on the way.
+
+    The public question is answered for the whole process: while one thread compiles, it is True in
+    all of them.
+    """
+    return _is_compiling() and (_is_traced() or _tracing() is not None)
+
+
+def traced_code() -> list[types.CodeType]:
+    """Return the functions that the compiler has traced so far; called while it compiles."""
+    return _TracingContext.get_traced_code() or []
+
+
+@contextmanager
+def guarding_hooks() -> Iterator[None]:
+    """Let code that is compiled in the block look for hooks on the modules which it runs.
+
+    By default, where a module has none, compiled code does not look if it has some later.
+    """
+    before = _compiler_settings().skip_nnmodule_hook_guards
+    _compiler_settings().skip_nnmodule_hook_guards = False
+    try:
+        yield
+    finally:
+        _compiler_settings().skip_nnmodule_hook_guards = before
+
+
+def _compiler_settings() -> Any:
+    # Not above: to import the compiler takes a second.
+    return importlib.import_module("torch._dynamo.config")
+
 
 # Containers of kinds that innerloop.tree does not walk itself. There is no public pytree module up
 # to torch 2.13.
@@ -63,7 +103,7 @@ def only_forward_mode() -> Iterator[None]:
     leaves it takes the tangents of the other away. Inside a ``jvp``, whose thread has waited
     already, nothing is locked: on a GPU its backward passes run in a thread of their own.
     """
-    if torch.compiler.is_compiling() or jvp_levels():
+    if is_compiling() or jvp_levels():
         yield
         return
     with _forward_lock:
@@ -287,7 +327,6 @@ class as_before_for_hooks:  # noqa: N801 (used like a function)
             torch._C._autograd._saved_tensors_hooks_enable()
 
 
-_is_compiling = torch.compiler.is_compiling
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -296,7 +335,7 @@ def inside_saved_tensors_hooks() -> bool:
 
     The compiler cannot trace the question, and a loss that it compiles is refused on its own.
     """
-    return not _is_compiling() and _saved_tensors_hooks(True) is not None
+    return not is_compiling() and _saved_tensors_hooks(True) is not None
 
 
 _checkpoint: Any = inspect.unwrap(checkpointing.checkpoint)
@@ -536,7 +575,7 @@ def gradient(
         or not loss.is_cpu
         or not loss.is_floating_point()
         or torch._C._len_torch_function_stack()
-        or _is_compiling()
+        or is_compiling()
         or any(type(x) not in _PLAIN_TENSORS or not x.is_cpu for x in inputs)
     ):
         seeds = torch.ones_like(loss) if loss.ndim else None
@@ -647,6 +686,12 @@ def weight_norm() -> Callable[..., Tensor]:
     return operation
 
 
+def count_function_modes() -> int:
+    """Count the function modes that are on."""
+    count: int = torch._C._len_torch_function_stack()
+    return count
+
+
 def function_modes() -> list[Any]:
     """Return all function modes that are on, the innermost one last."""
     count = torch._C._len_torch_function_stack()
@@ -667,7 +712,7 @@ def forward_mode() -> bool:
 
     No public query exists.
     """
-    return not torch.compiler.is_compiling() and _forward_level()
+    return not is_compiling() and _forward_level()
 
 
 NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
@@ -700,6 +745,18 @@ def backward_hooks(module: nn.Module) -> bool:
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+GLOBAL_MODULE_HOOKS: tuple[Mapping[int, object], ...] = (
+    _modules._global_forward_pre_hooks,
+    _modules._global_forward_hooks,
+    _modules._global_backward_pre_hooks,
+    _modules._global_backward_hooks,
+)
+"""The hooks of all modules (``register_module_forward_hook``), by a number for each registration.
+
+Compiled code does not look if they are still the same.
+"""
 
 
 def module_hooks(module: nn.Module) -> tuple[Callable[..., object], ...]:

@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from innerloop._utils import tree
-from innerloop._utils.frozen import _EMPTY, _Call, _Container, _Function, _Slot
+from innerloop._utils.frozen import (
+    _EMPTY,
+    _Call,
+    _Container,
+    _Function,
+    _Slot,
+    is_numpy,
+    numpy_read_by,
+)
 from innerloop.errors import InvalidInputError
 
 _WRITES = ("STORE_GLOBAL", "DELETE_GLOBAL")
@@ -151,12 +159,20 @@ class Traceable:
             return self._call(frozen)
         if kind is _Container:
             return self._container(frozen)
+        if is_numpy(frozen):
+            if hasattr(frozen, "__setitem__"):  # an array, not a number
+                raise _numpy("the function given to loop.step")
+            return frozen.item()
         return frozen
 
     def _function(self, frozen: _Function) -> Any:
         known = self._done.get(id(frozen), _EMPTY)
         if known is None:
-            raise _refused(frozen.name, "calls itself through a variable of its own")
+            raise _refused(
+                frozen.name,
+                "reads a variable that holds the function itself: it calls itself (write a loop), "
+                "or keeps something in an attribute of its own (f.count: keep it elsewhere)",
+            )
         if known is not _EMPTY:
             return known
         self._done[id(frozen)] = None
@@ -245,6 +261,27 @@ def _same_globals(a: _Function, b: _Function) -> bool:
     return a.values.keys() == b.values.keys() and all(
         b.values[name] is value for name, value in a.values.items()
     )
+
+
+def _numpy(what: str, name: str = "") -> InvalidInputError:
+    return InvalidInputError(
+        f"{what} reads {f'{name!r}, ' if name else ''}NumPy data, which PyTorch's compiler does "
+        "not follow: make a tensor of an array, torch.as_tensor(array), and a number of Python of "
+        "a number, float(number), outside of it, or write compile=False"
+    )
+
+
+def refuse_numpy(what: str, functions: Sequence[object]) -> None:
+    """Raise if functions that cannot be compiled read NumPy data, which may be the reason.
+
+    Args:
+        what: names them.
+        functions: the functions.
+    """
+    for function in functions:
+        name = numpy_read_by(function)
+        if name is not None:
+            raise _numpy(what, name)
 
 
 def _refused(name: str, why: str) -> InvalidInputError:

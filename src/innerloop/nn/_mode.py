@@ -273,6 +273,26 @@ def situation_of_replacing() -> Situation | None:
     return Situation.now() if is_on else None
 
 
+class unwatched:  # noqa: N801 (used like a function, at every compiled step)
+    """Look at no operations inside this block: the compiler does not trace what a `Watch` does.
+
+    The modes of other loops that are open are on in a step of one.
+    """
+
+    def __enter__(self) -> None:
+        self._watched = [
+            (m, m.watch)
+            for m in torch_private.function_modes()
+            if isinstance(m, ReplacementMode) and m.watch is not None
+        ]
+        for found, _ in self._watched:
+            found.watch = None
+
+    def __exit__(self, *_: object) -> None:
+        for found, watch in self._watched:
+            found.watch = watch
+
+
 class LoopMode:
     """The replacement mode of one hand-written loop, on while the user's code runs.
 

@@ -10,9 +10,11 @@ calls; the graph of the eager code is searched for backward rules that compiled 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +35,9 @@ from innerloop._utils.compiled_check import (
 )
 from innerloop._utils.compiling import CodePath, Compiled, silent_about_grad
 from innerloop._utils.random_state import RandomState, at_random_state
-from innerloop.errors import InnerLoopError, NotDifferentiableError
+from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
+from innerloop.nn._mode import unwatched
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.step_pullback import (
@@ -90,9 +93,12 @@ class Core:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.reverse_many(step, rows)
 
-        self._advance = _Checked(advance, "the step")
-        self._pull = _Checked(pull, "the pullback of a step")
-        self._pull_many = _Checked(pull_many, "the pullback of many cotangents")
+        # Compiled code reads the copy of a module, in whose places eager code puts tensors.
+        lock = threading.RLock() if core.view is None else core.view.lock
+        users = [getattr(f, "function", None) for f in (core.loss, core.targets)]
+        self._advance = _Checked(advance, "the step", lock, users)
+        self._pull = _Checked(pull, "the pullback of a step", lock, users)
+        self._pull_many = _Checked(pull_many, "the pullback of many cotangents", lock, users)
 
     @property
     def compiled(self) -> tuple[Compiled, Compiled]:
@@ -205,12 +211,20 @@ class _Checked:
     Args:
         eager: the function.
         what: names it in errors.
+        lock: what a thread holds while it calls the function.
+        users: the user's functions in it.
     """
 
-    def __init__(self, eager: Callable[..., Any], what: str) -> None:
-        self._eager = eager
+    def __init__(
+        self,
+        eager: Callable[..., Any],
+        what: str,
+        lock: AbstractContextManager[Any],
+        users: Sequence[object],
+    ) -> None:
+        self._eager, self._lock, self._users = eager, lock, users
         self._eager_seconds = 0.0
-        self.compiled = Compiled(eager, what, HIDDEN)
+        self.compiled = Compiled(eager, what, HIDDEN, unwatched)
         self._trust = Trust()
         self._later = LaterChecks()
 
@@ -238,19 +252,22 @@ class _Checked:
         A path of its code is new where PyTorch compiled it in this call: it compiles whenever
         anything changes that the code was specialised for.
         """
+        # One thread at a time: what was compiled is counted, and compared with eager code.
+        with self._lock:
+            return self._call(arguments, verify, again)
+
+    def _call(
+        self,
+        arguments: tuple[Any, ...],
+        verify: Callable[[Any, RandomState | None], None],
+        again: Again | None,
+    ) -> Any:
         begin = time.perf_counter()
-        try:
+        with self._trust.at_stake(self.compiled):
             if again is None:
-                found = self.compiled(*arguments)
+                found = self.compiled(*arguments, explain=partial(self._explain, arguments))
             else:
                 found = self.compiled.again(again.path, arguments)
-        except NotDifferentiableError:
-            self._trust.lose()
-            self._explain(arguments, self.compiled.random_state)
-            raise
-        except BaseException:
-            self._trust.lose()
-            raise
         random_state = self.compiled.random_state
         end = time.perf_counter()
         known = self._trust.covers(self.compiled.compilations)
@@ -270,15 +287,11 @@ class _Checked:
         self._later.checked(seconds)
         return found
 
-    def _explain(self, arguments: tuple[Any, ...], random_state: RandomState | None) -> None:
-        """Raise the true reason if eager code can tell why the function cannot be compiled."""
-        with refusing_own_functions(), at_random_state(random_state):
-            try:
-                self.eager(*arguments)
-            except InnerLoopError:
-                raise
-            except Exception:
-                return
+    def _explain(self, arguments: tuple[Any, ...]) -> None:
+        """Raise the true reason if eager code has an error of its own, which may be the user's."""
+        with refusing_own_functions(), at_random_state(self.compiled.random_state):
+            self.eager(*arguments)
+        refuse_numpy("the loss", self._users)
 
 
 def _recorded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 import shutil
 import tempfile
 import weakref
@@ -39,7 +39,8 @@ class Snapshots(MutableMapping[int, Any]):
         self._writing: tuple[Future[None], Path] | None = None
         if self._folder is not None:
             self._writer = ThreadPoolExecutor(1, "innerloop-snapshots")
-            weakref.finalize(self, _clean_up, self._writer, self._folder)
+            weakref.finalize(self, _clean_up, self._writer, self._folder, os.getpid())
+        self._owner = os.getpid()
         self._written = 0
 
     def __setitem__(self, t: int, value: object) -> None:
@@ -53,6 +54,7 @@ class Snapshots(MutableMapping[int, Any]):
             return
         assert self._folder is not None
         assert self._writer is not None
+        self._check_process()
         self._wait()
         self._written += 1
         path = self._folder / f"{self._written}.pt"
@@ -66,15 +68,27 @@ class Snapshots(MutableMapping[int, Any]):
         """Wait for the file that is being written, and raise if that failed."""
         if self._writing is None:
             return
+        self._check_process()
         (future, path), self._writing = self._writing, None
         try:
             future.result()
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # what torch.save raises depends on the tensor
             raise InnerLoopError(
-                f"a state of the loop cannot be written to the disk, to the file {path}: {error}. "
-                "Free some space there, let TMPDIR name another folder, or keep the states in "
-                'memory: offload="cpu" or offload=None'
+                f"a state of the loop cannot be written to the disk, to the file {path} "
+                f"({type(error).__name__}: {error}). Free some space there, let TMPDIR name "
+                "another folder, or keep the states in memory (tensors of a class that cannot be "
+                'pickled, too): offload="cpu" or offload=None'
             ) from error
+
+    def _check_process(self) -> None:
+        """Raise in a forked process: the thread that writes is not in it, nor is it the owner."""
+        if os.getpid() != self._owner:
+            raise InnerLoopError(
+                f"the loop keeps its states on the disk for process {self._owner}, and goes on in "
+                f"process {os.getpid()}, which was forked from it (os.fork) and lacks the thread "
+                "that writes them: run the whole loop and its backward pass in one process, or "
+                'keep the states in memory, offload="cpu" or offload=None'
+            )
 
     def __getitem__(self, t: int) -> Any:
         if self.place is None:
@@ -88,7 +102,7 @@ class Snapshots(MutableMapping[int, Any]):
 
     def __delitem__(self, t: int) -> None:
         entry = self._held.pop(t)
-        if self.place == "disk":
+        if self.place == "disk" and os.getpid() == self._owner:
             if self._writing is not None and self._writing[1] == entry[2]:
                 self._wait()
             entry[2].unlink(missing_ok=True)
@@ -103,8 +117,10 @@ class Snapshots(MutableMapping[int, Any]):
         return len(self._held)
 
 
-def _clean_up(writer: ThreadPoolExecutor, folder: Path) -> None:
-    """Remove the files, once none is being written."""
+def _clean_up(writer: ThreadPoolExecutor, folder: Path, owner: int) -> None:
+    """Remove the files, once none is being written; not at the end of a forked process."""
+    if os.getpid() != owner:
+        return
     writer.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -113,13 +129,13 @@ def _read(path: Path) -> list[Tensor]:
     """Return the tensors in a file that `Snapshots` has written."""
     try:
         found: list[Tensor] = torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what torch.load raises depends on the damage
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
         raise InnerLoopError(
             f"the file {path}, in which a state of the loop waited on the disk for the backward "
             f"pass, {what}: a full disk and a cleaner of temporary files do that. Let TMPDIR name "
             'a folder with space that nothing cleans, or keep the states in memory: offload="cpu" '
-            f"or offload=None. The error was {type(error).__name__}"
+            f"or offload=None. The error was {type(error).__name__}: {error}"
         ) from error
     return found
 
