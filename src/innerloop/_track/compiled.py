@@ -660,7 +660,11 @@ class CompiledRecorder(Recorder):
             return closure.core.pull(*arguments, batch, chosen, given, Again(path, around))
         with around() as batch:
             # What the step reads is as it was when compiled code took it.
-            known = own is not None and own.is_static and own.accepts((*arguments, batch))
+            known = (
+                own is not None
+                and own.is_static
+                and closure.core.compiled[0].would_take(own, (*arguments, batch))
+            )
             closure.problem.shows_params = not known
             with torch.no_grad():
                 again = None if path is None or not known else Again(path, nullcontext)
