@@ -308,17 +308,30 @@ class Scaled:
 
     def loss(self, model: Any, x: Tensor) -> Tensor:
         found = model(x).square().mean()
-        return found.detach() + self.factor * (found - found.detach())
+        return found.detach() + self.scaled(found - found.detach())
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def three_times(_: Scaled, x: Tensor) -> Tensor:
+    return 3.0 * x
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_factor_of_the_gradient_that_is_another_in_the_backward_pass(steps: int):
+@pytest.mark.parametrize("change", ["attribute", "method"])
+def test_a_factor_of_the_gradient_that_is_another_in_the_backward_pass(
+    steps: int, change: str, monkeypatch: pytest.MonkeyPatch
+):
     model, scaled = network(), Scaled()
     with innerloop.track(model, sgd(model), strategy=COMPILED) as loop:
         for t in range(steps):
             loop.step(scaled.loss, args=(loop.model, batch(t)[0]))
         outer = loop.model(batch(9)[0]).sum()
-    scaled.factor = 3.0
+    if change == "attribute":
+        scaled.factor = 3.0
+    else:
+        monkeypatch.setattr(Scaled, "scaled", three_times)
     with pytest.raises(InvalidInputError, match="parameters are others"):
         outer.backward()
 

@@ -11,7 +11,7 @@ import math
 import operator
 import threading
 import types
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, compress, islice
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from innerloop._carry import Carry
 from innerloop._inner_gradient.loss import check_loss
+from innerloop._module.view import ModuleView
 from innerloop._problem import Problem, rules_of
 from innerloop._track.constant_buffers import constant_buffer
 from innerloop._track.replay import Recorder, State, StepRecord, Taken
@@ -182,52 +183,74 @@ _TABLES = frozenset(vars(nn.Module()))
 """Attributes of every module: modes, hooks, and tables of what is looked at elsewhere."""
 
 
-def _contents(modules: Sequence[nn.Module]) -> tuple[list[object], list[int]]:
-    """Return what modules hold besides numbers and code, and how often tensors were written."""
-    held: list[object] = []
-    versions: list[int] = []
-    for module in modules:
-        held += module.children()
-        for name, value in vars(module).items():
-            if name in _TABLES or isinstance(value, (_SIMPLE, _CODE)):
-                continue
-            held.append(value)
-            if isinstance(value, Tensor):
-                versions.append(torch_private.version(value))
-            elif isinstance(value, dict):
-                held += [*value, *value.values()]
-            elif isinstance(value, (list, tuple)):
-                held += value
-    return held, versions
-
-
 class ModuleFacts:
-    """The facts of modules as they were, to tell if they are others now.
+    """The facts of the modules of a loop as they were, to tell if they are others now.
 
     Args:
-        modules: the modules.
+        view: of the modules. The parameters and buffers that it places are no facts.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._facts = facts_of(modules)
+    def __init__(self, view: ModuleView) -> None:
+        self._modules = view.modules
+        self._placed: dict[int, set[Any]] = {}
+        for container, key in chain(*view.parameters.values(), *view.buffers.values()):
+            self._placed.setdefault(id(container), set()).add(key)
+        self._facts = facts_of(self._modules)
         self._note()
 
     def _note(self) -> None:
-        self._values = [list(vars(m).values()) for m in self._modules]
-        self._contents = _contents(self._modules)
+        self._values = self._values_now()
+        self._contents = self._contents_now()
         self._hooks = torch_private.hooks_so_far()
         # What may change while all values stay the same objects.
-        held = [x for m in self._modules for n, x in vars(m).items() if n not in _TABLES]
+        held = [x for m in self._modules for n, x in self._items(vars(m)) if n not in _TABLES]
         self._boxes: list[Any] = [torch_private.module_table(m) for m in self._modules]
         self._boxes += [x for x in held if isinstance(x, (dict, list))]
         self._tensors = [x for x in held if isinstance(x, Tensor)]
         self._seen = self._objects()
 
+    def _items(self, box: Any) -> Iterable[tuple[Any, Any]]:
+        """Return the keys and values of a dict or a list, without those that the loop places."""
+        items = box.items() if isinstance(box, dict) else enumerate(box)
+        placed = self._placed.get(id(box))
+        return items if placed is None else [(k, x) for k, x in items if k not in placed]
+
+    def _inside(self, box: Any) -> Sequence[object]:
+        """Return what a dict or a list holds, without what the loop places."""
+        if id(box) in self._placed:
+            return (
+                [*chain(*self._items(box))]
+                if isinstance(box, dict)
+                else [x for _, x in self._items(box)]
+            )
+        return (*box, *box.values()) if isinstance(box, dict) else box
+
+    def _values_now(self) -> list[list[object]]:
+        return [[x for _, x in self._items(vars(m))] for m in self._modules]
+
+    def _contents_now(self) -> tuple[list[object], list[int]]:
+        """Return what modules hold besides numbers and code, and how often it was written."""
+        held: list[object] = []
+        versions: list[int] = []
+        for module in self._modules:
+            held += module.children()
+            for name, value in self._items(vars(module)):
+                if name in _TABLES or isinstance(value, (_SIMPLE, _CODE)):
+                    continue
+                held.append(value)
+                if isinstance(value, Tensor):
+                    versions.append(torch_private.version(value))
+                elif isinstance(value, (dict, list)):
+                    held += self._inside(value)
+        return held, versions
+
     def _objects(self) -> tuple[list[object], list[int]]:
         """Return all that is held, and how often tensors were written."""
-        tables = [vars(m).values() for m in self._modules]
-        inside = [(*x, *x.values()) if isinstance(x, dict) else x for x in self._boxes]
+        tables = [
+            [x for _, x in self._items(table)] if id(table) in self._placed else table.values()
+            for table in map(vars, self._modules)
+        ]
+        inside = map(self._inside, self._boxes)
         return [*chain(*tables, *inside)], torch_private.versions(self._tensors)
 
     def are_unchanged(self) -> bool:
@@ -240,11 +263,11 @@ class ModuleFacts:
             and self._hooks == torch_private.hooks_so_far()
         ):
             return True
-        held, versions = _contents(self._modules)
+        held, versions = self._contents_now()
         was, were = self._contents
         if versions != were or len(held) != len(was) or not all(map(operator.is_, held, was)):
             return False
-        values = [list(vars(m).values()) for m in self._modules]
+        values = self._values_now()
         if self._hooks == torch_private.hooks_so_far() and all(
             len(a) == len(b) and all(map(operator.is_, a, b))
             for a, b in zip(values, self._values, strict=True)
@@ -637,7 +660,11 @@ class CompiledRecorder(Recorder):
             return closure.core.pull(*arguments, batch, chosen, given, Again(path, around))
         with around() as batch:
             # What the step reads is as it was when compiled code took it.
-            known = own is not None and own.is_static and own.accepts((*arguments, batch))
+            known = (
+                own is not None
+                and own.is_static
+                and closure.core.compiled[0].would_take(own, (*arguments, batch))
+            )
             closure.problem.shows_params = not known
             with torch.no_grad():
                 again = None if path is None or not known else Again(path, nullcontext)

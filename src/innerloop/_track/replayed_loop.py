@@ -450,7 +450,7 @@ class ReplayedLoop(TrackedLoop):
     ) -> tuple[Taken, list[Tensor], Any]:
         """Take the step on constants by compiled code; the first one by uncompiled code as well."""
         if self._module_facts is None:
-            self._module_facts = ModuleFacts(self._view.modules)
+            self._module_facts = ModuleFacts(self._view)
         if transform is not None or self._hooks:
             raise InvalidInputError(
                 "grad_callback, or a hook on the gradients of a parameter, is not compiled: write "

@@ -301,6 +301,14 @@ class Compiled:
             )
         return found
 
+    def would_take(self, path: CodePath, arguments: Sequence[object]) -> bool:
+        """True if a call now would take a path: nothing that it was compiled from has changed."""
+        return (
+            self._definitions.are_unchanged()
+            and path in self._known.values()
+            and path.accepts(arguments)
+        )
+
     def again(self, path: CodePath, arguments: tuple[Any, ...]) -> Any:
         """Take a path; the caller knows that it is the right one."""
         self.random_state = RandomState.now() if path.draws else None
