@@ -484,16 +484,15 @@ class ReplayedLoop(TrackedLoop):
                 )
             self._unused = tuple(n for n, g in taken.grads.items() if g is None)
             recorder.unused = self._unused
-        if not self._module_facts.are_unchanged():
-            raise InvalidInputError(
-                "an attribute of a module of loop.model was changed inside the loop (a rate of "
-                "dropout, a tensor or a submodule, or what a forward pass keeps), or a hook was "
-                "registered on it: compiled steps run in a copy that was made before. Do it before "
-                "track, or write compile=False"
-            )
+        unchanged = self._module_facts.are_unchanged()
+        if not unchanged and self._steps:
+            raise _changed_module()
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.mark_stepped()
         taken, buffers = recorder.step(record, before)
+        if not unchanged:
+            # After the first step: that a module cannot be compiled is the better reason.
+            raise _changed_module()
         self._check_finite(taken.loss)
         self._view.write_buffers(buffers)
         return taken, [], None
@@ -711,6 +710,15 @@ class ReplayedLoop(TrackedLoop):
         super().detach()
         self._start_is_learned = False
         self._begin()
+
+
+def _changed_module() -> InvalidInputError:
+    return InvalidInputError(
+        "an attribute of a module of loop.model was changed inside the loop (a rate of "
+        "dropout, a tensor or a submodule, or what a forward pass keeps), or a hook was "
+        "registered on it: compiled steps run in a copy that was made before. Do it before "
+        "track, or write compile=False"
+    )
 
 
 def _writes_weights() -> InvalidInputError:

@@ -6,11 +6,12 @@ did.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -42,7 +43,8 @@ _values: Callable[[Any], Iterable[object]] = methodcaller("values")
 _order: Callable[[Any], object] = attrgetter("__mro__")
 _code: Callable[[Any], object] = attrgetter("__code__")
 _call: Callable[[Callable[[], object]], object] = getattr(operator, "call", lambda read: read())
-_called: Callable[[Any], object] = attrgetter("__call__", "forward")
+_CALLED = ("__call__", "forward")
+_called: Callable[[Any], object] = attrgetter(*_CALLED)
 
 
 class Definitions:
@@ -141,8 +143,14 @@ class Definitions:
         self._tables = [vars(cls) for cls in self._classes]
         every = chain.from_iterable(map(_values, self._tables))
         self._functions = [f for value in every for f in _functions_of(value)]
-        self._modules = [cls for cls in self._of_torch if issubclass(cls, nn.Module)]
+        self._modules: list[type] = []
         self._reads = [*self._places]
+        for cls in self._of_torch:
+            if issubclass(cls, nn.Module):
+                if _is_readable(cls, _CALLED):
+                    self._modules.append(cls)
+                else:
+                    self._reads.append(_reader(cls, _CALLED))
         for cls in self._of_torch:
             names = {
                 name
@@ -154,7 +162,7 @@ class Definitions:
             names |= _OF_EACH_MODULE if cls is nn.Module else set()
             names -= {"__call__", "forward"}
             if names:
-                self._reads.append(partial(attrgetter(*sorted(names)), cls))
+                self._reads.append(_reader(cls, sorted(names)))
         self._facts = self._facts_now()
         self._quick = self._quick_facts()
 
@@ -214,6 +222,25 @@ def _attribute(holder: object, name: str, value: object) -> Callable[[], object]
     except TypeError:
         return lambda: getattr(holder, name)
     return lambda: value if known() is None else getattr(known(), name)
+
+
+def _is_readable(cls: type, names: Sequence[str]) -> bool:
+    try:
+        attrgetter(*names)(cls)
+    except Exception:  # a descriptor that is not made for the class itself (of torch.jit)
+        return False
+    return True
+
+
+def _reader(cls: type, names: Sequence[str]) -> Callable[[], object]:
+    """Return what reads attributes of a class."""
+    if _is_readable(cls, names):
+        return partial(attrgetter(*names), cls)
+    return partial(_as_defined, cls, names)
+
+
+def _as_defined(cls: type, names: Sequence[str]) -> list[object]:
+    return [inspect.getattr_static(cls, name, None) for name in names]
 
 
 def _room(value: type | types.FunctionType) -> str:
