@@ -842,14 +842,14 @@ def _(strategy: Strategy) -> Any:
     def step(loop: Any, t: int, x: Tensor) -> None:
         global SHIFT, FUNCTION  # noqa: PLW0603
         SHIFT = torch.tensor(0.3 * t)
-        FUNCTION = torch.sin if t < 2 else torch.cos
+        FUNCTION = torch.cos if t else torch.sin
 
         def loss(model: nn.Module, x: Tensor, *, power: int = 2) -> Tensor:
             return (FUNCTION(model(x)) - SHIFT).pow(power).mean()
 
         loop.step(loss, args=(loop.model, x))
 
-    return tracked(strategy, step, 3)
+    return tracked(strategy, step, 2)
 
 
 @trap("a closure that writes to a list", "writes to a list or dict")

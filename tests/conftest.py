@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import itertools
+import logging
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mark_slow(items)
     # Looking through all objects is rarely worth it: the compiler makes millions, and keeps them.
     gc.set_threshold(700, 10, 100)
+    # The compiler writes down what it does, and pytest would keep it for each test.
+    logging.getLogger("torch.__trace").propagate = False
     # The compiler leaves objects and settings behind, and some tests count objects: it comes last.
     items.sort(key=lambda item: item.get_closest_marker("compiled") is not None)
     if types := config.getoption("--types"):

@@ -92,6 +92,7 @@ def test_an_outer_loss_that_is_zero_in_eager_code_may_be_rounding_in_compiled_co
         assert abs(grads["hyper"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_mixed_product_compiled():
     learned = innerloop.Problem(
         lambda p, hyper, x: ((x @ p["w"]).tanh() @ p["v"]).square().mean() * hyper["scale"],
@@ -424,6 +425,7 @@ def under_autocast(strategy: Strategy) -> Tensor:
     return torch.cat([p.flatten() for p in traj.params.values()])
 
 
+@pytest.mark.slow
 def test_autocast_rounds_more_than_the_parameters():
     # Compiled code rounds less often; where a gradient is nearly zero Adam may go the other way.
     off = (under_autocast(StoreAll(compile=True)) - under_autocast(StoreAll())).abs()

@@ -555,6 +555,7 @@ def test_a_function_that_refers_to_itself_is_refused() -> None:
         loop.step(counted)
 
 
+@pytest.mark.slow
 def test_the_limit_of_compilations_is_named() -> None:
     model, x = network(), batch(0)[0]
 
