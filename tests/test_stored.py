@@ -191,6 +191,68 @@ def test_what_is_stored_and_only_looked_at_does_not_matter() -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [sgd, adam])
+def test_an_output_of_the_step_before_takes_part_in_the_next_loss(make: Any) -> None:
+    def body(strategy: Any) -> list[Tensor]:
+        model, box = network(), [None]
+        arguments = {} if strategy is None else {"strategy": strategy}
+        with innerloop.track(model, make(model), **arguments) as loop:
+
+            def loss() -> Tensor:
+                out = loop.model(DATA[0])
+                value = (out - DATA[1]).square().mean()
+                if box[0] is not None:
+                    value = value + (out - box[0]).square().mean()
+                box[0] = out
+                return value
+
+            for _ in range(STEPS):
+                loop.step(loss)
+            outer = loop.model(DATA[0]).square().mean()
+            return list(torch.autograd.grad(outer, list(model.parameters())))
+
+    for x, y in zip(body(Checkpointed(slots=1)), body(None), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_an_output_of_the_step_before_in_the_next_loss_of_unroll_is_named() -> None:
+    last: list[Tensor] = []
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        out = params["w"] * 2
+        value: Tensor = out.square().sum() + sum((out - x).square().sum() for x in last[-1:])
+        last.append(out)
+        return value
+
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    problem: innerloop.Problem[Any, Any] = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+    with pytest.raises(innerloop.errors.CapturedTensorError):
+        innerloop.unroll(problem, {"w": w}, None, steps=3, strategy=Checkpointed())
+
+
+@pytest.mark.parametrize("strategy", [Checkpointed(), Checkpointed(save="gradients"), Truncated(1)])
+def test_what_is_computed_once_from_hyper_and_kept_is_named(strategy: Any) -> None:
+    cache: list[Tensor] = []
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        if not cache:
+            cache.append(hyper["phi"] ** 2)
+        value: Tensor = (params["w"] * cache[0] - 1).square().sum()
+        return value
+
+    phi = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    problem: innerloop.Problem[Any, Any] = innerloop.Problem(loss, innerloop.optim.sgd(lr=0.1))
+    with pytest.raises(innerloop.errors.CapturedTensorError):
+        innerloop.unroll(
+            problem,
+            {"w": torch.ones(2).double()},
+            None,
+            steps=3,
+            hyper={"phi": phi},
+            strategy=strategy,
+        )
+
+
 # -- unroll, under every strategy ------------------------------------------------------------------
 
 

@@ -468,7 +468,7 @@ class Problem(Generic[Batch, Aux]):
                 alias.values(),
                 second_order=recording,
                 sparse=nodes,
-                stops=() if outside is None else outside.shown,
+                stops=() if outside is None else outside.now,
             )
             if nodes:
                 self._sparse |= sent_sparse(nodes, alias)
@@ -499,7 +499,7 @@ class Problem(Generic[Batch, Aux]):
         else:
             tied = outside.gradients(finish(found, takes_sparse=as_they_are))
             finished = finish(tied, hooks=hooks, takes_sparse=True)
-            finished = outside.constant(finished, [g for g in tied.values() if g is not None])
+            finished = outside.constant(finished)
         return {
             name: torch.zeros_like(params[name]) if g is None else g for name, g in finished.items()
         }
@@ -557,7 +557,7 @@ class Problem(Generic[Batch, Aux]):
             return None
         if self.outside is None or mode() is not Mode.EAGER:
             return self.optimizer_hyper(hyper, t)
-        return self.outside.constant(self.optimizer_hyper(self.outside.hyper, t), ())
+        return self.outside.constant(self.optimizer_hyper(self.outside.hyper, t))
 
     def update(
         self,
@@ -587,8 +587,7 @@ class Problem(Generic[Batch, Aux]):
         outside = self.outside
         if outside is not None and _calls_back(self.optimizer):
             tied = outside.gradients(grads)
-            found = self.optimizer.update(tied, state, params, overrides)
-            return outside.constant(found, [g for g in tied.values() if g is not None])
+            return outside.constant(self.optimizer.update(tied, state, params, overrides))
         if not self.optimizer.needs_closure:
             return self.optimizer.update(grads, state, params, overrides)
         if value_and_grad is None:

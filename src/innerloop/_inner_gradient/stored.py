@@ -119,23 +119,45 @@ class Outside:
         hyper: the loop's, as the user gave it.
 
     Attributes:
-        hyper: constants; those that require grad outside require it here, for the functions of the
-            user's, and their derivative is an error.
-        shown: these.
+        now: what the functions of the present step were given. What one has stored in an earlier
+            step, and uses in this one, leads somewhere else: it counts as captured.
         anchor: leads to all that requires grad outside.
     """
 
     def __init__(self, tensors: Sequence[Tensor], hyper: HyperTree) -> None:
         with torch.enable_grad():
             self.anchor: Tensor = _Anchor.apply(*tensors)
-        leaves = [x for x in tree.tensors(hyper) if x.requires_grad]
-        self.shown = self._tied(leaves)
-        known = {id(x): y for x, y in zip(leaves, self.shown, strict=True)}
-        self.hyper: HyperTree = tree.map_tensors(lambda x: known.get(id(x), x.detach()), hyper)
+        self._leaves = [x for x in tree.tensors(hyper) if x.requires_grad]
+        self._given = hyper
+        self._hyper: list[HyperTree] = []
+        self.now: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._hyper.clear()
+        self.now = []
+
+    @property
+    def hyper(self) -> HyperTree:
+        """Return the loop's hyper: constants.
+
+        Those that require grad outside require it here, for the functions of the user's, and their
+        derivative is an error.
+        """
+        if not self._hyper:
+            shown = self._tied(self._leaves)
+            known = {id(x): y for x, y in zip(self._leaves, shown, strict=True)}
+            self._hyper.append(
+                tree.map_tensors(lambda x: known.get(id(x), x.detach()), self._given)
+            )
+        return self._hyper[0]
 
     def _tied(self, values: Sequence[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
-            return lost(_stored, values, [self.anchor])
+            tied = lost(_stored, values, [self.anchor])
+        # They come from one node.
+        self.now += tied[:1]
+        return tied
 
     def beside(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the values of leaves so; a walk finds each leaf behind its own."""
@@ -153,10 +175,10 @@ class Outside:
         tied = self._tied([g for g in grads.values() if g is not None])
         return {**grads, **dict(zip(names, tied, strict=True))}
 
-    def constant(self, found: T, tied: Sequence[Tensor]) -> T:
-        """Return results without a graph, unless it leads to something else than ``tied``."""
+    def constant(self, found: T) -> T:
+        """Return results without a graph, unless it leads to something else than this step."""
         ends = [x for x in tree.tensors(found) if x.requires_grad]
-        if not ends or check_graph(ends, (), second_order=False, stops=[*tied, *self.shown]):
+        if not ends or check_graph(ends, (), second_order=False, stops=self.now):
             return found
         return tree.map_tensors(Tensor.detach, found)
 
@@ -165,4 +187,4 @@ class Outside:
         given = self.params(params)
         with torch.enable_grad():
             found = function(given, self.hyper)
-        return self.constant(found, list(given.values()))
+        return self.constant(found)

@@ -38,6 +38,8 @@ def on_constants(
             that its gradient would be lost. A leaf that the step makes itself (for a gradient
             penalty, say) is gone with the graph: nobody can ask for its gradient.
     """
+    if outside is not None:
+        outside.begin()
     found = run()
     if not torch.is_grad_enabled():
         return found
@@ -46,7 +48,7 @@ def on_constants(
         return found
     if mode() is not Mode.EAGER:
         raise error() if error else _captured(step)
-    stops = () if outside is None else (outside.anchor,)
+    stops = () if outside is None else outside.now
     walked = graph.check_graph(with_graph, (), second_order=False, stops=stops)
     leaves = [TensorWeakRef(x) for x in walked]
     del walked
