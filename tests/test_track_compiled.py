@@ -22,13 +22,14 @@ from innerloop._utils import compiling, torch_private
 from innerloop.strategy import Strategy
 from tests.networks import adam, leaf, network, sgd
 from tests.oracles import smooth_noise
-from tests.situations import SEED, SITUATIONS, Situation, all_groups, named
+from tests.situations import SEED, SITUATIONS, Situation
 from tests.test_track_replayed import (
     assert_same,
     by_generator,
     by_iterator,
     by_numpy,
     by_object,
+    episode,
     overwritten_without_a_trace,
 )
 
@@ -96,26 +97,8 @@ def test_a_fresh_lambda_at_each_step_is_compiled_once(make: Callable[..., Any]):
     assert compilations() == once
 
 
-def episode(situation: Situation, strategy: Strategy | None, learn: Any) -> dict[str, Any]:
-    """As in ``test_track_replayed.py``; every step sees the same batch, so that one path is
-    compiled."""
-    model = situation.model()
-    optimizers = situation.optimizer(model)
-    lrs = [torch.tensor(group["lr"], requires_grad=True) for group in all_groups(optimizers)]
-    torch.manual_seed(SEED)
-    with innerloop.track(
-        model, optimizers, learn=learn, hyper={"lr": lrs}, strategy=strategy
-    ) as loop:
-        for _ in range(3):
-            loop.step(lambda: situation.loss(loop.model, 1))
-        outer = situation.outer_loss(loop.model) + loop.trajectory.losses.sum()
-        found: dict[str, Any] = {"losses": loop.trajectory.losses.detach(), "outer": outer}
-        found |= {f"buffer {n}": b for n, b in loop.buffers().items()}
-    outer.backward()
-    found |= {f"d {n}": p.grad for n, p in named(model).items()}
-    return found | {f"d lr {i}": lr.grad for i, lr in enumerate(lrs)}
-
-
+ONE_PATH = (1, 1, 1)
+"""Batches of an episode: all the same, so that one path is compiled."""
 FEW = ("batch-norm-then-evaluated",)
 """Situations that the test command runs."""
 REFUSED = {
@@ -137,9 +120,10 @@ REFUSED = {
 def test_every_situation_has_the_gradients_of_plain_track(situation: Situation, learn: Any):
     if situation.name in REFUSED:
         with pytest.raises(innerloop.InnerLoopError, match=REFUSED[situation.name]):
-            episode(situation, COMPILED, learn)
+            episode(situation, COMPILED, learn, ONE_PATH)
         return
-    assert_same(episode(situation, COMPILED, learn), episode(situation, None, learn), 1e-9)
+    found = episode(situation, COMPILED, learn, ONE_PATH)
+    assert_same(found, episode(situation, None, learn, ONE_PATH), 1e-9)
 
 
 def scaled(x: Tensor, by: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,13 @@ def assert_as_plain(body: Body, slots: Any = (1, 3, "all"), **arguments: Any) ->
 # -- the module contract ---------------------------------------------------------------------------
 
 
-def episode(situation: Situation, strategy: Checkpointed | None, learn: Any) -> dict[str, Any]:
+def episode(
+    situation: Situation,
+    strategy: Checkpointed | None,
+    learn: Any,
+    times: Iterable[int] = range(STEPS),
+) -> dict[str, Any]:
+    """Take a step on the batch of each of ``times``."""
     model = situation.model()
     optimizers = situation.optimizer(model)
     lrs = [torch.tensor(group["lr"], requires_grad=True) for group in all_groups(optimizers)]
@@ -88,7 +94,7 @@ def episode(situation: Situation, strategy: Checkpointed | None, learn: Any) -> 
     with innerloop.track(
         model, optimizers, learn=learn, hyper={"lr": lrs}, strategy=strategy
     ) as loop:
-        for t in range(STEPS):
+        for t in times:
             loop.step(lambda: situation.loss(loop.model, t))
         outer = situation.outer_loss(loop.model) + loop.trajectory.losses.sum()
         found: dict[str, Tensor | None] = {

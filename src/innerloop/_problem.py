@@ -52,7 +52,7 @@ from innerloop._utils.execution import Mode, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
-from innerloop.optim._base import Optimizer, refuse_class
+from innerloop.optim._base import Optimizer, refuse_class, refuse_uncompiled
 from innerloop.optim._chain import Chain
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
@@ -601,12 +601,7 @@ class Problem(Generic[Batch, Aux]):
 
     def check_compiles(self) -> None:
         """Raise if the optimizer cannot be compiled."""
-        if not self.optimizer.compiles:
-            raise InvalidInputError(
-                f"{self.optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
-                "by values, or works on sparse tensors. "
-                "Write compile=False, or use another rule of innerloop.optim"
-            )
+        refuse_uncompiled(self.optimizer)
 
     def step(
         self, carry: Carry, hyper: HyperTree, batch: Batch, t: int

@@ -6,7 +6,7 @@ came from: its derivative is right, or an error when a backward pass of the user
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +84,14 @@ def lost(
     return list(_Lost.apply(error, len(values), *_data(values), *anchors))
 
 
+def with_each(
+    values: Mapping[str, Tensor | None], tie: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, Any]:
+    """Return values by name with what ``tie`` makes of all that may have a derivative."""
+    known = {n: x for n, x in values.items() if x is not None and tree.differentiable(x)}
+    return {**values, **dict(zip(known, tie([*known.values()]), strict=True))}
+
+
 def _data(values: Sequence[Tensor]) -> list[Tensor]:
     # A mode that interprets tensors (of `adapt`) would make views of them.
     with torch_private.unseen():
@@ -119,6 +127,8 @@ class Outside:
         hyper: the loop's, as the user gave it.
 
     Attributes:
+        hyper: constants. Those that require grad outside require it here, for the functions of the
+            user's, and their derivative is an error.
         now: what the functions of the present step were given. What one has stored in an earlier
             step, and uses in this one, leads somewhere else: it counts as captured.
         anchor: leads to all that requires grad outside.
@@ -127,30 +137,15 @@ class Outside:
     def __init__(self, tensors: Sequence[Tensor], hyper: HyperTree) -> None:
         with torch.enable_grad():
             self.anchor: Tensor = _Anchor.apply(*tensors)
-        self._leaves = [x for x in tree.tensors(hyper) if x.requires_grad]
         self._given = hyper
-        self._hyper: list[HyperTree] = []
-        self.now: list[Tensor] = []
+        self._leaves = [x for x in tree.tensors(hyper) if x.requires_grad]
+        self.begin()
 
     def begin(self) -> None:
         """Begin a step."""
-        self._hyper.clear()
-        self.now = []
-
-    @property
-    def hyper(self) -> HyperTree:
-        """Return the loop's hyper: constants.
-
-        Those that require grad outside require it here, for the functions of the user's, and their
-        derivative is an error.
-        """
-        if not self._hyper:
-            shown = self._tied(self._leaves)
-            known = {id(x): y for x, y in zip(self._leaves, shown, strict=True)}
-            self._hyper.append(
-                tree.map_tensors(lambda x: known.get(id(x), x.detach()), self._given)
-            )
-        return self._hyper[0]
+        self.now: list[Tensor] = []
+        known = dict(zip(map(id, self._leaves), self._tied(self._leaves), strict=True))
+        self.hyper = tree.map_tensors(lambda x: known.get(id(x), x.detach()), self._given)
 
     def _tied(self, values: Sequence[Tensor]) -> list[Tensor]:
         with torch.enable_grad():
@@ -166,14 +161,11 @@ class Outside:
 
     def params(self, params: Named) -> Params:
         """Return parameters as tensors whose derivative is an error."""
-        names = [n for n, p in params.items() if tree.differentiable(p)]
-        return {**params, **dict(zip(names, self._tied([params[n] for n in names]), strict=True))}
+        return with_each(params, self._tied)
 
     def gradients(self, grads: Grads) -> dict[str, Tensor | None]:
         """Return gradients so."""
-        names = [n for n, g in grads.items() if g is not None]
-        tied = self._tied([g for g in grads.values() if g is not None])
-        return {**grads, **dict(zip(names, tied, strict=True))}
+        return with_each(grads, self._tied)
 
     def constant(self, found: T) -> T:
         """Return results without a graph, unless it leads to something else than this step."""

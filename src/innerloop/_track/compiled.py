@@ -569,11 +569,7 @@ class CompiledRecorder(Recorder):
         if known is not None:
             return known
         self._waiting.clear()
-        if self._last is not None and self._last[0] == t:
-            begin, state = self._last
-        else:
-            begin, state = self.kept.newest(t)
-        planned = self.kept.planned(begin, t) if begin < t else set()
+        begin, state, planned = self._where_to_begin(t)
         before = _Before(state, is_result=False)
         passes_on = bool(self.unused) or len(state.params) > len(self._trained)
         for time in range(begin, t):

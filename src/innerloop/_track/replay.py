@@ -402,11 +402,7 @@ class Recorder:
         if known is not None:
             return known
         self._ready.clear()
-        if self._last is not None and self._last[0] == t:
-            begin, state = self._last
-        else:
-            begin, state = self.kept.newest(t)
-        planned = self.kept.planned(begin, t) if begin < t else set()
+        begin, state, planned = self._where_to_begin(t)
         chained = False
         for time in range(begin, t):
             if self._merges and t - time < self.kept.stride:
@@ -423,6 +419,13 @@ class Recorder:
         if prepared is None:
             return self._prepare_apart(t)
         return prepared
+
+    def _where_to_begin(self, t: int) -> tuple[int, State, set[int]]:
+        """Return the time and the state from which to come to ``t``, and which times to keep."""
+        if self._last is not None and self._last[0] == t:
+            return *self._last, set()
+        begin, state = self.kept.newest(t)
+        return begin, state, self.kept.planned(begin, t) if begin < t else set()
 
     def _prepare_apart(self, t: int) -> Prepared:
         """Run step ``t`` again, the steps before it without graphs.
@@ -558,15 +561,17 @@ class Recorder:
 
     def _differs(self, t: int, what: str) -> InvalidInputError:
         """Return the error for a step that does something else when it runs again."""
-        live = self.model.live()
-        submodule = None if live is None else live.replaced_submodule(self.model.view)
-        return _differs(t, what) if submodule is None else replaced(submodule, f"step {t}")
+        return self._unless_replaced(t, _differs(t, what))
 
     def _failed(self, t: int, error: Exception) -> InvalidInputError:
         """Return the error for a closure that raises when it runs again."""
+        return self._unless_replaced(t, _failed(t, error))
+
+    def _unless_replaced(self, t: int, error: InvalidInputError) -> InvalidInputError:
+        """Return ``error``, or that of a submodule which the user has replaced."""
         live = self.model.live()
         submodule = None if live is None else live.replaced_submodule(self.model.view)
-        return _failed(t, error) if submodule is None else replaced(submodule, f"step {t}")
+        return error if submodule is None else replaced(submodule, f"step {t}")
 
     def _check_written(self, t: int, record: StepRecord) -> None:
         tensors, versions = record.written

@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from innerloop._carry import Carry, aliased
 from innerloop._inner_gradient.gradient import check_graph, finish, inner_gradient, sent_sparse
-from innerloop._inner_gradient.stored import connected, lost
+from innerloop._inner_gradient.stored import connected, lost, with_each
 from innerloop._module.copier import Gate
 from innerloop._module.view import ModuleView, keep_running_statistics, look_up_densely
 from innerloop._track.changes import refuse_transform
@@ -51,7 +51,7 @@ from innerloop._utils.random_state import RandomState
 from innerloop._utils.sharded import sharded_names
 from innerloop.errors import InvalidInputError, NotDifferentiableError
 from innerloop.nn._derivative_order import Situation
-from innerloop.optim._base import Optimizer
+from innerloop.optim._base import Optimizer, refuse_uncompiled
 from innerloop.optim._engine.grads import sparse_ones
 from innerloop.optim._from_torch.from_torch import FromTorch
 from innerloop.optim._transforms.base import Transform
@@ -83,12 +83,8 @@ class ReplayedLoop(TrackedLoop):
         super().__init__(model, optimizer, learn, params, hyper, first_order)
         self._strategy = strategy
         self._compiles = strategy.kept_states(1).compiled
-        if self._compiles and not self._optimizer.compiles:
-            raise InvalidInputError(
-                f"{self._optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
-                "by values, or works on sparse tensors. Write compile=False, or use another rule "
-                "of innerloop.optim"
-            )
+        if self._compiles:
+            refuse_uncompiled(self._optimizer)
         for name, b in self._view.source_buffers.items():
             if b.requires_grad and learn != "nothing":
                 raise InvalidInputError(
@@ -237,7 +233,7 @@ class ReplayedLoop(TrackedLoop):
         record.captured = [x.detach() for x in freezer.captured]
         record.written = freezer.constants, torch_private.versions(freezer.constants)
         record.surroundings = self._surroundings(current)
-        optimizer = self._optimizer_of(record)
+        record.optimizer = self._optimizer_as_it_is()
         before, values = self._before(current, record)
         own = self._aliased_hyper(instead)
         hyper = {**self.hyper, **own, **instead}
@@ -246,28 +242,11 @@ class ReplayedLoop(TrackedLoop):
         weights = list(before.params.values())
         versions_of_weights = torch_private.versions(weights)
 
+        given = record, closure, values, before, freezer.captured, learned, transform
         if isinstance(self._recorder, CompiledRecorder):
-            taken, leaves, mark = self._compiled_forward(
-                self._recorder,
-                record,
-                closure,
-                values,
-                before,
-                freezer.captured,
-                learned,
-                transform,
-            )
+            taken, leaves, mark = self._compiled_forward(self._recorder, *given)
         else:
-            taken, leaves, mark = self._forward(
-                closure,
-                optimizer,
-                values,
-                before,
-                record.hyper,
-                freezer.captured,
-                learned,
-                transform,
-            )
+            taken, leaves, mark = self._forward(*given)
         if torch_private.versions(record.written[0]) != record.written[1]:
             raise InvalidInputError(
                 "the closure given to loop.step writes a tensor in place that it has captured: it "
@@ -343,11 +322,10 @@ class ReplayedLoop(TrackedLoop):
 
     def _forward(
         self,
+        record: StepRecord,
         closure: Closure,
-        optimizer: Optimizer,
         at: dict[str, Tensor],
         before: State,
-        hyper: Mapping[str, object],
         captured: list[Tensor],
         learned: list[Tensor],
         transform: Transform | None,
@@ -371,10 +349,12 @@ class ReplayedLoop(TrackedLoop):
             return [*owners, *captured, *learned, *leaves.values()]
 
         def as_stored(grads: Gradients) -> Gradients:
-            names = [n for n, g in grads.items() if g is not None]
-            tied = lost(_stored_gradient, [g for g in grads.values() if g is not None], anchors())
-            ties.extend(tied)
-            return {**grads, **dict(zip(names, tied, strict=True))}
+            def tie(values: list[Tensor]) -> list[Tensor]:
+                tied = lost(_stored_gradient, values, anchors())
+                ties.extend(tied)
+                return tied
+
+            return with_each(grads, tie)
 
         def note(ends: list[Tensor], found: list[Tensor], inside: Params) -> None:
             known = {id(p) for p in inside.values()}
@@ -418,10 +398,11 @@ class ReplayedLoop(TrackedLoop):
         self._edits.is_on = False
         try:
             self._view.write(at)
+            hyper = record.hyper
             constants = tree.map_tensors(Tensor.detach, hyper) if hyper else hyper
             with torch.enable_grad():
                 taken = take(
-                    optimizer,
+                    record.optimizer,
                     self._names,
                     at,
                     before.optimizer_state,
@@ -468,9 +449,7 @@ class ReplayedLoop(TrackedLoop):
                 )
         if not self._steps:
             random_state = RandomState.now()
-            taken, leaves, _ = self._forward(
-                closure, record.optimizer, at, before, record.hyper, captured, learned, None
-            )
+            taken, leaves, _ = self._forward(record, closure, at, before, captured, learned, None)
             if random_state is not None:
                 random_state.restore()
             self._view.write_buffers({n: b.clone() for n, b in before.buffers.items()})
@@ -669,10 +648,9 @@ class ReplayedLoop(TrackedLoop):
         last = self._last_record
         return last.surroundings if last is not None and last.surroundings == found else found
 
-    def _optimizer_of(self, record: StepRecord) -> Optimizer:
-        """Return the optimizer with its settings as they are at this step, and keep it so."""
+    def _optimizer_as_it_is(self) -> Optimizer:
+        """Return the optimizer with its settings as they are at this step."""
         if not isinstance(self._optimizer, FromTorch):
-            record.optimizer = self._optimizer
             return self._optimizer
         self._optimizer.refresh()
         members = self._optimizer.members
@@ -683,7 +661,6 @@ class ReplayedLoop(TrackedLoop):
             found.members = tuple(map(_with_copies, members))
             known = members, found, tensors, torch_private.versions(tensors)
             self._optimizer_now = known
-        record.optimizer = known[1]
         return known[1]
 
     @property

@@ -175,6 +175,16 @@ class Rule(Optimizer):
         return f"{self.called or type(self).__name__.lower()}({', '.join(shown)})"
 
 
+def refuse_uncompiled(optimizer: Optimizer) -> None:
+    """Raise if an optimizer cannot be compiled."""
+    if not optimizer.compiles:
+        raise InvalidInputError(
+            f"{optimizer!r} cannot be compiled: it runs foreign in-place code, decides "
+            "by values, or works on sparse tensors. "
+            "Write compile=False, or use another rule of innerloop.optim"
+        )
+
+
 def refuse_class(optimizer: object) -> None:
     """Raise if ``optimizer`` is a class, where one of its instances is needed."""
     if not isinstance(optimizer, type):

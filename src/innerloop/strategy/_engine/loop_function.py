@@ -18,7 +18,6 @@ from torch import Tensor
 
 from innerloop._batches import check_constant
 from innerloop._carry import Carry
-from innerloop._inner_gradient.stored import Outside
 from innerloop._problem import Problem
 from innerloop._trajectory import Trajectory
 from innerloop._types import Params
@@ -220,11 +219,9 @@ def run(function: LoopFunction) -> Trajectory:
             "torch.func.hessian, or jacrev of jacrev, or use innerloop.StoreAll()"
         )
     tensors, function.tensors = function.tensors, []
-    start = function.filled(tensors).start
-    problem = function.loop.problem
-    if function.recorded and not function.transformed:
-        wanted = [x for x in tensors if x.requires_grad]
-        problem.outside = Outside(wanted, function.filled(tensors).hyper)
+    given, problem = function.filled(tensors), function.loop.problem
+    start = given.start
+    problem.outside = given.outside() if function.recorded else None
     try:
         with function.context.restored(problem):
             ran = function.forward(function.filled([x.detach() for x in tensors]))
