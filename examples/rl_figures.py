@@ -266,8 +266,11 @@ def navigation(seeds: int = 3, iterations: int = 20) -> None:
     for seed in range(seeds):
         config = MetaConfig(
             iterations=iterations,
-            tasks=40,
-            outer_lr=0.01,
+            tasks=27,
+            adaptation_steps=2,
+            outer_weights=(2.0, 1.0),
+            outer_epochs=6,
+            outer_lr=0.013,
             anneal=True,
             seed=seed,
         )

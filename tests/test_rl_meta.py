@@ -83,7 +83,7 @@ def expected_outer_gradient(algorithm: str) -> Tensor:
             learner.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
-                learner._update([inner], [inner], outer)
+                learner._update([[inner]], [inner, outer])
             weight = chances[before].prod() * adapted.softmax(-1)[arm]
             assert logits.grad is not None
             total -= weight * logits.grad
@@ -134,7 +134,7 @@ def test_the_baseline_of_e_maml_leaves_the_task_out() -> None:
         for a, b, c, d in itertools.product(range(3), repeat=4):
             before = both(pulls(arms[a], logits), pulls(arms[b], logits))
             after = both(pulls(arms[c], adapted[a]), pulls(arms[d], adapted[b]))
-            learner._update([before], [before], after)
+            learner._update([[before]], [before, after])
             weight = chances[a] * chances[b] * adapted[a].softmax(-1)[c]
             assert logits.grad is not None
             total -= weight * adapted[b].softmax(-1)[d] * logits.grad
@@ -157,12 +157,31 @@ def test_the_outer_gradient_equals_finite_differences(algorithm: str, inner: str
     if inner == "pg" and algorithm != "promp":
         pytest.skip("loaded DiCE and reinforce are no functions whose differences mean anything")
     learner = MetaLearner(small(algorithm=algorithm, inner=inner, outer_epochs=1))
+    assert_outer_gradient_is_right(learner)
+
+
+PPO_INNER = {"inner": "ppo", "inner_adam": True, "inner_lr": 0.01, "inner_minibatches": 2}
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings"),
+    [((), {}), ((2.0, 1.0), {}), ((1.0, 0.0), {}), ((2.0, 1.0), PPO_INNER)],
+)
+def test_the_outer_gradient_of_two_adaptation_steps(
+    weights: tuple[float, ...], settings: dict[str, Any]
+) -> None:
+    config = small(**settings, adaptation_steps=2, outer_weights=weights, outer_epochs=1)
+    assert_outer_gradient_is_right(MetaLearner(config))
+
+
+def assert_outer_gradient_is_right(learner: MetaLearner) -> None:
+    """Compare the outer gradient with differences in float64."""
     tasks = learner.env.sample_tasks(3, learner.generator)
-    data, _ = learner._acted(tasks, 1)
+    data, _ = learner._acted(tasks, learner.config.adaptation_steps)
     for p in weights(learner):
         p.data = p.data.double()
     data = [Episodes(*(x.double() if x.is_floating_point() else x for x in d)) for d in data]
-    batches = learner._batches(data[:1])
+    batches = [learner._batches(d) for d in data[:-1]]
     grads: dict[int, Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -173,7 +192,7 @@ def test_the_outer_gradient_equals_finite_differences(algorithm: str, inner: str
     learner.optimizer.step = keep  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
-        learner._update(batches, data[:1], data[1])
+        learner._update(batches, data)
         found = dict(grads)
         for i, p in enumerate(weights(learner)):
             if i not in found:
@@ -182,11 +201,61 @@ def test_the_outer_gradient_equals_finite_differences(algorithm: str, inner: str
             ends = []
             for sign in (size, -size):
                 p.data += sign * direction
-                ends.append(learner._update(batches, data[:1], data[1]))
+                ends.append(learner._update(batches, data))
                 p.data -= sign * direction
             difference = (ends[0] - ends[1]) / (2 * size)
             slope = (found[i] * direction).sum().item()
             assert slope == pytest.approx(difference, rel=1e-4, abs=1e-8), i
+
+
+def test_e_maml_accounts_for_the_sampling_of_every_rollout() -> None:
+    """One pull before each of two adaptation steps and one after: all 27 outcomes, exactly.
+
+    What the policy reaches counts after the first step (once) and after the second (three times).
+    """
+    config = MetaConfig(
+        env="bandit",
+        algorithm="e-maml",
+        adaptation_steps=2,
+        outer_weights=(1.0, 3.0),
+        inner_lr=1.0,
+        outer_epochs=1,
+        gamma=1.0,
+        hidden=(),
+    )
+    learner = MetaLearner(config, env=envs.Bandit(arms=3), policy=Logits(START))
+    learner.optimizer.step = lambda *_: None  # type: ignore[method-assign, assignment]
+    logits = learner.params["logits"]
+    arms = [torch.tensor([arm]) for arm in range(3)]
+    total = torch.zeros(3, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.ones(()))
+        for a, b, c in itertools.product(range(3), repeat=3):
+            first = pulls(arms[a], logits)
+            once = learner.adapt(first)["logits"]
+            second = pulls(arms[b], once[0])
+            twice = learner.adapt(second, {"logits": once}, step=1)["logits"]
+            third = pulls(arms[c], twice[0])
+            learner._update([[first], [second]], [first, second, third])
+            weight = logits.softmax(-1)[a] * once[0].softmax(-1)[b] * twice[0].softmax(-1)[c]
+            assert logits.grad is not None
+            total -= weight.detach() * logits.grad
+
+    def adapted(theta: Tensor, arm: int, rate: float) -> Tensor:
+        score = torch.func.grad(lambda logits: logits.log_softmax(-1)[arm])
+        return theta + rate * REWARDS[arm] * score(theta)
+
+    theta = torch.tensor(START, dtype=torch.float64, requires_grad=True)
+    objective = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        once = adapted(theta, a, 1.0)
+        reached = once.softmax(-1) @ REWARDS / 4
+        for b in range(3):
+            twice = adapted(once, b, config.later_lr)
+            reached = reached + once.softmax(-1)[b] * (twice.softmax(-1) @ REWARDS) * 3 / 4
+        objective = objective + theta.softmax(-1)[a] * reached
+    truth = torch.autograd.grad(objective, theta)[0]
+    torch.testing.assert_close(total, truth, rtol=0, atol=1e-12)
 
 
 def test_reptile_moves_towards_the_mean_of_the_adapted_parameters() -> None:
@@ -233,7 +302,7 @@ def test_later_adaptation_steps_are_smaller() -> None:
     for name, p in learner.params.items():
         assert torch.allclose(first[name] - p, 2 * (second[name] - p), atol=1e-6)
     # And inside of a loop that the outer gradient goes through.
-    rates = [learner._rates_at({"step": torch.zeros(())}, t)["lr"] for t in (0, 1)]
+    rates = [learner._rates_at({"step": torch.tensor(k)}, 0)["lr"] for k in (0, 1)]
     assert all(rates[0][name] == 2 * rates[1][name] for name in learner.params)
 
 
@@ -408,7 +477,10 @@ def test_meta_learning_makes_one_step_of_adaptation_pay() -> None:
 def test_the_command_line_meta_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from innerloop import cli
 
-    options = "rl meta --env mdp --iterations 1 --tasks 2 --episodes 2 --hidden 4"
+    options = (
+        "rl meta --env mdp --iterations 1 --tasks 2 --episodes 2 --hidden 4 "
+        "--adaptation-steps 2 --outer-weights 2 .5"
+    )
     assert cli.main([*options.split(), "--out", str(tmp_path)]) == cli.OK
     assert "on 40 held-out tasks after 0 to 3 adaptation steps" in capsys.readouterr().out
     assert (tmp_path / "curve.png").stat().st_size > 1000
@@ -425,6 +497,11 @@ def test_the_command_line_meta_learns(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"tasks": 0}, "tasks=0"),
         ({"inner_lr": -1.0}, "inner_lr=-1.0 must be positive"),
         ({"algorithm": "e-maml", "inner": "ppo"}, "score term of e-maml"),
+        ({"outer_weights": (1.0, 2.0)}, "has 2 numbers for 1 adaptation_steps"),
+        ({"adaptation_steps": 2, "outer_weights": (0.0, 0.0)}, "at least one that is positive"),
+        ({"outer_weights": (-1.0,)}, "not negative"),
+        ({"outer_weights": (float("nan"),)}, "not negative"),
+        ({"algorithm": "reptile", "outer_weights": (1.0,)}, "has no outer loss"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings: dict[str, Any], says: str) -> None:
@@ -448,5 +525,5 @@ def test_another_diverged_update_changes_nothing() -> None:
     broken = data[1]._replace(advantages=data[1].advantages * float("nan"))
     before = [p.clone() for p in weights(learner)]
     with pytest.raises(innerloop.InnerLoopError):
-        learner._update(data[:1], data[:1], broken)
+        learner._update([[data[0]]], [data[0], broken])
     assert all(map(torch.equal, before, weights(learner)))

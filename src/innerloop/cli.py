@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from innerloop.errors import InnerLoopError, InvalidInputError, MissingExtraError
 from innerloop.walkthrough import Walkthrough, run, to_text, write_picture, write_report
@@ -460,10 +460,8 @@ def _add_settings(command: argparse.ArgumentParser, kind: Any) -> None:
         more: dict[str, Any] = {"type": hint}
         if hint is bool:
             more = {"action": argparse.BooleanOptionalAction}
-        elif hint == tuple[int, ...]:
-            more = {"type": int, "nargs": "*"}
-        elif hint == tuple[str, ...]:
-            more = {"type": str, "nargs": "*"}
+        elif get_origin(hint) is tuple:
+            more = {"type": get_args(hint)[0], "nargs": "*"}
         elif type(None) in getattr(hint, "__args__", ()):
             more = {"type": next(t for t in hint.__args__ if t is not type(None))}
         command.add_argument(

@@ -103,6 +103,11 @@ class MetaConfig:
         anneal: let ``outer_lr`` fall linearly to 0.
         outer_epochs: outer updates on the same rollouts.
         outer_clip: clip range of the outer loss.
+        outer_weights: one weight for each adaptation step: the outer loss is the weighted mean of
+            what the policies reach after each of them. Empty: after the last one only. Without the
+            earlier ones a policy may learn to need all its steps; without the later ones nothing
+            keeps a further step from spoiling what the first one reached (Antoniou et al., "How
+            to train your MAML", 2019, take all steps).
         clip: clip range of a PPO inner loop.
         gamma: discount.
         lam: λ of the advantages.
@@ -128,6 +133,7 @@ class MetaConfig:
     anneal: bool = False
     outer_epochs: int = 8
     outer_clip: float = 0.3
+    outer_weights: tuple[float, ...] = ()
     clip: float = 0.2
     gamma: float = 0.99
     lam: float = 1.0
@@ -150,10 +156,31 @@ class MetaConfig:
         for name in ("inner_lr", "outer_lr", "outer_clip", "clip"):
             if not getattr(self, name) > 0:
                 raise InvalidInputError(f"{name}={getattr(self, name)} must be positive")
+        self._check_outer_weights()
         if ALGORITHMS[self.algorithm].score_term and self.inner == "ppo":
             raise InvalidInputError(
                 "the score term of e-maml belongs to inner='pg' with the reinforce surrogate: a "
                 "PPO inner loop counts the effect of sampling in its ratios already"
+            )
+
+    def _check_outer_weights(self) -> None:
+        weights = self.outer_weights
+        if not weights:
+            return
+        if len(weights) != self.adaptation_steps:
+            raise InvalidInputError(
+                f"outer_weights={weights} has {len(weights)} numbers for "
+                f"{self.adaptation_steps} adaptation_steps: write one for each"
+            )
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise InvalidInputError(
+                f"outer_weights={weights}: write numbers that are not negative, and at least one "
+                "that is positive"
+            )
+        if ALGORITHMS[self.algorithm].interpolates:
+            raise InvalidInputError(
+                f"{self.algorithm} moves towards the adapted parameters and has no outer loss that "
+                "outer_weights could weight: leave them out"
             )
 
 
@@ -308,9 +335,8 @@ class MetaLearner:
         if self.algorithm.interpolates:
             self._step_towards(adapted)
         else:
-            inner, outer = self._batches(data[:-1]), data[-1]
-            epochs = range(config.outer_epochs)
-            losses = [self._update(inner, data[:-1], outer) for _ in epochs]
+            batches = [self._batches(d) for d in data[:-1]]
+            losses = [self._update(batches, data) for _ in range(config.outer_epochs)]
         self.counters["iteration"] += 1
         self.counters["steps"] += sum(int(d.mask.sum()) for d in data)
         self.counters["seconds"] += time.perf_counter() - start
@@ -363,7 +389,7 @@ class MetaLearner:
         if params is None:
             params = {name: p.expand(n, *p.shape) for name, p in self.params.items()}
         hyper = {"step": torch.full((), float(step)), **self._rates()}
-        batches = self._batches([data])
+        batches = self._batches(data)
         with torch.no_grad():
             run = torch.func.vmap(
                 lambda params, batches: dict(
@@ -462,11 +488,9 @@ class MetaLearner:
         return {f"rate.{name}": rate for name, rate in self.rates.items()}
 
     def _rates_at(self, hyper: Mapping[str, Tensor], t: int) -> dict[str, Any]:
-        """Return the learning rates of step t: a smaller one from the second rollout on."""
+        """Return the learning rates: smaller ones from the second rollout on."""
         config = self.config
-        per_rollout = config.inner_epochs * config.inner_minibatches if config.inner == "ppo" else 1
-        later = hyper["step"] + t // per_rollout > 0
-        factor = torch.where(later, config.later_lr, 1.0)
+        factor = torch.where(hyper["step"] > 0, config.later_lr, 1.0)
         rates = {
             name: factor
             * config.inner_lr
@@ -505,21 +529,17 @@ class MetaLearner:
             reduction="steps",
         )
 
-    def _batches(self, data: list[Episodes]) -> list[Episodes]:
-        """Return the steps of the inner loop, each with the tasks first."""
+    def _batches(self, data: Episodes) -> list[Episodes]:
+        """Return the steps of the inner loop on one rollout, each with the tasks first."""
         if self.config.inner == "pg":
-            return data
-        found: list[Episodes] = []
-        for episodes in data:
-            flat = Episodes(*(x.flatten(1, 2) for x in episodes))
-            total = flat.mask.shape[1]
-            order = minibatch_order(self.config.inner_epochs, total, self.generator)
-            found += [
-                Episodes(*(x[:, indices] for x in flat))
-                for row in order.unbind()
-                for indices in row.tensor_split(self.config.inner_minibatches)
-            ]
-        return found
+            return [data]
+        flat = Episodes(*(x.flatten(1, 2) for x in data))
+        order = minibatch_order(self.config.inner_epochs, flat.mask.shape[1], self.generator)
+        return [
+            Episodes(*(x[:, indices] for x in flat))
+            for row in order.unbind()
+            for indices in row.tensor_split(self.config.inner_minibatches)
+        ]
 
     # -- the outer loop ----------------------------------------------------------------------------
 
@@ -543,41 +563,42 @@ class MetaLearner:
             self.generator.set_state(saved)
         return data, params
 
-    def _update(self, inner: list[Episodes], before: list[Episodes], outer: Episodes) -> float:
-        """Take one outer step through the inner loops of all tasks; return the outer loss."""
-        strategy = innerloop.FirstOrder() if self.algorithm.first_order else innerloop.StoreAll()
-        hyper = {"step": torch.zeros(()), **self._rates()}
+    def _update(self, batches: list[list[Episodes]], data: list[Episodes]) -> float:
+        """Take one outer step through the inner loops of all tasks; return the outer loss.
 
-        def reached(params: Any, hyper: Any, batches: Any, outer: Episodes) -> tuple[Tensor, Any]:
-            """Return the outer loss of one task, and the log-probabilities of its inner data."""
-            # Adapted one rollout after the other: each was taken by the policy before it.
-            traj = innerloop.unroll(self.problem, params, batches, hyper=hyper, strategy=strategy)
-            log_probs = self._call(traj.params, outer.observations)[0].log_prob(outer.actions)
-            loss = ppo_loss(
-                log_probs,
-                outer.log_probs,
-                outer.advantages,
-                clip=self.config.outer_clip,
-                normalize=False,
-                mask=outer.mask,
-            )
-            first = batches[0]
-            acted = self._call(params, first.observations)[0].log_prob(first.actions)
-            return loss.policy, acted
+        Args:
+            batches: the steps of the inner loop on each rollout but the last.
+            data: the rollouts. Each but the first shows what the adaptation before it reached.
+        """
+        strategy = innerloop.FirstOrder() if self.algorithm.first_order else innerloop.StoreAll()
+        counted = self.config.outer_weights or (*[0.0] * (len(data) - 2), 1.0)
+        weights = [weight / sum(counted) for weight in counted]
+
+        def reached(params: Any, hyper: Any, batches: Any, data: Any) -> tuple[Any, Any]:
+            """Return the outer losses of one task, and the log-probabilities of its rollouts."""
+            losses, acted = [], []
+            # One rollout after the other, as in `adapt`: each was taken by the policy before it.
+            for k, weight in enumerate(weights):
+                if self.algorithm.score_term:
+                    acted.append(self._log_probs(params, data[k]))
+                params = innerloop.unroll(
+                    self.problem,
+                    params,
+                    batches[k],
+                    hyper={"step": torch.full((), float(k)), **hyper},
+                    strategy=strategy,
+                ).params
+                losses.append(self._outer_loss(params, data[k + 1]) if weight else torch.zeros(()))
+            return losses, acted
 
         losses, acted = torch.func.vmap(reached, in_dims=(None, None, 0, 0))(
-            self.params, hyper, inner, outer
+            self.params, self._rates(), batches, data
         )
-        loss = losses.mean()
-        if self.algorithm.score_term:
-            value = -outer.returns() / outer.rewards.shape[1]
-            # The mean over the other tasks: one that held the task itself would shrink its term.
-            others = (value.sum() - value) / max(len(value) - 1, 1)
-            terms = [
-                score_term(acted[i], value[i], baseline=others[i], mask=before[0].mask[i])
-                for i in range(len(value))
-            ]
-            loss = loss + torch.stack(terms).mean()
+        value = torch.stack([w * x.mean() for w, x in zip(weights, losses, strict=True)]).sum()
+        loss = value
+        for j, weight in enumerate(weights):
+            for k in range(j + 1 if acted and weight else 0):
+                loss = loss + weight * self._score(acted[k], data[k].mask, data[j + 1])
         self.optimizer.zero_grad()
         loss.backward()
         learned = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -588,7 +609,32 @@ class MetaLearner:
                 "(lower inner_lr or outer_lr?); the meta-parameters were not changed"
             )
         self.optimizer.step()
-        return losses.mean().item()
+        return value.item()
+
+    def _log_probs(self, params: Params, data: Episodes) -> Tensor:
+        return self._call(params, data.observations)[0].log_prob(data.actions)
+
+    def _outer_loss(self, params: Params, data: Episodes) -> Tensor:
+        return ppo_loss(
+            self._log_probs(params, data),
+            data.log_probs,
+            data.advantages,
+            clip=self.config.outer_clip,
+            normalize=False,
+            mask=data.mask,
+        ).policy
+
+    @staticmethod
+    def _score(acted: Tensor, mask: Tensor, outer: Episodes) -> Tensor:
+        """Return what the sampling of a rollout adds to the loss of a later one, over all tasks."""
+        value = -outer.returns() / outer.rewards.shape[1]
+        # The mean over the other tasks: one that held the task itself would shrink its term.
+        others = (value.sum() - value) / max(len(value) - 1, 1)
+        terms = [
+            score_term(acted[i], value[i], baseline=others[i], mask=mask[i])
+            for i in range(len(value))
+        ]
+        return torch.stack(terms).mean()
 
     def _step_towards(self, adapted: Params) -> None:
         """Reptile: move towards the mean of the adapted parameters."""
