@@ -49,6 +49,9 @@ EXERCISED = {
     "plain_form",
     "is_tracked",
     "add_lists",
+    "are_plain",
+    "flatten",
+    "unflatten",
     "multiply_list",
     "version",
     "gradient_hooks",
@@ -1078,3 +1081,27 @@ def test_a_tensor_that_stands_for_many():
 
     torch.func.vmap(look)(torch.eye(2))
     assert found == [True, True]
+
+
+def test_tensors_side_by_side():
+    tensors = [torch.randn(2, 3), torch.randn(()), torch.randn(4, 1, 2)]
+    flat = torch_private.flatten(tensors)
+    assert torch.equal(flat, torch.cat([x.reshape(-1) for x in tensors]))
+    pieces = torch_private.unflatten(flat, tensors)
+    assert all(map(torch.equal, pieces, tensors))
+    assert all(x.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for x in pieces)
+
+
+def test_plain_tensors():
+    plain = [torch.ones(2), nn.Parameter(torch.ones(2))]
+    assert torch_private.are_plain(plain)
+    assert not torch_private.are_plain([*plain, torch.ones(2).as_subclass(Marked)])
+    assert not torch_private.are_plain([*plain, None])
+    with torch.device("cpu"):
+        assert not torch_private.are_plain(plain)
+    with torch_private.observing(lambda _: None):
+        assert not torch_private.are_plain(plain)
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own."""

@@ -451,6 +451,19 @@ def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(xs, factor))
 
 
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """Return the entries of all tensors side by side.
+
+    One call takes half of the time of ``torch.cat`` and a ``reshape`` for each of them.
+    """
+    return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> tuple[Tensor, ...]:
+    """Undo `flatten`: return views of ``flat`` with the shapes of ``like``, none of them empty."""
+    return tuple(torch._C._nn.unflatten_dense_tensors(flat, like))
+
+
 def distance(xs: list[Tensor], ys: list[Tensor]) -> float:
     """Compute the norm of the differences between two lists of tensors, in a few calls."""
     norms = torch._foreach_norm(torch._foreach_sub(xs, ys))
@@ -558,7 +571,16 @@ def backward_pass() -> int:
 
 
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+
+
+def are_plain(tensors: Iterable[object]) -> bool:
+    """True if all are tensors of no class of their own, and no mode looks at their operations."""
+    return (
+        _PLAIN_TENSORS.issuperset(map(type, tensors))
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def gradient(

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from innerloop._types import Grads, Params
+from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
+from innerloop.optim._engine.fused import Kernel
 from innerloop.optim._engine.grads import by_step_count, which_have_gradient
 from innerloop.optim._engine.packing import FLAT_LIMIT, Layout, Packed, layout_of, zeros
 from innerloop.optim._engine.update import (
@@ -80,6 +81,15 @@ class Elementwise(Rule):
 
         The fields of ``state`` are lists here. None means that the tensors must be stepped one by
         one.
+        """
+        return None
+
+    def kernel(self, count: Scalar, hyper: Mapping[str, Any]) -> Kernel | None:
+        """Return the step of a bucket as one operation with a pullback (optional, for speed).
+
+        Args:
+            count: the number of the step being taken.
+            hyper: each of ``hyper_names``, numbers all.
         """
         return None
 

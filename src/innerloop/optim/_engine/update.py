@@ -15,6 +15,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
+from innerloop.optim._engine.fused import Kernel, step
 from innerloop.optim._engine.packing import (
     Bucket,
     Layout,
@@ -49,6 +50,9 @@ class Steps(Protocol):
         self, grad: Tensor, param: Tensor, state: Any, hyper: Mapping[str, Any]
     ) -> tuple[Tensor, Any]:
         """Step one tensor."""
+
+    def kernel(self, count: Scalar, hyper: Mapping[str, Any]) -> Kernel | None:
+        """Step a bucket as one operation."""
 
     def step_lists(
         self, grads: list[Tensor], params: list[Tensor], state: Any, hyper: Mapping[str, float]
@@ -180,6 +184,9 @@ def in_bucket(
     Returns:
         The new parameters by name, and the new state fields.
     """
+    fused = step(rule, bucket, grads, params, count, fields, hyper)
+    if fused is not None:
+        return fused
     result_only = len(bucket.names) > 1 and rule.update_ignores_param(hyper)
     param = like_bucket(bucket, params) if result_only else pack(bucket, params)
     values = _for_bucket(hyper, bucket, param)

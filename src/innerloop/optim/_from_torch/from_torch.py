@@ -376,7 +376,30 @@ def _defaults(cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
     return _known_defaults[cls]
 
 
+_built: MutableMapping[object, Rule] = caches.cache("rules by settings of torch.optim")
+_PLAIN = (float, int, str, type(None))
+
+
 def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
+    """Make the rule of a param group; a loop that begins with the settings of another shares it."""
+    shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
+    settings = dict(group) | shared
+    if not all(
+        isinstance(v, _PLAIN) or (type(v) is tuple and all(isinstance(x, _PLAIN) for x in v))
+        for v in settings.values()
+    ):
+        return _made(rule, group, settings)
+    # Told apart by how they are written: 1, 1.0 and True are equal.
+    key = rule, repr(settings)
+    found = _built.get(key)
+    if found is None:
+        if len(_built) > 512:
+            _built.clear()
+        found = _built[key] = _made(rule, group, settings)
+    return found
+
+
+def _made(rule: type[Rule], group: Mapping[str, Any], settings: Mapping[str, Any]) -> Rule:
     names = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
     for key, default in _defaults(rule.torch_layout.torch_class).items():
         if key in group and key not in names and group[key] != default:
@@ -385,8 +408,7 @@ def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, An
                 f"innerloop does not know the setting, which came with a newer PyTorch: leave it "
                 f"at {key}={default!r}"
             )
-    shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
-    return rule(**{k: v for k, v in (dict(group) | shared).items() if k in names})
+    return rule(**{k: v for k, v in settings.items() if k in names})
 
 
 def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
-from innerloop._types import Hyper
+from innerloop._types import Hyper, Scalar
 from innerloop.optim._engine.elementwise import Elementwise
+from innerloop.optim._engine.fused import zero
 from innerloop.optim._engine.numerics import (
     add_scaled,
     average,
     average_of_squares,
     one_minus_power,
     root_of,
+    safe_sqrt,
     times,
 )
 from innerloop.optim._from_torch.layout import TorchLayout
@@ -139,6 +143,109 @@ class Adam(Elementwise):
         else:
             param = torch.addcdiv(param, mu, denominator, value=-step_size)
         return param, AdamState(state.count, mu, nu, nu_max)
+
+    def kernel(self, count: Scalar, hyper: Mapping[str, Any]) -> AdamKernel | None:
+        lr, (beta1, beta2), eps, decay = (
+            hyper["lr"],
+            hyper["betas"],
+            hyper["eps"],
+            hyper["weight_decay"],
+        )
+        # With eps = 0 the derivative of the root at 0 is that of `step`.
+        special = self.amsgrad or self.maximize or eps == 0 or hyper["eps_root"] != 0
+        if special or (decay != 0 and not self.decoupled_weight_decay):
+            return None
+        return AdamKernel(
+            beta1,
+            beta2,
+            eps,
+            lr / (1 - beta1 ** float(count)),
+            (1 - beta2 ** float(count)) ** 0.5,
+            1 - lr * decay if decay != 0 else 1.0,
+        )
+
+
+class AdamKernel(NamedTuple):
+    r"""A step of Adam with s = η/(1-β₁ᵗ) and c = √(1-β₂ᵗ), and its pullback.
+
+    .. math::
+        m = \beta_1 m' + (1 - \beta_1) g, \quad v = \beta_2 v' + (1 - \beta_2) g^2, \quad
+        u = -s\, m / d, \quad d = \sqrt v / c + \epsilon; \\
+        \bar m = \bar m_+ - s\, \bar u / d, \quad
+        \bar v = \bar v_+ + \frac{s\, m\, \bar u}{2 c\, d^2 \sqrt v}, \quad
+        \bar g = (1 - \beta_1) \bar m + 2 (1 - \beta_2)\, g\, \bar v.
+
+    As in `Adam.step`, the derivative of the root is 0 below the smallest normal number.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    step_size: float
+    root_correction: float
+    scale: float
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of the moments."""
+        return ("mu", "nu")
+
+    def forward(
+        self, grad: Tensor, fields: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return u, the new moments, and d."""
+        mu, nu = fields
+        mu = torch.lerp(mu, grad, 1 - self.beta1)
+        nu = torch.mul(nu, self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        denominator = nu.sqrt().div_(self.root_correction).add_(self.eps)
+        update = torch.addcdiv(zero(mu), mu, denominator, value=-self.step_size)
+        return update, [mu, nu], [denominator]
+
+    def pullback(
+        self,
+        grad: Tensor,
+        fields: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        update: Tensor,
+        bars: Sequence[Tensor | None],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Pull back in 13 operations, most of them in place."""
+        (mu, nu), (denominator,), (of_mu, of_nu) = fields, saved, bars
+        limits = torch.finfo(nu.dtype)
+        # Infinite, and its inverse 0, below the smallest normal number; a mask takes ten times the
+        # time.
+        root = threshold(nu, limits.tiny * (1 - limits.eps), math.inf).sqrt_()
+        scaled = update / denominator
+        if of_mu is None:
+            of_mu = scaled * -self.step_size
+        else:
+            of_mu = torch.add(of_mu, scaled, alpha=-self.step_size)
+        scaled.mul_(mu).div_(denominator).div_(root)
+        factor = self.step_size / (2 * self.root_correction)
+        of_nu = scaled.mul_(factor) if of_nu is None else torch.add(of_nu, scaled, alpha=factor)
+        of_grad = of_mu * (1 - self.beta1)
+        of_grad.addcmul_(grad, of_nu, value=2 * (1 - self.beta2))
+        return of_grad, [of_mu.mul_(self.beta1), of_nu.mul_(self.beta2)]
+
+    def differentiable_pullback(
+        self, grad: Tensor, fields: Sequence[Tensor], update: Tensor, bars: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Pull back by operations that have derivatives."""
+        (mu, nu), (of_mu, of_nu) = fields, bars
+        at_zero = nu < torch.finfo(nu.dtype).tiny
+        # Divided by 1 there, so that no derivative of what is masked is infinite.
+        root = nu.masked_fill(at_zero, 1).sqrt()
+        denominator = safe_sqrt(nu) / self.root_correction + self.eps
+        scaled = update / denominator
+        direct = scaled * -self.step_size
+        if of_mu is not None:
+            direct = direct + of_mu
+        of_root = scaled * mu / denominator / root * (self.step_size / (2 * self.root_correction))
+        of_root = of_root.masked_fill(at_zero, 0)
+        if of_nu is not None:
+            of_root = of_root + of_nu
+        of_grad = 2 * (1 - self.beta2) * grad * of_root + (1 - self.beta1) * direct
+        return of_grad, [direct * self.beta1, of_root * self.beta2]
 
 
 adam = Adam
