@@ -9,7 +9,7 @@ those of the rule's ``step``, bit for bit, and the derivatives are equal up to r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from innerloop.optim._engine.packing import Bucket
 Bars = tuple[Tensor, ...]
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """What a rule does to one flat gradient, for hyper-parameters that are numbers.
 
@@ -72,6 +73,7 @@ class Kernel(Protocol):
         """Compute what `pullback` does out of operations that have derivatives."""
 
 
+@runtime_checkable
 class HasKernel(Protocol):
     """A rule that may have a kernel."""
 
