@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,20 +164,72 @@ def test_dropout_in_a_meta_gradient() -> None:
     )
     params = {n: p.detach() for n, p in model.named_parameters()}
 
-    def one(task: dict[str, Any], params: dict[str, Tensor]) -> Any:
+    def one(task: dict[str, Any], params: dict[str, Tensor], strategy: Any) -> Any:
         return innerloop.metagradient(
             lambda traj, h: sum(p.sin().sum() for p in traj.params.values()),
             learned,
             params,
             (task["x"], task["y"]),
             wrt="params",
+            strategy=strategy,
         )
 
     found = []
-    for size in (1, 4):
+    for size, strategy in ((1, None), (4, None), (4, innerloop.Checkpointed(slots=2))):
         torch.manual_seed(5)
-        found.append(innerloop.map_tasks(one, tasks(), params, chunk_size=size))
+        found.append(
+            innerloop.map_tasks(partial(one, strategy=strategy), tasks(), params, chunk_size=size)
+        )
     assert_equal(found[0], found[1])
+    # Steps that run again draw the same masks.
+    assert_equal(found[0], found[2])
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(6),
+    "without momentum": lambda: nn.BatchNorm1d(6, momentum=None),
+    "without weights": lambda: nn.BatchNorm1d(6, affine=False),
+    "BatchNorm2d": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3, 1)), nn.BatchNorm2d(2), nn.Flatten()
+    ),
+    "InstanceNorm1d": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
+    "evaluation": lambda: nn.BatchNorm1d(6).eval(),
+}
+
+
+@pytest.mark.parametrize("strategy", [None, innerloop.Checkpointed(slots=2)])
+@pytest.mark.parametrize("norm", sorted(NORMS))
+def test_each_task_has_running_statistics_of_its_own(
+    norm: str, strategy: innerloop.strategy.Strategy | None
+) -> None:
+    """And the outer loss may be one of the trained model in evaluation mode."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 6, bias=False), NORMS[norm](), nn.Tanh(), nn.Linear(6, 1))
+    model = model.double()
+    learned = innerloop.Problem.from_module(
+        model,
+        lambda m, h, b: (m(b[0]).squeeze(-1) - b[1]).square().mean(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    call, _, _ = innerloop.functional(copy.deepcopy(model).eval())
+
+    def one(task: dict[str, Any], params: dict[str, Tensor]) -> Any:
+        def outer(traj: Any, hyper: Any) -> Tensor:
+            out, _ = call(dict(traj.params), task["x"][0], buffers=traj.at(-1).buffers)
+            found: Tensor = out.square().sum()
+            return found
+
+        return innerloop.metagradient(
+            outer, learned, params, (task["x"], task["y"]), wrt="params", strategy=strategy
+        )
+
+    found = innerloop.map_tasks(one, tasks(), params, chunk_size=3)
+    assert_equal(found, by_a_loop(one, params))
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
 def test_leaves_of_other_kinds_are_reduced_too() -> None:

@@ -50,6 +50,7 @@ EXERCISED = {
     "is_tracked",
     "add_lists",
     "are_plain",
+    "batched_zero",
     "flatten",
     "unflatten",
     "multiply_list",
@@ -1014,19 +1015,28 @@ def test_the_path_that_compiled_code_took_is_known():
 
 def test_each_row_below_vmap_draws_its_own_random_numbers():
     states = [torch.Generator().manual_seed(i).get_state() for i in range(3)]
+    numbers: list[int] = []
 
     @contextmanager
-    def use(row: int) -> Iterator[None]:
+    def use(row: int, number: int) -> Iterator[None]:
+        numbers.append(number)
+        before = torch.get_rng_state()
         torch.set_rng_state(states[row])
         yield
         states[row] = torch.get_rng_state()
+        torch.set_rng_state(before)
 
     def draw(x: Tensor) -> tuple[Tensor, ...]:
         return torch.rand(2), torch.nn.functional.dropout(x), x.clone().normal_(), torch.randperm(5)
 
     xs = torch.ones(3, 4)
+    torch.manual_seed(7)
     with torch_private.random_row_by_row(3, use):
         found = torch.func.vmap(draw, randomness="different")(xs)
+    # All rows of an operation are told the same number, from the generator.
+    assert [len({*numbers[i : i + 3]}) for i in range(0, len(numbers), 3)] == [1] * 4
+    torch.manual_seed(7)
+    assert numbers[::3] == [int(torch.randint(2**62, ())) for _ in range(4)]
     for i in range(3):
         torch.manual_seed(i)
         for ours, theirs in zip(found, draw(xs[i]), strict=True):
@@ -1105,3 +1115,16 @@ def test_plain_tensors():
 
 class Marked(Tensor):
     """A tensor of a class of its own."""
+
+
+def test_a_zero_for_each_row_of_every_vmap():
+    def written(x: Tensor) -> Tensor:
+        sums = torch.ones(2) + torch_private.batched_zero()
+        sums.add_(x.detach())
+        return (sums * x).sum()
+
+    slope = torch.func.grad(written)
+    xs = torch.arange(6.0).view(2, 3)
+    assert torch.equal(torch.func.vmap(slope)(xs[0]), 2 + 2 * xs[0])
+    assert torch.equal(torch.func.vmap(torch.func.vmap(slope))(xs), 2 + 2 * xs)
+    assert torch.equal(torch_private.batched_zero(), torch.zeros(()))

@@ -258,6 +258,11 @@ class Problem(Generic[Batch, Aux]):
         if self.view is not None:
             check_names(params, self.view.source)
             buffers = self.view.copies_of_buffers()
+            if mode() is Mode.TRANSFORMED and torch_private.inside_vmap():
+                # Each task has running statistics of its own.
+                zero = torch_private.batched_zero()
+                for name in self.view.statistics_in_training():
+                    buffers[name] = buffers[name] + zero.to(buffers[name])
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def first_since_init(self) -> bool:

@@ -6,9 +6,9 @@ from innerloop._inner_gradient.loss import INDEPENDENT
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
 BATCHED = (
-    "a module writes a buffer that has no batch dimension in vmap: pass a carry whose buffers are "
-    "batched, or use a module without running "
-    "statistics (track_running_stats=False)"
+    "a module writes in place a buffer that has no batch dimension in vmap (the running statistics "
+    "of PyTorch's norms get one): assign a new tensor to it (self.count = self.count + x), or pass "
+    "a carry whose buffers are batched"
 )
 
 

@@ -67,7 +67,8 @@ def map_tasks(
         reduce: ``"mean"`` or ``"sum"`` over all tasks, of every leaf; None: the results of all
             tasks are stacked along a new first dimension.
         compile: compile a chunk as a whole. It is compared with eager code at the first call and at
-            random later ones. Random numbers are refused. The last chunk is filled up with copies
+            random later ones. Random numbers and norms with running statistics in training mode
+            are refused. The last chunk is filled up with copies
             of a task, so that it has the same shape.
         group: a group of processes (``torch.distributed.group.WORLD`` under ``torchrun``), each of
             which passes the same arguments: every process takes a share of the tasks, and all get
@@ -258,22 +259,17 @@ class _Draws:
             if self._randomness == "same" or after.equals(self._start):
                 return found
             self._drew = True
-        states: list[RandomState | None] = []
+        # splitmix64 of the task's number: seeds of neighbours have nothing in common.
+        seeds = [_mixed(self._seed + 0x9E3779B97F4A7C15 * (i + 1)) for i in places]
         with at_random_state(self._start):
-            for i in places:
-                # splitmix64 of the task's number: seeds of neighbours have nothing in common.
-                torch.manual_seed(_mixed(self._seed + 0x9E3779B97F4A7C15 * (i + 1)))
-                states.append(RandomState.now())
 
             @contextmanager
-            def use(row: int) -> Iterator[None]:
-                state = states[row]
-                if state is not None:
-                    state.restore()
-                try:
+            def use(row: int, number: int) -> Iterator[None]:
+                # The generator itself goes on by the number only, so that a step that runs again
+                # from where it stood draws the same.
+                with at_random_state(None):
+                    torch.manual_seed(_mixed(seeds[row] + number))
                     yield
-                finally:
-                    states[row] = RandomState.now()
 
             with torch_private.random_row_by_row(len(places), use):
                 return call("different")

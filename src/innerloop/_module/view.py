@@ -191,6 +191,16 @@ class ModuleView:
                 for name, b in self.source_buffers.items()
             }
 
+    def statistics_in_training(self) -> set[str]:
+        """Return the names of the running means and variances that the next forward writes."""
+        training = {
+            id(torch_private.buffer_table(module).get(key))
+            for (module, _), trains in zip(self._modes, self.training, strict=True)
+            if trains
+            for key in ("running_mean", "running_var")
+        }
+        return {name for name in self.statistics if id(self.read_buffers()[name]) in training}
+
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the places of parameters."""
         for name, tensor in tensors.items():

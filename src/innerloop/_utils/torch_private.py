@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._functorch import vmap as _vmap
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as _no_transforms
 from torch._guards import TracingContext as _TracingContext
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
@@ -201,6 +202,27 @@ def is_batched(tensor: Tensor) -> bool:
     """True if ``tensor`` stands for many, of ``vmap`` or of ``autograd.grad(is_grads_batched)``."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def batched_zero() -> Tensor:
+    """Return a 0-dim zero of which every running ``vmap`` has one for each of its rows.
+
+    Added to a tensor, it makes room for what each row will write there.
+    """
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or []
+    rows = [
+        (functorch.CVmapInterpreterPtr(level).batchSize(), level.level())
+        for level in stack
+        if level.key() == functorch.TransformType.Vmap
+    ]
+    # A tensor that was made inside a transform belongs to the innermost one.
+    with _no_transforms():
+        plain = [torch.zeros(count) for count, _ in rows]
+    zero = torch.zeros(())
+    for zeros, (_, level) in zip(plain, rows, strict=True):
+        zero = zero + functorch._add_batch_dim(zeros, 0, level)
+    return zero
 
 
 class over_rows:  # noqa: N801 (used like a function, at every step of a layer)
@@ -908,13 +930,16 @@ def keeping_buffers() -> AbstractContextManager[object]:
 
 
 class _RowByRow(_TorchDispatchMode):
-    """Below ``vmap``: gives each row of a batch random numbers of its own generator."""
+    """Below ``vmap``: draws the random numbers of each row of a batch by themselves."""
 
-    def __init__(self, rows: int, use: Callable[[int], AbstractContextManager[object]]) -> None:
+    def __init__(
+        self, rows: int, use: Callable[[int, int], AbstractContextManager[object]]
+    ) -> None:
         super().__init__()
         self._rows = rows
         self._use = use
         self._alone = 0
+        self._number = 0
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: Any = (), kwargs: Any = None
@@ -925,12 +950,15 @@ class _RowByRow(_TorchDispatchMode):
         if all(self._row(x, 0) is x for x in (*args, *kwargs.values())):
             # vmap calls it row by row itself (randperm).
             place, self._alone = self._alone % self._rows, self._alone + 1
-            with self._use(place):
+            if place == 0:
+                self._number = _drawn()
+            with self._use(place, self._number):
                 return func(*args, **kwargs)
         found: list[Any] = []
+        number = _drawn()
         for i in range(self._rows):
             row = [self._row(x, i) for x in args]
-            with self._use(i):
+            with self._use(i, number):
                 found.append(func(*row, **{k: self._row(x, i) for k, x in kwargs.items()}))
         if func._schema.is_mutable and isinstance(args[0], Tensor):
             return args[0]  # its rows, which are views, have been written
@@ -947,12 +975,19 @@ class _RowByRow(_TorchDispatchMode):
         return x
 
 
-def random_row_by_row(
-    rows: int, use: Callable[[int], AbstractContextManager[object]]
-) -> AbstractContextManager[Any]:
-    """Draw the random numbers of each row below ``vmap`` inside ``use(row)``.
+def _drawn() -> int:
+    """Draw a number from the generator of the CPU, as one row would."""
+    return int(torch.randint(2**62, ()))
 
-    ``vmap(randomness="different")`` draws those of all rows at once, so that they depend on how
-    many there are. It hands operations to the kernels with the rows in front.
+
+def random_row_by_row(
+    rows: int, use: Callable[[int, int], AbstractContextManager[object]]
+) -> AbstractContextManager[Any]:
+    """Draw the random numbers of each row below ``vmap`` inside ``use(row, number)``.
+
+    The number was drawn for the operation, from PyTorch's generator: whoever rewinds that one gets
+    the same numbers again. ``vmap(randomness="different")`` draws those of all rows at once, so
+    that they depend on how many there are. It hands operations to the kernels with the rows in
+    front.
     """
     return _RowByRow(rows, use)
