@@ -232,6 +232,42 @@ def test_each_task_has_running_statistics_of_its_own(
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 
 
+class Counting(nn.Module):
+    """Sums what it sees in a buffer, in place or not."""
+
+    seen: Tensor
+
+    def __init__(self, in_place: bool, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("seen", torch.zeros(shape))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.seen += x.detach().sum()
+        else:
+            self.seen = self.seen + x.detach().sum()
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_buffer_of_the_users_own_has_to_be_assigned(shape: tuple[int, ...]) -> None:
+    def count(task: dict[str, Any], in_place: bool) -> Tensor:
+        learned = innerloop.Problem.from_module(
+            Counting(in_place, shape),
+            lambda m, h, x: m(x).square().mean(),
+            innerloop.optim.sgd(lr=0.1),
+        )
+        found: Tensor = innerloop.unroll(learned, None, task["x"]).at(-1).buffers["seen"].detach()
+        return found
+
+    found = innerloop.map_tasks(partial(count, in_place=False), tasks())
+    torch.testing.assert_close(found.flatten(), tasks()["x"].sum((1, 2, 3)))
+    with pytest.raises(innerloop.NotDifferentiableError, match="assign a new tensor to it"):
+        innerloop.map_tasks(partial(count, in_place=True), tasks())
+
+
 def test_leaves_of_other_kinds_are_reduced_too() -> None:
     def one(task: dict[str, Any]) -> Any:
         z = torch.complex(task["w"].sum(), task["y"].sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from innerloop._inner_gradient.loss import INDEPENDENT
+from innerloop._utils import torch_private
 from innerloop.errors import InnerLoopError, NotDifferentiableError
 
 BATCHED = (
@@ -44,6 +45,9 @@ def explain(error: RuntimeError) -> RuntimeError:
         "to be differentiated again: write sparse=False in the look-up",
         "does not require grad": INDEPENDENT,
     }
+    if torch_private.inside_vmap():
+        # What it says of a buffer that is a single number.
+        cures["doesn't match the broadcast shape"] = BATCHED
     for sign, cure in cures.items():
         if sign in text:
             return NotDifferentiableError(f"{cure}. PyTorch says: {text}")

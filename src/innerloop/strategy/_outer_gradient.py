@@ -51,7 +51,7 @@ def outer_gradient(
 
     def of_leaves(values: list[Tensor]) -> tuple[Tensor, Result]:
         if running is Mode.TRANSFORMED:
-            values = [_Noted.apply(x, i, arrived) for i, x in enumerate(values)]
+            values = list(_Noted.apply(arrived, *values))
         filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
         return objective(inputs._replace(**filled))
 
@@ -77,23 +77,22 @@ class _Noted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor, place: int, arrived: set[int]) -> Tensor:
-        return value.view_as(value)
+    def forward(arrived: set[int], *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        _, ctx.place, ctx.arrived = inputs
+        ctx.arrived = inputs[0]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad is not None:
-            ctx.arrived.add(ctx.place)
-        return grad, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.arrived.update(i for i, grad in enumerate(grads) if grad is not None)
+        return None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:
-        return tangent.view_as(tangent)
+    def jvp(ctx: Any, _: object, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tangent.view_as(tangent) for tangent in tangents)
 
 
 def check_kinds(chosen: Mapping[str, object]) -> None:
