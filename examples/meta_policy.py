@@ -71,7 +71,7 @@ def influence(learner: MetaLearner) -> list[float]:
     tasks = learner.env.sample_tasks(1, torch.Generator().manual_seed(5))
     start = {name: p.detach().expand(1, *p.shape) for name, p in learner.params.items()}
     data = learner.collect(start, tasks)
-    batches = [Episodes(*(x[0] for x in batch)) for batch in learner._batches([data])]  # noqa: SLF001
+    batches = [Episodes(*(x[0] for x in batch)) for batch in learner._batches(data)]  # noqa: SLF001
     hyper = {"step": torch.zeros(()), **{f"rate.{n}": r for n, r in learner.rates.items()}}
     traj = innerloop.unroll(learner.problem, learner.params, batches, hyper=hyper)
     line = torch.linspace(-0.5, 0.5, 5)
