@@ -67,7 +67,7 @@ def test_the_update_is_one_of_ppo(policy: ModuleType) -> None:
     assert config.inner_epochs * config.inner_minibatches == 8
     learner = policy.learner_of(dataclasses.replace(config, episodes=3))
     tasks = learner.env.sample_tasks(2, learner.generator)
-    data, _ = learner._acted(tasks, 0)
+    (data,), _ = learner._acted(tasks, 0)
     assert len(learner._batches(data)) == 8
 
 
