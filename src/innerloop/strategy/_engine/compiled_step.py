@@ -38,6 +38,7 @@ from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
 from innerloop.nn._mode import unwatched
+from innerloop.optim._engine.packing import Packed
 from innerloop.strategy._engine import step_pullback
 from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.step_pullback import (
@@ -495,18 +496,13 @@ class CompiledProblem:
                 check_constants(t, state, loss, aux)
             state = tree.map_tensors(Tensor.detach, state)
             return _after(carry, state), *tree.map_tensors(Tensor.detach, (loss, aux))
-        device = next(iter(carry.params.values())).device
-
-        def prepare(x: Any) -> Any:
-            # Everything requires grad, so that one compilation serves the first step, whose
-            # optimizer state is constant, and the later ones.
-            if type(x) is int:
-                return torch.tensor(x, device=device)
-            if not isinstance(x, Tensor) or x.requires_grad or not tree.differentiable(x):
-                return x
-            return x.detach().requires_grad_()
-
-        params, optimizer_state = tree.map_leaves(prepare, (carry.params, carry.optimizer_state))
+        # Everything requires grad, so that one compilation serves the first step, whose optimizer
+        # state is constant, and the later ones.
+        params = carry.params
+        if not all(p.requires_grad for p in params.values()):
+            params = tree.map_tensors(_requires_grad, params)
+        device = next(iter(params.values())).device
+        optimizer_state = _recordable(carry.optimizer_state, device)
         state, loss, aux = self.core.record((params, optimizer_state, carry.buffers), both, batch)
         return _after(carry, state), loss, aux
 
@@ -601,11 +597,56 @@ def counted(state: State) -> State:
 def uncounted(state: State, like: State) -> State:
     """Return the state with step counts as numbers again, where ``like`` has numbers."""
     params, optimizer_state, buffers = state
-    leaves, before = tree.leaves(optimizer_state), tree.leaves(like[1])
-    if len(leaves) != len(before):
-        return state
+    return params, _as_numbers(optimizer_state, like[1]), buffers
+
+
+def _requires_grad(x: Tensor) -> Tensor:
+    if x.requires_grad or not tree.differentiable(x):
+        return x
+    return x.detach().requires_grad_()
+
+
+def _recordable(value: Any, device: torch.device) -> Any:
+    """Return an optimizer state whose tensors require grad, with step counts as tensors.
+
+    What is so already stays as it is: this runs at every step.
+    """
+    kind = type(value)
+    if kind is int:
+        return torch.tensor(value, device=device)
+    if kind is Packed and all(isinstance(x, Tensor) and x.requires_grad for x in value.flats):
+        return value
+    if isinstance(value, tuple):
+        parts = [_recordable(x, device) for x in value]
+        return kind(*parts) if hasattr(value, "_fields") else kind(parts)
+
+    def prepare(x: Any) -> Any:
+        if type(x) is int:
+            return torch.tensor(x, device=device)
+        return _requires_grad(x) if isinstance(x, Tensor) else x
+
+    return value if value is None else tree.map_leaves(prepare, value)
+
+
+def _as_numbers(value: Any, like: Any) -> Any:
+    """Return ``value`` with numbers where ``like`` has them; what holds none stays as it is.
+
+    This runs at every step, and most of a state holds none.
+    """
+    kind = type(like)
+    if kind is int:
+        # One that is counted for each parameter from now on stays as it is.
+        return int(value) if isinstance(value, (Tensor, int)) else value
+    if isinstance(like, (Tensor, Packed)) or like is None:
+        return value
+    if isinstance(like, tuple) and type(value) is kind and len(value) == len(like):
+        parts = [_as_numbers(x, y) for x, y in zip(value, like, strict=True)]
+        return kind(*parts) if hasattr(like, "_fields") else kind(parts)
+    leaves, before = tree.leaves(value), tree.leaves(like)
+    if len(leaves) != len(before) or not any(type(y) is int for y in before):
+        return value
     numbers = [int(x) if type(y) is int else x for x, y in zip(leaves, before, strict=True)]
-    return params, tree.with_leaves(optimizer_state, numbers), buffers
+    return tree.with_leaves(value, numbers)
 
 
 def with_counts(carry: Carry, like: Carry) -> Carry:
