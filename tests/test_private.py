@@ -52,6 +52,7 @@ EXERCISED = {
     "are_plain",
     "batched_zero",
     "flatten",
+    "look_for_vector_instructions",
     "unflatten",
     "multiply_list",
     "version",
@@ -1128,3 +1129,15 @@ def test_a_zero_for_each_row_of_every_vmap():
     assert torch.equal(torch.func.vmap(slope)(xs[0]), 2 + 2 * xs[0])
     assert torch.equal(torch.func.vmap(torch.func.vmap(slope))(xs), 2 + 2 * xs)
     assert torch.equal(torch_private.batched_zero(), torch.zeros(()))
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_the_vector_instructions_are_asked_for_once():
+    instructions = importlib.import_module("torch._inductor.cpu_vec_isa")
+    torch_private.look_for_vector_instructions()
+    torch_private.look_for_vector_instructions()
+    assert len(torch_private._looking) == (0 if torch.cuda.is_available() else 1)
+    for thread in torch_private._looking:
+        thread.join()
+    assert instructions.pick_vec_isa().bit_width() >= 128

@@ -877,6 +877,29 @@ def forget_compiled_call(module: nn.Module) -> None:
     vars(module)["_compiled_call_impl"] = None
 
 
+_looking: list[threading.Thread] = []
+
+
+def look_for_vector_instructions() -> None:
+    """Let a thread ask the compiler of C++ which vector instructions it has, once in a process.
+
+    PyTorch asks before it writes the first kernel, by four small programs: 5 seconds where nothing
+    was compiled before, of which 3 pass while it follows the function.
+    """
+    if _looking or torch.cuda.is_available():
+        return
+    # Not in the thread: two threads that import the same modules wait for each other.
+    instructions = importlib.import_module("torch._inductor.cpu_vec_isa")
+
+    def look() -> None:
+        # Without a compiler PyTorch says so where it needs it.
+        with suppress(Exception):
+            instructions.pick_vec_isa()
+
+    _looking.append(threading.Thread(target=look, daemon=True))
+    _looking[0].start()
+
+
 def compile_graph(
     graph: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, object]
 ) -> Any:
