@@ -52,6 +52,8 @@ EXERCISED = {
     "are_plain",
     "batched_zero",
     "flatten",
+    "has_onednn",
+    "onednn_product",
     "look_for_vector_instructions",
     "unflatten",
     "multiply_list",
@@ -1141,3 +1143,11 @@ def test_the_vector_instructions_are_asked_for_once():
     for thread in torch_private._looking:
         thread.join()
     assert instructions.pick_vec_isa().bit_width() >= 128
+
+
+def test_a_product_by_onednn():
+    if not torch_private.has_onednn():
+        pytest.skip("this PyTorch was built without oneDNN")
+    a, b = torch.randn(5, 7), torch.randn(3, 7)
+    torch.testing.assert_close(torch_private.onednn_product(a, b), a @ b.T)
+    torch.testing.assert_close(torch_private.onednn_product(b, a.mT.contiguous().mT), b @ a.T)

@@ -473,6 +473,20 @@ def multiply_list(xs: list[Tensor], factor: float) -> list[Tensor]:
     return list(torch._foreach_mul(xs, factor))
 
 
+def has_onednn() -> bool:
+    """True if `onednn_product` works here."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a @ b.T`` by oneDNN, without a derivative.
+
+    ``torch.mm`` asks oneDNN for coarser dtypes only.
+    """
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return found
+
+
 def flatten(tensors: list[Tensor]) -> Tensor:
     """Return the entries of all tensors side by side.
 
