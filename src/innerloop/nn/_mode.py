@@ -168,6 +168,24 @@ class ReplacementMode(TorchFunctionMode):
         return _under_autocast(operation, replacement, args, kwargs)
 
 
+class _WhileCompiling(ReplacementMode):
+    """A mode of compiled code alone, which the compiler follows at every operation."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+    ) -> object:
+        """Run ``func`` or its replacement."""
+        # The compiler does not find a method in a table, and guards that it is not there.
+        func = _METHODS.get(getattr(func, "__name__", ""), func)
+        if func not in _intercepted and func not in _SIZED:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._replaced(func, args, kwargs)
+
+
 class _InForwardMode(ReplacementMode):
     """A mode in which tangents end at ``torch.no_grad`` and ``.data``, as they do at ``detach``.
 
@@ -239,7 +257,9 @@ def replacing(only_silent: bool = False) -> AbstractContextManager[object]:
 
     Write it around a loop whose first step uses none of the operations, and whose later steps do.
     """
-    if only_silent or mode() is Mode.COMPILING:
+    if mode() is Mode.COMPILING:
+        return _WhileCompiling(only_silent)
+    if only_silent:
         return ReplacementMode(only_silent)
     return _ReplacingInLoop()
 

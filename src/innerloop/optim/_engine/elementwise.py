@@ -118,7 +118,7 @@ class Elementwise(Rule):
         if (
             active is None
             and params
-            and isinstance(state.count, int)
+            and isinstance(state.count, (int, Tensor))  # a tensor in compiled code
             and not self.fields(resolved)
             and (lists or not self.packs_small_params(resolved))
         ):
