@@ -104,23 +104,29 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
 
 
 _ABOUT_GRAD = re.compile("The .grad attribute of a Tensor that is not a leaf", re.IGNORECASE)
-_SILENCED = ("ignore", _ABOUT_GRAD, Warning, None, 0)
+_ABOUT_ITSELF = re.compile("`torch._prims_common.check` is deprecated")
+_SILENCED = [
+    ("ignore", _ABOUT_GRAD, Warning, None, 0),
+    # Inductor's own code for torch.diagonal: an error where warnings are errors.
+    ("ignore", _ABOUT_ITSELF, FutureWarning, None, 0),
+]
 
 
 @contextmanager
 def silent_about_grad() -> Iterator[None]:
-    """Hide a warning: the compiler looks at the .grad of its inputs, results of earlier steps.
+    """Hide warnings of the compiler about itself: it looks at the .grad of its inputs, for one.
 
     Not by ``warnings.catch_warnings``, of which two threads that leave it undo each other's, and
     which lets each other warning be shown anew.
     """
     filters: Any = warnings.filters
-    filters.insert(0, _SILENCED)
+    filters[:0] = _SILENCED
     try:
         yield
     finally:
-        with suppress(ValueError):
-            filters.remove(_SILENCED)
+        for silenced in _SILENCED:
+            with suppress(ValueError):
+                filters.remove(silenced)
 
 
 def _reads_variables(code: types.CodeType) -> bool:
