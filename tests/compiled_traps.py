@@ -383,7 +383,10 @@ def _(strategy: Strategy) -> Any:
     single = {n: p.float() for n, p in weights().items()}
     return [
         gradients(strategy, problem),
-        gradients(strategy, problem, single, [x.float() for x in data()]),
+        # The outer loss is in float64, of parameters that hold float32.
+        tree.map_tensors(
+            Tensor.float, gradients(strategy, problem, single, [x.float() for x in data()])
+        ),
     ]
 
 
