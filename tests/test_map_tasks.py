@@ -196,6 +196,12 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
         nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
     ),
     "evaluation": lambda: nn.BatchNorm1d(6).eval(),
+    "without statistics": lambda: nn.BatchNorm1d(6, track_running_stats=False),
+    "InstanceNorm1d without": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2), nn.Flatten()
+    ),
+    "LayerNorm": lambda: nn.LayerNorm(6),
+    "GroupNorm": lambda: nn.GroupNorm(2, 6),
 }
 
 
@@ -230,6 +236,53 @@ def test_each_task_has_running_statistics_of_its_own(
     found = innerloop.map_tasks(one, tasks(), params, chunk_size=3)
     assert_equal(found, by_a_loop(one, params))
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("norm", sorted(NORMS))
+def test_a_backward_pass_through_vmap_of_a_loop(norm: str) -> None:
+    """PyTorch's own second derivative of layer_norm is wrong there, without an error."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 6), NORMS[norm](), nn.Tanh(), nn.Linear(6, 1)).double()
+    learned = innerloop.Problem.from_module(
+        model,
+        lambda m, h, b: (m(b).squeeze(-1) - b.sum(1)).square().mean(),
+        innerloop.optim.sgd(lr=0.1),
+    )
+    params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+
+    def reached(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        traj = innerloop.unroll(learned, params, x)
+        return torch.stack([p.square().sum() for p in traj.params.values()]).sum()
+
+    data, leaves = tasks()["x"], list(params.values())
+    together = torch.func.vmap(reached, (None, 0))(params, data).sum()
+    found = torch.autograd.grad(together, leaves)
+    expected = torch.autograd.grad(torch.stack([reached(params, x) for x in data]).sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_mode_around_a_meta_gradient_of_several_values() -> None:
+    """One hyper-parameter has a tangent, the other none."""
+
+    def gradient(lr: Tensor) -> Tensor:
+        hyper = {"scale": torch.tensor(0.7), "lr": lr}
+        _, grads = innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sin().sum(),
+            problem,
+            {"w": of(0)["w"], "v": shared()["v"]},
+            (of(0)["x"], of(0)["y"]),
+            hyper=hyper,
+            wrt="hyper",
+        )
+        found: Tensor = grads["scale"] + grads["lr"].sum()
+        return found
+
+    lr = of(0)["lr"]
+    slope = torch.func.jvp(gradient, (lr,), (torch.ones_like(lr),))[1]
+    step = 1e-6
+    difference = (gradient(lr + step) - gradient(lr - step)) / (2 * step)
+    torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-7)
 
 
 class Counting(nn.Module):

@@ -194,12 +194,14 @@ class ModuleView:
     def statistics_in_training(self) -> set[str]:
         """Return the names of the running means and variances that the next forward writes."""
         training = {
-            id(torch_private.buffer_table(module).get(key))
+            id(statistic)
             for (module, _), trains in zip(self._modes, self.training, strict=True)
             if trains
             for key in ("running_mean", "running_var")
+            # A norm may have been built without.
+            if (statistic := torch_private.buffer_table(module).get(key)) is not None
         }
-        return {name for name in self.statistics if id(self.read_buffers()[name]) in training}
+        return {name for name, b in self.read_buffers().items() if id(b) in training}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the places of parameters."""

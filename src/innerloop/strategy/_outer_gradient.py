@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from innerloop._inner_gradient.torch_errors import explain
 from innerloop._types import HyperTree, Params, Result
-from innerloop._utils import tree
+from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_has_values
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
@@ -51,7 +51,10 @@ def outer_gradient(
 
     def of_leaves(values: list[Tensor]) -> tuple[Tensor, Result]:
         if running is Mode.TRANSFORMED:
-            values = list(_Noted.apply(arrived, *values))
+            # At once, which is cheaper; in forward mode some may have a tangent and others none.
+            size = 1 if torch_private.forward_mode() else len(values)
+            parts = [(i, values[i : i + size]) for i in range(0, len(values), size)]
+            values = [x for i, part in parts for x in _Noted.apply(arrived, i, *part)]
         filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
         return objective(inputs._replace(**filled))
 
@@ -77,21 +80,21 @@ class _Noted(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(arrived: set[int], *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(arrived: set[int], first: int, *values: Tensor) -> tuple[Tensor, ...]:
         return tuple(value.view_as(value) for value in values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
-        ctx.arrived = inputs[0]
+        ctx.arrived, ctx.first = inputs[:2]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.arrived.update(i for i, grad in enumerate(grads) if grad is not None)
-        return None, *grads
+        ctx.arrived.update(ctx.first + i for i, grad in enumerate(grads) if grad is not None)
+        return None, None, *grads
 
     @staticmethod
-    def jvp(ctx: Any, _: object, *tangents: Tensor) -> tuple[Tensor, ...]:
+    def jvp(ctx: Any, _: object, first: object, *tangents: Tensor) -> tuple[Tensor, ...]:
         return tuple(tangent.view_as(tangent) for tangent in tangents)
 
 
