@@ -567,6 +567,7 @@ _WRITES = (
 
 def _explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
-    if "vmap: inplace" in text or "Batch norm got a batched tensor" in text:
+    signs = "vmap: inplace", "Batch norm got a batched tensor", "doesn't match the broadcast shape"
+    if any(sign in text for sign in signs):
         return InvalidInputError(f"{_WRITES.format('')}. PyTorch says: {text}")
     return explain(error)
