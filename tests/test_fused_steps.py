@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import innerloop
 from innerloop import optim
@@ -237,3 +237,98 @@ def test_what_a_kernel_does_not_take_is_left_to_the_operations() -> None:
         assert refused()
     assert torch.func.vmap(lambda x: x + float(refused()))(torch.zeros(2)).tolist() == [1, 1]
     assert not math.isnan(float(state["mu"].sum()))
+
+
+def halved(base: Any) -> Any:
+    """Return a rule that inherits everything but its step from ``base``."""
+
+    class Halved(base):
+        def step(self, grad: Tensor, param: Tensor, state: Any, hyper: Any) -> tuple[Tensor, Any]:
+            return 0.5 * param - hyper["lr"] * grad, state
+
+    return Halved
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.5}])
+@pytest.mark.parametrize(
+    "base", [type(optim.adam()), type(optim.adamw()), type(optim.sgd()), type(optim.rmsprop())]
+)
+def test_a_subclass_with_a_step_of_its_own(base: Any, settings: dict[str, Any]) -> None:
+    """What stands for the step of its parent does not stand for its own."""
+    if settings and base is not type(optim.sgd()):
+        settings = {}
+    rule = halved(base)(lr=0.25, **settings)
+    params, grads, *_ = drawn(SHAPES["padded"])
+    for hyper in (None, {"lr": torch.tensor(0.25, dtype=torch.float64)}):
+        new, _ = rule.update(grads, rule.init(params), params, hyper)
+        for name, p in params.items():
+            torch.testing.assert_close(new[name], 0.5 * p - 0.25 * grads[name])
+
+
+def test_to_first_order_a_step_keeps_nothing(rule: Any) -> None:
+    for shapes in SHAPES.values():
+        params, grads, *_ = drawn(shapes)
+        constant = {n: g.detach() for n, g in grads.items()}
+        held: list[Tensor] = []
+
+        def keep(x: Tensor, held: list[Tensor] = held) -> Tensor:
+            held.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            new, state = rule.update(constant, rule.init(params), params)
+        assert not held
+        assert all(p.requires_grad for p in new.values())
+        assert not any(x.requires_grad for slot in (state.mu, state.nu) for x in slot.flats)
+
+
+def test_a_negative_zero_stays_one() -> None:
+    for shape in ([(2,)], [(2,), (3,)]):
+        values = [torch.tensor([-0.0, 0.0, 1.0][: s[0]]) for s in shape]
+        theirs = [nn.Parameter(v.clone()) for v in values]
+        optimizer = torch.optim.Adam(theirs)
+        for p in theirs:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        params = {str(i): v for i, v in enumerate(values)}
+        ours = optim.adam()
+        new, _ = ours.update(
+            {n: torch.zeros_like(p) for n, p in params.items()}, ours.init(params), params
+        )
+        for a, b in zip(new.values(), theirs, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a.signbit(), b.signbit())
+
+
+def test_both_pullbacks_agree_where_eps_is_tiny() -> None:
+    rule: Any = optim.adam(eps=1e-20)
+    start = {"a": torch.ones(3), "b": torch.ones(2)}
+    grads = {
+        "a": torch.tensor([0.0, 1e-25, 1e-3], requires_grad=True),
+        "b": torch.zeros(2, requires_grad=True),
+    }
+    new, _ = rule.update(grads, rule.init(start), start)
+    end = torch.stack([p.sum() for p in new.values()]).sum()
+    plain = torch.autograd.grad(end, list(grads.values()), retain_graph=True)
+    again = torch.autograd.grad(end, list(grads.values()), create_graph=True)
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_constants_are_not_kept_from_inside_a_transform() -> None:
+    fused._constants.clear()
+    params, grads, *_ = drawn(SHAPES["padded"], torch.float32)
+    rule: Any = optim.adam()
+    with torch.inference_mode():
+        rule.update(
+            {n: g.clone() for n, g in grads.items()},
+            rule.init(params),
+            {n: p.clone() for n, p in params.items()},
+        )
+    new, _ = rule.update(grads, rule.init(params), params)
+    fused._constants.clear()
+    rows = torch.func.vmap(lambda bar: torch.autograd.grad(new["0"], grads["0"], bar)[0])
+    assert rows(torch.eye(3)).shape == (3, 3)
+    for constant in fused._constants.values():
+        assert not constant.is_inference()
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(constant)

@@ -134,3 +134,13 @@ def test_a_gain_that_is_no_number_is_refused(gain: Any) -> None:
         innerloop.nn.onednn_products(gain),
     ):
         pass
+
+
+@needs_onednn
+def test_what_does_not_fit_gets_the_error_of_pytorch(everything: list[tuple[int, ...]]) -> None:
+    with innerloop.nn.onednn_products(gain=0):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            F.linear(torch.ones(2, 3), torch.ones(4, 5))
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).double())
+    assert not everything

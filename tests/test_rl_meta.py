@@ -500,6 +500,7 @@ def test_the_command_line_meta_learns(tmp_path: Path, capsys: pytest.CaptureFixt
         ({"outer_weights": (1.0, 2.0)}, "has 2 numbers for 1 adaptation_steps"),
         ({"adaptation_steps": 2, "outer_weights": (0.0, 0.0)}, "at least one that is positive"),
         ({"outer_weights": (-1.0,)}, "not negative"),
+        ({"adaptation_steps": 2, "outer_weights": (1e308, 1e308)}, "sum"),
         ({"outer_weights": 1.0}, "write one number for each"),
         ({"outer_weights": ("a",)}, "write one number for each"),
         ({"outer_weights": (float("nan"),)}, "not negative"),

@@ -63,7 +63,8 @@ def map_tasks(
         randomness: ``"different"``: each task draws torch's random numbers from a generator of its
             own, whose seed is made of the task's number and of one number that this function draws,
             so they do not depend on the chunks and processes; ``"same"``: all tasks draw the same
-            numbers; ``"error"``: drawing raises.
+            numbers; ``"error"``: drawing raises. A ``torch.Generator`` of its own that ``fn`` draws
+            from knows nothing of tasks.
         reduce: ``"mean"`` or ``"sum"`` over all tasks, of every leaf; None: the results of all
             tasks are stacked along a new first dimension.
         compile: compile a chunk as a whole. It is compared with eager code at the first call and at

@@ -143,6 +143,8 @@ def _takes(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
             for x in (input, weight)
         )
         and weight.ndim == 2
+        and input.shape[-1:] == weight.shape[1:]
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
         and input.numel() * len(weight) >= LARGE
         and mode() is Mode.EAGER
         and not torch.is_autocast_enabled("cpu")

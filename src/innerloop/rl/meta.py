@@ -178,10 +178,10 @@ class MetaConfig:
                 f"outer_weights={weights} has {len(weights)} numbers for "
                 f"{self.adaptation_steps} adaptation_steps: write one for each"
             )
-        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+        if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
             raise InvalidInputError(
-                f"outer_weights={weights}: write numbers that are not negative, and at least one "
-                "that is positive"
+                f"outer_weights={weights}: write numbers that are not negative, at least one that "
+                "is positive, and whose sum is finite"
             )
         if ALGORITHMS[self.algorithm].interpolates:
             raise InvalidInputError(

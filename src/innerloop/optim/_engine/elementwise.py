@@ -13,7 +13,7 @@ from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.fused import Kernel
+from innerloop.optim._engine.fused import Kernel, goes_with_step
 from innerloop.optim._engine.grads import by_step_count, which_have_gradient
 from innerloop.optim._engine.packing import FLAT_LIMIT, Layout, Packed, layout_of, zeros
 from innerloop.optim._engine.update import (
@@ -165,9 +165,9 @@ class Elementwise(Rule):
 
     def _takes_lists(self, hyper: Mapping[str, Any]) -> bool:
         """True if the rule has `step_lists`, and nothing looks closer than autograd does."""
-        own = type(self).step_lists is not Elementwise.step_lists
         return (
-            own
+            type(self).step_lists is not Elementwise.step_lists
+            and goes_with_step(type(self), "step_lists")
             and may_call_autograd()
             and all(isinstance(value, (int, float)) for value in hyper.values())
         )

@@ -101,6 +101,8 @@ def step(
     """
     if bucket.is_complex or not may_call_autograd() or not _are_numbers(count, hyper):
         return None
+    if not goes_with_step(type(rule), "kernel"):
+        return None
     kernel = rule.kernel(count + 1, hyper)
     if kernel is None:
         return None
@@ -121,6 +123,17 @@ def step(
     n = len(fields)
     after = dict(zip(kernel.fields, found[1 : n + 1], strict=True))
     return dict(zip(names, found[n + 1 :], strict=True)), {**state, **after}
+
+
+def goes_with_step(rule: type, name: str) -> bool:
+    """True if a method of a class stands for the ``step`` that the class has.
+
+    A subclass with a ``step`` of its own inherits the method, which knows nothing of it.
+    """
+    for cls in rule.__mro__:
+        if "step" in vars(cls) or name in vars(cls):
+            return name in vars(cls)
+    return False
 
 
 def _are_numbers(count: object, hyper: Mapping[str, Any]) -> bool:
@@ -151,9 +164,15 @@ class _Step(torch.autograd.Function):
         new = torch_private.add_lists(moved, pieces, 1)
         ctx.kernel, ctx.bucket = kernel, bucket
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(flat, *fields, *saved)
         # The gradient of a single parameter is an argument, and connected already.
-        return (flat.new_empty(0) if n == 1 else flat, *fields, *new)
+        joined = flat.new_empty(0) if n == 1 else flat
+        needed = ctx.needs_input_grad[2:]
+        if any(needed[:k]) or any(needed[k + n :]):
+            ctx.save_for_backward(flat, *fields, *saved)
+        else:
+            # To first order the gradients are constants, and so is what is made of them.
+            ctx.mark_non_differentiable(joined, *fields)
+        return (joined, *fields, *new)
 
     @staticmethod
     def backward(ctx: Any, of_flat: Tensor | None, *bars: Tensor | None) -> Any:
@@ -196,6 +215,9 @@ _constants: MutableMapping[object, Tensor] = caches.cache("constants of steps")
 
 
 def _constant(value: float, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if torch.is_inference_mode_enabled() or not may_call_autograd():
+        # What is made here belongs to the mode, or to the transform.
+        return torch.full(shape, value, dtype=like.dtype, device=like.device)
     key = value, shape, like.dtype, like.device
     found = _constants.get(key)
     if found is None:
@@ -205,8 +227,11 @@ def _constant(value: float, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def zero(like: Tensor) -> Tensor:
-    """Return a 0-dim zero of the dtype of ``like``, the same one at each call."""
-    return _constant(0.0, (), like)
+    """Return a 0-dim zero of the dtype of ``like``, the same one at each call.
+
+    It is the negative one, which changes nothing that it is added to: 0.0 + -0.0 would be 0.0.
+    """
+    return _constant(-0.0, (), like)
 
 
 def _padded(bucket: Bucket, tensors: Sequence[Tensor], value: float) -> list[Tensor]:

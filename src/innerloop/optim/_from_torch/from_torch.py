@@ -377,7 +377,7 @@ def _defaults(cls: type[torch.optim.Optimizer]) -> dict[str, Any]:
 
 
 _built: MutableMapping[object, Rule] = caches.cache("rules by settings of torch.optim")
-_PLAIN = (float, int, str, type(None))
+_PLAIN = frozenset((bool, float, int, str, type(None)))
 
 
 def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Rule:
@@ -385,7 +385,7 @@ def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, An
     shared = {k: defaults[k] for k in rule.torch_layout.from_constructor if k in defaults}
     settings = dict(group) | shared
     if not all(
-        isinstance(v, _PLAIN) or (type(v) is tuple and all(isinstance(x, _PLAIN) for x in v))
+        type(v) in _PLAIN or (type(v) is tuple and _PLAIN.issuperset(map(type, v)))
         for v in settings.values()
     ):
         return _made(rule, group, settings)

@@ -20,7 +20,6 @@ from innerloop.optim._engine.numerics import (
     average_of_squares,
     one_minus_power,
     root_of,
-    safe_sqrt,
     times,
 )
 from innerloop.optim._from_torch.layout import TorchLayout
@@ -235,7 +234,8 @@ class AdamKernel(NamedTuple):
         at_zero = nu < torch.finfo(nu.dtype).tiny
         # Divided by 1 there, so that no derivative of what is masked is infinite.
         root = nu.masked_fill(at_zero, 1).sqrt()
-        denominator = safe_sqrt(nu) / self.root_correction + self.eps
+        denominator = torch.where(at_zero, nu.detach().sqrt(), root) / self.root_correction
+        denominator = denominator + self.eps
         scaled = update / denominator
         direct = scaled * -self.step_size
         if of_mu is not None:
