@@ -400,7 +400,7 @@ def test_a_silenced_warning_leaves_the_filters_as_they_were() -> None:
     before = list(warnings.filters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with compiling.silent_about_grad(), compiling.silent_about_grad():
+        with compiling.silent_compiler(), compiling.silent_compiler():
             warnings.warn("The .grad attribute of a Tensor that is not a leaf Tensor", stacklevel=1)
             with pytest.raises(UserWarning, match="another"):
                 warnings.warn("another", stacklevel=1)

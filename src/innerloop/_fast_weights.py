@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from innerloop._inner_gradient import block
 from innerloop._inner_gradient.gradient import check_graph, finish, inner_gradient
 from innerloop._inner_gradient.loss import check_loss
-from innerloop._inner_gradient.torch_errors import explain
+from innerloop._inner_gradient.torch_errors import explain, writes_without_rows
 from innerloop._module.checks import (
     check_module,
     check_not_inference,
@@ -567,7 +567,6 @@ _WRITES = (
 
 def _explained(error: RuntimeError) -> RuntimeError:
     text = str(error)
-    signs = "vmap: inplace", "Batch norm got a batched tensor", "doesn't match the broadcast shape"
-    if any(sign in text for sign in signs):
+    if writes_without_rows(text, below_vmap=True):
         return InvalidInputError(f"{_WRITES.format('')}. PyTorch says: {text}")
     return explain(error)

@@ -13,6 +13,20 @@ BATCHED = (
 )
 
 
+def writes_without_rows(text: str, below_vmap: bool) -> bool:
+    """True if PyTorch refuses to write, for each row, a tensor that all rows of ``vmap`` share.
+
+    Args:
+        text: its message.
+        below_vmap: a plain error of broadcasting is one as well: that of a single number.
+    """
+    return (
+        "vmap: inplace" in text
+        or "Batch norm got a batched tensor" in text
+        or (below_vmap and "doesn't match the broadcast shape" in text)
+    )
+
+
 def explain(error: RuntimeError) -> RuntimeError:
     """Return torch's error with what to write instead, where we know it."""
     if isinstance(error, InnerLoopError):
@@ -25,10 +39,8 @@ def explain(error: RuntimeError) -> RuntimeError:
         "loss: switch it off",
         "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
         "b).square().mean() for mse_loss",
-        "vmap: inplace": BATCHED,
         "modified by an inplace operation": "a tensor that a step had used was written in place "
         "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
-        "Batch norm got a batched tensor": BATCHED,
         "saved tensor "
         "hooks": "activation checkpointing (torch.utils.checkpoint) or other saved-tensor hooks, "
         "inside the loss or around a loop that is differentiated by torch.func: switch it off (or "
@@ -45,9 +57,8 @@ def explain(error: RuntimeError) -> RuntimeError:
         "to be differentiated again: write sparse=False in the look-up",
         "does not require grad": INDEPENDENT,
     }
-    if torch_private.inside_vmap():
-        # What it says of a buffer that is a single number.
-        cures["doesn't match the broadcast shape"] = BATCHED
+    if writes_without_rows(text, torch_private.inside_vmap()):
+        return NotDifferentiableError(f"{BATCHED}. PyTorch says: {text}")
     for sign, cure in cures.items():
         if sign in text:
             return NotDifferentiableError(f"{cure}. PyTorch says: {text}")

@@ -69,8 +69,8 @@ def map_tasks(
             tasks are stacked along a new first dimension.
         compile: compile a chunk as a whole. It is compared with eager code at the first call and at
             random later ones. Random numbers and norms with running statistics in training mode
-            are refused. The last chunk is filled up with copies
-            of a task, so that it has the same shape.
+            are refused. The last chunk is filled up with copies of a task, so that it has the same
+            shape.
         group: a group of processes (``torch.distributed.group.WORLD`` under ``torchrun``), each of
             which passes the same arguments: every process takes a share of the tasks, and all get
             the reduced result.

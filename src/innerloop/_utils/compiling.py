@@ -113,7 +113,7 @@ _SILENCED = [
 
 
 @contextmanager
-def silent_about_grad() -> Iterator[None]:
+def silent_compiler() -> Iterator[None]:
     """Hide warnings of the compiler about itself: it looks at the .grad of its inputs, for one.
 
     Not by ``warnings.catch_warnings``, of which two threads that leave it undo each other's, and
@@ -289,7 +289,7 @@ class Compiled:
             self.path, self.random_state = None, RandomState.now()
             if not before and BACKEND is None:
                 torch_private.look_for_vector_instructions()
-            with self._around(), silent_about_grad(), torch_private.as_before_for_hooks():
+            with self._around(), silent_compiler(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
             self.path = self._path_taken(args)
         except InnerLoopError:

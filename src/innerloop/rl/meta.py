@@ -165,14 +165,14 @@ class MetaConfig:
 
     def _check_outer_weights(self) -> None:
         weights = self.outer_weights
-        if isinstance(weights, tuple) and not weights:
-            return
         if not isinstance(weights, (tuple, list)) or not all(
             isinstance(weight, (int, float)) for weight in weights
         ):
             raise InvalidInputError(
                 f"outer_weights={weights!r}: write one number for each adaptation step, (2.0, 1.0)"
             )
+        if not weights:
+            return
         if len(weights) != self.adaptation_steps:
             raise InvalidInputError(
                 f"outer_weights={weights} has {len(weights)} numbers for "

@@ -51,10 +51,11 @@ def outer_gradient(
 
     def of_leaves(values: list[Tensor]) -> tuple[Tensor, Result]:
         if running is Mode.TRANSFORMED:
-            # At once, which is cheaper; in forward mode some may have a tangent and others none.
-            size = 1 if torch_private.forward_mode() else len(values)
-            parts = [(i, values[i : i + size]) for i in range(0, len(values), size)]
-            values = [x for i, part in parts for x in _Noted.apply(arrived, i, *part)]
+            if torch_private.forward_mode():
+                # One by one: some may have a tangent, and others none.
+                values = [_Noted.apply(arrived, i, x)[0] for i, x in enumerate(values)]
+            else:
+                values = list(_Noted.apply(arrived, 0, *values))
         filled = tree.with_leaves(chosen, tree.put(leaves, wanted, values))
         return objective(inputs._replace(**filled))
 

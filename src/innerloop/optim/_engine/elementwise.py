@@ -13,7 +13,7 @@ from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.fused import Kernel, goes_with_step
+from innerloop.optim._engine.fused import Kernel
 from innerloop.optim._engine.grads import by_step_count, which_have_gradient
 from innerloop.optim._engine.packing import FLAT_LIMIT, Layout, Packed, layout_of, zeros
 from innerloop.optim._engine.update import (
@@ -43,6 +43,14 @@ class Elementwise(Rule):
 
     flat_limit: ClassVar[int] = FLAT_LIMIT
     """Elements; a larger parameter is updated alone and never copied."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # What stands for the ``step`` of a parent knows nothing of a ``step`` that comes before it.
+        for name in ("update_ignores_param", "kernel", "step_lists"):
+            first = next(c for c in cls.__mro__ if "step" in vars(c) or name in vars(c))
+            if name not in vars(first):
+                setattr(cls, name, getattr(Elementwise, name))
 
     def packs_small_params(self, hyper: Mapping[str, Any]) -> bool:
         """True if small parameters are updated as one flat tensor.
@@ -165,9 +173,9 @@ class Elementwise(Rule):
 
     def _takes_lists(self, hyper: Mapping[str, Any]) -> bool:
         """True if the rule has `step_lists`, and nothing looks closer than autograd does."""
+        own = type(self).step_lists is not Elementwise.step_lists
         return (
-            type(self).step_lists is not Elementwise.step_lists
-            and goes_with_step(type(self), "step_lists")
+            own
             and may_call_autograd()
             and all(isinstance(value, (int, float)) for value in hyper.values())
         )

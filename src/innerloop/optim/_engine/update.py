@@ -15,7 +15,7 @@ from torch import Tensor
 from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import Mode, mode
 from innerloop.errors import InvalidInputError
-from innerloop.optim._engine.fused import Kernel, goes_with_step, step
+from innerloop.optim._engine.fused import Kernel, step
 from innerloop.optim._engine.packing import (
     Bucket,
     Layout,
@@ -187,11 +187,7 @@ def in_bucket(
     fused = step(rule, bucket, grads, params, count, fields, hyper)
     if fused is not None:
         return fused
-    result_only = (
-        len(bucket.names) > 1
-        and goes_with_step(type(rule), "update_ignores_param")
-        and rule.update_ignores_param(hyper)
-    )
+    result_only = len(bucket.names) > 1 and rule.update_ignores_param(hyper)
     param = like_bucket(bucket, params) if result_only else pack(bucket, params)
     values = _for_bucket(hyper, bucket, param)
     count = count + 1
