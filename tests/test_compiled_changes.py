@@ -7,9 +7,11 @@ get none; innerloop looks.
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -400,13 +402,30 @@ def test_a_silenced_warning_leaves_the_filters_as_they_were() -> None:
     before = list(warnings.filters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with compiling.silent_compiler(), compiling.silent_compiler():
+        with compiling.compiler_at_work(), compiling.compiler_at_work():
             warnings.warn("The .grad attribute of a Tensor that is not a leaf Tensor", stacklevel=1)
             with pytest.raises(UserWarning, match="another"):
                 warnings.warn("another", stacklevel=1)
         with pytest.raises(UserWarning, match="grad"):
             warnings.warn("The .grad attribute of a Tensor that is not a leaf Tensor", stacklevel=1)
     assert list(warnings.filters) == before
+
+
+def test_the_threshold_of_garbage_collection_is_put_back() -> None:
+    before = gc.get_threshold()
+    try:
+        for threshold, inside in (
+            ((700, 10, 10), 100_000),
+            ((0, 10, 10), 0),
+            ((10**6, 1, 1), 10**6),
+        ):
+            gc.set_threshold(*threshold)
+            with suppress(ValueError), compiling.compiler_at_work(), compiling.compiler_at_work():
+                assert gc.get_threshold()[0] == inside
+                raise ValueError
+            assert gc.get_threshold() == threshold
+    finally:
+        gc.set_threshold(*before)
 
 
 # -- threads ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from innerloop._utils import torch_private
+from innerloop._utils import compiling, torch_private
 from innerloop.optim import sgd
 
 EXERCISED = {
@@ -54,7 +54,7 @@ EXERCISED = {
     "flatten",
     "has_onednn",
     "onednn_product",
-    "look_for_vector_instructions",
+    "prepare_compiler",
     "unflatten",
     "multiply_list",
     "version",
@@ -1135,14 +1135,33 @@ def test_a_zero_for_each_row_of_every_vmap():
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-def test_the_vector_instructions_are_asked_for_once():
+def test_the_compiler_is_prepared_once():
     instructions = importlib.import_module("torch._inductor.cpu_vec_isa")
-    torch_private.look_for_vector_instructions()
-    torch_private.look_for_vector_instructions()
-    assert len(torch_private._looking) == (0 if torch.cuda.is_available() else 1)
-    for thread in torch_private._looking:
+    codecache = importlib.import_module("torch._inductor.codecache")
+    config = importlib.import_module("torch._inductor.config")
+    options = {**compiling.OPTIONS, **compiling.CALLED_FROM_CPP}
+    for _ in range(2):
+        torch_private.prepare_compiler(options)
+    assert len(torch_private._preparing) == (0 if torch.cuda.is_available() else 1)
+    for thread in torch_private._preparing:
         thread.join()
     assert instructions.pick_vec_isa().bit_width() >= 128
+    # The thread drops errors: PyTorch repeats them where it needs what is prepared.
+    with torch_private._trusted_vector_instructions(), config.patch(options):
+        codecache.CppWrapperCodeCache.load_pybinding(**torch_private._EMPTY)
+
+
+def test_what_the_user_says_about_vector_instructions_stays():
+    config = importlib.import_module("torch._inductor.config")
+    assert config.cpp.vec_isa_ok is None
+    with torch_private._trusted_vector_instructions():
+        assert config.cpp.vec_isa_ok is True
+    assert config.cpp.vec_isa_ok is None
+    with (
+        config.patch({"cpp.vec_isa_ok": False}),
+        torch_private._trusted_vector_instructions(),
+    ):
+        assert config.cpp.vec_isa_ok is False
 
 
 def test_a_product_by_onednn():

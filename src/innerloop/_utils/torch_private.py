@@ -11,7 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -891,27 +891,61 @@ def forget_compiled_call(module: nn.Module) -> None:
     vars(module)["_compiled_call_impl"] = None
 
 
-_looking: list[threading.Thread] = []
+_preparing: list[threading.Thread] = []
 
 
-def look_for_vector_instructions() -> None:
-    """Let a thread ask the compiler of C++ which vector instructions it has, once in a process.
+def _trusted_vector_instructions() -> AbstractContextManager[object]:
+    """Let PyTorch believe, inside the block, what the processor says about AVX2 and AVX-512.
 
-    PyTorch asks before it writes the first kernel, by four small programs: 5 seconds where nothing
-    was compiled before, of which 3 pass while it follows the function.
+    Else it compiles a program with its headers for each of three sets of instructions: 3 seconds
+    each where nothing was compiled before. That guards against compilers, and builds of PyTorch,
+    older than any that this version of PyTorch can be built or used with. What the user has set,
+    stays.
     """
-    if _looking or torch.cuda.is_available():
+    config = importlib.import_module("torch._inductor.config")
+    if config.cpp.vec_isa_ok is not None:
+        return nullcontext()
+    found: AbstractContextManager[object] = config.patch({"cpp.vec_isa_ok": True})
+    return found
+
+
+_EMPTY = {
+    "argtypes": ["std::vector<AtenTensorHandle>"],
+    "main_code": """#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
+CACHE_TORCH_DTYPE(float32);
+void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
+""",
+    "device_type": "cpu",
+    "needs_vec_isa": False,
+    "kernel_needs_vec_isa": True,
+    "num_outputs": 0,
+    "kernel_code": "#include <torch/csrc/inductor/cpp_prefix.h>\n",
+}
+"""A graph that does nothing, as inductor writes it."""
+
+
+def prepare_compiler(options: Mapping[str, object]) -> None:
+    """Let a thread do, once in a process, what inductor needs before it compiles a first graph.
+
+    It finds out which vector instructions the compiler of C++ has, and compiles the headers of
+    PyTorch, which takes 10 seconds where no graph was compiled before: PyTorch keeps the result.
+    This passes while PyTorch follows the function.
+    """
+    if _preparing or torch.cuda.is_available():
         return
     # Not in the thread: two threads that import the same modules wait for each other.
     instructions = importlib.import_module("torch._inductor.cpu_vec_isa")
+    codecache = importlib.import_module("torch._inductor.codecache")
+    config = importlib.import_module("torch._inductor.config")
 
-    def look() -> None:
+    def prepare() -> None:
         # Without a compiler PyTorch says so where it needs it.
-        with suppress(Exception):
+        with suppress(Exception), _trusted_vector_instructions(), config.patch(dict(options)):
             instructions.pick_vec_isa()
+            codecache.CppWrapperCodeCache.load_pybinding(**_EMPTY)
 
-    _looking.append(threading.Thread(target=look, daemon=True))
-    _looking[0].start()
+    _preparing.append(threading.Thread(target=prepare, daemon=True))
+    _preparing[0].start()
 
 
 def compile_graph(
@@ -924,7 +958,8 @@ def compile_graph(
     # Imported late: it takes a second.
     from torch._inductor import compile_fx
 
-    return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
+    with _trusted_vector_instructions():
+        return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 
 
 def compiled_path(

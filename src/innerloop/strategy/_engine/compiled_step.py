@@ -33,7 +33,7 @@ from innerloop._utils.compiled_check import (
     fields_of,
     moved_by_rounding,
 )
-from innerloop._utils.compiling import CodePath, Compiled, silent_compiler
+from innerloop._utils.compiling import CodePath, Compiled, compiler_at_work
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
@@ -278,7 +278,7 @@ class _Checked:
                 return found
         self._eager_seconds = 0.0
         around = nullcontext() if again is None else again.around()
-        with around, self._trust.at_stake(), refusing_own_functions(), silent_compiler():
+        with around, self._trust.at_stake(), refusing_own_functions(), compiler_at_work():
             verify(found, random_state)
         self._trust.gained(self.compiled.compilations)
         seconds = time.perf_counter() - end
