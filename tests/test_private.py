@@ -55,6 +55,7 @@ EXERCISED = {
     "has_onednn",
     "onednn_product",
     "prepare_compiler",
+    "empty_graph",
     "unflatten",
     "multiply_list",
     "version",
@@ -1139,7 +1140,7 @@ def test_the_compiler_is_prepared_once():
     instructions = importlib.import_module("torch._inductor.cpu_vec_isa")
     codecache = importlib.import_module("torch._inductor.codecache")
     config = importlib.import_module("torch._inductor.config")
-    options = {**compiling.OPTIONS, **compiling.CALLED_FROM_CPP}
+    options = compiling.step_options(())
     for _ in range(2):
         torch_private.prepare_compiler(options)
     assert len(torch_private._preparing) == (0 if torch.cuda.is_available() else 1)
@@ -1147,8 +1148,10 @@ def test_the_compiler_is_prepared_once():
         thread.join()
     assert instructions.pick_vec_isa().bit_width() >= 128
     # The thread drops errors: PyTorch repeats them where it needs what is prepared.
-    with torch_private._trusted_vector_instructions(), config.patch(options):
-        codecache.CppWrapperCodeCache.load_pybinding(**torch_private._EMPTY)
+    for form in (compiling.step_options, compiling.loop_options):
+        two = bool(form(()).get("cpp_wrapper_build_separate"))
+        with torch_private._trusted_vector_instructions(), config.patch(form(())):
+            codecache.CppWrapperCodeCache.load_pybinding(**torch_private.empty_graph(two))
 
 
 def test_what_the_user_says_about_vector_instructions_stays():

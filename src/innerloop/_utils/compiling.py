@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import gc
 import itertools
+import math
 import os
 import re
 import threading
@@ -40,8 +41,11 @@ OPTIONS: dict[str, object] = {
 }
 """The options of inductor."""
 
-CALLED_FROM_CPP: dict[str, object] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
-"""Those besides, on a CPU."""
+SEPARATE: dict[str, object] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+"""Those of a step on a CPU besides."""
+
+SMALL = 2**18
+"""Elements of all inputs of a loop up to which its kernels are called from C++."""
 
 MANY = 4
 """Code paths of one function from which on a warning says what recompiles."""
@@ -52,17 +56,32 @@ BACKEND: Callable[..., Any] | None = None
 _numbers = itertools.count()
 
 
-def _options(inputs: Sequence[object]) -> dict[str, object]:
-    """Return the options for a graph.
+def step_options(inputs: Sequence[object]) -> dict[str, object]:
+    """Return the options for the graph of a step.
 
     On a CPU, kernels are called from C++ and not from Python, which takes .8 to .9 of the time
-    where they are short. They are in one file then, and the calls in another, compiled with less
-    optimisation: two thirds of the time for a large graph, whose kernels are compiled one by one
-    otherwise, .7 of it for a small one, and the code is as fast.
+    where they are short. They are in one file, and the calls in another, compiled with less
+    optimisation. That takes two thirds of the time for a large graph, whose kernels are compiled
+    one by one otherwise, and .8 of it for a small one; the code is as fast.
     """
-    if all(x.is_cpu for x in inputs if isinstance(x, torch.Tensor)):
-        return {**OPTIONS, **CALLED_FROM_CPP}
-    return OPTIONS
+    return {**OPTIONS, **SEPARATE} if _on_cpu(inputs) else OPTIONS
+
+
+def loop_options(inputs: Sequence[object]) -> dict[str, object]:
+    """Return the options for the graph of a whole loop.
+
+    It is one file: with two the code takes 1.05 to 1.25 of the time. For a large graph that would
+    be 10 s longer to compile than kernels which Python calls.
+    """
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    # A size that the code is not specialised for must not be compared here, which would do it.
+    sizes = [math.prod(n for n in x.shape if isinstance(n, int)) for x in tensors]
+    is_small = _on_cpu(inputs) and sum(sizes) <= SMALL
+    return {**OPTIONS, "cpp_wrapper": True} if is_small else OPTIONS
+
+
+def _on_cpu(inputs: Sequence[object]) -> bool:
+    return all(x.is_cpu for x in inputs if isinstance(x, torch.Tensor))
 
 
 _LIBRARY = re.compile(r"__import_(innerloop_dot_|torch_dot_(utils_dot_)?_)")
@@ -248,6 +267,7 @@ class Compiled:
         replaced: functions of PyTorch, which a mode does not see in compiled code, and what runs in
             place of them.
         around: makes the block in which it is called.
+        options: returns the options for a graph, given its inputs.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
@@ -265,8 +285,10 @@ class Compiled:
         what: str,
         replaced: Mapping[object, Callable[..., object]] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        options: Callable[[Sequence[object]], dict[str, object]] = loop_options,
     ) -> None:
         self.compilations = 0
+        self._options = options
         self.path: CodePath | None = None
         self.random_state: RandomState | None = None
         self.outside: Callable[[], list[torch.Tensor]] = list
@@ -324,7 +346,7 @@ class Compiled:
                     return self.again(path, args)
             self.path, self.random_state = None, RandomState.now()
             if not before and BACKEND is None:
-                torch_private.prepare_compiler({**OPTIONS, **CALLED_FROM_CPP})
+                torch_private.prepare_compiler(self._options(()))
             with self._around(), compiler_at_work(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
             self.path = self._path_taken(args)
@@ -432,7 +454,7 @@ class Compiled:
         graph.recompile()
         if BACKEND is not None:
             return BACKEND(graph, inputs)
-        return torch_private.compile_graph(graph, inputs, _options(inputs))
+        return torch_private.compile_graph(graph, inputs, self._options(inputs))
 
 
 def compile_cache(directory: str | os.PathLike[str]) -> None:

@@ -909,19 +909,22 @@ def _trusted_vector_instructions() -> AbstractContextManager[object]:
     return found
 
 
-_EMPTY = {
-    "argtypes": ["std::vector<AtenTensorHandle>"],
-    "main_code": """#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
+def empty_graph(in_two_files: bool) -> dict[str, object]:
+    """Return what inductor compiles for a graph that does nothing."""
+    main = """#include <torch/csrc/inductor/cpp_wrapper/cpu.h>
 CACHE_TORCH_DTYPE(float32);
 void inductor_entry_impl(AtenTensorHandle*, AtenTensorHandle*) {}
-""",
-    "device_type": "cpu",
-    "needs_vec_isa": False,
-    "kernel_needs_vec_isa": True,
-    "num_outputs": 0,
-    "kernel_code": "#include <torch/csrc/inductor/cpp_prefix.h>\n",
-}
-"""A graph that does nothing, as inductor writes it."""
+"""
+    kernels = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
+    return {
+        "argtypes": ["std::vector<AtenTensorHandle>"],
+        "main_code": main,
+        "device_type": "cpu",
+        "needs_vec_isa": not in_two_files,
+        "kernel_needs_vec_isa": in_two_files,
+        "num_outputs": 0,
+        "kernel_code": kernels if in_two_files else None,
+    }
 
 
 def prepare_compiler(options: Mapping[str, object]) -> None:
@@ -942,7 +945,9 @@ def prepare_compiler(options: Mapping[str, object]) -> None:
         # Without a compiler PyTorch says so where it needs it.
         with suppress(Exception), _trusted_vector_instructions(), config.patch(dict(options)):
             instructions.pick_vec_isa()
-            codecache.CppWrapperCodeCache.load_pybinding(**_EMPTY)
+            if options.get("cpp_wrapper"):
+                graph = empty_graph(bool(options.get("cpp_wrapper_build_separate")))
+                codecache.CppWrapperCodeCache.load_pybinding(**graph)
 
     _preparing.append(threading.Thread(target=prepare, daemon=True))
     _preparing[0].start()

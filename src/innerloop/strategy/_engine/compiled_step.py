@@ -33,7 +33,7 @@ from innerloop._utils.compiled_check import (
     fields_of,
     moved_by_rounding,
 )
-from innerloop._utils.compiling import CodePath, Compiled, compiler_at_work
+from innerloop._utils.compiling import CodePath, Compiled, compiler_at_work, step_options
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop._utils.traceable import refuse_numpy
 from innerloop.nn._catalogue import HIDDEN
@@ -225,7 +225,7 @@ class _Checked:
     ) -> None:
         self._eager, self._lock, self._users = eager, lock, users
         self._eager_seconds = 0.0
-        self.compiled = Compiled(eager, what, HIDDEN, unwatched)
+        self.compiled = Compiled(eager, what, HIDDEN, unwatched, step_options)
         self._trust = Trust()
         self._later = LaterChecks()
 
