@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch.nn import functional as F
 
 import innerloop
 from innerloop._metagradient.tasks import _mixed
+from innerloop._utils import compiling
 from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -319,6 +321,129 @@ def test_a_buffer_of_the_users_own_has_to_be_assigned(shape: tuple[int, ...]) ->
     torch.testing.assert_close(found.flatten(), tasks()["x"].sum((1, 2, 3)))
     with pytest.raises(innerloop.NotDifferentiableError, match="assign a new tensor to it"):
         innerloop.map_tasks(partial(count, in_place=True), tasks())
+
+
+# -- operations that PyTorch's vmap refuses --------------------------------------------------------
+
+
+class _Recurrent(nn.Module):
+    """A recurrent layer, or a cell that is called in a loop, over six times of three numbers."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.RNNBase):
+            out: Tensor = self.layer(x.unsqueeze(1))[0]
+            return out
+        state: Any = None
+        for now in x:
+            state = self.layer(now.unsqueeze(0), state)
+        last: Tensor = state[0] if isinstance(state, tuple) else state
+        return last
+
+
+def _adapted(
+    model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor]
+) -> Callable[[Tensor], tuple[Any, Any]]:
+    """Return the meta-gradient of three steps on one task's data."""
+    trained = innerloop.Problem.from_module(
+        model, lambda model, hyper, x: loss(model, x), innerloop.optim.adam(0.1, eps=0.1)
+    )
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def one(x: Tensor) -> tuple[Any, Any]:
+        value, grads = innerloop.metagradient(
+            lambda traj, h: torch.stack([p.square().sum() for p in traj.params.values()]).sum(),
+            trained,
+            params,
+            x.expand(3, *x.shape),
+            wrt="params",
+        )
+        return value, grads
+
+    return one
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell], ids=lambda k: k.__name__
+)
+def test_recurrent_layers_are_the_python_loop(kind: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    one = _adapted(_Recurrent(kind), lambda model, x: model(x).square().mean())
+    data = smooth_noise(4, 6, 3)
+    values, grads = innerloop.map_tasks(one, data)
+    for i, x in enumerate(data):
+        value, expected = one(x)
+        torch.testing.assert_close(values[i], value, rtol=1e-10, atol=1e-12)
+        for name, grad in expected.items():
+            torch.testing.assert_close(grads[name][i], grad, rtol=1e-8, atol=1e-10)
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.normal of means": lambda y: y + torch.normal(y, 2.0),
+    "torch.normal of deviations": lambda y: y + torch.normal(0.5, y.exp()),
+    "torch.normal of a size": lambda y: y + torch.normal(0.0, 2.0, (6, 3)),
+    "empty": lambda y: y * torch.empty(3).exponential_(),
+    "Normal.sample": lambda y: y * torch.distributions.Normal(y, 1.0).sample(),
+    "Normal.rsample": lambda y: torch.distributions.Normal(y, y.exp()).rsample(),
+    "MultivariateNormal": lambda y: torch.distributions.MultivariateNormal(
+        y, torch.eye(3)
+    ).rsample(),
+    "Laplace": lambda y: torch.distributions.Laplace(y, 1.0).rsample(),
+    "Exponential": lambda y: torch.distributions.Exponential(y.exp()).rsample(),
+    "Cauchy": lambda y: torch.distributions.Cauchy(y, 1.0).rsample().tanh(),
+    "StudentT": lambda y: y + torch.distributions.StudentT(torch.tensor(3.0)).rsample((6, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_is_drawn_in_place_belongs_to_the_task(name: str) -> None:
+    """Whatever the chunks are, the numbers are those of the task, and differ from task to task."""
+    torch.manual_seed(0)
+    one = _adapted(nn.Linear(3, 3), lambda model, x: DRAWS[name](model(x)).square().mean())
+    same = smooth_noise(6, 3).expand(4, 6, 3)
+    found = []
+    for chunk_size in (4, 3, 1):
+        torch.manual_seed(7)
+        found.append(innerloop.map_tasks(one, same, chunk_size=chunk_size))
+    values, grads = found[0]
+    assert len(set(values.tolist())) == 4
+    for others, other_grads in found[1:]:
+        torch.testing.assert_close(others, values, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(other_grads["weight"], grads["weight"], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.compiled
+def test_a_new_tensor_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the operations are not replaced, and the compiler must not follow the question."""
+    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    one = _adapted(nn.Linear(3, 3), lambda model, x: (model(x) * x.new_empty(3).fill_(2)).sum())
+    data = smooth_noise(4, 6, 3)
+    found = innerloop.map_tasks(one, data, compile=True)
+    torch.testing.assert_close(found, innerloop.map_tasks(one, data), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda y: F.rrelu(y, training=True), "torch.where"),
+        (lambda y: torch.distributions.Dirichlet(y.exp()).rsample(), "setup_context"),
+        (lambda y: torch.distributions.Gamma(y.exp(), 1.0).rsample(), "another form"),
+        (lambda y: y * torch.zeros(3).normal_(), "torch.empty_like"),
+        (lambda y: y / torch.div(y.detach(), 2.0, out=torch.ones(6, 3)), "out="),
+    ],
+    ids=["rrelu", "Dirichlet", "Gamma", "in place", "out"],
+)
+def test_what_cannot_run_for_all_rows_says_what_to_write(
+    loss: Callable[[Tensor], Tensor], says: str
+) -> None:
+    one = _adapted(nn.Linear(3, 3), lambda model, x: loss(model(x)).square().mean())
+    with pytest.raises(innerloop.errors.NotDifferentiableError, match=says):
+        innerloop.map_tasks(one, smooth_noise(4, 6, 3))
 
 
 def test_leaves_of_other_kinds_are_reduced_too() -> None:

@@ -186,7 +186,7 @@ REGISTRIES = {
     "_inner_gradient/graph.py:_refusing": "the threads that are inside of a block, emptied by it",
     "_module/edits.py:_watching": "the loops whose block is running, emptied by their ends",
     "_utils/torch_private.py:_forward_thread": "the thread that holds forward mode, emptied by it",
-    "_utils/torch_private.py:_looking": "the one thread that asks the compiler of C++",
+    "_utils/torch_private.py:_preparing": "the one thread that prepares the compiler",
 }
 """What is kept at module level and is no cache: facts that nothing recomputes, or pure numbers."""
 

@@ -37,6 +37,7 @@ from innerloop.nn._replacements import (
     losses,
     norm,
     norm_positional,
+    random_numbers,
     recurrent,
     vector_norm,
     weight_norm,
@@ -421,14 +422,26 @@ OPERATIONS: tuple[Operation, ...] = (
         autocast="float32",
     ),
     Operation(
-        "nn.RNN, nn.LSTM or nn.GRU on a GPU",
-        "in cuDNN it has no second derivative",
-        {
-            function: recurrent.without_cudnn(function)
-            for function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-        },
+        "nn.RNN, nn.LSTM or nn.GRU on a GPU or under vmap",
+        "in cuDNN it has no second derivative; under vmap it writes rows into what has none",
+        {function: recurrent.in_plain_code(function) for function in recurrent.FUNCTIONS},
         nodes=("CudnnRnnBackward0", "MiopenRnnBackward0"),
-        when=recurrent.on_cuda,
+        when=recurrent.needs_help,
+    ),
+    Operation(
+        "torch.normal under vmap",
+        "it fills a tensor in place that has no rows",
+        {torch.normal: random_numbers.normal},
+        when=random_numbers.draws_by_rows,
+    ),
+    Operation(
+        "torch.empty or Tensor.new under vmap",
+        "it has no rows, and cannot be filled with random numbers in place",
+        {
+            function: random_numbers.with_rows(function)
+            for function in (torch.empty, torch.empty_like, Tensor.new, Tensor.new_empty)
+        },
+        when=random_numbers.is_new,
     ),
     Operation(
         "F.scaled_dot_product_attention",

@@ -65,7 +65,11 @@ def outer_gradient(
         # as well.
         result, found = _by_autograd(of_leaves, values)
     else:
-        found, result = tree.grad_with_aux(of_leaves)(values)
+        try:
+            found, result = tree.grad_with_aux(of_leaves)(values)
+        except NotImplementedError as error:
+            # In eager code the graph of each step tells it beforehand.
+            raise explain(error) if "derivative for '" in str(error) else error from error
         if running is Mode.TRANSFORMED:
             # torch.func.grad silently returns zeros for what nothing arrives at.
             found = [x if i in arrived else None for i, x in enumerate(found)]

@@ -1,4 +1,4 @@
-"""Recurrent layers: PyTorch's own, without cuDNN, whose gradient has no derivative."""
+"""Recurrent layers: PyTorch's own, where cuDNN or ``vmap`` stand in the way."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from innerloop.nn._derivative_order import Args, Kwargs
+from innerloop._utils import torch_private, tree
+from innerloop.nn._derivative_order import Args, Kwargs, below_vmap
 
 R = TypeVar("R")
+
+
+FUNCTIONS: tuple[Callable[..., object], ...] = (
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
+)
+"""What the layers and their cells call."""
 
 
 def on_cuda(args: Args, kwargs: Kwargs) -> bool:
@@ -18,10 +32,26 @@ def on_cuda(args: Args, kwargs: Kwargs) -> bool:
     return isinstance(args[0], Tensor) and args[0].is_cuda
 
 
-def without_cudnn(operation: Callable[..., R]) -> Callable[..., R]:
-    """Wrap ``operation`` (``torch.lstm`` and its kind) so that cuDNN is off during the call."""
+def needs_help(args: Args, kwargs: Kwargs) -> bool:
+    """True in cuDNN, and under ``vmap``."""
+    return on_cuda(args, kwargs) or below_vmap()
+
+
+def in_plain_code(operation: Callable[..., R]) -> Callable[..., R]:
+    """Wrap ``operation`` (``torch.lstm`` and its kind) so that cuDNN is off during the call.
+
+    Under ``vmap`` the input and the state get a number for each row: PyTorch adds products of the
+    two in place, and fails where only one of them has rows.
+    """
 
     def call(*args: object, **kwargs: object) -> R:
+        if below_vmap():
+            zero = torch_private.batched_zero()
+
+            def with_rows(x: Tensor) -> Tensor:
+                return x + zero.to(x.device, x.dtype) if x.is_floating_point() else x
+
+            args = (*tree.map_tensors(with_rows, args[:2]), *args[2:])
         with torch.backends.cudnn.flags(enabled=False):
             return operation(*args, **kwargs)
 
