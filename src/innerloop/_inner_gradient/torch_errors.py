@@ -13,6 +13,23 @@ BATCHED = (
 )
 
 
+BELOW_VMAP = {
+    "vmap: we do not yet support": "vmap cannot run an operation of the loss for all its rows "
+    "at once: write the operation out (rrelu: torch.where(x < 0, x * torch.empty_like(x)"
+    ".uniform_(lower, upper), x)), or run the tasks one after another",
+    "inplace randomness": "the loss fills a tensor with random numbers that has no rows of "
+    "vmap (torch.empty(3).exponential_()): fill torch.empty_like(x) of one that has, or write "
+    "torch.rand and torch.randn",
+    "setup_context": "the loss runs a torch.autograd.Function without setup_context (that of "
+    "torch.distributions.Dirichlet, for one), which vmap and torch.func cannot: write it with "
+    "setup_context and vmap, or without such a function",
+    "Batching rule not implemented": "vmap cannot run an operation of the loss that writes "
+    "into a given tensor, out=... (spectral_norm in training writes its vectors so): write it "
+    "without out=, or call model.eval() before for spectral_norm",
+}
+"""What PyTorch says of operations that ``vmap`` cannot run -> what to write instead."""
+
+
 def writes_without_rows(text: str, below_vmap: bool) -> bool:
     """True if PyTorch refuses to write, for each row, a tensor that all rows of ``vmap`` share.
 
@@ -48,18 +65,6 @@ def explain(error: RuntimeError) -> RuntimeError:
         "Cannot access data "
         "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
         "of vmap, or pad",
-        "vmap: we do not yet support": "vmap cannot run an operation of the loss for all its rows "
-        "at once: write the operation out (rrelu: torch.where(x < 0, x * torch.empty_like(x)"
-        ".uniform_(lower, upper), x)), or run the tasks one after another",
-        "inplace randomness": "the loss fills a tensor with random numbers that has no rows of "
-        "vmap (torch.empty(3).exponential_()): fill torch.empty_like(x) of one that has, or write "
-        "torch.rand and torch.randn",
-        "setup_context": "the loss runs a torch.autograd.Function without setup_context (that of "
-        "torch.distributions.Dirichlet, for one), which vmap and torch.func cannot: write it with "
-        "setup_context and vmap, or without such a function",
-        "Batching rule not implemented": "vmap cannot run an operation of the loss that writes "
-        "into a given tensor, out=... (spectral_norm in training writes its vectors so): write it "
-        "without out=, or call model.eval() before for spectral_norm",
         "in-place": "a module writes a tensor in place that is not an argument: use "
         "Problem.from_module, which threads buffers",
         "not implemented": "an operation of the loss lacks a derivative: use another form of it "
@@ -71,6 +76,8 @@ def explain(error: RuntimeError) -> RuntimeError:
     }
     if writes_without_rows(text, torch_private.inside_vmap()):
         return NotDifferentiableError(f"{BATCHED}. PyTorch says: {text}")
+    if torch_private.inside_vmap():
+        cures = BELOW_VMAP | cures
     for sign, cure in cures.items():
         if sign in text:
             return NotDifferentiableError(f"{cure}. PyTorch says: {text}")
