@@ -69,7 +69,9 @@ def outer_gradient(
             found, result = tree.grad_with_aux(of_leaves)(values)
         except NotImplementedError as error:
             # In eager code the graph of each step tells it beforehand.
-            raise explain(error) if "derivative for '" in str(error) else error from error
+            if "derivative for '" in str(error):
+                raise explain(error) from error
+            raise
         if running is Mode.TRANSFORMED:
             # torch.func.grad silently returns zeros for what nothing arrives at.
             found = [x if i in arrived else None for i, x in enumerate(found)]

@@ -24,11 +24,11 @@ def normal(
     mean: Tensor | float, std: Tensor | float = 1.0, size: Sequence[int] | None = None
 ) -> Tensor:
     """Draw normal numbers; like ``torch.normal`` it has no derivative by ``mean`` and ``std``."""
-    given = [x.detach() for x in (mean, std) if isinstance(x, Tensor)]
+    mean, std = (x.detach() if isinstance(x, Tensor) else x for x in (mean, std))
+    given = [x for x in (mean, std) if isinstance(x, Tensor)]
     shape = torch.broadcast_shapes(*(x.shape for x in given)) if size is None else size
     like = given[0] if given else torch.empty(())
     drawn = torch.randn(shape, dtype=like.dtype, device=like.device)
-    mean, std = (x.detach() if isinstance(x, Tensor) else x for x in (mean, std))
     # In this order, with these roundings.
     return drawn * std + mean
 
