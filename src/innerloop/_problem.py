@@ -48,7 +48,7 @@ from innerloop._types import (
 )
 from innerloop._utils import torch_private, tree
 from innerloop._utils.arguments import check_has_values, check_takes, given, shown
-from innerloop._utils.execution import Mode, may_call_autograd, mode
+from innerloop._utils.execution import Mode, below_vmap, may_call_autograd, mode
 from innerloop._utils.random_state import RandomState
 from innerloop.errors import InnerLoopError, InvalidInputError, NotDifferentiableError
 from innerloop.nn._mode import replacing
@@ -258,7 +258,7 @@ class Problem(Generic[Batch, Aux]):
         if self.view is not None:
             check_names(params, self.view.source)
             buffers = self.view.copies_of_buffers()
-            if mode() is Mode.TRANSFORMED and torch_private.inside_vmap():
+            if below_vmap():
                 # Each task has running statistics of its own.
                 zero = torch_private.batched_zero()
                 for name in self.view.statistics_in_training():

@@ -35,6 +35,11 @@ def may_call_autograd() -> bool:
     return not compiling() and not torch_private.inside_transform()
 
 
+def below_vmap() -> bool:
+    """True inside ``vmap``, except in compiled code, which cannot ask."""
+    return mode() is Mode.TRANSFORMED and torch_private.inside_vmap()
+
+
 def may_read_values(x: Tensor) -> bool:
     """True if looking at the numbers in ``x`` costs no device wait and is possible.
 

@@ -35,11 +35,6 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def below_vmap() -> bool:
-    """True inside ``vmap``, except in compiled code, which cannot ask."""
-    return mode() is Mode.TRANSFORMED and torch_private.inside_vmap()
-
-
 @contextmanager
 def any_order() -> Iterator[None]:
     """Use replacements that can be differentiated any number of times, as a loop in a loop does.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private
-from innerloop.nn._derivative_order import Args, Kwargs, below_vmap
+from innerloop._utils.execution import below_vmap
+from innerloop.nn._derivative_order import Args, Kwargs
 
 
 def draws_by_rows(args: Args, kwargs: Kwargs) -> bool:
@@ -44,6 +45,6 @@ def with_rows(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*args: object, **kwargs: object) -> Tensor:
         made = make(*args, **kwargs)
-        return made + torch_private.batched_zero().to(made.device, made.dtype)
+        return made + torch_private.batched_zero().to(made)
 
     return call

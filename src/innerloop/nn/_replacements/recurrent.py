@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from innerloop._utils import torch_private, tree
-from innerloop.nn._derivative_order import Args, Kwargs, below_vmap
+from innerloop._utils.execution import below_vmap
+from innerloop.nn._derivative_order import Args, Kwargs
 
 R = TypeVar("R")
 
@@ -49,7 +50,7 @@ def in_plain_code(operation: Callable[..., R]) -> Callable[..., R]:
             zero = torch_private.batched_zero()
 
             def with_rows(x: Tensor) -> Tensor:
-                return x + zero.to(x.device, x.dtype) if x.is_floating_point() else x
+                return x + zero.to(x) if x.is_floating_point() else x
 
             args = (*tree.map_tensors(with_rows, args[:2]), *args[2:])
         with torch.backends.cudnn.flags(enabled=False):
