@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import operator
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -105,8 +106,10 @@ EXERCISED = {
     "module_hooks",
     "wrap_backward_hooks",
     "compile_graph",
+    "inputs_for_compiler",
     "compiled_path",
     "compiler_is_at_rest",
+    "may_compile",
     "count_function_modes",
     "random_row_by_row",
     "is_compiling",
@@ -994,6 +997,42 @@ def test_a_graph_is_compiled_with_options():
 
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_graph_with_a_gradient_in_it_is_compiled_and_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A second process would compile again if PyTorch did not take such a graph for a safe one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters = importlib.import_module("torch._dynamo.utils").counters["aot_autograd"]
+    graph = torch.fx.Graph()
+    x, cotangent = graph.placeholder("x"), graph.placeholder("cotangent")
+    x.meta["example_value"] = torch.empty(3)
+    graph.call_function(torch_private.GRAD_MODE, (True,))
+    at = graph.call_function(torch.detach, (x,))
+    at.meta["example_value"] = torch.empty(3)
+    at = graph.call_method("requires_grad_", (at,))
+    ends = [graph.call_function(torch.sin, (at,)), graph.call_function(torch.zeros_like, (at,))]
+    graph.call_function(torch_private.GRAD_MODE, (False,))
+    found = graph.call_function(
+        torch_private.gradient_or_zeros, (ends, [at], [cotangent] * 2), {"create_graph": False}
+    )
+    graph.output((graph.call_function(operator.getitem, (found, 0)),))
+    module = torch.fx.GraphModule({}, graph)
+    values = [torch.arange(3.0), torch.tensor([1.0, 2.0, 3.0])]
+    before = dict(counters)
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad(), torch_private.inputs_for_compiler(values) as stand_ins:
+            run = torch_private.compile_graph(module, stand_ins, {})
+        with torch.no_grad():
+            (pulled,) = run(*values)
+        torch.testing.assert_close(pulled, values[0].cos() * values[1])
+    new = {name: counters[name] - before.get(name, 0) for name in counters}
+    assert new.get("autograd_cache_hit") == 1, new
+    assert not new.get("autograd_cache_bypass"), new
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_the_path_that_compiled_code_took_is_known():
     factor = torch.tensor(3.0)
 
@@ -1003,8 +1042,12 @@ def test_the_path_that_compiled_code_took_is_known():
     assert torch_private.compiled_path(function) is None
     compiled: Any = torch.compile(function, backend="eager", dynamic=False)
     assert torch_private.compiler_is_at_rest()
+    assert torch_private.may_compile()
     with torch.compiler.set_stance("force_eager"):
         assert not torch_private.compiler_is_at_rest()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch_private.compiler_is_at_rest()
+        assert not torch_private.may_compile()
     x = torch.ones(2)
     for times in (2, 5):
         compiled(x, times)

@@ -21,6 +21,7 @@ import torch
 from innerloop._utils import torch_private, tree
 from innerloop._utils.definitions import Definitions
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.traced import Captured, Traced, copy_of
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -209,12 +210,25 @@ class CodePath:
             of fixed shapes: every number that the function read is a constant of the code.
         is_closed: True if nothing but the arguments is read for them.
         draws: False if it draws no random numbers.
+        traced: what it was compiled from; None: not kept.
 
     Attributes:
         run: the compiled function. It asks nothing: its caller knows that the guards hold.
+        pullbacks: what was compiled of its pullback, by kinds of inputs; None: it cannot be.
     """
 
-    __slots__ = ("_asks", "_cells", "_modes", "_names", "draws", "is_closed", "is_static", "run")
+    __slots__ = (
+        "_asks",
+        "_cells",
+        "_modes",
+        "_names",
+        "draws",
+        "is_closed",
+        "is_static",
+        "pullbacks",
+        "run",
+        "traced",
+    )
 
     def __init__(
         self,
@@ -225,8 +239,11 @@ class CodePath:
         is_static: bool,
         is_closed: bool,
         draws: bool,
+        traced: Traced | None,
     ) -> None:
         own = function.__code__
+        self.traced = traced
+        self.pullbacks: dict[object, Callable[..., Any] | None] = {}
         self._asks = asks
         self._modes = torch_private.count_function_modes()
         self._names = own.co_varnames[: own.co_argcount]
@@ -268,6 +285,7 @@ class Compiled:
             place of them.
         around: makes the block in which it is called.
         options: returns the options for a graph, given its inputs.
+        keeps_graph: True if its pullback will be compiled from the same graph.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
@@ -286,8 +304,13 @@ class Compiled:
         replaced: Mapping[object, Callable[..., object]] | None = None,
         around: Callable[[], AbstractContextManager[object]] = nullcontext,
         options: Callable[[Sequence[object]], dict[str, object]] = loop_options,
+        *,
+        keeps_graph: bool = False,
     ) -> None:
         self.compilations = 0
+        self._keeps_graph = keeps_graph
+        self._newest: tuple[torch.fx.GraphModule, Captured] | None = None
+        self._gave: Sequence[Any] = ()
         self._options = options
         self.path: CodePath | None = None
         self.random_state: RandomState | None = None
@@ -349,7 +372,7 @@ class Compiled:
                 torch_private.prepare_compiler(self._options(()))
             with self._around(), compiler_at_work(), torch_private.as_before_for_hooks():
                 found = self._compiled(*args)
-            self.path = self._path_taken(args)
+            self.path = self._path_taken(args, found)
         except InnerLoopError:
             raise
         except Exception as error:
@@ -397,13 +420,21 @@ class Compiled:
         self.random_state = RandomState.now() if path.draws else None
         return path.run(*arguments)
 
-    def _path_taken(self, arguments: tuple[Any, ...]) -> CodePath | None:
-        """Return the path that the last call took."""
-        fed, self._fed = self._fed, None
-        found = torch_private.compiled_path(self._function)
-        if found is None:
+    def path_for(self, arguments: Sequence[object]) -> CodePath | None:
+        """Return the path that a call would take now; None: not known, or it would compile."""
+        if not torch_private.compiler_is_at_rest() or not self._definitions.are_unchanged():
             return None
-        known = self._known.get(found[1])
+        return next((p for p in self._known.values() if p.accepts(arguments)), None)
+
+    def _path_taken(self, arguments: tuple[Any, ...], found: object) -> CodePath | None:
+        """Return the path that the last call took, and what it returned."""
+        fed, self._fed = self._fed, None
+        gave, self._gave = self._gave, ()
+        graph, self._newest = self._newest, None
+        newest = torch_private.compiled_path(self._function)
+        if newest is None:
+            return None
+        known = self._known.get(newest[1])
         if known is None and fed is not None:
             before, now = self.random_state, RandomState.now()
             inside = {*map(id, tree.tensors(arguments))}
@@ -411,17 +442,25 @@ class Compiled:
             # What code without numbers of its own does not draw once it never does.
             is_static = self._has_fixed_shapes and seen.issuperset(map(id, fed))
             drew = before is None or now is None or not before.equals(now)
-            known = self._known[found[1]] = CodePath(
+            is_closed = inside.issuperset(map(id, fed))
+            traced = None
+            if graph is not None and self._has_fixed_shapes:
+                traced = Traced.of(*graph, fed, gave, arguments, found)
+            known = self._known[newest[1]] = CodePath(
                 self._function,
-                *found,
+                *newest,
                 is_static=is_static,
-                is_closed=inside.issuperset(map(id, fed)),
+                is_closed=is_closed,
                 draws=drew or not is_static,
+                traced=traced,
             )
         return known if known is not None and known.accepts(arguments) else None
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile a graph; the function returned notes what it is fed."""
+        self._prepare(graph)
+        captured = Captured()
+        self._newest = (copy_of(graph), captured) if self._keeps_graph else None
         made = self._made(graph, inputs)
         self._has_fixed_shapes = not any(
             isinstance(size, torch.SymInt)
@@ -430,19 +469,20 @@ class Compiled:
         )
 
         def run(*given: Any) -> Any:
-            if self.path is None:
-                self._fed = given
-            return made(*given)
+            if captured.places:
+                captured.note(given)
+            if self.path is not None:
+                return made(*given)
+            self._fed = given
+            found = made(*given)
+            if self._newest is not None:
+                self._gave = found
+            return found
 
         return run
 
-    def _made(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        self.compilations += 1
-        self._traced = torch_private.traced_code()
-        if self._guarding is None:
-            # The guards are made when this function has returned.
-            self._guarding = torch_private.guarding_hooks()
-            self._guarding.__enter__()
+    def _prepare(self, graph: torch.fx.GraphModule) -> None:
+        """Replace what a mode would replace; note the precision."""
         for node in graph.graph.nodes:
             value = node.meta.get("example_value")
             if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -452,6 +492,18 @@ class Compiled:
             elif node.op == "call_function" and node.target is _CHECKPOINT:
                 node.target = _plainly
         graph.recompile()
+
+    def _made(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        self.compilations += 1
+        self._traced = torch_private.traced_code()
+        if self._guarding is None:
+            # The guards are made when this function has returned.
+            self._guarding = torch_private.guarding_hooks()
+            self._guarding.__enter__()
+        return self.lowered(graph, inputs)
+
+    def lowered(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """Let the backend compile a graph."""
         if BACKEND is not None:
             return BACKEND(graph, inputs)
         return torch_private.compile_graph(graph, inputs, self._options(inputs))

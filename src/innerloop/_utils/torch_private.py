@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch._functorch import eager_transforms as _transforms
 from torch._functorch import vmap as _vmap
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as _no_transforms
 from torch._guards import TracingContext as _TracingContext
@@ -967,6 +968,27 @@ def compile_graph(
         return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 
 
+# What the compiler writes into graphs itself: code with other functions is not looked up in its
+# cache.
+GRAD_MODE = torch._C._set_grad_enabled
+gradient_or_zeros = _transforms._autograd_grad
+
+
+@contextmanager
+def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Return what stands for inputs of fixed shapes while a graph of one's own is compiled.
+
+    Inductor looks compiled code up where the symbols for shapes are known, which are those of
+    ``torch.compile`` otherwise.
+    """
+    fake = importlib.import_module("torch._subclasses.fake_tensor")
+    shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
+    guards = importlib.import_module("torch._guards")
+    mode = fake.FakeTensorMode(shape_env=shapes.ShapeEnv())
+    with guards.tracing(_TracingContext(mode)):
+        yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
+
+
 def compiled_path(
     function: Callable[..., object],
 ) -> tuple[Callable[[dict[str, object]], bool], types.CodeType] | None:
@@ -988,10 +1010,19 @@ def compiled_path(
 
 def compiler_is_at_rest() -> bool:
     """True unless PyTorch is compiling what runs now, or was told not to run what is compiled."""
-    return (
-        not torch._C._dynamo.eval_frame.get_eval_frame_callback()
-        and torch._dynamo.eval_frame._stance.stance == "default"
-    )
+    running = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return not running and _stance() in ("default", "fail_on_recompile", "eager_on_recompile")
+
+
+def may_compile() -> bool:
+    """True unless the user's stance forbids to compile."""
+    return _stance() == "default"
+
+
+def _stance() -> str:
+    """Return what ``torch.compiler.set_stance`` was told."""
+    found: str = torch._dynamo.eval_frame._stance.stance
+    return found
 
 
 def keeping_buffers() -> AbstractContextManager[object]:

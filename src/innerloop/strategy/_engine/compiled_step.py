@@ -40,6 +40,7 @@ from innerloop.nn._catalogue import HIDDEN
 from innerloop.nn._mode import unwatched
 from innerloop.optim._engine.packing import Packed
 from innerloop.strategy._engine import step_pullback
+from innerloop.strategy._engine.compiled_pullback import CompiledPullback
 from innerloop.strategy._engine.guards import check_constants
 from innerloop.strategy._engine.step_pullback import (
     Cotangents,
@@ -75,9 +76,11 @@ class Core:
         core: a problem whose hyper is a pair, that of the loss and that of the optimizer, and whose
             steps do not depend on their number: both are inputs.
         product: how the pullback is taken.
+        keeps_graph: True if the pullback is compiled from the graph of the step where that is
+            possible. It takes less time to compile, and more to call where the step is small.
     """
 
-    def __init__(self, core: Problem, product: str) -> None:
+    def __init__(self, core: Problem, product: str, *, keeps_graph: bool = False) -> None:
         def advance(state: Any, hyper: Any, batch: object) -> Any:
             new, loss, aux = core.step(carry_of(state, None), hyper, batch, 0)
             return state_of(new), loss, aux
@@ -94,12 +97,28 @@ class Core:
             step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
             return step_pullback.reverse_many(step, rows)
 
+        def chosen(state: Any, hyper: Any, batch: object, wanted: Sequence[bool]) -> list[bool]:
+            step = Step(core, carry_of(state, None), hyper, batch, 0, wanted, set(), None)
+            return step_pullback.takes_part(step, (*state, hyper), 2)
+
         # Compiled code reads the copy of a module, in whose places eager code puts tensors.
         lock = threading.RLock() if core.view is None else core.view.lock
         users = [getattr(f, "function", None) for f in (core.loss, core.targets)]
-        self._advance = _Checked(advance, "the step", lock, users)
-        self._pull = _Checked(pull, "the pullback of a step", lock, users)
-        self._pull_many = _Checked(pull_many, "the pullback of many cotangents", lock, users)
+
+        def checked(
+            eager: Callable[..., Any], what: str, compiled: Compiled | None = None
+        ) -> _Checked:
+            if compiled is None:
+                compiled = Compiled(eager, what, *compiling)
+            return _Checked(eager, compiled, lock, users)
+
+        compiling = (HIDDEN, unwatched, step_options)
+        step = Compiled(advance, "the step", *compiling, keeps_graph=keeps_graph)
+        what = "the pullback of a step"
+        pullback = CompiledPullback(pull, step, chosen, what, *compiling) if keeps_graph else None
+        self._advance = checked(advance, "the step", step)
+        self._pull = checked(pull, what, pullback)
+        self._pull_many = checked(pull_many, "the pullback of many cotangents")
 
     @property
     def compiled(self) -> tuple[Compiled, Compiled]:
@@ -211,7 +230,7 @@ class _Checked:
 
     Args:
         eager: the function.
-        what: names it in errors.
+        compiled: the same, compiled.
         lock: what a thread holds while it calls the function.
         users: the user's functions in it.
     """
@@ -219,13 +238,13 @@ class _Checked:
     def __init__(
         self,
         eager: Callable[..., Any],
-        what: str,
+        compiled: Compiled,
         lock: AbstractContextManager[Any],
         users: Sequence[object],
     ) -> None:
         self._eager, self._lock, self._users = eager, lock, users
         self._eager_seconds = 0.0
-        self.compiled = Compiled(eager, what, HIDDEN, unwatched, step_options)
+        self.compiled = compiled
         self._trust = Trust()
         self._later = LaterChecks()
 
@@ -462,7 +481,7 @@ class CompiledProblem:
         cores = _cores.setdefault(problem.original or problem, {})
         product = "reverse" if product == "auto" else product
         if product not in cores:
-            cores[product] = Core(_core_of(problem), product)
+            cores[product] = Core(_core_of(problem), product, keeps_graph=product == "reverse")
         self.core = cores[product]
 
     def step(
