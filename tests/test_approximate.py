@@ -101,6 +101,40 @@ def test_truncation_keeps_its_graph_over_the_last_steps_only():
     assert size(Truncated(6), 50) > 1.5 * size(Truncated(3), 50)
 
 
+def test_truncation_has_a_forward_derivative():
+    """d x_T / d b as by reverse mode; losses come in one tensor, early and late."""
+
+    def end(b: Tensor, strategy: Strategy = Truncated(3)) -> innerloop.Trajectory:  # noqa: B008
+        return innerloop.unroll(
+            quadratic(),
+            {"x": torch.ones(3)},
+            None,
+            steps=12,
+            hyper={"b": b},
+            strategy=strategy,
+            save_at=[2, 11],
+        )
+
+    b, along = torch.tensor([0.3, -0.2, 0.7]), torch.tensor([1.0, 2.0, 3.0])
+    exact = (1 - (1 - ETA * CURVATURE) ** 3) / CURVATURE
+    for outer in (lambda b: end(b).params["x"], lambda b: end(b).at(11).params["x"]):
+        pushed = torch.func.jvp(outer, (b,), (along,))[1]
+        (pulled,) = torch.func.vjp(outer, b)[1](torch.ones(3))
+        torch.testing.assert_close(pushed, pulled * along, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.func.jvp(lambda b: end(b).params["x"], (b,), (along,))[1], exact * along
+    )
+    for refused, match in (
+        (lambda b: end(b).losses[-1], "losses or aux under torch.func.jvp"),
+        (lambda b: end(b).at(2).params["x"].sum(), "the state at time 2"),
+    ):
+        with pytest.raises(innerloop.NotDifferentiableError, match=match):
+            torch.func.jvp(refused, (b,), (along,))
+    whole = torch.func.jvp(lambda b: end(b, Truncated(12)).losses.sum(), (b,), (along,))[1]
+    exact = torch.func.jvp(lambda b: end(b, StoreAll()).losses.sum(), (b,), (along,))[1]
+    torch.testing.assert_close(whole, exact, rtol=1e-12, atol=0)
+
+
 # -- FirstOrder ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,13 @@ from innerloop._utils import tree
 from innerloop._utils.arguments import given, is_integer
 from innerloop.errors import InvalidInputError
 from innerloop.strategy._base import BOTH, Loop, Measure, StepOutputs, Strategy, concatenate
-from innerloop.strategy._engine.guards import on_constants, refuse_inputs, refuse_outputs
+from innerloop.strategy._engine.guards import (
+    on_constants,
+    refuse_inputs,
+    refuse_outputs,
+    refuse_use,
+    under_jvp,
+)
 from innerloop.strategy._engine.kept_states import KeptStates, LastStates
 from innerloop.strategy._engine.plain_run import plain_run
 from innerloop.strategy._engine.step_pullback import state_of
@@ -120,15 +126,20 @@ class Truncated(Strategy):
         inputs = [*start, *tree.tensors(loop.hyper)]
         for t, kept in states.items():
             if t <= cut:
-                states[t] = refuse_outputs(
+                states[t] = refuse_use(
                     kept, inputs, _EARLY.format(self, what=f"the state at time {t}", cut=cut)
                 )
             else:
                 states[t] = refuse_inputs(kept, start, _START.format(self))
         rest = refuse_inputs(late.stacked(), start, _START.format(self))
         message = _EARLY.format(self, what=f"losses and aux before step {cut}", cut=cut)
-        before = refuse_outputs(early.stacked(), inputs, message)
-        losses, aux = (concatenate(x, y) for x, y in zip(before, rest, strict=True))
+        if under_jvp(inputs):
+            # A tangent comes with its value: nobody can tell which rows will be used.
+            what = f"losses or aux under torch.func.jvp, in one tensor with those before step {cut}"
+            losses, aux = refuse_use(rest, inputs, _EARLY.format(self, what=what, cut=cut))
+        else:
+            before = refuse_outputs(early.stacked(), inputs, message)
+            losses, aux = (concatenate(x, y) for x, y in zip(before, rest, strict=True))
         return Trajectory({**states, 0: loop.start}, losses, aux, steps)
 
     def forecast(self, measure: Measure) -> Forecast:

@@ -135,9 +135,14 @@ def refuse_use(values: T, inputs: Iterable[Tensor], message: str) -> T:
     A tangent comes with its value, so that nobody knows whether it will be asked for.
     """
     inputs = list(inputs)
-    if not torch_private.jvp_levels() or not any(map(torch_private.has_derivative, inputs)):
+    if not under_jvp(inputs):
         return refuse_outputs(values, inputs, message)
     return tree.map_tensors(lambda x: Unusable.of(message) if tree.differentiable(x) else x, values)
+
+
+def under_jvp(inputs: Iterable[Tensor]) -> bool:
+    """True if ``torch.func.jvp`` runs and any of ``inputs`` has a derivative."""
+    return bool(torch_private.jvp_levels()) and any(map(torch_private.has_derivative, inputs))
 
 
 class Unusable(Tensor):
