@@ -16,7 +16,7 @@ from torch._dynamo import lookup_backend
 import innerloop
 from innerloop._utils import compiling
 from innerloop._utils.compiling import CodePath
-from innerloop._utils.traced import Captured, Traced
+from innerloop._utils.traced import Traced, names_of
 from innerloop.strategy._engine import compiled_step
 
 pytestmark = [
@@ -239,17 +239,134 @@ def test_one_tensor_in_two_places() -> None:
     assert followed(problem) == 0
 
 
-def test_a_graph_tells_what_it_cannot_tell_apart() -> None:
+def test_where_results_come_from() -> None:
     x, y, z = torch.ones(1), torch.ones(1), torch.ones(1)
     graph = torch.fx.symbolic_trace(lambda x: x)
-    traced = Traced.of(graph, Captured(), [x, z, y], [z], ([x, y], {"a": x}), (z, y, 3))
+    traced = Traced.of(graph, [z], ([x, y], {"a": x}), (z, y, 3))
     assert traced is not None
-    assert traced.inputs == [0, None, 1]
     assert traced.outputs == [0, ~1, None]
-    assert traced.shared == {0, 2}
-    assert [id(t) for t in traced.given([x, y, x])] == [id(x), id(z), id(y)]
-    other = torch.ones(1)
-    assert Traced.of(graph, Captured(), [x], [z], [x], [other]) is None
+    assert traced.names == names_of(([x, y], {"a": x}))
+    assert Traced.of(graph, [z], [x], [torch.ones(1)]) is None
+
+
+def two_hypers(params: Any, hyper: Any, batch: Any) -> Tensor:
+    return (
+        squares(params, hyper, batch) * hyper["a"].exp() + hyper["b"] * params["w"].square().sum()
+    )
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    """PyTorch takes the same path for it."""
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in (0.3, 0.7))
+    problem = innerloop.Problem(two_hypers, sgd())
+    for hyper in ({"a": a, "b": b}, {"b": b, "a": a}):
+        check(problem, hyper)
+    problem = innerloop.Problem(
+        lambda p, h, batch: (
+            (predict(p, batch["x"]) - predict(p, batch["y"]).detach()).square().mean()
+        ),
+        sgd(),
+    )
+    one, two = batches()[0][0], batches()[1][0]
+    check(problem, data=[{"x": one, "y": two}, {"y": two, "x": one}, {"x": two, "y": one}])
+    assert followed(problem) == 0
+
+
+def test_an_optimizer_whose_state_is_in_another_order_at_each_step() -> None:
+    def rule(grad: Tensor, param: Tensor, state: Any, weights: Any) -> Any:
+        new = 0.9 * state["m"] + grad
+        after = {"m": new, "keep": state["keep"]} if "m" in list(state)[1] else None
+        return -0.1 * new * state["keep"], after or {"keep": state["keep"], "m": new}
+
+    optimizer = innerloop.optim.learned(
+        rule, {}, init=lambda p: {"m": torch.zeros_like(p), "keep": torch.ones_like(p) * 2}
+    )
+    check(innerloop.Problem(squares, optimizer))
+
+
+class _Grows(innerloop.optim.Optimizer):
+    """Momentum whose state is empty before the first step."""
+
+    def init(self, params: Any) -> Any:
+        return {}
+
+    def update(self, grads: Any, state: Any, params: Any, hyper: Any = None) -> Any:
+        new = {n: 0.9 * state[n] + g if state else g for n, g in grads.items()}
+        return {n: p - 0.1 * new[n] for n, p in params.items()}, new
+
+
+def test_an_optimizer_whose_state_grows() -> None:
+    check(innerloop.Problem(squares, _Grows()))
+
+
+class _Rows:
+    """A batch that no pytree knows."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+def test_a_batch_of_the_users_own_class() -> None:
+    """Its loss has the same value whatever the data are."""
+
+    def surrogate(params: Any, hyper: Any, batch: Any) -> Tensor:
+        score = (predict(params, batch.x) * batch.y).sum(1)
+        return (score - score.detach()).exp().mean()
+
+    check(innerloop.Problem(surrogate, sgd()), data=[_Rows(x, y) for x, y in batches()])
+
+
+def test_a_captured_tensor_that_another_loop_had_changed() -> None:
+    scope = {"m": torch.tensor(2.0, dtype=torch.float64)}
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        value = squares(params, hyper, batch)
+        return value.detach() + scope["m"] * (value - value.detach())
+
+    def run(strategy: innerloop.strategy.Strategy) -> list[Tensor]:
+        start = {n: p.requires_grad_() for n, p in weights().items()}
+        problem = problems[type(strategy)]
+        first = innerloop.unroll(problem, start, batches(), strategy=strategy)
+        scope["m"] = torch.tensor(3.0, dtype=torch.float64)
+        innerloop.unroll(problem, start, batches(), strategy=strategy)
+        scope["m"] = torch.tensor(2.0, dtype=torch.float64)
+        return list(torch.autograd.grad(end(first, None), list(start.values())))
+
+    strategies = (innerloop.StoreAll(), innerloop.Checkpointed(compile=True))
+    problems: dict[type, innerloop.Problem] = {
+        type(s): innerloop.Problem(loss, sgd()) for s in strategies
+    }
+    for _ in range(2):
+        torch.testing.assert_close(run(strategies[1]), run(strategies[0]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_that_cannot_be_differentiated_by_itself() -> None:
+    """Its result has a shape of its own, which nothing knows outside of what PyTorch follows."""
+    problem = innerloop.Problem(
+        lambda p, h, batch: (predict(p, batch[0]) - batch[1])[batch[1] > 0].square().mean(), sgd()
+    )
+    check(problem)
+    (path,) = paths(problem)
+    assert list(path.pullbacks.values()) == [None]
+    assert followed(problem) == 1
+    assert torch.is_grad_enabled()
+
+
+def test_cotangents_that_are_negated_in_name_only() -> None:
+    problem = innerloop.Problem(squares, sgd())
+    c = torch.randn(4, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(4))
+    for factor in (c.imag, c.conj().imag):
+        check(problem, outer=lambda traj, hyper, f=factor: (traj.params["w"] * f).sum())
+        start = {n: p.requires_grad_() for n, p in weights().items()}
+        found = [
+            torch.autograd.grad(
+                innerloop.unroll(problem, start, batches(), strategy=strategy).params["w"],
+                start["w"],
+                factor,
+            )[0]
+            for strategy in (innerloop.StoreAll(), innerloop.Checkpointed(compile=True))
+        ]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
 
 
 def test_other_shapes_have_pullbacks_of_their_own() -> None:

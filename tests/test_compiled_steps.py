@@ -3,7 +3,9 @@ and compiled chunks of tasks are those of uncompiled code."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ import innerloop
 from innerloop import Checkpointed, StoreAll
 from innerloop._utils import compiling
 from innerloop.strategy import Strategy
+from innerloop.strategy._engine.compiled_step import _check_step
+from innerloop.strategy._engine.step_pullback import State
 from tests.oracles import smooth_noise
 from tests.strategies import OUTER, SAVED, batches, hyper, problem, seen, start
 
@@ -122,6 +126,22 @@ def test_one_compilation_serves_all_steps_and_all_loops():
     with torch.compiler.set_stance("fail_on_recompile"):
         gradients(Checkpointed(compile=True), learned)
         gradients(Checkpointed(compile=True, slots=1), learned)
+
+
+def test_a_loss_that_cancels_exactly_is_rounding_in_compiled_code():
+    """In one order of evaluation; nothing else is excused by that."""
+    number = lambda x: torch.tensor(x, dtype=torch.float32)  # noqa: E731
+    state: State = ({"w": number([1.0, 2.0])}, (number([0.0, 0.0]),), {})
+    step: Any = types.SimpleNamespace(precision=0.0)
+    for error, aux, refused in ((5e-7, 0.0, False), (1e-3, 0.0, True), (0.0, 5e-7, True)):
+        expected = (state, number(0.0), {"n": number(0.0)})
+        found = (state, number(error), {"n": number(aux)})
+        with (
+            pytest.raises(innerloop.MetaGradientError, match=r"in (loss|aux)")
+            if refused
+            else contextlib.nullcontext()
+        ):
+            _check_step(found, expected, step, (state, (None, None), None), None)
 
 
 def scaled(factor: int) -> Callable[..., Tensor]:

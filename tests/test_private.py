@@ -1031,6 +1031,29 @@ def test_a_graph_with_a_gradient_in_it_is_compiled_and_looked_up(
     assert not new.get("autograd_cache_bypass"), new
 
 
+def test_a_graph_that_raises_leaves_nothing_on():
+    functorch = torch._C._functorch
+
+    def state() -> list[object]:
+        disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        depth = functorch.get_dynamic_layer_stack_depth()
+        return [depth, functorch.get_inplace_requires_grad_allowed(), disabled]
+
+    def compile_in_vain() -> None:
+        with torch_private.inputs_for_compiler([torch.ones(3)]):
+            torch_private.GRAD_MODE(False)
+            torch._C._autograd._saved_tensors_hooks_disable("not in here")
+            functorch._grad_increment_nesting()
+            functorch.set_inplace_requires_grad_allowed(True)
+            raise ValueError
+
+    before = state()
+    with pytest.raises(ValueError):  # noqa: PT011
+        compile_in_vain()
+    assert torch.is_grad_enabled()
+    assert state() == before
+
+
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_the_path_that_compiled_code_took_is_known():

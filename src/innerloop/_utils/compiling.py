@@ -21,7 +21,7 @@ import torch
 from innerloop._utils import torch_private, tree
 from innerloop._utils.definitions import Definitions
 from innerloop._utils.random_state import RandomState
-from innerloop._utils.traced import Captured, Traced, copy_of
+from innerloop._utils.traced import Traced, copy_of
 from innerloop.errors import (
     InnerLoopError,
     InvalidInputError,
@@ -213,6 +213,7 @@ class CodePath:
         traced: what it was compiled from; None: not kept.
 
     Attributes:
+        is_static, is_closed, draws, traced: as given.
         run: the compiled function. It asks nothing: its caller knows that the guards hold.
         pullbacks: what was compiled of its pullback, by kinds of inputs; None: it cannot be.
     """
@@ -266,6 +267,14 @@ class CodePath:
         return self._asks({**self._cells, **dict(zip(self._names, arguments, strict=True))})
 
 
+class _FedError(Exception):
+    """Leaves compiled code where its graph would run; ``given`` is what that would be fed."""
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        super().__init__()
+        self.given = given
+
+
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
@@ -309,8 +318,9 @@ class Compiled:
     ) -> None:
         self.compilations = 0
         self._keeps_graph = keeps_graph
-        self._newest: tuple[torch.fx.GraphModule, Captured] | None = None
+        self._graph: torch.fx.GraphModule | None = None
         self._gave: Sequence[Any] = ()
+        self._is_asked = False
         self._options = options
         self.path: CodePath | None = None
         self.random_state: RandomState | None = None
@@ -426,11 +436,25 @@ class Compiled:
             return None
         return next((p for p in self._known.values() if p.accepts(arguments)), None)
 
+    def inputs_of(self, path: CodePath, arguments: Sequence[object]) -> Sequence[Any] | None:
+        """Return what the graph of a path would be fed in a call; None: it would run none.
+
+        The code of the path finds it, wherever it is, and is left before anything runs.
+        """
+        before, self.path, self._is_asked = self.path, None, True
+        try:
+            path.run(*arguments)
+        except _FedError as fed:
+            return fed.given
+        finally:
+            self.path, self._is_asked = before, False
+        return None
+
     def _path_taken(self, arguments: tuple[Any, ...], found: object) -> CodePath | None:
-        """Return the path that the last call took, and what it returned."""
+        """Return the path that the last call took, which returned ``found``."""
         fed, self._fed = self._fed, None
         gave, self._gave = self._gave, ()
-        graph, self._newest = self._newest, None
+        graph, self._graph = self._graph, None
         newest = torch_private.compiled_path(self._function)
         if newest is None:
             return None
@@ -445,7 +469,7 @@ class Compiled:
             is_closed = inside.issuperset(map(id, fed))
             traced = None
             if graph is not None and self._has_fixed_shapes:
-                traced = Traced.of(*graph, fed, gave, arguments, found)
+                traced = Traced.of(graph, gave, arguments, found)
             known = self._known[newest[1]] = CodePath(
                 self._function,
                 *newest,
@@ -459,8 +483,7 @@ class Compiled:
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile a graph; the function returned notes what it is fed."""
         self._prepare(graph)
-        captured = Captured()
-        self._newest = (copy_of(graph), captured) if self._keeps_graph else None
+        self._graph = copy_of(graph) if self._keeps_graph else None
         made = self._made(graph, inputs)
         self._has_fixed_shapes = not any(
             isinstance(size, torch.SymInt)
@@ -469,13 +492,13 @@ class Compiled:
         )
 
         def run(*given: Any) -> Any:
-            if captured.places:
-                captured.note(given)
             if self.path is not None:
                 return made(*given)
+            if self._is_asked:
+                raise _FedError(given)
             self._fed = given
             found = made(*given)
-            if self._newest is not None:
+            if self._graph is not None:
                 self._gave = found
             return found
 

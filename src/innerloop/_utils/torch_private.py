@@ -979,14 +979,27 @@ def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Return what stands for inputs of fixed shapes while a graph of one's own is compiled.
 
     Inductor looks compiled code up where the symbols for shapes are known, which are those of
-    ``torch.compile`` otherwise.
+    ``torch.compile`` otherwise. A graph that raises in the middle leaves the transforms and modes
+    on that it has entered; they are left here.
     """
     fake = importlib.import_module("torch._subclasses.fake_tensor")
     shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
     guards = importlib.import_module("torch._guards")
+    transforms = torch._C._functorch
     mode = fake.FakeTensorMode(shape_env=shapes.ShapeEnv())
-    with guards.tracing(_TracingContext(mode)):
-        yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    depth = transforms.get_dynamic_layer_stack_depth()
+    may_require_grad = transforms.get_inplace_requires_grad_allowed()
+    is_recording = torch.is_grad_enabled()
+    refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        with guards.tracing(_TracingContext(mode)), torch._C._PreserveDispatchKeyGuard():
+            yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
+    finally:
+        transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        transforms.set_inplace_requires_grad_allowed(may_require_grad)
+        torch.set_grad_enabled(is_recording)
+        if refused is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
 
 
 def compiled_path(
@@ -1009,9 +1022,12 @@ def compiled_path(
 
 
 def compiler_is_at_rest() -> bool:
-    """True unless PyTorch is compiling what runs now, or was told not to run what is compiled."""
+    """True unless PyTorch is compiling what runs now, or was told not to run what is compiled.
+
+    Of the user's stances, "force_eager" alone forbids to run what is there.
+    """
     running = torch._C._dynamo.eval_frame.get_eval_frame_callback()
-    return not running and _stance() in ("default", "fail_on_recompile", "eager_on_recompile")
+    return not running and _stance() != "force_eager"
 
 
 def may_compile() -> bool:

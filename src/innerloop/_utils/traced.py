@@ -16,96 +16,48 @@ from torch import Tensor
 from innerloop._utils import torch_private, tree
 
 
-class Captured:
-    """The tensors that compiled code read besides its arguments when it ran last.
-
-    Attributes:
-        places: which inputs of its graph they are.
-        tensors: themselves.
-    """
-
-    __slots__ = ("places", "tensors")
-
-    def __init__(self) -> None:
-        self.places: list[int] = []
-        self.tensors: list[Tensor] = []
-
-    def note(self, given: Sequence[Any]) -> None:
-        """Note them among the inputs of a graph."""
-        self.tensors = [given[i] for i in self.places]
-
-
 class Traced(NamedTuple):
     """What PyTorch made of a function.
 
     Attributes:
         graph: computes tensors from tensors.
-        inputs: for each of its inputs, which leaf of the arguments it is; None: it is captured.
         outputs: for each leaf of what the function returns, which output of the graph it is;
             ``~i``: it is leaf i of the arguments; None: it is no tensor.
-        shared: leaves of the arguments that are one tensor with another leaf, of which the graph
-            makes one input: they have one cotangent between them.
-        captured: the other inputs.
+        names: of the tensors in the arguments, in their order, where one of them is a result.
     """
 
     graph: torch.fx.GraphModule
-    inputs: list[int | None]
     outputs: list[int | None]
-    shared: set[int]
-    captured: Captured
+    names: list[str]
 
     @classmethod
     def of(
-        cls,
-        graph: torch.fx.GraphModule,
-        captured: Captured,
-        fed: Sequence[object],
-        gave: Sequence[object],
-        arguments: object,
-        found: object,
+        cls, graph: torch.fx.GraphModule, gave: Sequence[object], arguments: object, found: object
     ) -> Traced | None:
-        """Find the places of a graph's inputs and outputs; None: that is not possible.
+        """Find the places of a graph's outputs; None: that is not possible.
 
         Args:
             graph: the graph.
-            captured: looks on while it runs.
-            fed: its inputs in one call.
-            gave: its outputs then.
+            gave: its outputs in one call.
             arguments: what the function was called with.
             found: what it returned.
         """
-        at: dict[int, list[int]] = {}
-        for i, x in enumerate(tree.leaves(arguments)):
-            if isinstance(x, Tensor):
-                at.setdefault(id(x), []).append(i)
-        shared = {i for same in at.values() if len(same) > 1 for i in same}
-        places = {tensor: same[0] for tensor, same in at.items()}
-        inputs = [places.get(id(x)) for x in fed]
-        if not all(isinstance(x, Tensor) for x in fed):
-            return None
-        results = {i: ~place for i, place in places.items()}
-        results.update((id(x), i) for i, x in enumerate(gave))
+        places = {id(x): ~i for i, x in enumerate(tree.leaves(arguments)) if isinstance(x, Tensor)}
+        places.update((id(x), i) for i, x in enumerate(gave))
         leaves = tree.leaves(found)
-        if any(isinstance(x, Tensor) and id(x) not in results for x in leaves):
+        if any(isinstance(x, Tensor) and id(x) not in places for x in leaves):
             return None
-        captured.places = [i for i, place in enumerate(inputs) if place is None]
-        captured.note(fed)
-        return cls(graph, inputs, [results.get(id(x)) for x in leaves], shared, captured)
+        outputs = [places.get(id(x)) for x in leaves]
+        passes = any(place is not None and place < 0 for place in outputs)
+        return cls(graph, outputs, names_of(arguments) if passes else [])
 
-    def given(self, leaves: Sequence[Any]) -> list[Tensor]:
-        """Return the inputs of the graph, given the leaves of the arguments."""
-        outside = iter(self.captured.tensors)
-        return [next(outside) if place is None else leaves[place] for place in self.inputs]
-
-    def pulled(
-        self, wanted: Sequence[int], ends: Sequence[int], shown: int
-    ) -> torch.fx.GraphModule:
+    def pulled(self, wanted: Sequence[int], ends: Sequence[int], loss: int) -> torch.fx.GraphModule:
         """Return the graph of the pullback.
 
         Args:
             wanted: the inputs of the graph whose cotangents it returns.
             ends: the outputs whose cotangents are its inputs, after those of the graph.
-            shown: an output that it returns last.
+            loss: the output that it returns last, as a constant.
         """
         new = torch.fx.Graph()
         place: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -134,9 +86,13 @@ class Traced(NamedTuple):
             {"create_graph": False},
         )
         rows = [new.call_function(operator.getitem, (found, i)) for i in range(len(wanted))]
-        loss = new.call_function(torch.detach, (outputs[shown],))
-        new.output((*rows, loss))
+        new.output((*rows, new.call_function(torch.detach, (outputs[loss],))))
         return torch.fx.GraphModule(self.graph, new)
+
+
+def names_of(arguments: object) -> list[str]:
+    """Return the names of the tensors in a tree, in their order."""
+    return [name for name, _ in tree.named_tensors(arguments)]
 
 
 def copy_of(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
