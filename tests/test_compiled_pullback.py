@@ -18,6 +18,7 @@ from innerloop._utils import compiling
 from innerloop._utils.compiling import CodePath
 from innerloop._utils.traced import Traced, names_of
 from innerloop.strategy._engine import compiled_step
+from innerloop.strategy._engine.compiled_pullback import CompiledPullback
 
 pytestmark = [
     pytest.mark.compiled,
@@ -239,6 +240,23 @@ def test_one_tensor_in_two_places() -> None:
     assert followed(problem) == 0
 
 
+class _Doubled(innerloop.optim.Optimizer):
+    """Keeps one tensor in two places of its state."""
+
+    def init(self, params: Any) -> Any:
+        return [{n: torch.zeros_like(p) for n, p in params.items()}] * 2
+
+    def update(self, grads: Any, state: Any, params: Any, hyper: Any = None) -> Any:
+        new = {n: 0.5 * state[0][n] + 0.4 * state[1][n] + g for n, g in grads.items()}
+        return {n: p - 0.1 * new[n] for n, p in params.items()}, [new, new]
+
+
+def test_one_tensor_in_two_places_of_the_state() -> None:
+    problem = innerloop.Problem(squares, _Doubled())
+    check(problem)
+    assert followed(problem) == 1
+
+
 def test_where_results_come_from() -> None:
     x, y, z = torch.ones(1), torch.ones(1), torch.ones(1)
     graph = torch.fx.symbolic_trace(lambda x: x)
@@ -350,6 +368,26 @@ def test_a_graph_that_cannot_be_differentiated_by_itself() -> None:
     assert list(path.pullbacks.values()) == [None]
     assert followed(problem) == 1
     assert torch.is_grad_enabled()
+
+
+def test_code_that_fails_when_it_runs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*inputs: Tensor) -> None:
+        torch.rand(3)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(CompiledPullback, "_compiled_from", lambda *_: fail)
+    problem = innerloop.Problem(
+        lambda p, h, batch: (
+            (nn.functional.dropout(predict(p, batch[0]), 0.5) - batch[1]).square().mean()
+        ),
+        sgd(),
+    )
+    found = []
+    for strategy in (innerloop.StoreAll(), innerloop.Checkpointed(compile=True)):
+        torch.manual_seed(5)
+        found.append(found_by(problem, strategy))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
+    assert followed(problem) == 1
 
 
 def test_cotangents_that_are_negated_in_name_only() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,14 @@ class CompiledPullback(Compiled):
         with torch.enable_grad():
             path = self._step.path_for(args[:3])
         if path is not None and path.traced is not None:
-            found = self._by_graph(path, path.traced, *args)
+            before = RandomState.now() if path.draws else None
+            try:
+                found = self._by_graph(path, path.traced, *args)
+            except Exception:
+                # The other way raises the true reason.
+                found = None
+                if before is not None:
+                    before.restore()
             if found is not None:
                 return found
         return super().__call__(*args, explain=explain)
@@ -66,23 +73,13 @@ class CompiledPullback(Compiled):
         given: OutputCotangents,
     ) -> InputCotangents | None:
         """Run the derivative of a path's graph; None: it has none, or cannot tell all of it."""
-        new = len(given.state)
-        if len(traced.outputs) < new + 1:
-            return None
-        loss = traced.outputs[new]
-        bars = [*given.state, given.loss, *given.aux]
-        bars += [None] * (len(traced.outputs) - len(bars))
-        ends = [
-            (place, bar)
-            for place, bar in zip(traced.outputs, bars, strict=True)
-            if bar is not None and place is not None
-        ]
-        if loss is None or loss < 0:
+        ends = _ends(traced, given)
+        if ends is None:
             return None
         with torch.enable_grad(), self._around():
             # Code that was compiled under modes takes them off, and would be left before it puts
             # them on again.
-            if not torch_private.are_plain([bar for _, bar in ends]):
+            if not torch_private.are_plain(ends.bars):
                 return None
             inputs = self._step.inputs_of(path, (state, hyper, batch))
         if inputs is None:
@@ -91,41 +88,36 @@ class CompiledPullback(Compiled):
         chosen = self._chosen(state, hyper, batch, wanted)
         learned = {id(x): i for i, x in enumerate(leaves[: len(chosen)]) if chosen[i]}
         # A leaf that is one tensor with another has one cotangent with it in the graph.
-        if sum(id(x) in learned for x in leaves) > sum(chosen):
+        if sum(id(x) in learned for x in leaves) > len(learned):
             return None
-        pairs = [(at, learned[id(x)]) for at, x in enumerate(inputs) if id(x) in learned]
-        passed = [(~place, bar) for place, bar in ends if place < 0]
-        if passed and names_of((state, hyper, batch)) != traced.names:
+        if ends.passed and names_of((state, hyper, batch)) != traced.names:
             return None
-        outputs = [place for place, _ in ends if place >= 0]
-        cotangents = [bar.resolve_conj().resolve_neg() for place, bar in ends if place >= 0]
-        # Those among the arguments are of the kind that the path has been asked about.
+        places = [at for at, x in enumerate(inputs) if id(x) in learned]
+        # Inputs among the arguments are of the kind that the path has been asked about.
         inside = set(map(id, leaves))
         kinds = [_kind(x) for x in inputs if id(x) not in inside]
-        key = tuple(at for at, _ in pairs), tuple(outputs), (*kinds, *map(_kind, cotangents))
+        key = tuple(places), tuple(ends.outputs), (*kinds, *map(_kind, ends.bars))
         if key not in path.pullbacks:
             if not torch_private.may_compile():
                 return None
-            graph = traced.pulled([at for at, _ in pairs], outputs, loss)
-            path.pullbacks[key] = self._compiled_from(graph, [*inputs, *cotangents])
+            graph = traced.pulled(places, ends.outputs, ends.loss)
+            path.pullbacks[key] = self._compiled_from(graph, [*inputs, *ends.bars])
         run = path.pullbacks[key]
         if run is None:
             return None
         self.path, self.random_state = None, RandomState.now() if path.draws else None
         with self._around():
-            *pulled, value = run(*inputs, *cotangents)
-        row: Cotangents = [None] * len(chosen)
-        for (_, i), bar in zip(pairs, pulled, strict=True):
-            row[i] = bar
-        for i, c in enumerate(chosen):
-            if c and row[i] is None:
-                row[i] = torch.zeros_like(leaves[i])
-        for i, bar in passed:
-            # An argument that is a result as well.
+            *pulled, loss = run(*inputs, *ends.bars)
+        reached = {learned[id(inputs[at])]: bar for at, bar in zip(places, pulled, strict=True)}
+        row: Cotangents = [
+            None if not c else reached[i] if i in reached else torch.zeros_like(leaves[i])
+            for i, c in enumerate(chosen)
+        ]
+        for i, bar in ends.passed:
             if i < len(chosen) and chosen[i]:
                 row[i] = add(row[i], bar)
         count = len(tree.leaves(state))
-        return InputCotangents(row[:count], row[count:], value)
+        return InputCotangents(row[:count], row[count:], loss)
 
     def _compiled_from(
         self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
@@ -144,6 +136,42 @@ class CompiledPullback(Compiled):
         self.compilations += 1
         self.precision = max(self.precision, self._step.precision)
         return run
+
+
+class _Ends(NamedTuple):
+    """What is pulled back.
+
+    Attributes:
+        loss: which output of the graph is the loss.
+        outputs: the outputs of the graph that have a cotangent.
+        bars: these.
+        passed: for each result with a cotangent that is an argument as well, which leaf of them it
+            is, and the cotangent.
+    """
+
+    loss: int
+    outputs: list[int]
+    bars: list[Tensor]
+    passed: list[tuple[int, Tensor]]
+
+
+def _ends(traced: Traced, given: OutputCotangents) -> _Ends | None:
+    """Find the cotangents of a graph; None: its results are not those of which they are given."""
+    bars = [*given.state, given.loss, *given.aux]
+    count = len(traced.outputs)
+    loss = traced.outputs[len(given.state)] if len(bars) <= count else None
+    if loss is None or loss < 0:
+        return None
+    bars += [None] * (count - len(bars))
+    ends = _Ends(loss, [], [], [])
+    for place, bar in zip(traced.outputs, bars, strict=True):
+        if bar is not None and place is not None and place >= 0:
+            ends.outputs.append(place)
+            # Code is not specialised for a sign, or a conjugation, that is still to be taken.
+            ends.bars.append(bar.resolve_conj().resolve_neg())
+        elif bar is not None and place is not None:
+            ends.passed.append((~place, bar))
+    return ends
 
 
 def _kind(x: Tensor) -> tuple[object, ...]:
