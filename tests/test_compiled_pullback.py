@@ -388,6 +388,34 @@ def test_code_that_fails_when_it_runs_is_replaced(monkeypatch: pytest.MonkeyPatc
         found.append(found_by(problem, strategy))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)
     assert followed(problem) == 1
+    assert all(run is None for path in paths(problem) for run in path.pullbacks.values())
+
+
+def test_a_path_whose_first_run_failed_keeps_its_own_graph() -> None:
+    """Two are compiled and raise the user's own error; then the first one runs."""
+    scope = {"power": "one"}
+    eye = torch.eye(2, dtype=torch.float64)
+
+    def loss(params: Any, hyper: Any, batch: Any) -> Tensor:
+        x, y, matrix, slope = batch
+        zero = 0 * torch.linalg.cholesky(matrix).sum() * params["b"].sum()
+        part = (slope * params["w"]).square().sum()
+        factor = 2.0 if scope["power"] == "one" else 7.0
+        return squares(params, hyper, (x, y)) + factor * (part - part.detach()) + zero
+
+    def data(matrix: Tensor) -> list[Any]:
+        slopes = [0.5] * (STEPS - 1) + [0.0]
+        return [
+            (x, y, matrix, torch.tensor(slope, dtype=torch.float64))
+            for (x, y), slope in zip(batches(), slopes, strict=True)
+        ]
+
+    problem = innerloop.Problem(loss, sgd())
+    for scope["power"] in ("one", "two"):
+        with pytest.raises(RuntimeError, match="cholesky"):
+            found_by(problem, innerloop.Checkpointed(compile=True), data=data(-eye))
+    scope["power"] = "one"
+    check(problem, data=data(eye))
 
 
 def test_cotangents_that_are_negated_in_name_only() -> None:

@@ -120,6 +120,26 @@ def test_the_mixed_product_compiled():
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
+def test_forward_mode_works_after_a_compilation_that_failed(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's compiler cannot push a tangent through ``w.T`` (2.13)."""
+    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    x = torch.ones(5, 3)
+    transposed = innerloop.Problem(
+        lambda p, h, b: (x @ p["w"].T).tanh().square().sum(), innerloop.optim.sgd(lr=0.1)
+    )
+    with contextlib.suppress(innerloop.NotDifferentiableError):
+        innerloop.metagradient(
+            lambda traj, h: traj.params["w"].sum(),
+            transposed,
+            {"w": torch.ones(4, 3)},
+            None,
+            steps=2,
+            strategy=Checkpointed(product="mixed", compile=True),
+            wrt="params",
+        )
+    assert torch.func.jvp(torch.square, (torch.ones(1),), (torch.ones(1),))[1] == 2
+
+
 def test_one_compilation_serves_all_steps_and_all_loops():
     learned = problem("adam")
     gradients(Checkpointed(compile=True), learned)

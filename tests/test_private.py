@@ -107,6 +107,7 @@ EXERCISED = {
     "wrap_backward_hooks",
     "compile_graph",
     "inputs_for_compiler",
+    "leave_lost_dual_level",
     "compiled_path",
     "compiler_is_at_rest",
     "may_compile",
@@ -1029,6 +1030,19 @@ def test_a_graph_with_a_gradient_in_it_is_compiled_and_looked_up(
     new = {name: counters[name] - before.get(name, 0) for name in counters}
     assert new.get("autograd_cache_hit") == 1, new
     assert not new.get("autograd_cache_bypass"), new
+
+
+def test_a_lost_level_of_forward_mode_is_left():
+    square = lambda x: torch.func.jvp(torch.square, (x,), (torch.ones(1),))[1]  # noqa: E731
+    torch_private.leave_lost_dual_level()
+    torch._C._enter_dual_level()
+    with pytest.raises(RuntimeError, match="Nested"):
+        square(torch.ones(1))
+    torch_private.leave_lost_dual_level()
+    assert square(torch.ones(1)) == 2
+    with forward_ad.dual_level():
+        torch_private.leave_lost_dual_level()
+        assert forward_ad.unpack_dual(forward_ad.make_dual(torch.ones(1), torch.ones(1))).tangent
 
 
 def test_a_graph_that_raises_leaves_nothing_on():

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -267,6 +267,22 @@ class CodePath:
         return self._asks({**self._cells, **dict(zip(self._names, arguments, strict=True))})
 
 
+class _Run(NamedTuple):
+    """A run of a graph.
+
+    Attributes:
+        given: its inputs.
+        found: its outputs.
+        graph: a copy of it; None: it is not kept.
+        has_fixed_shapes: False if sizes are inputs as well.
+    """
+
+    given: Sequence[Any]
+    found: Sequence[Any]
+    graph: torch.fx.GraphModule | None
+    has_fixed_shapes: bool
+
+
 class _FedError(Exception):
     """Leaves compiled code where its graph would run; ``given`` is what that would be fed."""
 
@@ -318,16 +334,13 @@ class Compiled:
     ) -> None:
         self.compilations = 0
         self._keeps_graph = keeps_graph
-        self._graph: torch.fx.GraphModule | None = None
-        self._gave: Sequence[Any] = ()
         self._is_asked = False
         self._options = options
         self.path: CodePath | None = None
         self.random_state: RandomState | None = None
         self.outside: Callable[[], list[torch.Tensor]] = list
         self._known: dict[types.CodeType, CodePath] = {}
-        self._fed: Sequence[Any] | None = None
-        self._has_fixed_shapes = False
+        self._ran: _Run | None = None
         self._paths = 0
         self.precision = 0.0
         self._replaced = replaced or {}
@@ -377,7 +390,7 @@ class Compiled:
             if path is not None and torch_private.compiler_is_at_rest() and path.accepts(args):
                 with self._around():
                     return self.again(path, args)
-            self.path, self.random_state = None, RandomState.now()
+            self.path, self.random_state, self._ran = None, RandomState.now(), None
             if not before and BACKEND is None:
                 torch_private.prepare_compiler(self._options(()))
             with self._around(), compiler_at_work(), torch_private.as_before_for_hooks():
@@ -392,6 +405,7 @@ class Compiled:
                 guarding, self._guarding = self._guarding, None
                 guarding.__exit__(None, None, None)
         if failed is not None:
+            torch_private.leave_lost_dual_level()
             explain()
             if self._paths >= MANY and type(failed).__name__ == "FailOnRecompileLimitHit":
                 raise NotDifferentiableError(
@@ -428,7 +442,9 @@ class Compiled:
     def again(self, path: CodePath, arguments: tuple[Any, ...]) -> Any:
         """Take a path; the caller knows that it is the right one."""
         self.random_state = RandomState.now() if path.draws else None
-        return path.run(*arguments)
+        found = path.run(*arguments)
+        self._ran = None
+        return found
 
     def path_for(self, arguments: Sequence[object]) -> CodePath | None:
         """Return the path that a call would take now; None: not known, or it would compile."""
@@ -452,24 +468,23 @@ class Compiled:
 
     def _path_taken(self, arguments: tuple[Any, ...], found: object) -> CodePath | None:
         """Return the path that the last call took, which returned ``found``."""
-        fed, self._fed = self._fed, None
-        gave, self._gave = self._gave, ()
-        graph, self._graph = self._graph, None
+        ran, self._ran = self._ran, None
         newest = torch_private.compiled_path(self._function)
         if newest is None:
             return None
         known = self._known.get(newest[1])
-        if known is None and fed is not None:
+        if known is None and ran is not None:
+            fed = ran.given
             before, now = self.random_state, RandomState.now()
             inside = {*map(id, tree.tensors(arguments))}
             seen = inside.union(map(id, self.outside()))
             # What code without numbers of its own does not draw once it never does.
-            is_static = self._has_fixed_shapes and seen.issuperset(map(id, fed))
+            is_static = ran.has_fixed_shapes and seen.issuperset(map(id, fed))
             drew = before is None or now is None or not before.equals(now)
             is_closed = inside.issuperset(map(id, fed))
             traced = None
-            if graph is not None and self._has_fixed_shapes:
-                traced = Traced.of(graph, gave, arguments, found)
+            if ran.graph is not None and ran.has_fixed_shapes:
+                traced = Traced.of(ran.graph, ran.found, arguments, found)
             known = self._known[newest[1]] = CodePath(
                 self._function,
                 *newest,
@@ -483,9 +498,9 @@ class Compiled:
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """Compile a graph; the function returned notes what it is fed."""
         self._prepare(graph)
-        self._graph = copy_of(graph) if self._keeps_graph else None
+        kept = copy_of(graph) if self._keeps_graph else None
         made = self._made(graph, inputs)
-        self._has_fixed_shapes = not any(
+        has_fixed_shapes = not any(
             isinstance(size, torch.SymInt)
             for x in inputs
             for size in (x.shape if isinstance(x, torch.Tensor) else [x])
@@ -496,10 +511,8 @@ class Compiled:
                 return made(*given)
             if self._is_asked:
                 raise _FedError(given)
-            self._fed = given
             found = made(*given)
-            if self._graph is not None:
-                self._gave = found
+            self._ran = _Run(given, found, kept, has_fixed_shapes)
             return found
 
         return run

@@ -974,6 +974,20 @@ GRAD_MODE = torch._C._set_grad_enabled
 gradient_or_zeros = _transforms._autograd_grad
 
 
+def leave_lost_dual_level() -> None:
+    """Leave a level of forward mode that a graph has entered, and an exception left open.
+
+    PyTorch's compiler does not; every later ``jvp`` of the process would be refused.
+    """
+    if forward_ad._current_level >= 0:
+        return
+    try:
+        level = torch._C._enter_dual_level()
+    except RuntimeError:
+        level = 0
+    torch._C._exit_dual_level(level=level)
+
+
 @contextmanager
 def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Return what stands for inputs of fixed shapes while a graph of one's own is compiled.
@@ -995,6 +1009,7 @@ def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         with guards.tracing(_TracingContext(mode)), torch._C._PreserveDispatchKeyGuard():
             yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
     finally:
+        leave_lost_dual_level()
         transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         transforms.set_inplace_requires_grad_allowed(may_require_grad)
         torch.set_grad_enabled(is_recording)

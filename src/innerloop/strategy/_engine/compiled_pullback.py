@@ -106,8 +106,13 @@ class CompiledPullback(Compiled):
         if run is None:
             return None
         self.path, self.random_state = None, RandomState.now() if path.draws else None
-        with self._around():
-            *pulled, loss = run(*inputs, *ends.bars)
+        try:
+            with self._around():
+                *pulled, loss = run(*inputs, *ends.bars)
+        except Exception:
+            # What answers now will be compared with eager code, not this.
+            path.pullbacks[key] = None
+            raise
         reached = {learned[id(inputs[at])]: bar for at, bar in zip(places, pulled, strict=True)}
         row: Cotangents = [
             None if not c else reached[i] if i in reached else torch.zeros_like(leaves[i])
