@@ -184,7 +184,7 @@ class _Step(torch.autograd.Function):
         plain = (
             not torch.is_grad_enabled()
             and may_call_autograd()
-            and not any(map(torch_private.is_batched, [bar for bar in bars if bar is not None]))
+            and not any(bar is not None and torch_private.is_batched(bar) for bar in bars)
         )
         update = _joined(bucket, shaped, 0.0, plain)
         if plain:
@@ -221,24 +221,15 @@ def zero(like: Tensor) -> Tensor:
     return _constant(-0.0, (), like)
 
 
-_pads: MutableMapping[tuple[int, ...], list[tuple[int, int]]] = caches.cache("places of pads")
-
-
-def _places_of_pads(bucket: Bucket) -> list[tuple[int, int]]:
-    """Return where pads stand in a list of tensors with their pads, and how long they are."""
-    found = _pads.get(bucket.pads)
-    if found is None:
-        padded = [i for i, pad in enumerate(bucket.pads) if pad]
-        found = [(i + 1 + n, bucket.pads[i]) for n, i in enumerate(padded)]
-        _pads[bucket.pads] = found
-    return found
-
-
 def _padded(bucket: Bucket, tensors: Sequence[Tensor], value: float) -> list[Tensor]:
     """Return the tensors with what lies between them in the flat one."""
-    found = list(tensors)
-    for place, pad in _places_of_pads(bucket):
-        found.insert(place, _constant(value, (pad,), found[0]))
+    if not any(bucket.pads):
+        return list(tensors)
+    found = []
+    for tensor, pad in zip(tensors, bucket.pads, strict=True):
+        found.append(tensor)
+        if pad:
+            found.append(_constant(value, (pad,), tensor))
     return found
 
 
@@ -271,9 +262,14 @@ def _split_differentiably(bucket: Bucket, flat: Tensor) -> list[Tensor]:
 
 
 def _without_pads(bucket: Bucket, pieces: Sequence[Tensor]) -> list[Tensor]:
-    found = list(pieces)
-    for place, _ in reversed(_places_of_pads(bucket)):
-        del found[place]
+    if len(pieces) == len(bucket.names):
+        return list(pieces)
+    each = iter(pieces)
+    found = []
+    for pad in bucket.pads:
+        found.append(next(each))
+        if pad:
+            next(each)
     return found
 
 

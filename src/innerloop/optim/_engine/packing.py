@@ -57,39 +57,7 @@ def layout_of(
         ages: equal for parameters with equal step counts; None means that all are equal.
         limit: a parameter of more elements gets a bucket of its own; 0 gives each one of its own.
     """
-    if mode() is Mode.COMPILING:
-        return _build(_facts_of(params, active, ages), limit)
-    # Parts of tensors that lie in other processes cannot be joined.
-    apart = sharded_names(params)
-    if apart:
-        return _build(_facts_of(params, active, ages), limit, apart)
-    # Lists by kind are made in half the time of a tuple for each parameter.
-    tensors = params.values()
-    key = (
-        limit,
-        *params,
-        *[p.shape for p in tensors],
-        *[p.dtype for p in tensors],
-        *[p.device for p in tensors],
-        None if active is None else tuple([active[name] for name in params]),
-        None if ages is None else tuple([ages[name] for name in params]),
-    )
-    layout = _layouts.get(key)
-    if layout is None:
-        if len(_layouts) > 512:
-            _layouts.clear()
-        layout = _layouts[key] = _build(_facts_of(params, active, ages), limit)
-    return layout
-
-
-Facts = tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...]
-
-
-def _facts_of(
-    params: Mapping[str, Tensor], active: Mapping[str, bool] | None, ages: Mapping[str, int] | None
-) -> Facts:
-    """Return what the layout depends on, for each parameter."""
-    return tuple(
+    key = tuple(
         (
             name,
             p.shape,
@@ -100,9 +68,25 @@ def _facts_of(
         )
         for name, p in params.items()
     )
+    if mode() is Mode.COMPILING:
+        return _build(key, limit)
+    # Parts of tensors that lie in other processes cannot be joined.
+    apart = sharded_names(params)
+    if apart:
+        return _build(key, limit, apart)
+    layout = _layouts.get((key, limit))
+    if layout is None:
+        if len(_layouts) > 512:
+            _layouts.clear()
+        layout = _layouts[key, limit] = _build(key, limit)
+    return layout
 
 
-def _build(key: Facts, limit: int, apart: Collection[str] = ()) -> Layout:
+def _build(
+    key: tuple[tuple[str, torch.Size, torch.dtype, torch.device, bool, int], ...],
+    limit: int,
+    apart: Collection[str] = (),
+) -> Layout:
     members: dict[object, list[int]] = {}
     for i, (name, shape, dtype, device, active, age) in enumerate(key):
         # Half precision rounds differently in the vectorised part and the tail of a kernel: alone,
