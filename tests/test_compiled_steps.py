@@ -7,6 +7,7 @@ import contextlib
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch._dynamo import lookup_backend
 
 import innerloop
 from innerloop import Checkpointed, StoreAll
-from innerloop._utils import compiling
+from innerloop._utils import compiling, torch_private
 from innerloop.strategy import Strategy
 from innerloop.strategy._engine.compiled_step import _check_step
 from innerloop.strategy._engine.step_pullback import State
@@ -33,6 +34,7 @@ pytestmark = [
 
 
 INDUCTOR = {
+    "test_cpp_that_cannot_be_compiled_is_named",
     "test_compiled_steps_equal_a_plain_run",
     "test_the_mixed_product_compiled",
     "test_autocast_rounds_more_than_the_parameters",
@@ -626,3 +628,44 @@ def test_a_problem_is_made_inside_of_what_the_user_compiles():
     w = torch.tensor([0.3, -0.7, 2.0])
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(w), gradient(w))
+
+
+@pytest.mark.parametrize("strategy", [StoreAll(compile=True), Checkpointed(compile=True)], ids=str)
+@pytest.mark.parametrize("graph", [1, 2])
+def test_cpp_that_cannot_be_compiled_is_named(
+    strategy: Strategy, graph: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The forward part of a step, and its pullback, whose files threads compile."""
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    if torch.cuda.is_available():
+        pytest.skip("nothing is compiled in advance, so graphs are counted otherwise")
+    torch_private.prepare_compiler({})
+    for thread in torch_private._preparing:
+        thread.join()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    CppWrapperCodeCache.cache_clear()
+    build, seen = torch_private._Together.build, []
+
+    def ill(self: Any) -> None:
+        seen.append(self)
+        if len(seen) >= graph:
+            raise RuntimeError("the compiler is ill")
+        build(self)
+
+    monkeypatch.setattr(torch_private._Together, "build", ill)
+    scale = torch.tensor(1.5, requires_grad=True)
+    w = torch.ones(3, requires_grad=True)
+    made = innerloop.Problem(
+        lambda params, hyper, _: (params["w"] ** 2).sum() * hyper["scale"], innerloop.optim.adam()
+    )
+
+    def meta_gradient() -> None:
+        found = innerloop.unroll(
+            made, {"w": w}, [None] * 3, hyper={"scale": scale}, strategy=strategy
+        )
+        torch.autograd.grad(found.params["w"].sum(), [w, scale])
+
+    with pytest.raises(innerloop.NotDifferentiableError, match=r"compile=False.*compiler is ill"):
+        meta_gradient()
+    assert len(seen) >= graph

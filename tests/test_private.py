@@ -10,7 +10,7 @@ import inspect
 import operator
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -1232,6 +1232,75 @@ def test_the_compiler_is_prepared_once():
         two = bool(form(()).get("cpp_wrapper_build_separate"))
         with torch_private._trusted_vector_instructions(), config.patch(form(())):
             codecache.CppWrapperCodeCache.load_pybinding(**torch_private.empty_graph(two))
+
+
+class _File:
+    """A builder of a file, as PyTorch has them, which waits until another one is at work too."""
+
+    def __init__(self, path: Path, meeting: threading.Barrier) -> None:
+        self._path, self._meeting = path, meeting
+
+    def get_target_file_path(self) -> str:
+        return str(self._path)
+
+    def build(self) -> None:
+        self._meeting.wait(timeout=60)
+        assert not self._path.exists()
+        self._path.touch()
+
+
+def test_two_files_are_compiled_at_the_same_time(tmp_path: Path):
+    meeting = threading.Barrier(2)
+    files = [_File(tmp_path / name, meeting) for name in ("main.o", "kernels.o")]
+    both = torch_private._Together(files)
+    assert both.get_target_file_path() == str(tmp_path / "main.o")
+    both.build()
+    assert all((tmp_path / name).exists() for name in ("main.o", "kernels.o"))
+    (tmp_path / "kernels.o").unlink()
+    # PyTorch builds what is missing.
+    assert both.get_target_file_path() == str(tmp_path / "kernels.o")
+    alone = torch_private._Together([files[0], _File(tmp_path / "kernels.o", threading.Barrier(1))])
+    alone.build()
+    assert Path(alone.get_target_file_path()).exists()
+
+
+def test_an_error_in_one_of_two_files_is_raised(tmp_path: Path):
+    meeting = threading.Barrier(2)
+    files = [_File(tmp_path / name, meeting) for name in ("main.o", "missing/kernels.o")]
+    with pytest.raises(FileNotFoundError):
+        torch_private._Together(files).build()
+
+
+@pytest.mark.compiled
+def test_cpp_is_compiled_in_threads_inside_the_block(tmp_path: Path, monkeypatch: Any):
+    codecache = importlib.import_module("torch._inductor.codecache")
+    config = importlib.import_module("torch._inductor.config")
+    cache = codecache.CppWrapperCodeCache
+    built: list[list[str]] = []
+    monkeypatch.setattr(
+        torch_private._Together, "build", lambda self: built.append(_names(self._builders))
+    )
+    options = compiling.step_options(())
+    graph = torch_private.empty_graph(True)
+    # Code that no other test has compiled.
+    graph["main_code"] = f"{graph['main_code']}// {tmp_path}\n"
+    with (
+        torch_private._trusted_vector_instructions(),
+        config.patch(options),
+        torch_private._cpp_in_threads(),
+    ):
+        function = cache.load_pybinding(**graph)
+    assert "load_pybinding" not in vars(cache)
+    # Nothing was built, which whoever calls the function hears.
+    with pytest.raises(Exception, match="main"):
+        function([])
+    ((main, kernels),) = built
+    assert main.endswith("main.o")
+    assert kernels.endswith("optimized.o")
+
+
+def _names(builders: Sequence[Any]) -> list[str]:
+    return [builder.get_target_file_path() for builder in builders]
 
 
 def test_what_the_user_says_about_vector_instructions_stays():

@@ -153,14 +153,14 @@ def compiler_at_work() -> Iterator[None]:
 
 
 class _SeldomCollecting:
-    """A block in which Python looks for garbage after 100,000 new objects, not after 700.
+    """A block in which Python looks for garbage after 500,000 new objects, not after 700.
 
     The compiler makes millions that stay, and Python goes through them a thousand times: a seventh
     of the time that compiling takes. Threads may be in it at the same time; the last one that
     leaves puts the user's threshold back.
     """
 
-    OBJECTS = 100_000
+    OBJECTS = 500_000
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -414,9 +414,7 @@ class Compiled:
                     "gives up there: pass what changes as tensors of one shape, or write "
                     "compile=False"
                 ) from failed
-            raise NotDifferentiableError(
-                f"{self._what} cannot be compiled: write compile=False. PyTorch says: {failed}"
-            ) from failed
+            raise self.refusal(failed) from failed
         if self.compilations == before:
             return found
         self._paths += 1
@@ -516,6 +514,12 @@ class Compiled:
             return found
 
         return run
+
+    def refusal(self, failed: Exception) -> NotDifferentiableError:
+        """Return the error for what PyTorch could not compile."""
+        return NotDifferentiableError(
+            f"{self._what} cannot be compiled: write compile=False. PyTorch says: {failed}"
+        )
 
     def _prepare(self, graph: torch.fx.GraphModule) -> None:
         """Replace what a mode would replace; note the precision."""

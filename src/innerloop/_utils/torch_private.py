@@ -11,8 +11,10 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -964,8 +966,91 @@ def compile_graph(
     # Imported late: it takes a second.
     from torch._inductor import compile_fx
 
-    with _trusted_vector_instructions():
+    # What is pulled back is known to be needed; it is lowered while the forward part is compiled.
+    config = importlib.import_module("torch._functorch.config")
+    at_once = config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
+    with _trusted_vector_instructions(), _cpp_in_threads(), at_once:
         return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
+
+
+class _Together:
+    """Several files that are compiled at the same time, as one of PyTorch's builders of a file.
+
+    Args:
+        builders: one for each file.
+    """
+
+    def __init__(self, builders: Sequence[Any]) -> None:
+        self._builders = builders
+
+    def _missing(self) -> list[Any]:
+        return [b for b in self._builders if not Path(b.get_target_file_path()).exists()]
+
+    def get_target_file_path(self) -> str:
+        """Return the first file that is missing, or one that is there if none is."""
+        path: str = next(iter(self._missing()), self._builders[0]).get_target_file_path()
+        return path
+
+    def build(self) -> None:
+        """Compile what is missing."""
+        missing = self._missing()
+        with ThreadPoolExecutor(len(missing)) as threads:
+            # The list lets an error through.
+            list(threads.map(lambda builder: builder.build(), missing))
+
+
+_patching = threading.RLock()
+
+
+@contextmanager
+def _cpp_in_threads() -> Iterator[None]:
+    """Let threads compile the C++ of graphs in this block, and whoever calls one wait for it.
+
+    PyTorch waits for each file in turn. Here the kernels of a graph and what calls them are
+    compiled at the same time, and while the next graph (of the backward pass) is being made.
+    """
+    cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
+
+    def submit(work: Callable[[], None]) -> Future[None]:
+        if isinstance(work, partial) and len(work.args) == 2 and len(work.args[1]) > 2:
+            lock, (*files, linked) = work.args
+            work = partial(work.func, lock, (_Together(files), linked))
+        thread = ThreadPoolExecutor(1)
+        done = thread.submit(work)
+        thread.shutdown(wait=False)
+        return done
+
+    def load(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        submitted: list[Future[None]] = []
+
+        def note(work: Callable[[], None]) -> Future[None]:
+            submitted.append(submit(work))
+            return submitted[0]
+
+        loaded = cache.load_pybinding_async(*args, **kwargs, submit_fn=note)
+        if not submitted:
+            found: Callable[..., Any] = loaded()
+            return found
+        function: Callable[..., Any] | None = None
+
+        def when_called(*given: Any) -> Any:
+            nonlocal function
+            if function is None:
+                function = loaded()
+            return function(*given)
+
+        return when_called
+
+    with _patching:
+        before = vars(cache).get("load_pybinding")
+        cache.load_pybinding = staticmethod(load)
+        try:
+            yield
+        finally:
+            if before is None:
+                del cache.load_pybinding
+            else:
+                cache.load_pybinding = before
 
 
 # What the compiler writes into graphs itself: code with other functions is not looked up in its

@@ -36,6 +36,7 @@ from innerloop._utils.compiled_check import (
 from innerloop._utils.compiling import CodePath, Compiled, compiler_at_work, step_options
 from innerloop._utils.random_state import RandomState, at_random_state
 from innerloop._utils.traceable import refuse_numpy
+from innerloop.errors import InnerLoopError
 from innerloop.nn._catalogue import HIDDEN
 from innerloop.nn._mode import unwatched
 from innerloop.optim._engine.packing import Packed
@@ -158,8 +159,13 @@ class Core:
                 expected, pulled = _recorded(self._advance.eager, arguments, weights)
                 refuse_own_functions(tree.tensors(expected))
             _check_step(found, expected, self._advance, arguments, random_state)
-            with at_random_state(random_state):
-                _, ours = _recorded(self._advance.compiled, arguments, weights)
+            try:
+                with at_random_state(random_state):
+                    _, ours = _recorded(self._advance.compiled, arguments, weights)
+            except InnerLoopError:
+                raise
+            except Exception as error:
+                raise self._advance.compiled.refusal(error) from error
 
             def perturbed() -> Groups:
                 with at_random_state(random_state):
