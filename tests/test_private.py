@@ -52,6 +52,7 @@ EXERCISED = {
     "add_lists",
     "are_plain",
     "batched_zero",
+    "with_rows",
     "flatten",
     "has_onednn",
     "onednn_product",
@@ -1212,6 +1213,7 @@ def test_a_zero_for_each_row_of_every_vmap():
     assert torch.equal(torch.func.vmap(slope)(xs[0]), 2 + 2 * xs[0])
     assert torch.equal(torch.func.vmap(torch.func.vmap(slope))(xs), 2 + 2 * xs)
     assert torch.equal(torch_private.batched_zero(), torch.zeros(()))
+    assert torch.func.vmap(lambda _: torch_private.with_rows(xs))(torch.ones(3)).shape == (3, 2, 3)
 
 
 @pytest.mark.compiled
@@ -1297,6 +1299,35 @@ def test_cpp_is_compiled_in_threads_inside_the_block(tmp_path: Path, monkeypatch
     ((main, kernels),) = built
     assert main.endswith("main.o")
     assert kernels.endswith("optimized.o")
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("pulled_back", [False, True])
+def test_a_pullback_is_lowered_at_once_where_it_is_needed(
+    pulled_back: bool, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache.cache_clear()
+    build, built = torch_private._Together.build, []
+
+    def counted(self: Any) -> None:
+        built.append(self)
+        build(self)
+
+    monkeypatch.setattr(torch_private._Together, "build", counted)
+    x = torch.full((3,), 1.5 + pulled_back, requires_grad=True)
+    (y,) = torch_private.compile_graph(
+        torch.fx.symbolic_trace(lambda x: ((x.sin() * x).exp(),)),
+        [x],
+        compiling.step_options([x]),
+        pulled_back=pulled_back,
+    )(x)
+    assert len(built) == 1 + pulled_back
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert len(built) == 1 + pulled_back  # in a first backward pass PyTorch compiles by itself
+    at = x.detach()
+    torch.testing.assert_close(slope, (at.sin() * at).exp() * (at.sin() + at * at.cos()))
 
 
 def _names(builders: Sequence[Any]) -> list[str]:

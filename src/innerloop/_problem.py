@@ -260,9 +260,8 @@ class Problem(Generic[Batch, Aux]):
             buffers = self.view.copies_of_buffers()
             if below_vmap():
                 # Each task has running statistics of its own.
-                zero = torch_private.batched_zero()
                 for name in self.view.statistics_in_training():
-                    buffers[name] = buffers[name] + zero.to(buffers[name])
+                    buffers[name] = torch_private.with_rows(buffers[name])
         return Carry(dict(params), self.optimizer.init(params), buffers, RandomState.now())
 
     def first_since_init(self) -> bool:

@@ -12,6 +12,32 @@ BATCHED = (
     "a carry whose buffers are batched"
 )
 
+CURES = {
+    "nference tensor": "a tensor was made under torch.inference_mode (data, a buffer, a weight "
+    "of the model): write tensor.clone() outside of that mode, or make it under torch.no_grad",
+    "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the "
+    "loss: switch it off",
+    "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
+    "b).square().mean() for mse_loss",
+    "modified by an inplace operation": "a tensor that a step had used was written in place "
+    "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
+    "saved tensor "
+    "hooks": "activation checkpointing (torch.utils.checkpoint) or other saved-tensor hooks, "
+    "inside the loss or around a loop that is differentiated by torch.func: switch it off (or "
+    "write use_reentrant=True around the loop)",
+    "Cannot access data "
+    "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
+    "of vmap, or pad",
+    "in-place": "a module writes a tensor in place that is not an argument: use "
+    "Problem.from_module, which threads buffers",
+    "not implemented": "an operation of the loss lacks a derivative: use another form of it "
+    "(attention: SDPBackend.MATH)",
+    "add(sparse, dense)": "the loss looks a table up with sparse=True and uses it densely as "
+    "well (a penalty on it), and PyTorch adds the two gradients in neither order if they are "
+    "to be differentiated again: write sparse=False in the look-up",
+    "does not require grad": INDEPENDENT,
+}
+"""Parts of PyTorch's messages -> what to write instead."""
 
 BELOW_VMAP = {
     "vmap: we do not yet support": "vmap cannot run an operation of the loss for all its rows "
@@ -49,35 +75,9 @@ def explain(error: RuntimeError) -> RuntimeError:
     if isinstance(error, InnerLoopError):
         return error
     text = str(error)
-    cures = {
-        "nference tensor": "a tensor was made under torch.inference_mode (data, a buffer, a weight "
-        "of the model): write tensor.clone() outside of that mode, or make it under torch.no_grad",
-        "torch.utils.checkpoint": "activation checkpointing (torch.utils.checkpoint) inside the "
-        "loss: switch it off",
-        "ZeroTensors": "a fused loss function lacks this derivative: write it out, (a - "
-        "b).square().mean() for mse_loss",
-        "modified by an inplace operation": "a tensor that a step had used was written in place "
-        "afterwards (a batch that the iterator fills again, say): yield a new one, batch.clone()",
-        "saved tensor "
-        "hooks": "activation checkpointing (torch.utils.checkpoint) or other saved-tensor hooks, "
-        "inside the loss or around a loop that is differentiated by torch.func: switch it off (or "
-        "write use_reentrant=True around the loop)",
-        "Cannot access data "
-        "pointer": 'packed sequences do not run inside torch.func: use product="reverse" outside '
-        "of vmap, or pad",
-        "in-place": "a module writes a tensor in place that is not an argument: use "
-        "Problem.from_module, which threads buffers",
-        "not implemented": "an operation of the loss lacks a derivative: use another form of it "
-        "(attention: SDPBackend.MATH)",
-        "add(sparse, dense)": "the loss looks a table up with sparse=True and uses it densely as "
-        "well (a penalty on it), and PyTorch adds the two gradients in neither order if they are "
-        "to be differentiated again: write sparse=False in the look-up",
-        "does not require grad": INDEPENDENT,
-    }
     if writes_without_rows(text, torch_private.inside_vmap()):
         return NotDifferentiableError(f"{BATCHED}. PyTorch says: {text}")
-    if torch_private.inside_vmap():
-        cures = BELOW_VMAP | cures
+    cures = BELOW_VMAP | CURES if torch_private.inside_vmap() else CURES
     for sign, cure in cures.items():
         if sign in text:
             return NotDifferentiableError(f"{cure}. PyTorch says: {text}")

@@ -311,6 +311,8 @@ class Compiled:
         around: makes the block in which it is called.
         options: returns the options for a graph, given its inputs.
         keeps_graph: True if its pullback will be compiled from the same graph.
+        pulled_back: True if autograd goes back through what it returns, wherever its arguments
+            require grad.
 
     Attributes:
         compilations: how often PyTorch has compiled it so far; it may begin once more for the same
@@ -331,9 +333,10 @@ class Compiled:
         options: Callable[[Sequence[object]], dict[str, object]] = loop_options,
         *,
         keeps_graph: bool = False,
+        pulled_back: bool = False,
     ) -> None:
         self.compilations = 0
-        self._keeps_graph = keeps_graph
+        self._keeps_graph, self._pulled_back = keeps_graph, pulled_back
         self._is_asked = False
         self._options = options
         self.path: CodePath | None = None
@@ -546,7 +549,8 @@ class Compiled:
         """Let the backend compile a graph."""
         if BACKEND is not None:
             return BACKEND(graph, inputs)
-        return torch_private.compile_graph(graph, inputs, self._options(inputs))
+        options = self._options(inputs)
+        return torch_private.compile_graph(graph, inputs, options, pulled_back=self._pulled_back)
 
 
 def compile_cache(directory: str | os.PathLike[str]) -> None:

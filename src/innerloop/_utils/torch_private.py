@@ -228,6 +228,11 @@ def batched_zero() -> Tensor:
     return zero
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """Return ``x`` as a tensor of which every running ``vmap`` has one for each of its rows."""
+    return x + batched_zero().to(x)
+
+
 class over_rows:  # noqa: N801 (used like a function, at every step of a layer)
     """Run the block for all rows of the tensors that `row` is given at once.
 
@@ -957,18 +962,28 @@ def prepare_compiler(options: Mapping[str, object]) -> None:
 
 
 def compile_graph(
-    graph: torch.fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, object]
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Mapping[str, object],
+    *,
+    pulled_back: bool = False,
 ) -> Any:
     """Compile a graph by inductor, as ``torch.compile(backend="inductor", options=options)`` does.
 
     ``torch.compile`` takes options or a backend of one's own, not both.
+
+    Args:
+        graph, inputs, options: as PyTorch gives and takes them.
+        pulled_back: True if a pullback will be needed wherever the inputs require grad. It is then
+            lowered while the forward part is compiled, not in the first backward pass.
     """
     # Imported late: it takes a second.
     from torch._inductor import compile_fx
 
-    # What is pulled back is known to be needed; it is lowered while the forward part is compiled.
-    config = importlib.import_module("torch._functorch.config")
-    at_once = config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
+    at_once: AbstractContextManager[object] = nullcontext()
+    if pulled_back:
+        config = importlib.import_module("torch._functorch.config")
+        at_once = config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
     with _trusted_vector_instructions(), _cpp_in_threads(), at_once:
         return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
 

@@ -44,7 +44,6 @@ def with_rows(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wrap ``make`` (``torch.empty`` and its kind) so that each row has a tensor of its own."""
 
     def call(*args: object, **kwargs: object) -> Tensor:
-        made = make(*args, **kwargs)
-        return made + torch_private.batched_zero().to(made)
+        return torch_private.with_rows(make(*args, **kwargs))
 
     return call

@@ -47,13 +47,12 @@ def in_plain_code(operation: Callable[..., R]) -> Callable[..., R]:
 
     def call(*args: object, **kwargs: object) -> R:
         if below_vmap():
-            zero = torch_private.batched_zero()
-
-            def with_rows(x: Tensor) -> Tensor:
-                return x + zero.to(x) if x.is_floating_point() else x
-
-            args = (*tree.map_tensors(with_rows, args[:2]), *args[2:])
+            args = (*tree.map_tensors(_with_rows, args[:2]), *args[2:])
         with torch.backends.cudnn.flags(enabled=False):
             return operation(*args, **kwargs)
 
     return call
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    return torch_private.with_rows(x) if x.is_floating_point() else x

@@ -114,7 +114,7 @@ class Core:
             return _Checked(eager, compiled, lock, users)
 
         compiling = (HIDDEN, unwatched, step_options)
-        step = Compiled(advance, "the step", *compiling, keeps_graph=keeps_graph)
+        step = Compiled(advance, "the step", *compiling, keeps_graph=keeps_graph, pulled_back=True)
         what = "the pullback of a step"
         pullback = CompiledPullback(pull, step, chosen, what, *compiling) if keeps_graph else None
         self._advance = checked(advance, "the step", step)
