@@ -980,12 +980,34 @@ def compile_graph(
     # Imported late: it takes a second.
     from torch._inductor import compile_fx
 
-    at_once: AbstractContextManager[object] = nullcontext()
-    if pulled_back:
-        config = importlib.import_module("torch._functorch.config")
-        at_once = config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False)
-    with _trusted_vector_instructions(), _cpp_in_threads(), at_once:
+    lowered = _lowered_at_once() if pulled_back else nullcontext()
+    with _trusted_vector_instructions(), _CPP_IN_THREADS, lowered:
         return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(options))
+
+
+@contextmanager
+def _lowered_at_once() -> Iterator[None]:
+    """Let PyTorch lower a pullback inside the block, where it does so in the first backward pass.
+
+    There it learns whether the graph is kept, and whether the pullback may therefore overwrite what
+    the forward part has saved. Here it must not, whatever the user will do; to say so by the
+    setting ``donated_buffer`` leaves the question open, and a pass that keeps its graph is refused.
+    """
+    config = importlib.import_module("torch._functorch.config")
+    stages: Any = importlib.import_module("torch._functorch._aot_autograd.graph_compile")
+    try:
+        find = stages.collect_bw_donated_buffer_idxs
+        at_once = config.patch(force_non_lazy_backward_lowering=True)
+    except AttributeError:
+        # A PyTorch that has moved them lowers it later.
+        yield
+        return
+    stages.collect_bw_donated_buffer_idxs = lambda *_, **__: []
+    try:
+        with at_once:
+            yield
+    finally:
+        stages.collect_bw_donated_buffer_idxs = find
 
 
 class _Together:
@@ -1008,64 +1030,83 @@ class _Together:
 
     def build(self) -> None:
         """Compile what is missing."""
-        missing = self._missing()
-        with ThreadPoolExecutor(len(missing)) as threads:
-            # The list lets an error through.
-            list(threads.map(lambda builder: builder.build(), missing))
+        if missing := self._missing():
+            with ThreadPoolExecutor(len(missing)) as threads:
+                # The list lets an error through.
+                list(threads.map(lambda builder: builder.build(), missing))
 
 
-_patching = threading.RLock()
-
-
-@contextmanager
-def _cpp_in_threads() -> Iterator[None]:
-    """Let threads compile the C++ of graphs in this block, and whoever calls one wait for it.
+class _CppInThreads:
+    """A block in which threads compile the C++ of graphs, and whoever calls one waits for it.
 
     PyTorch waits for each file in turn. Here the kernels of a graph and what calls them are
     compiled at the same time, and while the next graph (of the backward pass) is being made.
+    Threads may be in the block at the same time.
     """
-    cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = vars(cache).get("load_pybinding")
+                cache.load_pybinding = staticmethod(partial(_load_when_called, cache))
+
+    def __exit__(self, *_: object) -> None:
+        cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            if self._before is None:
+                del cache.load_pybinding
+            else:
+                cache.load_pybinding = self._before
+
+
+_CPP_IN_THREADS = _CppInThreads()
+
+
+def _load_when_called(cache: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """Let a thread compile a graph's C++; return what loads it in its first call, and runs it."""
+    is_there = True
 
     def submit(work: Callable[[], None]) -> Future[None]:
+        nonlocal is_there
+        is_there = False
         if isinstance(work, partial) and len(work.args) == 2 and len(work.args[1]) > 2:
             lock, (*files, linked) = work.args
             work = partial(work.func, lock, (_Together(files), linked))
+
+        def tried() -> None:
+            # PyTorch compiles what is missing when it loads the whole, and says what is wrong then:
+            # at each call, for an interruption or a full disk may have passed.
+            with suppress(Exception):
+                work()
+
         thread = ThreadPoolExecutor(1)
-        done = thread.submit(work)
+        done = thread.submit(tried)
         thread.shutdown(wait=False)
         return done
 
-    def load(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        submitted: list[Future[None]] = []
+    load = cache.load_pybinding_async(*args, **kwargs, submit_fn=submit)
+    if is_there:
+        found: Callable[..., Any] = load()
+        return found
+    function: Callable[..., Any] | None = None
 
-        def note(work: Callable[[], None]) -> Future[None]:
-            submitted.append(submit(work))
-            return submitted[0]
+    def when_called(*given: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = load()
+        return function(*given)
 
-        loaded = cache.load_pybinding_async(*args, **kwargs, submit_fn=note)
-        if not submitted:
-            found: Callable[..., Any] = loaded()
-            return found
-        function: Callable[..., Any] | None = None
-
-        def when_called(*given: Any) -> Any:
-            nonlocal function
-            if function is None:
-                function = loaded()
-            return function(*given)
-
-        return when_called
-
-    with _patching:
-        before = vars(cache).get("load_pybinding")
-        cache.load_pybinding = staticmethod(load)
-        try:
-            yield
-        finally:
-            if before is None:
-                del cache.load_pybinding
-            else:
-                cache.load_pybinding = before
+    return when_called
 
 
 # What the compiler writes into graphs itself: code with other functions is not looked up in its

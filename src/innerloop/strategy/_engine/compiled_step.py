@@ -162,7 +162,7 @@ class Core:
             try:
                 with at_random_state(random_state):
                     _, ours = _recorded(self._advance.compiled, arguments, weights)
-            except InnerLoopError:
+            except (InnerLoopError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise self._advance.compiled.refusal(error) from error
@@ -308,7 +308,8 @@ class _Checked:
         self._trust.gained(self.compiled.compilations)
         seconds = time.perf_counter() - end
         if not known:
-            # The pullback may have been compiled meanwhile: that is not what a later check takes.
+            # The pullback may have been compiled meanwhile, or waited for: that is not what a later
+            # check takes.
             seconds = min(seconds, 4 * self._eager_seconds)
         self._later.checked(seconds)
         return found
@@ -342,8 +343,9 @@ def _recorded(
         row: Cotangents = [None] * len(copies)
         if ends and places:
             inputs = [copies[i] for i in places]
-            # The first backward pass decides for good whether a compiled one may overwrite what the
-            # forward pass saved: it must not, so that users can keep the graph.
+            # Where a backward pass is compiled when it first runs, that decides for good whether it
+            # may overwrite what the forward pass saved: it must not, so that users can keep the
+            # graph.
             with torch_private.keeping_buffers():
                 pulled = torch.autograd.grad(
                     [x for x, _ in ends],
