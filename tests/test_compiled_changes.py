@@ -415,7 +415,7 @@ def test_the_threshold_of_garbage_collection_is_put_back() -> None:
     before = gc.get_threshold()
     try:
         for threshold, inside in (
-            ((700, 10, 10), 100_000),
+            ((700, 10, 10), 500_000),
             ((0, 10, 10), 0),
             ((10**6, 1, 1), 10**6),
         ):

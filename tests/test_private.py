@@ -11,6 +11,7 @@ import operator
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -1031,6 +1032,35 @@ def test_a_graph_with_a_gradient_in_it_is_compiled_and_looked_up(
     new = {name: counters[name] - before.get(name, 0) for name in counters}
     assert new.get("autograd_cache_hit") == 1, new
     assert not new.get("autograd_cache_bypass"), new
+
+
+@pytest.mark.compiled
+def test_other_threads_run_compiled_code_while_a_graph_is_traced():
+    symbolic_trace: Any = importlib.import_module("torch.fx._symbolic_trace")
+    lock = importlib.import_module("torch._dynamo.convert_frame").compile_lock
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    double(torch.ones(3))
+
+    def in_a_thread(function: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function).result()
+
+    def free() -> bool:
+        taken = lock.acquire(blocking=False)
+        if taken:
+            lock.release()
+        return taken
+
+    with torch_private.inputs_for_compiler([torch.ones(3)]):
+        # As PyTorch does for the whole process while it traces.
+        symbolic_trace._is_fx_tracing_flag = True
+        try:
+            assert torch.equal(in_a_thread(lambda: double(torch.ones(3))), torch.full((3,), 2.0))
+        finally:
+            symbolic_trace._is_fx_tracing_flag = False
+        assert not in_a_thread(free)
+    assert in_a_thread(free)
+    assert not torch.compiler.is_compiling()
 
 
 def test_a_lost_level_of_forward_mode_is_left():

@@ -1130,6 +1130,21 @@ def leave_lost_dual_level() -> None:
 
 
 @contextmanager
+def _compiling_in_this_process() -> Iterator[None]:
+    """Say that the compiler is at work, as ``torch.compile`` does while it holds its lock.
+
+    A graph is traced under a flag of the whole process, at which compiled functions in other
+    threads take themselves for traced ones, and refuse, unless the compiler is at work.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
 def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Return what stands for inputs of fixed shapes while a graph of one's own is compiled.
 
@@ -1141,13 +1156,19 @@ def inputs_for_compiler(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes")
     guards = importlib.import_module("torch._guards")
     transforms = torch._C._functorch
+    frames = importlib.import_module("torch._dynamo.convert_frame")
     mode = fake.FakeTensorMode(shape_env=shapes.ShapeEnv())
     depth = transforms.get_dynamic_layer_stack_depth()
     may_require_grad = transforms.get_inplace_requires_grad_allowed()
     is_recording = torch.is_grad_enabled()
     refused = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     try:
-        with guards.tracing(_TracingContext(mode)), torch._C._PreserveDispatchKeyGuard():
+        with (
+            frames.compile_lock,
+            _compiling_in_this_process(),
+            guards.tracing(_TracingContext(mode)),
+            torch._C._PreserveDispatchKeyGuard(),
+        ):
             yield [mode.from_tensor(x, static_shapes=True) for x in inputs]
     finally:
         leave_lost_dual_level()
