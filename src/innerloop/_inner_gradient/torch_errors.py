@@ -74,10 +74,10 @@ def explain(error: RuntimeError) -> RuntimeError:
     """Return torch's error with what to write instead, where we know it."""
     if isinstance(error, InnerLoopError):
         return error
-    text = str(error)
-    if writes_without_rows(text, torch_private.inside_vmap()):
+    text, below_vmap = str(error), torch_private.inside_vmap()
+    if writes_without_rows(text, below_vmap):
         return NotDifferentiableError(f"{BATCHED}. PyTorch says: {text}")
-    cures = BELOW_VMAP | CURES if torch_private.inside_vmap() else CURES
+    cures = BELOW_VMAP | CURES if below_vmap else CURES
     for sign, cure in cures.items():
         if sign in text:
             return NotDifferentiableError(f"{cure}. PyTorch says: {text}")

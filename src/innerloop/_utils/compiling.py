@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import re
-import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from innerloop._utils import torch_private, tree
 from innerloop._utils.definitions import Definitions
 from innerloop._utils.random_state import RandomState
+from innerloop._utils.shared_block import SharedBlock
 from innerloop._utils.traced import Traced, copy_of
 from innerloop.errors import (
     InnerLoopError,
@@ -152,34 +152,26 @@ def compiler_at_work() -> Iterator[None]:
                 filters.remove(silenced)
 
 
-class _SeldomCollecting:
+class _SeldomCollecting(SharedBlock):
     """A block in which Python looks for garbage after 500,000 new objects, not after 700.
 
     The compiler makes millions that stay, and Python goes through them a thousand times: a seventh
-    of the time that compiling takes. Threads may be in it at the same time; the last one that
-    leaves puts the user's threshold back.
+    of the time that compiling takes.
     """
 
     OBJECTS = 500_000
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
+        super().__init__()
         self._before = gc.get_threshold()
 
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = gc.get_threshold()
-                if self._before[0]:  # 0: never
-                    gc.set_threshold(max(self._before[0], self.OBJECTS), *self._before[1:])
+    def begin(self) -> None:
+        self._before = gc.get_threshold()
+        if self._before[0]:  # 0: never
+            gc.set_threshold(max(self._before[0], self.OBJECTS), *self._before[1:])
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                gc.set_threshold(*self._before)
+    def end(self) -> None:
+        gc.set_threshold(*self._before)
 
 
 _seldom_collecting = _SeldomCollecting()

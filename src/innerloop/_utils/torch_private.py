@@ -34,6 +34,8 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from innerloop._utils.shared_block import SharedBlock
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _is_compiling = torch.compiler.is_compiling
@@ -1036,37 +1038,23 @@ class _Together:
                 list(threads.map(lambda builder: builder.build(), missing))
 
 
-class _CppInThreads:
+class _CppInThreads(SharedBlock):
     """A block in which threads compile the C++ of graphs, and whoever calls one waits for it.
 
     PyTorch waits for each file in turn. Here the kernels of a graph and what calls them are
     compiled at the same time, and while the next graph (of the backward pass) is being made.
-    Threads may be in the block at the same time.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before: Any = None
+    def begin(self) -> None:
+        self._cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
+        self._before = vars(self._cache).get("load_pybinding")
+        self._cache.load_pybinding = staticmethod(partial(_load_when_called, self._cache))
 
-    def __enter__(self) -> None:
-        cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._before = vars(cache).get("load_pybinding")
-                cache.load_pybinding = staticmethod(partial(_load_when_called, cache))
-
-    def __exit__(self, *_: object) -> None:
-        cache = importlib.import_module("torch._inductor.codecache").CppWrapperCodeCache
-        with self._lock:
-            self._inside -= 1
-            if self._inside:
-                return
-            if self._before is None:
-                del cache.load_pybinding
-            else:
-                cache.load_pybinding = self._before
+    def end(self) -> None:
+        if self._before is None:
+            del self._cache.load_pybinding
+        else:
+            self._cache.load_pybinding = self._before
 
 
 _CPP_IN_THREADS = _CppInThreads()
