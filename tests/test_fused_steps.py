@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import innerloop
 from innerloop import optim
 from innerloop.optim._base import Rule
-from innerloop.optim._engine import fused, update
+from innerloop.optim._engine import fused
 from innerloop.optim._engine.elementwise import Elementwise
+from innerloop.optim._engine.packing import lies_in
 
 # A rule with a kernel is enrolled by one entry.
 RULES: dict[str, Callable[[], optim.Optimizer]] = {
@@ -58,7 +59,8 @@ def results(rule: Any, params: Named, *grads: Named) -> list[Tensor]:
 def by_operations(monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[Tensor]]) -> list[Tensor]:
     """Run with the rule's own operations in place of the kernel."""
     with monkeypatch.context() as patch:
-        patch.setattr(update, "step", lambda *_: None)
+        for make in RULES.values():
+            patch.setattr(type(make()), "kernel", Elementwise.kernel)
         return run()
 
 
@@ -237,6 +239,51 @@ def test_what_a_kernel_does_not_take_is_left_to_the_operations() -> None:
         assert refused()
     assert torch.func.vmap(lambda x: x + float(refused()))(torch.zeros(2)).tolist() == [1, 1]
     assert not math.isnan(float(state["mu"].sum()))
+
+
+def test_what_is_looked_up_for_each_parameter_is_left_out_only_where_nothing_differs(
+    rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of all parameters at once, beside the way that takes buckets one by one."""
+    params, grads, *_ = drawn(SHAPES["padded"])
+    state = rule.init(params)
+    (bucket,), (flat,) = state.mu.layout, state.mu.flats
+    assert lies_in(bucket, flat, params, grads)
+    turned = dict(reversed(params.items()))
+    assert not lies_in(bucket, flat, turned, grads)
+    assert not lies_in(bucket, flat, params, {**grads, "1": None})
+    assert not lies_in(bucket, flat, params, {n: g for n, g in grads.items() if n != "1"})
+    assert not lies_in(bucket, flat, params, {**grads, "more": grads["0"]})
+    assert not lies_in(bucket, flat, params, {**grads, "1": grads["1"][:1]})
+    assert not lies_in(bucket, flat, {**params, "1": params["1"].float()}, grads)
+    assert not lies_in(bucket, flat, {**params, "1": params["1"].to("meta")}, grads)
+    assert not lies_in(bucket._replace(active=False), flat, params, grads)
+
+    at_once = rule.update(grads, state, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(Elementwise, "_at_once", lambda *_: None)
+        one_by_one = rule.update(grads, state, params)
+    assert list(at_once[0]) == list(one_by_one[0])
+    assert all(map(torch.equal, at_once[0].values(), one_by_one[0].values()))
+    assert at_once[1].mu.layout is one_by_one[1].mu.layout
+    assert at_once[1].count == one_by_one[1].count == 1
+    for found, expected in zip(at_once[1][1:], one_by_one[1][1:], strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found.flats[0], expected.flats[0])
+
+    # Where something differs, the other way answers, and says what is wrong.
+    skipped, _ = rule.update({**grads, "1": None}, state, params)
+    assert skipped["1"] is params["1"]
+    assert not torch.equal(skipped["0"], params["0"])
+    new, _ = rule.update(grads, state, turned)
+    assert torch.equal(new["2"], at_once[0]["2"])
+    with pytest.raises(innerloop.InvalidInputError, match="gradients for"):
+        rule.update({**grads, "more": grads["0"]}, state, params)
+    with pytest.raises(innerloop.InvalidInputError, match="has shape"):
+        rule.update({**grads, "1": grads["1"][:1]}, state, params)
+    alone = optim.groups({"*": rule})
+    with pytest.raises(innerloop.InvalidInputError, match="gradients for"):
+        alone.update({**grads, "more": grads["0"]}, alone.init(params), params)
 
 
 def halved(base: Any) -> Any:

@@ -91,6 +91,7 @@ EXERCISED = {
     "derivative_levels",
     "reverse_over_forward",
     "divides_by_frequency",
+    "lists_its_tables",
     "parameter_table",
     "buffer_table",
     "module_table",
@@ -729,6 +730,24 @@ def test_the_tables_of_a_module():
     for table in torch_private.REGISTRIES:
         assert isinstance(vars(module)[table], dict)
     assert torch_private.parameter_table(object.__new__(torch.nn.Linear)) == {}
+
+
+def test_the_methods_that_list_the_tables_of_a_module():
+    module = torch.nn.Linear(2, 1)
+    assert torch_private.lists_its_tables(module)
+
+    class Listing(torch.nn.Linear):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            return super().named_modules(*args, **kwargs)
+
+    class Members(torch.nn.Linear):
+        def _named_members(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._named_members(*args, **kwargs)
+
+    assert not torch_private.lists_its_tables(Listing(2, 1))
+    assert not torch_private.lists_its_tables(Members(2, 1))
+    module.named_modules = lambda *args, **kwargs: iter(())  # type: ignore[method-assign]
+    assert not torch_private.lists_its_tables(module)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself

@@ -438,6 +438,18 @@ def test_the_parameters_look_like_plain_tensors():
             copy.deepcopy(weight)
         assert type(weight).__name__ == "Weight"
     assert {type(p) for t in (0, 1) for p in loop.parameters(t).values()} == {Tensor}
+
+
+def test_after_the_block_the_parameters_of_all_times_are_plain_tensors():
+    model = network()
+    with innerloop.track(model, sgd(model)) as loop:
+        loop.step(lambda: regression(loop.model, 0))
+        loop.step(regression(loop.model, 1), grad_callback=lambda grads: grads)
+        loop.step(regression(loop.model, 2))
+        with pytest.raises(innerloop.NonFiniteError):
+            loop.step(regression(loop.model, 0) * torch.inf)
+        loop.step(lambda: regression(loop.model, 0))
+    assert {type(p) for t in range(5) for p in loop.parameters(t).values()} == {Tensor}
     with innerloop.track(model, sgd(model)) as loop:
         loop.step(regression(loop.model, 0))
         torch.testing.assert_close(loop.parameters(0)["body.weight"], model.body.weight)

@@ -69,7 +69,7 @@ def check_graph(
             continue
         seen.add(node)
         if type(node) in harmless:
-            stack.extend([child for child, _ in node.next_functions])
+            stack += [child for child, _ in node.next_functions if child not in seen]
             continue
         kind = type(node).__name__
         if kind == "AccumulateGrad":

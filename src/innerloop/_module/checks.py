@@ -230,6 +230,18 @@ def by_name(listed: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return named
 
 
+def standing_in(
+    modules: Iterable[tuple[str, nn.Module]], table: Callable[[nn.Module], Mapping[str, Any]]
+) -> list[tuple[str, Tensor]]:
+    """List the tensors in one kind of table of `in_tables`, a shared one once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in modules:
+        for key, tensor in table(module).items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (prefix + key, tensor))
+    return list(found.values())
+
+
 def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """List the modules of a tree, each once, without a method that a user's class may override."""
     top = {"": model} if isinstance(model, nn.Module) else model

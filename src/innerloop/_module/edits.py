@@ -421,7 +421,10 @@ class WatchedWeight(Weight):  # type: ignore[metaclass]
 def as_plain(params: Params) -> None:
     """Let parameters be plain tensors again, in place."""
     for p in params.values():
-        if type(p) in (Weight, WatchedWeight):
+        cls = type(p)
+        if cls is Weight:
+            p.__class__ = Tensor
+        elif cls is WatchedWeight:
             p.__class__ = Tensor
             vars(p).pop(_WATCH, None)
 

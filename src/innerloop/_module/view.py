@@ -16,6 +16,7 @@ from innerloop._module.checks import (
     in_tables,
     named_buffers,
     named_parameters,
+    standing_in,
 )
 from innerloop._module.copier import GONE, Gate, _Copier, plain, refusal
 from innerloop._utils import torch_private, tree
@@ -58,11 +59,18 @@ class ModuleView:
         modules = {"": model} if isinstance(model, nn.Module) else dict(model)
         for module in modules.values():
             check_module(module)
-        source = by_name(named_parameters(model))
-        source_buffers = by_name(named_buffers(model))
-        # Listing may have registered parameters anew, so the tables are walked after it.
         tables = list(in_tables(model))
-        source, source_buffers = _as_they_stand(tables, source, source_buffers)
+        if all(torch_private.lists_its_tables(part) for _, part in tables):
+            source, source_buffers = (
+                by_name(standing_in(tables, table))
+                for table in (torch_private.parameter_table, torch_private.buffer_table)
+            )
+        else:
+            source = by_name(named_parameters(model))
+            source_buffers = by_name(named_buffers(model))
+            # Listing may have registered parameters anew, so the tables are walked after it.
+            tables = list(in_tables(model))
+            source, source_buffers = _as_they_stand(tables, source, source_buffers)
         copier = _Copier(gate, [*source.values(), *source_buffers.values()])
         copier.inside = {id(part) for _, part in tables}
         copies = {key: copier.copy(plain(module)) for key, module in modules.items()}
@@ -100,6 +108,7 @@ class ModuleView:
         ]
         """Buffers that may have a derivative: kernels write running statistics without one."""
         self.parameters = {name: copier.places_of(name, p) for name, p in self.source.items()}
+        self._tables = [(name, *places[0]) for name, places in self.parameters.items()]
         self.buffers = {name: copier.places_of(name, b) for name, b in self.source_buffers.items()}
 
     def hand_over(self) -> Any:
@@ -170,7 +179,7 @@ class ModuleView:
             raise refusal(next(iter(self.parameters), ""))
         try:
             # Not as a module reads them, which is noted: the first place is a module's table.
-            return {n: dict.__getitem__(*places[0]) for n, places in self.parameters.items()}
+            return {n: dict.__getitem__(table, key) for n, table, key in self._tables}
         except KeyError:
             pass
         gone = next(n for n, places in self.parameters.items() if places[0][1] not in places[0][0])
@@ -300,11 +309,7 @@ def _as_they_stand(
         map(id, buffers.values())
     ):
         return params, buffers
-    tables = [
-        [(prefix + k, t) for prefix, m in modules for k, t in table(m).items() if t is not None]
-        for table in kinds
-    ]
-    found = [by_name({id(t): (n, t) for n, t in reversed(x)}.values()) for x in tables]
+    found = [by_name(standing_in(modules, table)) for table in kinds]
     return {n: found[0][n] for n in params}, {n: found[1][n] for n in buffers}
 
 

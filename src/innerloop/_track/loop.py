@@ -122,6 +122,7 @@ class TrackedLoop:
             if isinstance(self._optimizer, FromTorch)
             else [n for n in own if n not in self._frozen]
         )
+        self._steps_all = self._names == list(own)
         self._trained = [name for name in self._names if name not in self._frozen]
         self._hooks = [
             (name, hook)
@@ -158,6 +159,7 @@ class TrackedLoop:
         self._view.write_buffers(copies)
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view, self._second_order)
+        self._marked: list[Params] = []
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
@@ -199,8 +201,9 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.leave()
         handed_out = self._edits.stop()
-        for carry in self._states.values():
-            as_plain(carry.params)
+        for params in (*self._marked, self._states[self._steps].params):
+            as_plain(params)
+        self._marked.clear()
         if self._grad_mode is not None:
             self._grad_mode.__exit__(kind, error, traceback)
             self._grad_mode = None
@@ -271,6 +274,8 @@ class TrackedLoop:
                 # None of the user's code runs from here on, and operations on plain tensors cost
                 # less.
                 as_plain(current)
+            else:
+                self._marked.append(current)
             try:
                 number = self._step(loss, closure, current, hyper, transform)
             except BaseException:
@@ -292,7 +297,8 @@ class TrackedLoop:
         """Take a step from the parameters ``current``, in a block of the loop's own code."""
 
         def gradient_of(loss: Tensor, at: Params) -> Gradients:
-            return self._gradient_of(loss, at, transform)
+            with self._own_code():
+                return self._gradient_of(loss, at, transform)
 
         def evaluate(at: Params, check: Callable[[object], Tensor]) -> tuple[Tensor, Gradients]:
             assert closure is not None
@@ -309,16 +315,18 @@ class TrackedLoop:
             )
         else:
             value = self._checked(loss)
-            grads = gradient_of(value, current)
+            grads = self._gradient_of(value, current, transform)
         if isinstance(self._optimizer, FromTorch):
             self._optimizer.refresh()
             self._optimizer.mark_stepped()
         self._edits.is_on = False
         try:
-            with torch.set_grad_enabled(self.learn != "nothing"):
+            with _grad_mode(self.learn != "nothing"):
                 own = self._aliased_hyper(hyper or {})
                 overrides = {**self.hyper, **own, **(hyper or {})}
-                params = {name: current[name] for name in self._names}
+                params = (
+                    current if self._steps_all else {name: current[name] for name in self._names}
+                )
                 more: dict[str, Any] = {}
                 if closure is not None and self._optimizer.needs_closure:
 
@@ -343,7 +351,8 @@ class TrackedLoop:
                 self._cut.note_outside_leaves(updated.values(), current.values())
             # Clone: a fused loss shares storage with the whole batch's output.
             number = value.detach().clone()
-            updated = with_dense_gradients(updated, self._sparse)
+            if self._sparse:
+                updated = with_dense_gradients(updated, self._sparse)
             self._place(self._advance(current, updated, state, value, number))
             self._hypers.append(own)
         finally:
@@ -533,8 +542,10 @@ class TrackedLoop:
             if self._steps:
                 del self._states[self._steps]
         else:
-            self._states[self._steps] = self._states[self._steps]._replace(params=current)
-            params = aliased(params, current)
+            _, *rest = self._states[self._steps]
+            self._states[self._steps] = Carry(current, *rest)
+            if len(updated) < len(current):
+                params = aliased(params, current)
         self._view.write(params)
         self._steps += 1
         self._states[self._steps] = Carry(params, state, self._buffers.take(), None)
@@ -622,7 +633,7 @@ class TrackedLoop:
         """Return `_as_loss`; raise unless it is finite, which a trial of a line search may be."""
         checked = self._as_loss(loss)
         # On another device a check per step would wait for it: there, all are checked at the end.
-        if may_read_values(checked):
+        if may_read_values(checked) and not math.isfinite(checked.item()):
             self._check_finite(checked.detach())
         return checked
 
@@ -701,31 +712,30 @@ class TrackedLoop:
                 "passed to track), and anew after each step"
             )
 
-        with self._own_code():
-            nodes: list[Node] = []
-            leaves = check_graph(
-                [loss], current.values(), second_order=self._second_order, sparse=nodes
-            )
-            wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
-            if not wanted:
-                refuse_transform()
-                raise independent()
-            found = inner_gradient(
-                loss,
-                wanted,
-                create_graph=self._second_order,
-                independent=independent,
-                gate=self._gate,
-                # A buffer that the step has computed is there for the outer loss.
-                keep_graph=not self._second_order
-                and self.learn != "nothing"
-                and any(b.requires_grad for b in self._view.read_buffers().values()),
-            )
-            self._gate.closed = self._second_order
-            self._check_origin(found, leaves)
-            sparse = sparse_ones(found)
-            if nodes or sparse:
-                self._sparse |= sparse | sent_sparse(nodes, wanted)
+        nodes: list[Node] = []
+        leaves = check_graph(
+            [loss], current.values(), second_order=self._second_order, sparse=nodes
+        )
+        wanted = {name: current[name] for name in self._trained if current[name].requires_grad}
+        if not wanted:
+            refuse_transform()
+            raise independent()
+        found = inner_gradient(
+            loss,
+            wanted,
+            create_graph=self._second_order,
+            independent=independent,
+            gate=self._gate,
+            # A buffer that the step has computed is there for the outer loss.
+            keep_graph=not self._second_order
+            and self.learn != "nothing"
+            and any(b.requires_grad for b in self._view.read_buffers().values()),
+        )
+        self._gate.closed = self._second_order
+        self._check_origin(found, leaves)
+        sparse = sparse_ones(found)
+        if nodes or sparse:
+            self._sparse |= sparse | sent_sparse(nodes, wanted)
         # Where none is sparse, `finish` need not look again.
         as_they_are = not sparse or self._optimizer.takes_sparse
         with self._users_code() if self._hooks or transform is not None else nullcontext():
@@ -764,6 +774,13 @@ class TrackedLoop:
                     "closure or an object that is not a module. Make that a method of the module, "
                     "or a submodule"
                 )
+
+
+def _grad_mode(enabled: bool) -> AbstractContextManager[object]:
+    """Switch recording on or off in a block; where it is so already, nothing is done."""
+    if torch.is_grad_enabled() is enabled:
+        return nullcontext()
+    return torch.set_grad_enabled(enabled)
 
 
 def graph_free(model: Model, *, keeps_statistics: bool, densely: bool) -> ModuleView:

@@ -45,4 +45,4 @@ def may_read_values(x: Tensor) -> bool:
 
     Under ``vmap`` a tensor has no single value, and while the compiler traces it has none at all.
     """
-    return x.device.type == "cpu" and not compiling() and not torch_private.inside_vmap()
+    return x.is_cpu and not compiling() and not torch_private.inside_vmap()

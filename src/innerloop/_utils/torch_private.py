@@ -588,8 +588,10 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> int:
         _global_optimizer_pre_hooks,
         _global_optimizer_post_hooks,
     )
-    hooks = [hook for table in tables if table for hook in table.values()]
-    return len([hook for hook in hooks if not isinstance(hook, OwnStepHook)])
+    if not any(tables):
+        return 0
+    hooks = [hook for table in tables for hook in table.values()]
+    return len([hook for hook in hooks if type(hook) is not OwnStepHook])
 
 
 def is_initialised(optimizer: torch.optim.Optimizer) -> bool:
@@ -862,6 +864,16 @@ TENSOR_TABLES = ("_parameters", "_buffers")
 """The attributes of a module that hold its own tensors."""
 REGISTRIES = (*TENSOR_TABLES, "_modules")
 """The attributes in which a module finds what it registers: ``getattr`` looks there last."""
+
+
+def lists_its_tables(module: nn.Module) -> bool:
+    """True if ``named_parameters`` and ``named_buffers`` list what stands in the tables."""
+    kind = type(module)
+    return (
+        kind.named_modules is nn.Module.named_modules
+        and kind._named_members is nn.Module._named_members
+        and "named_modules" not in vars(module)
+    )
 
 
 def parameter_table(module: nn.Module) -> dict[str, Tensor | None]:

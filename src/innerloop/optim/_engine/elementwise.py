@@ -13,9 +13,16 @@ from innerloop._types import Grads, Params, Scalar
 from innerloop._utils.execution import may_call_autograd
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Rule
-from innerloop.optim._engine.fused import Kernel
+from innerloop.optim._engine.fused import Kernel, step
 from innerloop.optim._engine.grads import by_step_count, which_have_gradient
-from innerloop.optim._engine.packing import FLAT_LIMIT, Layout, Packed, layout_of, zeros
+from innerloop.optim._engine.packing import (
+    FLAT_LIMIT,
+    Layout,
+    Packed,
+    layout_of,
+    lies_in,
+    zeros,
+)
 from innerloop.optim._engine.update import (
     advance,
     in_bucket,
@@ -121,6 +128,8 @@ class Elementwise(Rule):
     ) -> tuple[dict[str, Tensor], Any]:
         check_state(self, state, self.state_type)
         resolved = self.resolve(hyper)
+        if (found := self._at_once(grads, state, params, resolved)) is not None:
+            return found
         active = which_have_gradient(grads, params)
         lists = self._takes_lists(resolved)
         if (
@@ -159,6 +168,39 @@ class Elementwise(Rule):
                 new[name].append(tensor)
         slots = (repack(layout, flats, params) for flats in new.values())
         return new_params, self.state_type(advance(state.count, layout, active), *slots)
+
+    def _at_once(
+        self, grads: Grads, state: Any, params: Params, hyper: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Any] | None:
+        """Step all parameters as one operation, where the state has them side by side already.
+
+        What the other ways look up for each parameter at each step takes as long as a fifth of the
+        step of a small network.
+
+        Returns:
+            None where there is anything to look up.
+        """
+        slots = state[1:]
+        first = slots[0] if slots else None
+        if type(self).kernel is Elementwise.kernel or self.scalars or type(first) is not Packed:
+            return None
+        layout = first.layout
+        if (
+            len(layout) != 1
+            or not may_call_autograd()
+            or any(x is not None and getattr(x, "layout", None) is not layout for x in slots)
+            or not lies_in(layout[0], first.flats[0], params, grads)
+        ):
+            return None
+        fields = {
+            name: None if packed is None else packed.flats[0]
+            for name, packed in zip(self.slots(), slots, strict=True)
+        }
+        found = step(self, layout[0], grads, params, state.count, fields, hyper)
+        if found is None:
+            return None
+        new = (None if flat is None else Packed(layout, (flat,)) for flat in found[1].values())
+        return found[0], self.state_type(state.count + 1, *new)
 
     def _layout(
         self,

@@ -8,6 +8,7 @@ those of the rule's ``step``, bit for bit, and the derivatives are equal up to r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from innerloop._types import Grads, Params, Scalar
 from innerloop._utils import caches, torch_private
 from innerloop._utils.execution import may_call_autograd
-from innerloop.optim._engine.grads import is_sparse
 from innerloop.optim._engine.packing import Bucket
 
 Bars = tuple[Tensor, ...]
@@ -172,9 +172,12 @@ class _Step(torch.autograd.Function):
             of_flat = None  # what stands for it was empty
         back: list[Tensor | None] = [None] * (k + n)
         if any(needed[k : k + n]):
-            back[k:] = [
-                bar if bar is None or kernel.scale == 1 else bar * kernel.scale for bar in of_params
-            ]
+            scale = kernel.scale
+            back[k:] = (
+                of_params
+                if scale == 1
+                else [None if bar is None else bar * scale for bar in of_params]
+            )
         if not any(needed[:k]) and not any(needed[k + n :]):
             return (None, None, *back, *[None] * n)
         flat, *more = ctx.saved_tensors
@@ -184,7 +187,7 @@ class _Step(torch.autograd.Function):
         plain = (
             not torch.is_grad_enabled()
             and may_call_autograd()
-            and not any(bar is not None and torch_private.is_batched(bar) for bar in bars)
+            and not any(map(torch_private.is_batched, [bar for bar in bars if bar is not None]))
         )
         update = _joined(bucket, shaped, 0.0, plain)
         if plain:
@@ -223,14 +226,16 @@ def zero(like: Tensor) -> Tensor:
 
 def _padded(bucket: Bucket, tensors: Sequence[Tensor], value: float) -> list[Tensor]:
     """Return the tensors with what lies between them in the flat one."""
-    if not any(bucket.pads):
-        return list(tensors)
-    found = []
-    for tensor, pad in zip(tensors, bucket.pads, strict=True):
-        found.append(tensor)
-        if pad:
-            found.append(_constant(value, (pad,), tensor))
+    found = list(tensors)
+    for after, pad in _gaps(bucket.pads):
+        found.insert(after + 1, _constant(value, (pad,), tensors[0]))
     return found
+
+
+@functools.lru_cache(maxsize=512)
+def _gaps(pads: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Return after which tensors there is padding, and how much, from the last to the first."""
+    return tuple((i, pad) for i, pad in reversed(list(enumerate(pads))) if pad)
 
 
 def _joined(bucket: Bucket, tensors: Sequence[Tensor], value: float, plain: bool = True) -> Tensor:
@@ -262,20 +267,17 @@ def _split_differentiably(bucket: Bucket, flat: Tensor) -> list[Tensor]:
 
 
 def _without_pads(bucket: Bucket, pieces: Sequence[Tensor]) -> list[Tensor]:
-    if len(pieces) == len(bucket.names):
-        return list(pieces)
-    each = iter(pieces)
-    found = []
-    for pad in bucket.pads:
-        found.append(next(each))
-        if pad:
-            next(each)
+    found = list(pieces)
+    gaps = _gaps(bucket.pads)
+    for before, (after, _) in zip(reversed(range(len(gaps))), gaps, strict=True):
+        del found[after + 1 + before]
     return found
 
 
 def _filled(bucket: Bucket, bars: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
     """Return zeros where no gradient has arrived, and dense ones where a sparse one has."""
+    strided = torch.strided  # `is_sparse`, written out: this runs for each parameter at each step
     return [
-        like.new_zeros(shape) if bar is None else bar.to_dense() if is_sparse(bar) else bar
+        like.new_zeros(shape) if bar is None else bar if bar.layout == strided else bar.to_dense()
         for bar, shape in zip(bars, bucket.shapes, strict=True)
     ]

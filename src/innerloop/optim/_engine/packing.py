@@ -13,6 +13,7 @@ instead of one per tensor is what makes an unrolled Adam step cheap. Two rules k
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -105,6 +106,31 @@ def _build(
         )
         for group in members.values()
     )
+
+
+def lies_in(
+    bucket: Bucket, flat: Tensor, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None]
+) -> bool:
+    """True if ``bucket``, of which ``flat`` is a tensor, is all of `layout_of` these parameters.
+
+    Args:
+        bucket: the only one of a layout that was made for these names.
+        flat: a tensor of that bucket.
+        params: the parameters; those of half precision or of a class of their own are not told.
+        grads: a gradient, or None, for each.
+    """
+    names = bucket.names
+    if len(names) == 1 or not bucket.active or tuple(params) != names or len(grads) != len(names):
+        return False
+    shapes = list(bucket.shapes)
+    if list(map(_SHAPE, params.values())) != shapes:
+        return False
+    if [getattr(grads.get(name), "shape", None) for name in names] != shapes:
+        return False
+    return set(map(_PLACE, params.values())) == {(flat.dtype, flat.device)}
+
+
+_SHAPE, _PLACE = operator.attrgetter("shape"), operator.attrgetter("dtype", "device")
 
 
 def _padding(shape: torch.Size, dtype: torch.dtype) -> int:

@@ -33,6 +33,7 @@ class FromTorch(Optimizer):
         stepped = [p for group in self._groups() for p in group["params"]]
         self._stepped = stepped
         self._rules = [_rule_class(opt) for opt in self._optimizers for _ in opt.param_groups]
+        self._read: list[dict[str, Any]] = []
         self._settings: list[dict[str, Any]] = []
         self.members: tuple[Rule, ...]
         self.refresh()
@@ -60,6 +61,9 @@ class FromTorch(Optimizer):
     def refresh(self) -> None:
         """Read the settings of the param groups again (a scheduler may have changed them)."""
         groups = self._groups()
+        if len(groups) == len(self._read) and all(map(_identical, groups, self._read)):
+            return
+        self._read = [dict(group) for group in groups]
         if len(groups) == len(self._settings) and all(map(_same, groups, self._settings)):
             return
         self._settings = [{k: v for k, v in group.items() if k not in _NAMES} for group in groups]
@@ -389,8 +393,9 @@ def _build(rule: type[Rule], group: Mapping[str, Any], defaults: Mapping[str, An
         for v in settings.values()
     ):
         return _made(rule, group, settings)
-    # Told apart by how they are written: 1, 1.0 and True are equal.
-    key = rule, repr(settings)
+    # With their types: 1, 1.0 and True are equal.
+    values = tuple(settings.values())
+    key = rule, tuple(settings), tuple(map(type, values)), values
     found = _built.get(key)
     if found is None:
         if len(_built) > 512:
@@ -409,6 +414,11 @@ def _made(rule: type[Rule], group: Mapping[str, Any], settings: Mapping[str, Any
                 f"at {key}={default!r}"
             )
     return rule(**{k: v for k, v in settings.items() if k in names})
+
+
+def _identical(group: Mapping[str, Any], read: Mapping[str, Any]) -> bool:
+    """True if a group holds the very objects that were read."""
+    return group.keys() == read.keys() and all(map(operator.is_, group.values(), read.values()))
 
 
 def _same(group: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
