@@ -83,11 +83,11 @@ untyped: $(DEV_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) $(PYTEST_ARGS)
 
 slow: $(DEV_READY)  ## the tests that take more than ten seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and compiled" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and traced" $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --types=all -m "slow and not compiled" $(PYTEST_ARGS)
 
-compiled: $(DEV_READY)  ## every test that compiles, all of it with inductor: most of an hour
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled" $(PYTEST_ARGS)
+compiled: $(DEV_READY)  ## every test that generates code, with inductor: most of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) -m "compiled and not traced" $(PYTEST_ARGS)
 
 fuzz: $(DEV_READY)  ## random trainings against finite differences of plain torch; FUZZ_ARGS="--seed 3"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 20000 $(FUZZ_ARGS)

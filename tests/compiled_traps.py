@@ -526,7 +526,7 @@ def _(strategy: Strategy) -> Any:
     return gradients(strategy, loss, batches=[x.clone() for x in data()])
 
 
-@trap("views")
+@trap("views", inductor=True)
 def _(strategy: Strategy) -> Any:
     def loss(p: Any, h: Any, x: Tensor) -> Tensor:
         w = p["w"].t()[:, 1:].reshape(-1).view(4, 2)
@@ -535,7 +535,7 @@ def _(strategy: Strategy) -> Any:
     return gradients(strategy, loss)
 
 
-@trap("tied weights")
+@trap("tied weights", inductor=True)
 def _(strategy: Strategy) -> Any:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -594,7 +594,7 @@ def _(strategy: Strategy) -> Any:
     )
 
 
-@trap("normalize of a row of zeros")
+@trap("normalize of a row of zeros", inductor=True)
 def _(strategy: Strategy) -> Any:
     return gradients(
         strategy,
@@ -666,7 +666,7 @@ def _(strategy: Strategy) -> Any:
     return gradients(strategy, loss)
 
 
-@trap("half precision")
+@trap("half precision", inductor=True)
 def _(strategy: Strategy) -> Any:
     params = {n: p.bfloat16() for n, p in weights().items()}
     with warnings.catch_warnings():

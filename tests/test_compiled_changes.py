@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 from torch.nn.modules import module as all_modules
 
 import innerloop
@@ -26,6 +25,7 @@ from innerloop._utils import compiling
 from innerloop._utils.definitions import Definitions
 from innerloop.strategy import Strategy
 from innerloop.strategy._engine.compiled_step import _cores
+from tests.backends import trace_only
 from tests.oracles import smooth_noise
 
 pytestmark = [
@@ -34,12 +34,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute"),  # other threads take filters away
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
-compiled = pytest.mark.compiled
+
+
+def compiled(test: Any) -> Any:
+    """Mark a test that compiles; the fixture below lets PyTorch trace only."""
+    return pytest.mark.compiled(pytest.mark.traced(test))
 
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    trace_only(monkeypatch)
 
 
 class Small(nn.Module):

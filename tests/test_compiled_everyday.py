@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo import lookup_backend
 
 import innerloop
-from innerloop._utils import compiling
+from tests.backends import trace_only
 from tests.compiled_everyday import LOSSES, RULES, found_by
 
 pytestmark = [
@@ -22,12 +21,11 @@ ROUTES = {
     "whole": (innerloop.StoreAll(), True),
 }
 ONE_RULE = [(name, list(RULES)[i % len(RULES)]) for i, name in enumerate(LOSSES)]
-ALL_RULES = [(name, rule) for name in LOSSES for rule in RULES]
 
 
 def check(name: str, rule: str, route: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend != "inductor":
-        monkeypatch.setattr(compiling, "BACKEND", lookup_backend(backend))
+        trace_only(monkeypatch)
     torch.compiler.reset()
     expected = found_by(LOSSES[name](), rule, innerloop.StoreAll())
     strategy, whole = ROUTES[route]
@@ -47,23 +45,29 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize(("name", "rule"), ONE_RULE)
-def test_one_rule(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(name, rule, "StoreAll", "aot_eager", monkeypatch)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("route", ["Checkpointed", "whole"])
+@pytest.mark.traced
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("name", "rule"), ONE_RULE)
-def test_one_rule_by_another_route(
-    name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_rule_traced(name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(name, rule, route, "aot_eager", monkeypatch)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(("name", "rule"), ALL_RULES)
+@pytest.mark.parametrize(
+    ("name", "rule", "route"),
+    [
+        pytest.param(
+            name,
+            rule,
+            route,
+            # The test command runs one rule for each loss.
+            marks=[] if (name, rule) in ONE_RULE and route == "StoreAll" else pytest.mark.slow,
+        )
+        for name in LOSSES
+        for rule in RULES
+        for route in ROUTES
+    ],
+)
 def test_every_rule_with_inductor(
     name: str, rule: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 
 import innerloop
-from innerloop._utils import compiling
 from innerloop._utils.compiling import CodePath
 from innerloop._utils.traced import Traced, names_of
 from innerloop.strategy._engine import compiled_step
 from innerloop.strategy._engine.compiled_pullback import CompiledPullback
+from tests.backends import trace_only
 
 pytestmark = [
     pytest.mark.compiled,
+    pytest.mark.traced,
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
 ]
 STEPS = 3
@@ -29,7 +29,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    trace_only(monkeypatch)
 
 
 def weights() -> dict[str, Tensor]:

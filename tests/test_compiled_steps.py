@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 
 import innerloop
 from innerloop import Checkpointed, StoreAll
@@ -21,6 +20,7 @@ from innerloop._utils import compiling, torch_private
 from innerloop.strategy import Strategy
 from innerloop.strategy._engine.compiled_step import _check_step
 from innerloop.strategy._engine.step_pullback import State
+from tests.backends import generates_code, trace_only
 from tests.oracles import smooth_noise
 from tests.strategies import OUTER, SAVED, batches, hyper, problem, seen, start
 
@@ -45,9 +45,9 @@ INDUCTOR = {
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace without generating code, but for a few tests; `make compiled` generates it for all."""
-    chosen = request.config.getoption("markexpr") == "compiled"
+    chosen = generates_code(request.config)
     if not chosen and (request.node.originalname not in INDUCTOR or "adam" in request.node.name):
-        monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+        trace_only(monkeypatch)
 
 
 def gradients(strategy: Strategy, learned: innerloop.Problem) -> Any:
@@ -124,7 +124,7 @@ def test_the_mixed_product_compiled():
 
 def test_forward_mode_works_after_a_compilation_that_failed(monkeypatch: pytest.MonkeyPatch):
     """PyTorch's compiler cannot push a tangent through ``w.T`` (2.13)."""
-    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    trace_only(monkeypatch)
     x = torch.ones(5, 3)
     transposed = innerloop.Problem(
         lambda p, h, b: (x @ p["w"].T).tanh().square().sum(), innerloop.optim.sgd(lr=0.1)

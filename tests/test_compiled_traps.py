@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo import lookup_backend
 
 import innerloop
-from innerloop._utils import compiling
 from innerloop.strategy import Strategy
+from tests.backends import trace_only
 from tests.compiled_traps import (
     COMPILES,
     FOREIGN,
@@ -59,13 +58,14 @@ def leaves(found: Any) -> list[torch.Tensor]:
 
 @pytest.fixture
 def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    trace_only(monkeypatch)
 
 
 def each(traps: list[Trap]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("trap", traps, ids=lambda trap: trap.name)
 
 
+@pytest.mark.traced
 @pytest.mark.usefixtures("aot_eager")
 @each([trap for trap in TRAPS if not trap.inductor])
 def test_a_trap(trap: Trap) -> None:
@@ -73,6 +73,7 @@ def test_a_trap(trap: Trap) -> None:
 
 
 @pytest.mark.slow  # by default, they run with inductor alone
+@pytest.mark.traced
 @pytest.mark.usefixtures("aot_eager")
 @each([trap for trap in TRAPS if trap.inductor])
 def test_a_trap_that_inductor_compiles(trap: Trap) -> None:
@@ -80,31 +81,38 @@ def test_a_trap_that_inductor_compiles(trap: Trap) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.traced
 @pytest.mark.usefixtures("aot_eager")
 @each(TRAPS)
 def test_a_trap_replayed(trap: Trap) -> None:
     check(trap, REPLAY)
 
 
-@each([trap for trap in TRAPS if trap.inductor])
-def test_a_trap_with_inductor(trap: Trap) -> None:
-    check(trap, STORE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", [STORE, REPLAY], ids=repr)
-@each(TRAPS)
-def test_every_trap_with_inductor(trap: Trap, strategy: Strategy) -> None:
+@pytest.mark.parametrize(
+    ("trap", "strategy"),
+    [
+        pytest.param(
+            trap,
+            strategy,
+            id=f"{trap.name}-{strategy!r}",
+            marks=[] if trap.inductor and strategy is STORE else pytest.mark.slow,
+        )
+        for trap in TRAPS
+        for strategy in (STORE, REPLAY)
+    ],
+)
+def test_a_trap_with_inductor(trap: Trap, strategy: Strategy) -> None:
     check(trap, strategy)
 
 
 def test_there_are_forty_traps() -> None:
     assert len(TRAPS) >= 40
     assert sum(trap.kind != "" for trap in TRAPS) >= 12
-    assert sum(trap.inductor for trap in TRAPS) >= 6
+    assert sum(trap.inductor for trap in TRAPS) >= 10
     assert len({trap.name for trap in TRAPS}) == len(TRAPS)
 
 
+@pytest.mark.traced
 @pytest.mark.usefixtures("aot_eager")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("route", [STORE, REPLAY, None], ids=str)

@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 from torch.nn import functional as F
 
 import innerloop
 from innerloop._metagradient.tasks import _mixed
-from innerloop._utils import compiling
+from tests.backends import trace_only
 from tests.oracles import smooth_noise
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -419,7 +418,7 @@ def test_what_is_drawn_in_place_belongs_to_the_task(name: str) -> None:
 @pytest.mark.compiled
 def test_a_new_tensor_in_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """There the operations are not replaced, and the compiler must not follow the question."""
-    monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+    trace_only(monkeypatch)
     one = _adapted(nn.Linear(3, 3), lambda model, x: (model(x) * x.new_empty(3).fill_(2)).sum())
     data = smooth_noise(4, 6, 3)
     found = innerloop.map_tasks(one, data, compile=True)

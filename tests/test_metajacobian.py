@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo import lookup_backend
 
 import innerloop
-from innerloop._utils import compiling
 from innerloop.inspect import metajacobian
+from tests.backends import generates_code, trace_only
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -130,9 +129,9 @@ def test_compiled_pullbacks_of_many_outcomes(
     chunk: int | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adam, whose state has zeros behind the last step, dropout, and a learned rate."""
-    if request.config.getoption("markexpr") != "compiled":
+    if not generates_code(request.config):
         # `make compiled` generates code.
-        monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+        trace_only(monkeypatch)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Dropout(0.4), nn.Linear(4, 3)).float()
     x = torch.randn(6, 2, dtype=torch.float32)

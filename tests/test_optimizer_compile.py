@@ -74,12 +74,14 @@ def check(rule: Rule, settings: dict[str, Any], backend: str, tolerance: float) 
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.traced
 @cases(lambda rule: [rule.typical, covering(rule)[1]], always=1)
 def test_compiled_meta_gradient_is_the_eager_one(rule: Rule, settings: dict[str, Any]):
     check(rule, settings, "aot_eager", 1e-12)
 
 
 @pytest.mark.slow
+@pytest.mark.traced
 @cases(lambda rule: [settings for settings in accepted(rule) if settings != covering(rule)[1]])
 def test_compiled_meta_gradient_is_the_eager_one_in_every_setting(
     rule: Rule, settings: dict[str, Any]
@@ -96,6 +98,7 @@ def test_meta_gradient_compiled_by_inductor_is_the_eager_one(rule: Rule):
     check(rule, rule.typical, "inductor", 1e-10)
 
 
+@pytest.mark.traced
 @each_rule()
 def test_a_compiled_update_is_not_compiled_anew_at_every_step(rule: Rule):
     """A state is carried from call to call; its step count becomes data as soon as it changes.

@@ -586,6 +586,7 @@ def check_compiled(name: str, settings: dict[str, Any], backend: str, tolerance:
 
 
 @pytest.mark.compiled
+@pytest.mark.traced
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_compiled_meta_gradient_is_the_eager_one(name: str):
     check_compiled(name, EACH[name][1], "aot_eager", 1e-12)
@@ -593,6 +594,7 @@ def test_compiled_meta_gradient_is_the_eager_one(name: str):
 
 @pytest.mark.slow
 @pytest.mark.compiled
+@pytest.mark.traced
 @pytest.mark.parametrize(
     ("name", "settings"),
     [*(("adafactor", s) for s in ADAFACTOR), *(("muon", s) for s in MUON)],

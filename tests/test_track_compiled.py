@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo import lookup_backend
 from torch.nn import functional as F
 
 import innerloop
@@ -20,6 +19,7 @@ from innerloop import Checkpointed, InvalidInputError
 from innerloop._track.compiled import _compiled
 from innerloop._utils import compiling, torch_private
 from innerloop.strategy import Strategy
+from tests.backends import generates_code, trace_only
 from tests.networks import adam, leaf, network, sgd
 from tests.oracles import smooth_noise
 from tests.situations import SEED, SITUATIONS, Situation
@@ -48,9 +48,9 @@ INDUCTOR = {"test_a_fresh_lambda_at_each_step_is_compiled_once"}
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace without generating code; `make compiled` generates it for some."""
-    chosen = request.config.getoption("markexpr") == "compiled"
+    chosen = generates_code(request.config)
     if not chosen or request.node.originalname not in INDUCTOR:
-        monkeypatch.setattr(compiling, "BACKEND", lookup_backend("aot_eager"))
+        trace_only(monkeypatch)
 
 
 def compilations() -> list[tuple[int, int]]:
@@ -109,6 +109,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize(
     "situation",
     [

@@ -750,3 +750,23 @@ def test_an_outer_gradient_that_is_not_finite_is_named(learn: Any) -> None:
         outer = loop.model.w.sum()
     with pytest.raises(innerloop.NonFiniteError, match="second derivative"):
         outer.backward()
+
+
+@pytest.mark.parametrize("learn", ["init", "outer"])
+@pytest.mark.parametrize("rule", [innerloop.optim.sgd(lr=0.1), innerloop.optim.adam(lr=0.1)])
+def test_an_outer_gradient_that_is_not_finite_names_its_parameter(rule: Any, learn: Any) -> None:
+    """Of parameters that do not depend on each other, the one whose gradient it is."""
+    models = {"good": nn.Linear(1, 2, bias=False), "bad": nn.Linear(1, 2, bias=False)}
+    scale = torch.ones((), requires_grad=True)
+    with innerloop.track(models, rule, learn=learn) as loop:
+        for _ in range(3):
+            weights = [module.weight for module in loop.model.values()]
+            loop.step(scale * sum(w.square().sum() for w in weights))
+        last = loop.parameters()
+        outer = last["good.weight"].sum() + (last["bad.weight"] * 0).sqrt().sum()
+    goal = [scale] if learn == "outer" else list(models["bad"].parameters())
+    with pytest.raises(innerloop.NonFiniteError, match=r"arrives at 'bad\.weight' is not finite"):
+        torch.autograd.grad(outer, goal, retain_graph=True)
+    if learn == "init":
+        (found,) = torch.autograd.grad(outer, list(models["good"].parameters()))
+        assert found.isfinite().all()

@@ -38,6 +38,7 @@ from innerloop._track.cut import GraphCut
 from innerloop._track.replay import StandIn
 from innerloop._track.start import (
     Learn,
+    Look,
     Model,
     TorchOptimizer,
     check_params,
@@ -45,6 +46,7 @@ from innerloop._track.start import (
     checked_hyper,
     pure_optimizer,
     time_zero,
+    watch,
 )
 from innerloop._trajectory import Trajectory
 from innerloop._types import Grads, Params
@@ -152,7 +154,7 @@ class TrackedLoop:
         self._has_left = False
         self._place()
         if self._second_order and learn == "init":
-            self._watch(start)
+            watch(start, self._look())
         copies = self._view.copies_of_buffers()
         if learn == "nothing":
             copies = {name: b.detach() for name, b in copies.items()}
@@ -365,7 +367,7 @@ class TrackedLoop:
             kernels.after_first_step()
             if self.learn == "outer":
                 newest = self._view.read()
-                self._watch({name: newest[name] for name in self._trained})
+                watch({name: newest[name] for name in self._trained}, self._look())
         elif self._steps == 2 and not self._edits.seen:
             kernels.stop_watching()
             self._edits.forget()
@@ -658,21 +660,21 @@ class TrackedLoop:
             if isinstance(current[name], Tensor) and not is_finite(current[name]):
                 raise NonFiniteError(self.not_finite(f"parameter {name!r} of loop.model"))
 
-    def _watch(self, params: Params) -> None:
-        """Look once at the outer gradient, where it arrives at ``params``."""
+    def _look(self) -> Look:
+        """Return what looks once at the outer gradients that arrive at parameters."""
         # The graph must not hold the loop, which holds the graph.
         this = weakref.ref(self)
 
-        def look(name: str, grads: Sequence[Tensor | None]) -> None:
-            if not all_finite(g for g in grads if g is not None):
-                loop, what = this(), f"the outer gradient that arrives at {name!r}"
-                raise NonFiniteError(
-                    f"{what} is not finite" if loop is None else loop.not_finite(what)
-                )
+        def look(names: Sequence[str | None], grads: Sequence[Tensor | None]) -> None:
+            if all_finite(g for g in grads if g is not None):
+                return
+            pairs = zip(names, grads, strict=False)
+            wrong = (n for n, g in pairs if n is not None and g is not None and not is_finite(g))
+            name = next(wrong, next(filter(None, names), None))
+            loop, what = this(), f"the outer gradient that arrives at {name!r}"
+            raise NonFiniteError(f"{what} is not finite" if loop is None else loop.not_finite(what))
 
-        for name, p in params.items():
-            if p.grad_fn is not None:
-                p.grad_fn.register_prehook(partial(look, name))
+        return look
 
     def not_finite(self, what: str) -> str:
         """Say which step was the first after which parameters are not finite."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from innerloop._module.checks import check_names
 from innerloop._problem import hyper_names, rules_of
@@ -108,6 +110,21 @@ def check_params(given: Params, own: Params) -> None:
                 f"params[{name!r}] has dtype {tensor.dtype}, the model's parameter "
                 f"{own[name].dtype}: give all parameters in one dtype"
             )
+
+
+Look = Callable[[Sequence[str | None], Sequence[Tensor | None]], None]
+"""Looks at the outer gradients that arrive at a node: the names of its results, and the gradients.
+"""
+
+
+def watch(params: Params, look: Look) -> None:
+    """Let ``look`` see the outer gradients where they arrive at ``params``."""
+    names: dict[Node, dict[int, str]] = {}
+    for name, p in params.items():
+        if p.grad_fn is not None:
+            names.setdefault(p.grad_fn, {})[p.output_nr] = name
+    for node, found in names.items():
+        node.register_prehook(partial(look, [found.get(i) for i in range(max(found) + 1)]))
 
 
 def time_zero(

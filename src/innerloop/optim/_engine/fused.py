@@ -8,7 +8,6 @@ those of the rule's ``step``, bit for bit, and the derivatives are equal up to r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -232,10 +231,20 @@ def _padded(bucket: Bucket, tensors: Sequence[Tensor], value: float) -> list[Ten
     return found
 
 
-@functools.lru_cache(maxsize=512)
+_known_gaps: MutableMapping[tuple[int, ...], tuple[tuple[int, int], ...]] = caches.cache(
+    "places of padding"
+)
+
+
 def _gaps(pads: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Return after which tensors there is padding, and how much, from the last to the first."""
-    return tuple((i, pad) for i, pad in reversed(list(enumerate(pads))) if pad)
+    found = _known_gaps.get(pads)
+    if found is None:
+        if len(_known_gaps) > 512:
+            _known_gaps.clear()
+        found = tuple((i, pad) for i, pad in reversed(list(enumerate(pads))) if pad)
+        _known_gaps[pads] = found
+    return found
 
 
 def _joined(bucket: Bucket, tensors: Sequence[Tensor], value: float, plain: bool = True) -> Tensor:
