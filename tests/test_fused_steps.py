@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import innerloop
 from innerloop import optim
+from innerloop._utils import tree
 from innerloop.optim._base import Rule
 from innerloop.optim._engine import fused
 from innerloop.optim._engine.elementwise import Elementwise
-from innerloop.optim._engine.packing import lies_in
+from innerloop.optim._engine.packing import is_whole
 
 # A rule with a kernel is enrolled by one entry.
 RULES: dict[str, Callable[[], optim.Optimizer]] = {
@@ -248,16 +249,30 @@ def test_what_is_looked_up_for_each_parameter_is_left_out_only_where_nothing_dif
     params, grads, *_ = drawn(SHAPES["padded"])
     state = rule.init(params)
     (bucket,), (flat,) = state.mu.layout, state.mu.flats
-    assert lies_in(bucket, flat, params, grads)
+    assert is_whole(bucket, flat, params, grads)
     turned = dict(reversed(params.items()))
-    assert not lies_in(bucket, flat, turned, grads)
-    assert not lies_in(bucket, flat, params, {**grads, "1": None})
-    assert not lies_in(bucket, flat, params, {n: g for n, g in grads.items() if n != "1"})
-    assert not lies_in(bucket, flat, params, {**grads, "more": grads["0"]})
-    assert not lies_in(bucket, flat, params, {**grads, "1": grads["1"][:1]})
-    assert not lies_in(bucket, flat, {**params, "1": params["1"].float()}, grads)
-    assert not lies_in(bucket, flat, {**params, "1": params["1"].to("meta")}, grads)
-    assert not lies_in(bucket._replace(active=False), flat, params, grads)
+    assert not is_whole(bucket, flat, turned, grads)
+    assert not is_whole(bucket, flat, params, {**grads, "1": None})
+    assert not is_whole(bucket, flat, params, {n: g for n, g in grads.items() if n != "1"})
+    assert not is_whole(bucket, flat, params, {**grads, "more": grads["0"]})
+    assert not is_whole(bucket, flat, params, {**grads, "1": grads["1"][:1]})
+    assert not is_whole(bucket, flat, {**params, "1": params["1"].float()}, grads)
+    assert not is_whole(bucket, flat, {**params, "1": params["1"].to("meta")}, grads)
+    assert not is_whole(bucket._replace(active=False), flat, params, grads)
+    assert not is_whole(bucket, flat, params, grads, limit=0)
+
+    # Of equal shapes, the order alone differs.
+    alike, slopes, *_ = drawn([(2,), (2,)])
+    other = dict(reversed(alike.items()))
+    after = rule.init(alike)
+    assert not is_whole(after.mu.layout[0], after.mu.flats[0], other, slopes)
+    assert list(rule.update(slopes, after, other)[0]) == list(other)
+
+    # A state that was made for another dtype has other padding.
+    single = {n: p.detach().float() for n, p in params.items()}
+    doubled = tree.map_tensors(Tensor.double, rule.init(single))
+    assert not is_whole(doubled.mu.layout[0], doubled.mu.flats[0], params, grads)
+    assert rule.update(grads, doubled, params)[1].mu.layout == (bucket,)
 
     at_once = rule.update(grads, state, params)
     with monkeypatch.context() as patch:
@@ -281,9 +296,12 @@ def test_what_is_looked_up_for_each_parameter_is_left_out_only_where_nothing_dif
         rule.update({**grads, "more": grads["0"]}, state, params)
     with pytest.raises(innerloop.InvalidInputError, match="has shape"):
         rule.update({**grads, "1": grads["1"][:1]}, state, params)
-    alone = optim.groups({"*": rule})
+    theirs = [nn.Parameter(p.detach()) for p in params.values()]
+    alone = optim.from_torch(torch.optim.Adam(theirs), dict(zip(params, theirs, strict=True)))
     with pytest.raises(innerloop.InvalidInputError, match="gradients for"):
         alone.update({**grads, "more": grads["0"]}, alone.init(params), params)
+    with pytest.raises(innerloop.InvalidInputError, match="was given a state of type"):
+        alone.update(grads, state, params)
 
 
 def halved(base: Any) -> Any:

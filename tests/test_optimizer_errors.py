@@ -165,3 +165,23 @@ def test_arguments_of_the_wrong_kind():
         optim.groups([optim.sgd()])  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"ns_steps=2\.5.*integer"):
         optim.muon(ns_steps=2.5)  # type: ignore[arg-type]
+
+
+def test_a_group_of_all_parameters_deals_out_as_any_other_does() -> None:
+    """To an optimizer of the user's own, that relies on it."""
+
+    class Mine(optim.Optimizer):
+        def init(self, params: Any) -> Any:
+            return ()
+
+        def update(self, grads: Any, state: Any, params: Any, hyper: Any = None) -> Any:
+            assert list(grads) == list(params)
+            return {n: p - grads[n] for n, p in params.items() if grads[n] is not None}, state
+
+    params = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+    group = optim.groups({"*": Mine()})
+    state = group.init(params)
+    new, _ = group.update({"b": torch.tensor(0.5)}, state, params)
+    assert {n: p.item() for n, p in new.items()} == {"a": 1.0, "b": 1.5}
+    with pytest.raises(InvalidInputError, match="gradients for"):
+        group.update({"b": torch.tensor(0.5), "c": torch.tensor(0.5)}, state, params)

@@ -748,6 +748,9 @@ def test_the_methods_that_list_the_tables_of_a_module():
     assert not torch_private.lists_its_tables(Members(2, 1))
     module.named_modules = lambda *args, **kwargs: iter(())  # type: ignore[method-assign]
     assert not torch_private.lists_its_tables(module)
+    module = torch.nn.Linear(2, 1)
+    module._named_members = lambda *args, **kwargs: iter(())  # type: ignore[method-assign]
+    assert not torch_private.lists_its_tables(module)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import re
 from collections.abc import Callable
 from functools import partial
@@ -991,3 +992,24 @@ def test_a_recorded_edit_by_the_weight_itself_goes_on(optimizer: str) -> None:
             return torch.autograd.grad(loop.model(), list(model.parameters()))
 
     torch.testing.assert_close(run(False), run(True), rtol=1e-12, atol=1e-12)
+
+
+def test_an_optimizer_that_writes_to_what_it_is_given_leaves_the_history_alone():
+    """It may not do so; the earlier times stay as they were all the same."""
+
+    class Writing(innerloop.optim.Optimizer):
+        def init(self, params: Any) -> Any:
+            return ()
+
+        def update(self, grads: Any, state: Any, params: Any, hyper: Any = None) -> Any:
+            for name, g in grads.items():
+                params[name] = params[name] - 0.1 * g
+            return params, state
+
+    model = network()
+    with innerloop.track(model, Writing()) as loop:
+        for t in range(3):
+            loop.step(regression(loop.model, t))
+    weights = [loop.parameters(t)["body.weight"] for t in range(4)]
+    assert torch.equal(weights[0], model.body.weight)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))

@@ -198,6 +198,27 @@ def test_nothing_needs_the_same_memory_for_any_number_of_steps(
     assert len(loop.trajectory.losses) == 600
 
 
+@pytest.mark.parametrize("kind", ["closure", "grad_callback"])
+@pytest.mark.parametrize("way", ["nothing", "detach"])
+def test_what_no_gradient_needs_is_gone_after_the_step(way: str, kind: str):
+    """Also where the user's code runs inside of a step."""
+    model = Network()
+    seen: list[weakref.ref[Tensor]] = []
+    with innerloop.track(
+        model, adam(model), learn="nothing" if way == "nothing" else "init"
+    ) as loop:
+        for t in range(6):
+            seen.append(weakref.ref(loop.model.body.weight))
+            if kind == "closure":
+                loop.step(lambda t=t: loss_of(loop.model, t))
+            else:
+                loop.step(loss_of(loop.model, t), grad_callback=lambda grads: grads)
+            if way == "detach":
+                loop.detach()
+        gc.collect()
+        assert sum(reference() is not None for reference in seen) <= 2
+
+
 def test_init_needs_more_with_every_step():
     """So that the test above can fail."""
     model = Network()

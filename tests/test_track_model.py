@@ -628,6 +628,21 @@ def test_a_buffer_that_is_written_and_used_in_one_forward_pass(steps: int, bridg
 # -- names -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keys", [(0, 1), ("", "b"), (False, "x")])
+def test_every_key_of_a_dict_of_modules_is_part_of_the_names(keys: Any):
+    models: Any = {key: nn.Linear(1, 1, bias=False) for key in keys}
+    for model in models.values():
+        nn.init.ones_(model.weight)
+    names = [f"{key}.weight" for key in keys]
+    rule = innerloop.optim.groups(
+        {names[0]: innerloop.optim.sgd(lr=0.1), "*": innerloop.optim.sgd(lr=0.0)}
+    )
+    with innerloop.track(models, rule) as loop:
+        loop.step(sum(m.weight.square().sum() for m in loop.model.values()))
+        assert list(loop.parameters()) == names
+    assert [p.item() for p in loop.parameters().values()] == pytest.approx([0.8, 1.0])
+
+
 def test_two_parameters_of_one_name_are_refused():
     models = {"a": nn.ModuleDict({"b": nn.Linear(2, 1)}), "a.b": nn.Linear(2, 1)}
     with pytest.raises(innerloop.InvalidInputError, match=r"called 'a\.b\.weight'"):

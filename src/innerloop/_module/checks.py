@@ -244,9 +244,11 @@ def standing_in(
 
 def in_tables(model: nn.Module | Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """List the modules of a tree, each once, without a method that a user's class may override."""
-    top = {"": model} if isinstance(model, nn.Module) else model
     seen: set[int] = set()
-    stack = [(f"{key}." if key else "", module) for key, module in reversed(list(top.items()))]
+    if isinstance(model, nn.Module):
+        stack = [("", model)]
+    else:
+        stack = [(f"{key}.", module) for key, module in reversed(list(model.items()))]
     while stack:
         prefix, found = stack.pop()
         module = torch_private.uncompiled(found)

@@ -161,7 +161,6 @@ class TrackedLoop:
         self._view.write_buffers(copies)
         state = self._optimizer.init({name: own[name] for name in self._names})
         self._buffers = BufferSnapshots(self._view, self._second_order)
-        self._marked: list[Params] = []
         self._states = {0: Carry(self._view.read(), state, self._buffers.take(), None)}
         self._steps = 0
         self._losses: list[Tensor] = []
@@ -203,9 +202,7 @@ class TrackedLoop:
         if self._kernels is not None:
             self._kernels.leave()
         handed_out = self._edits.stop()
-        for params in (*self._marked, self._states[self._steps].params):
-            as_plain(params)
-        self._marked.clear()
+        as_plain(self._states[self._steps].params)
         if self._grad_mode is not None:
             self._grad_mode.__exit__(kind, error, traceback)
             self._grad_mode = None
@@ -276,14 +273,14 @@ class TrackedLoop:
                 # None of the user's code runs from here on, and operations on plain tensors cost
                 # less.
                 as_plain(current)
-            else:
-                self._marked.append(current)
             try:
                 number = self._step(loss, closure, current, hyper, transform)
             except BaseException:
                 if self._kernels is not None:
                     self._placed.mark()
                 raise
+            if closure is not None or transform is not None:
+                as_plain(current)
         if self._kernels is not None and self._steps <= 2:
             self._decide_on_watching(self._kernels)
         return number
@@ -327,7 +324,9 @@ class TrackedLoop:
                 own = self._aliased_hyper(hyper or {})
                 overrides = {**self.hyper, **own, **(hyper or {})}
                 params = (
-                    current if self._steps_all else {name: current[name] for name in self._names}
+                    dict(current)
+                    if self._steps_all
+                    else {name: current[name] for name in self._names}
                 )
                 more: dict[str, Any] = {}
                 if closure is not None and self._optimizer.needs_closure:

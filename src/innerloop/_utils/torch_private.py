@@ -872,7 +872,7 @@ def lists_its_tables(module: nn.Module) -> bool:
     return (
         kind.named_modules is nn.Module.named_modules
         and kind._named_members is nn.Module._named_members
-        and "named_modules" not in vars(module)
+        and vars(module).keys().isdisjoint(("named_modules", "_named_members"))
     )
 
 

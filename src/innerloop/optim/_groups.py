@@ -51,11 +51,6 @@ class PerGroup:
     ) -> tuple[dict[str, Tensor], GroupsState]:
         """Update the parameters of each member by its own rule: ``(new_params, new_state)``."""
         check_state(members, state, GroupsState)
-        if len(members) == 1 and list(params) == names[0]:
-            # Nothing is to be dealt out: the one member checks the names itself.
-            (values,) = split_hyper(hyper, members, names)
-            updated, alone = members[0].update(grads, state.members[0], params, values)
-            return updated, GroupsState((alone,))
         if unknown := [name for name in grads if name not in params]:
             raise InvalidInputError(
                 f"gradients for {unknown} but the parameters are {list(params)}"

@@ -19,8 +19,8 @@ from innerloop.optim._engine.packing import (
     FLAT_LIMIT,
     Layout,
     Packed,
+    is_whole,
     layout_of,
-    lies_in,
     zeros,
 )
 from innerloop.optim._engine.update import (
@@ -189,7 +189,7 @@ class Elementwise(Rule):
             len(layout) != 1
             or not may_call_autograd()
             or any(x is not None and getattr(x, "layout", None) is not layout for x in slots)
-            or not lies_in(layout[0], first.flats[0], params, grads)
+            or not is_whole(layout[0], first.flats[0], params, grads, self._limit(hyper))
         ):
             return None
         fields = {
@@ -209,9 +209,11 @@ class Elementwise(Rule):
         active: Mapping[str, bool] | None = None,
         ages: Mapping[str, int] | None = None,
     ) -> Layout:
-        return layout_of(
-            params, active, ages, self.flat_limit if self.packs_small_params(hyper) else 0
-        )
+        return layout_of(params, active, ages, self._limit(hyper))
+
+    def _limit(self, hyper: Mapping[str, Any]) -> int:
+        """Return how large a parameter may be to lie beside others."""
+        return self.flat_limit if self.packs_small_params(hyper) else 0
 
     def _takes_lists(self, hyper: Mapping[str, Any]) -> bool:
         """True if the rule has `step_lists`, and nothing looks closer than autograd does."""

@@ -108,16 +108,21 @@ def _build(
     )
 
 
-def lies_in(
-    bucket: Bucket, flat: Tensor, params: Mapping[str, Tensor], grads: Mapping[str, Tensor | None]
+def is_whole(
+    bucket: Bucket,
+    flat: Tensor,
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor | None],
+    limit: int = FLAT_LIMIT,
 ) -> bool:
-    """True if ``bucket``, of which ``flat`` is a tensor, is all of `layout_of` these parameters.
+    """True if ``bucket`` alone is what `layout_of` returns for these parameters.
 
     Args:
-        bucket: the only one of a layout that was made for these names.
+        bucket: the only one of the layout of a state.
         flat: a tensor of that bucket.
-        params: the parameters; those of half precision or of a class of their own are not told.
-        grads: a gradient, or None, for each.
+        params: the parameters, of which none lies in other processes.
+        grads: the gradients; one that is missing, or of another shape, makes it False.
+        limit: as for `layout_of`.
     """
     names = bucket.names
     if len(names) == 1 or not bucket.active or tuple(params) != names or len(grads) != len(names):
@@ -127,9 +132,20 @@ def lies_in(
         return False
     if [getattr(grads.get(name), "shape", None) for name in names] != shapes:
         return False
-    return set(map(_PLACE, params.values())) == {(flat.dtype, flat.device)}
+    place = flat.dtype, flat.device
+    if set(map(_PLACE, params.values())) != {place}:
+        return False
+    # A state may have been made for another dtype, or by a rule with another limit.
+    key = bucket, place, limit
+    found = _whole.get(key)
+    if found is None:
+        if len(_whole) > 512:
+            _whole.clear()
+        found = _whole[key] = layout_of(params, limit=limit) == (bucket,)
+    return found
 
 
+_whole: MutableMapping[object, bool] = caches.cache("buckets that are whole layouts")
 _SHAPE, _PLACE = operator.attrgetter("shape"), operator.attrgetter("dtype", "device")
 
 

@@ -16,6 +16,7 @@ from innerloop._utils import caches, torch_private, tree
 from innerloop.errors import InvalidInputError
 from innerloop.optim._base import Optimizer, Rule
 from innerloop.optim._groups import GroupsState, PerGroup, split_hyper
+from innerloop.optim._settings import check_state
 
 _NAMES = ("params", "param_names")  # what a param group holds besides settings
 
@@ -114,6 +115,12 @@ class FromTorch(Optimizer):
         value_and_grad: ValueAndGrad | None = None,
     ) -> tuple[dict[str, Tensor], GroupsState]:
         names = self._resolved(params)
+        if not self.needs_closure and len(self.members) == 1 and list(params) == names[0]:
+            # Nothing is to be dealt out, and a rule of torch.optim checks the names itself.
+            check_state(self.members, state, GroupsState)
+            (values,) = split_hyper(hyper, self.members, names)
+            updated, alone = self.members[0].update(grads, state.members[0], params, values)
+            return updated, GroupsState((alone,))
         if not self.needs_closure:
             return PerGroup.update(self.members, names, grads, state, params, hyper)
         (rule,), (own,), (values,) = self.members, names, split_hyper(hyper, self.members, names)
