@@ -634,8 +634,8 @@ class TrackedLoop:
         """Return `_as_loss`; raise unless it is finite, which a trial of a line search may be."""
         checked = self._as_loss(loss)
         # On another device a check per step would wait for it: there, all are checked at the end.
-        if may_read_values(checked) and not math.isfinite(checked.item()):
-            self._check_finite(checked.detach())
+        if may_read_values(checked):
+            self._check_finite(checked)
         return checked
 
     def _check_finite(self, losses: Tensor) -> None:

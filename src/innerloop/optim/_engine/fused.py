@@ -277,9 +277,8 @@ def _split_differentiably(bucket: Bucket, flat: Tensor) -> list[Tensor]:
 
 def _without_pads(bucket: Bucket, pieces: Sequence[Tensor]) -> list[Tensor]:
     found = list(pieces)
-    gaps = _gaps(bucket.pads)
-    for before, (after, _) in zip(reversed(range(len(gaps))), gaps, strict=True):
-        del found[after + 1 + before]
+    for after, _ in reversed(_gaps(bucket.pads)):
+        del found[after + 1]
     return found
 
 
